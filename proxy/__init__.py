@@ -1,0 +1,1 @@
+"""The network intermediary: an encrypting forward and reverse proxy for many tenants."""

@@ -1,0 +1,1 @@
+"""Process plumbing that both sides use: settings, TLS, serving, lifecycle, clock, audit, metrics."""
