@@ -1,0 +1,65 @@
+# Sealgate: make demo | test | check | bench [ONLY=name] | format | lock | clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench format lock clean environment native-environment
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+VENV := .venv
+PY := $(VENV)/bin/python
+NATIVE := .venv-native
+SOURCES := envelope runtime key_agent proxy tests bench certs deploy
+
+help:
+	@echo "make demo            the main job on real parts, about a minute (KEEP=1 leaves it running)"
+	@echo "make test            everything the tests need, then all tests"
+	@echo "make check           lint, formatting, types, architecture"
+	@echo "make bench [ONLY=x]  comparisons with peers, written to bench/results.json"
+	@echo "make format | lock | clean"
+
+# The lock file names every package with its hash; nothing outside it is installed.
+$(VENV)/ready: requirements.lock pyproject.toml deploy/find-python
+	@python=$$(deploy/find-python); echo "creating $(VENV) with $$python"; \
+	"$$python" -m venv --clear $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# A second environment whose cryptography (>= 50) has its own Cobblestone-256: the independent judge of our format.
+$(NATIVE)/ready: requirements-native.lock deploy/find-python
+	@python=$$(deploy/find-python); "$$python" -m venv --clear $(NATIVE)
+	@$(NATIVE)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-native.lock
+	@touch $@
+
+environment: $(VENV)/ready
+native-environment: $(NATIVE)/ready
+
+demo: environment
+	@deploy/system-packages demo
+	@$(PY) -m deploy.demo $(if $(KEEP),--keep)
+
+test: environment native-environment
+	@deploy/system-packages test
+	@$(PY) -m pytest $(ARGS)
+
+check: environment
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/ruff format --check $(SOURCES)
+	@$(VENV)/bin/mypy
+	@$(PY) -m pytest -q tests/architecture
+
+bench: environment
+	@deploy/system-packages bench
+	@$(PY) -m bench $(ONLY)
+
+format: environment
+	@$(VENV)/bin/ruff check --fix-only --quiet $(SOURCES)
+	@$(VENV)/bin/ruff format $(SOURCES)
+
+# Needs uv (pip install uv). Review the difference: a new version is a decision (docs/adr/0002).
+lock:
+	@uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-header --all-extras --group test --group lint --group build pyproject.toml -o requirements.lock
+	@uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-header requirements-native.in -o requirements-native.lock
+
+clean:
+	@rm -rf $(VENV) $(NATIVE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
