@@ -1,0 +1,160 @@
+"""What may pass the gate, and as what: the words between the addon (decides) and the gate (enforces).
+
+1. The addon can only permit. What it forgot, or raised out of, is refused below it by code without policy.
+2. A permit names the very object that makes the body. The gate compares identities at every piece, both ways.
+3. A transform that has failed stays failed; one that has finished takes nothing more; it serves one message.
+4. Not a byte beyond the promised length leaves a transform, and it does not finish before that length.
+
+This module knows nothing of mitmproxy: bodies and planner build on it, the gate checks against it.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Final, Protocol, final, override
+
+from envelope.errors import MisuseError
+from proxy.refusals import Refusal
+
+type Piece = bytes | bytearray | memoryview
+"""One buffer of a body. A bytearray or memoryview must not be changed once it was handed over."""
+
+_KEY: Final = "sealgate.permit"
+
+
+@final
+class Clear:
+    """The message may pass as it is. Never a default: `CLEAR` is the only instance and is set by a rule."""
+
+    __slots__ = ()
+
+    @override
+    def __repr__(self) -> str:
+        return "CLEAR"
+
+
+CLEAR: Final = Clear()
+
+
+class TransformError(Exception):
+    """A transform was misused or broke its own promise; the gate cuts the message."""
+
+
+class Transform(ABC):
+    """Makes the body that leaves out of the body that comes: `feed` per piece, then `finish` once.
+
+    Set the same object as `flow.request.stream` (or `flow.response.stream`) and in the permit. Subclasses
+    implement `feed` and `finish`; both return buffers (empty ones are dropped) and never wait. They may raise
+    `RefusedError` to choose what the client is told, if anything can be told still; whatever else they raise
+    is answered by `refusals.INTERNAL`. Either way not a byte more of the message leaves.
+    """
+
+    expected_out_bytes: int | None = None
+    """Exact size of the whole output, where it is known: then it is also the Content-Length."""
+
+    holds_head: bool = False
+    """Responses only: status and headers wait until the first output, or the end, so that a refusal raised on
+    the first bytes of an object is still a proper answer. Bytes are not collected meanwhile: they are fed."""
+
+    _out_bytes: int = 0
+    _finished: bool = False
+    _failure: BaseException | None = None
+    _owner: object | None = None
+
+    @abstractmethod
+    def feed(self, piece: bytes) -> list[Piece]:
+        """Take *piece* (not empty); return what it completes, possibly nothing."""
+
+    @abstractmethod
+    def finish(self) -> list[Piece]:
+        """The body has ended properly; return the rest."""
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended this transform, or None."""
+        return self._failure
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes handed out so far."""
+        return self._out_bytes
+
+    @final
+    def claim(self, owner: object) -> None:
+        """Bind to the one message *owner* stands for; MisuseError if it serves another already."""
+        if self._owner is not None and self._owner is not owner:
+            raise MisuseError("a transform serves one message")
+        self._owner = owner
+
+    @final
+    def fail(self, reason: BaseException) -> None:
+        """The message was aborted: take nothing more. The first reason stays."""
+        if self._failure is None:
+            self._failure = reason
+
+    @final
+    def __call__(self, piece: bytes) -> list[Piece]:
+        """mitmproxy's streaming protocol: a piece of the body, or b"" once, at its proper end."""
+        if self._failure is not None:
+            raise TransformError("the transform has failed already") from self._failure
+        if self._finished:
+            raise TransformError("a piece after the end")
+        try:
+            pieces = self._checked(self.feed(piece) if piece else self.finish())
+            if not piece:
+                if self.expected_out_bytes is not None and self._out_bytes != self.expected_out_bytes:
+                    raise TransformError(f"made {self._out_bytes} of {self.expected_out_bytes} bytes")  # noqa: TRY301
+                self._finished = True
+        except BaseException as failure:
+            self._failure = failure
+            raise
+        return pieces
+
+    def _checked(self, pieces: object) -> list[Piece]:
+        # A coroutine, a string or a bare bytearray would be taken apart by mitmproxy into something else.
+        if not isinstance(pieces, list):
+            raise TransformError(f"a transform returns a list, not {type(pieces).__name__}")
+        checked: list[Piece] = []
+        for item in pieces:
+            if isinstance(item, memoryview):
+                if not (item.c_contiguous and item.itemsize == 1 and item.ndim == 1):
+                    raise TransformError("a memoryview must be flat bytes")
+            elif not isinstance(item, bytes | bytearray):
+                raise TransformError(f"a transform returns bytes, not {type(item).__name__}")
+            if len(item):
+                self._out_bytes += len(item)
+                checked.append(item)
+        if self.expected_out_bytes is not None and self._out_bytes > self.expected_out_bytes:
+            raise TransformError(f"made more than the promised {self.expected_out_bytes} bytes")
+        return checked
+
+
+class Permit:
+    """What may happen to one flow. None refuses: the state in which every flow begins."""
+
+    __slots__ = ("refusal", "request", "response")
+
+    def __init__(self) -> None:
+        self.request: Clear | Transform | None = None
+        """Decided in `requestheaders`: the request's body (and its trailers, for CLEAR alone)."""
+        self.response: Clear | Transform | None = None
+        """Decided in `responseheaders`, never earlier: it is reset before that hook."""
+        self.refusal: Refusal | None = None
+        """What the client is told while it is not permitted; None: `refusals.NO_PERMIT`."""
+
+
+class HasMetadata(Protocol):
+    """The part of mitmproxy's flow a permit hangs on."""
+
+    metadata: dict[str, Any]
+
+
+def permit(flow: HasMetadata) -> Permit:
+    """The permit of *flow*: the one it has, or a new one that refuses."""
+    existing = flow.metadata.get(_KEY)
+    if isinstance(existing, Permit):
+        return existing
+    fresh = flow.metadata[_KEY] = Permit()
+    return fresh
