@@ -1,0 +1,172 @@
+"""Where key material comes from: the one interface before every HSM and key server.
+
+1. Key material (KM) never crosses this interface: `generate` returns it wrapped by the KEK, `seal_envelopes`
+   returns envelopes that only the recipient's private key opens.
+2. "It failed" and "it is revoked" are different answers: KekRevokedError is proven, KeySourceError is not.
+3. One bad wrapped key or one bad recipient certificate never spoils the others: such failures are values.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from envelope.keys import KeyId, KeyState, NetworkService
+from key_agent.sources.verdict import Diagnosis, Verdict
+
+__all__ = [
+    "Diagnosis",
+    "EnvelopeRequest",
+    "EnvelopeResult",
+    "Kek",
+    "KekReference",
+    "KeySource",
+    "Recipient",
+    "Verdict",
+    "WrapMethod",
+    "WrappedKey",
+]
+
+
+class WrapMethod(StrEnum):
+    """How the KEK wraps KM; stored with every wrapped key and never changed silently (hsm.md 4)."""
+
+    GCM = "gcm"
+    """AES-256-GCM, IV from the HSM's generator: IV (12) ‖ ciphertext ‖ tag (16), binding as AAD."""
+    KW = "kw"
+    """AES key wrap (RFC 3394) of SHA-256(binding) ‖ KM."""
+    CBC_HMAC = "cbc+hmac"
+    """Reserved for tokens with neither; refused today."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KekReference:
+    """A KEK's name: what a crash between naming and creating must leave in the registry."""
+
+    kek_id: str
+    label: str
+    """CKA_LABEL."""
+    object_id: bytes
+    """CKA_ID; label and id together find exactly one key."""
+    environment_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kek:
+    """A KEK as the registry stores it: nothing of it is secret."""
+
+    reference: KekReference
+    method: WrapMethod
+    token_serial: str
+    """Pinned: the same label on another token is another token."""
+    canary_ciphertext: bytes
+    """Worthless random bytes under this KEK: opening them proves the KEK."""
+    canary_sha256: bytes
+    created_at_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrappedKey:
+    """An EKM: KM encrypted by the KEK, bound to owner, key id, KEK and environment (format.md 6.1)."""
+
+    owner: NetworkService
+    key_id: KeyId
+    kek_id: str
+    environment_id: str
+    method: WrapMethod
+    wrapped: bytes
+    kcv: bytes
+    """16 bytes, not secret: finds exchanged wrapped keys before data is written under them."""
+    token_serial: str
+    created_at_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipient:
+    """One proxy that an owner's envelope goes to."""
+
+    audience: str
+    """The proxy's id."""
+    nonce: bytes | None
+    """The proxy's 16-byte challenge of this push session."""
+    certificate_der: bytes
+    """The network service's certificate at that proxy. The caller has checked chain, role and validity."""
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvelopeRequest:
+    """All keys of one network service, for every proxy that hosts it (`op: set`)."""
+
+    owner: NetworkService
+    keys: tuple[tuple[WrappedKey, KeyState], ...]
+    recipients: tuple[Recipient, ...]
+    issued_at_s: int
+    expires_at_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvelopeResult:
+    """What became of one `EnvelopeRequest`.
+
+    A failed key is left out of the envelopes, the sound ones still travel. If no key opened there are no tokens
+    at all: an empty `set` would be the revoke message.
+    """
+
+    owner: NetworkService
+    tokens: Mapping[str, str] = field(repr=False)
+    """Audience -> compact JWE."""
+    failed_keys: Mapping[KeyId, str]
+    """Key id -> why it is left out (damaged, exchanged, kcv)."""
+    failed_recipients: Mapping[str, str]
+    """Audience -> why there is no envelope for it."""
+
+
+class KeySource(ABC):
+    """An HSM or key server. Each method raises `KeySourceError` (or a child) and nothing else on failure."""
+
+    @abstractmethod
+    async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
+        """Make the KEK in the HSM, check that it is sensitive and cannot be extracted, and make its canary.
+
+        A key of that name in the token is an error, for it may hold up somebody's data. *replace_unfinished* says
+        that the registry knows better: it named this KEK and crashed before it was made; then the leftover is
+        destroyed. UnsupportedError if the token weakens the key or offers no wrap method.
+        """
+
+    @abstractmethod
+    async def destroy_kek(self, kek: Kek) -> None:
+        """Destroy the KEK and search again; returns only when the token shows no key of that name any more.
+
+        Already gone is success. Backups and clones of the HSM are outside of this promise.
+        """
+
+    @abstractmethod
+    async def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
+        """Disable (no decryption, no unwrapping) or enable the KEK. UnsupportedError: the token refuses."""
+
+    @abstractmethod
+    async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
+        """One new wrapped key per owner, in that order, with a new key id each.
+
+        KM comes from the HSM's generator, is wrapped, opened again and compared, and dropped.
+        """
+
+    @abstractmethod
+    async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:
+        """Open the wrapped keys in the HSM, seal them to every recipient; one result per request, in order.
+
+        KekRevokedError: a diagnosis proved it; nothing was sealed that the caller has to keep.
+        """
+
+    @abstractmethod
+    async def diagnose(self, kek: Kek) -> Diagnosis:
+        """Does the KEK work, is it revoked, or can nobody tell? An outage is a verdict here, no error."""
+
+    @abstractmethod
+    async def describe(self) -> dict[str, object]:
+        """For `doctor`: module, token, methods with the reasons for those refused. JSON-able, no secrets."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the HSM. Idempotent."""

@@ -1,0 +1,264 @@
+"""A key source in memory that behaves like an HSM: real wrapping, real envelopes, and faults on demand.
+
+The faults are the token's states, set by the test (`destroy`, `disable`, `fail`, `hang`, `spoil`), not scripted
+answers: what `diagnose` and `seal_envelopes` say follows from the state, as with the real one.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import override
+
+from cryptography import x509
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from envelope.derive import ekm_binding, key_check_value
+from envelope.errors import SealgateError
+from envelope.keys import KeyId, KeyMaterial, NetworkService
+from envelope.material import Claims, Operation, seal_envelope
+from key_agent.errors import KeySourceError, error_of
+from key_agent.sources.source import (
+    Diagnosis,
+    EnvelopeRequest,
+    EnvelopeResult,
+    Kek,
+    KekReference,
+    KeySource,
+    Recipient,
+    Verdict,
+    WrapMethod,
+    WrappedKey,
+)
+from runtime.clock import Clock, SystemClock
+
+SERIAL = "fake-token-0001"
+
+
+@dataclass
+class _TokenKey:
+    key: AESGCM
+    enabled: bool = True
+
+
+@dataclass
+class FakeKeySource(KeySource):
+    """`signing_key` and `signing_certificate` may be left out by tests that never seal."""
+
+    agent_id: str = "agent-1"
+    signing_key: ec.EllipticCurvePrivateKey | None = None
+    signing_certificate: x509.Certificate | None = None
+    clock: Clock = field(default_factory=SystemClock)
+
+    keks: dict[tuple[str, bytes], _TokenKey] = field(default_factory=dict, repr=False)
+    calls: list[str] = field(default_factory=list)
+    """Names of the methods called, in order."""
+    closed: bool = False
+    _failure: Diagnosis | None = None
+    _hanging: asyncio.Event | None = None
+    _spoiled: set[KeyId] = field(default_factory=set)
+
+    # The hand of the enterprise, or of fate.
+
+    def destroy(self, kek: Kek) -> None:
+        """As another process would: the key is gone from the token."""
+        del self.keks[_name(kek.reference)]
+
+    def disable(self, kek: Kek, *, enabled: bool = False) -> None:
+        self.keks[_name(kek.reference)].enabled = enabled
+
+    def replace(self, kek: Kek) -> None:
+        """Another key under the same name."""
+        self.keks[_name(kek.reference)] = _TokenKey(AESGCM(AESGCM.generate_key(256)))
+
+    def fail(self, verdict: Verdict = Verdict.UNREACHABLE, detail: str = "the fake was told to fail") -> None:
+        """Every call fails so, until `recover`."""
+        self._failure = Diagnosis(verdict, detail)
+
+    def hang(self) -> None:
+        """Every call hangs, until `recover`. (The real one would run into its time-out.)"""
+        self._hanging = asyncio.Event()
+
+    def recover(self) -> None:
+        self._failure = None
+        if self._hanging is not None:
+            self._hanging.set()
+            self._hanging = None
+
+    def spoil(self, key_id: KeyId) -> None:
+        """This one wrapped key does not open any more."""
+        self._spoiled.add(key_id)
+
+    # The production interface.
+
+    @override
+    async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
+        await self._enter("create_kek")
+        if _name(reference) in self.keks and not replace_unfinished:
+            raise KeySourceError(f"a key named {reference.label!r} exists in the token")
+        key = AESGCM(AESGCM.generate_key(256))
+        self.keks[_name(reference)] = _TokenKey(key)
+        canary, iv = os.urandom(32), os.urandom(12)
+        return Kek(
+            reference=reference,
+            method=WrapMethod.GCM,
+            token_serial=SERIAL,
+            canary_ciphertext=iv + key.encrypt(iv, canary, b"canary"),
+            canary_sha256=sha256(canary).digest(),
+            created_at_ms=int(self.clock.wall_s() * 1000),
+        )
+
+    @override
+    async def destroy_kek(self, kek: Kek) -> None:
+        await self._enter("destroy_kek")
+        self.keks.pop(_name(kek.reference), None)
+
+    @override
+    async def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
+        await self._enter("set_kek_enabled")
+        if _name(kek.reference) not in self.keks:
+            raise error_of(self._state(kek))
+        self.disable(kek, enabled=enabled)
+
+    @override
+    async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
+        await self._enter("generate")
+        key = self._usable(kek)
+        made = []
+        for owner in owners:
+            key_id, material, iv = KeyId.random(), os.urandom(32), os.urandom(12)
+            wrapped = iv + key.encrypt(iv, material, _binding(owner, key_id, kek))
+            made.append(
+                WrappedKey(
+                    owner=owner,
+                    key_id=key_id,
+                    kek_id=kek.reference.kek_id,
+                    environment_id=kek.reference.environment_id,
+                    method=kek.method,
+                    wrapped=wrapped,
+                    kcv=key_check_value(material, owner, key_id),
+                    token_serial=SERIAL,
+                    created_at_ms=int(self.clock.wall_s() * 1000),
+                )
+            )
+        return made
+
+    @override
+    async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:
+        await self._enter("seal_envelopes")
+        key = self._usable(kek)
+        return [self._seal(kek, key, request) for request in requests]
+
+    @override
+    async def diagnose(self, kek: Kek) -> Diagnosis:
+        try:
+            await self._enter("diagnose")
+        except KeySourceError as error:
+            return error.diagnosis
+        return self._state(kek)
+
+    @override
+    async def describe(self) -> dict[str, object]:
+        await self._enter("describe")
+        return {"module": "fake", "token": {"label": "fake", "serial": SERIAL}, "methods": {"gcm": "ok"}}
+
+    @override
+    async def close(self) -> None:
+        self.closed = True
+
+    async def _enter(self, name: str) -> None:
+        self.calls.append(name)
+        if self._hanging is not None:
+            await self._hanging.wait()
+        if self._failure is not None:
+            raise error_of(self._failure)
+
+    def _state(self, kek: Kek) -> Diagnosis:
+        held = self.keks.get(_name(kek.reference))
+        if held is None:
+            return Diagnosis(Verdict.KEK_DESTROYED, "no KEK of that name, canary key visible")
+        if not held.enabled:
+            return Diagnosis(Verdict.KEK_DISABLED, "decryption is switched off")
+        iv, body = kek.canary_ciphertext[:12], kek.canary_ciphertext[12:]
+        try:
+            held.key.decrypt(iv, body, b"canary")
+        except InvalidTag:
+            return Diagnosis(Verdict.KEK_REPLACED, "the canary does not open")
+        return Diagnosis(Verdict.OK, "the canary opened")
+
+    def _usable(self, kek: Kek) -> AESGCM:
+        found = self._state(kek)
+        if found.verdict is not Verdict.OK:
+            raise error_of(found)
+        return self.keks[_name(kek.reference)].key
+
+    def _seal(self, kek: Kek, key: AESGCM, request: EnvelopeRequest) -> EnvelopeResult:
+        opened: list[KeyMaterial] = []
+        failed_keys: dict[KeyId, str] = {}
+        for row, state in request.keys:
+            if row.key_id in self._spoiled or row.owner != request.owner:
+                failed_keys[row.key_id] = "does not open"
+                continue
+            binding = _binding(request.owner, row.key_id, kek)
+            try:
+                material = key.decrypt(row.wrapped[:12], row.wrapped[12:], binding)
+            except InvalidTag:
+                failed_keys[row.key_id] = "does not open"
+                continue
+            opened.append(
+                KeyMaterial(owner=row.owner, key_id=row.key_id, state=state, secret=bytearray(material))
+            )
+        tokens: Mapping[str, str] = {}
+        failed_recipients: dict[str, str] = {}
+        if opened:
+            tokens = self._tokens(request, tuple(opened), failed_recipients)
+        return EnvelopeResult(
+            owner=request.owner, tokens=tokens, failed_keys=failed_keys, failed_recipients=failed_recipients
+        )
+
+    def _tokens(
+        self, request: EnvelopeRequest, keys: tuple[KeyMaterial, ...], failed: dict[str, str]
+    ) -> dict[str, str]:
+        assert self.signing_key is not None
+        assert self.signing_certificate is not None
+        tokens = {}
+        for recipient in request.recipients:
+            try:
+                tokens[recipient.audience] = seal_envelope(
+                    self._claims(request, recipient, keys),
+                    recipient=x509.load_der_x509_certificate(recipient.certificate_der),
+                    signing_key=self.signing_key,
+                    signing_certificate=self.signing_certificate,
+                )
+            except (ValueError, SealgateError) as error:
+                failed[recipient.audience] = f"certificate: {type(error).__name__}"
+        return tokens
+
+    def _claims(
+        self, request: EnvelopeRequest, recipient: Recipient, keys: tuple[KeyMaterial, ...]
+    ) -> Claims:
+        return Claims(
+            issuer=self.agent_id,
+            audience=recipient.audience,
+            owner=request.owner,
+            issued_at_s=request.issued_at_s,
+            expires_at_s=request.expires_at_s,
+            sequence=recipient.sequence,
+            token_id=os.urandom(16),
+            nonce=recipient.nonce,
+            operation=Operation.SET,
+            keys=keys,
+        )
+
+
+def _name(reference: KekReference) -> tuple[str, bytes]:
+    return reference.label, reference.object_id
+
+
+def _binding(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:
+    return ekm_binding(
+        owner, key_id, kek_id=kek.reference.kek_id, environment_id=kek.reference.environment_id
+    )
