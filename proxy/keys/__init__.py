@@ -1,0 +1,1 @@
+"""Key material of the network services: received, checked, kept in memory until its end."""

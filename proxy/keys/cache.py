@@ -1,0 +1,475 @@
+"""Key material until its end (docs/format.md, "Key-material envelope" and "Keys").
+
+1. A deadline is a point on the boot clock. Whoever holds a key asks `DataKey.check` before every piece.
+2. A refresh prolongs the very object that running bodies hold; withdrawal, suspension, expiry end it for good.
+3. What has ended is overwritten, at once when it is taken back, and by the sweeper when its time is up.
+4. A withdrawal beats every push that was issued before it, whatever the order of arrival and whoever sent it.
+5. Installation is all or nothing, and never gives one key id two materials.
+6. Everything a stranger can make grow is bounded: key ids nobody knows, tombstones, keys per service.
+7. Nothing here prints a secret. Overwriting is best effort: Python may have copied, `bytes` cannot be wiped.
+"""
+
+import asyncio
+import hmac
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn, override
+
+from cachetools import LRUCache, TLRUCache, TTLCache
+
+from envelope import derive
+from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
+from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
+from envelope.material import Operation
+from runtime.clock import Clock
+
+MAX_KEYS_PER_SERVICE: Final = 1024
+"""An envelope of 64 KiB holds about 250 keys; `add` may collect a few of them."""
+MAX_TOMBSTONES: Final = 1024
+MAX_MISSES: Final = 256
+MISS_TTL_S: Final = 60.0
+SWEEP_INTERVAL_S: Final = 1.0
+
+_STOPPING_STATES: Final = {
+    KeyState.SUSPENDED: Unavailable.SUSPENDED,
+    KeyState.COMPROMISED: Unavailable.COMPROMISED,
+    KeyState.DESTROYED: Unavailable.DESTROYED,
+}
+# Nobody waits for these: the enterprise has spoken.
+_FINAL: Final = frozenset(
+    {Unavailable.WITHDRAWN, Unavailable.SUSPENDED, Unavailable.COMPROMISED, Unavailable.DESTROYED}
+)
+_CAUSES: Final = {
+    Unavailable.UNKNOWN: "is not known here",
+    Unavailable.EXPIRED: "has expired and was not renewed",
+    Unavailable.WITHDRAWN: "was withdrawn by the enterprise",
+    Unavailable.NOT_ACTIVE: "is not active",
+    Unavailable.SUSPENDED: "is suspended",
+    Unavailable.COMPROMISED: "is compromised",
+    Unavailable.DESTROYED: "was destroyed",
+}
+
+
+class DataKey:
+    """One key of one network service while it may be used; bodies in flight hold it.
+
+    The object stays the same over refreshes, so that a refresh prolongs what is running. Once it has ended it
+    never comes back: a later push of the same key id makes a new object.
+    """
+
+    __slots__ = (
+        "_boot_s",
+        "_deadline_boot_s",
+        "_object_key",
+        "_reason",
+        "_secret",
+        "_state",
+        "_use",
+        "key_id",
+        "owner",
+    )
+
+    def __init__(self, material: KeyMaterial, *, deadline_boot_s: float, boot_s: Callable[[], float]) -> None:
+        self.owner: Final = material.owner
+        self.key_id: Final = material.key_id
+        self._use: Final = material.use
+        self._secret: Final = material.secret  # taken over: the cache wipes it
+        self._state = material.state
+        self._object_key: bytearray | None = None
+        self._deadline_boot_s = deadline_boot_s
+        self._reason = Unavailable.EXPIRED
+        self._boot_s: Final = boot_s
+
+    @override
+    def __repr__(self) -> str:
+        return f"<DataKey {self.owner} {self.key_id} {self._state}>"
+
+    @property
+    def state(self) -> KeyState:
+        return self._state
+
+    @property
+    def use(self) -> KeyUse:
+        return self._use
+
+    @property
+    def deadline_boot_s(self) -> float:
+        """On the boot clock; minus infinity when the key has ended."""
+        return self._deadline_boot_s
+
+    @property
+    def valid_for_s(self) -> float:
+        """Seconds until the deadline, 0 when it has passed."""
+        return max(0.0, self._deadline_boot_s - self._boot_s())
+
+    @property
+    def object_key(self) -> bytes:
+        """K_obj, 32 bytes (docs/format.md 6.1). KeyUnavailableError when the key has ended.
+
+        The returned copy is the caller's: drop it as soon as the body's key is derived.
+        """
+        self.check()
+        if self._object_key is None:
+            self._object_key = bytearray(derive.object_key(self._secret, self.owner, self.key_id))
+        return bytes(self._object_key)
+
+    def check(self) -> None:
+        """Return if the key may still be used, else raise KeyUnavailableError. Cheap: called at every piece."""
+        if self._boot_s() >= self._deadline_boot_s:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        self.end(Unavailable.EXPIRED)  # keeps the reason it already has
+        raise unavailable(self._reason, self.owner, self.key_id)
+
+    def prolong(self, state: KeyState, deadline_boot_s: float) -> None:
+        """A push repeated this key: new state, new deadline. Only the cache calls this."""
+        if self._deadline_boot_s == -math.inf:
+            raise MisuseError(f"key {self.key_id} has ended and cannot be prolonged")
+        self._state = state
+        self._deadline_boot_s = deadline_boot_s
+
+    def holds(self, secret: bytearray) -> bool:
+        """Whether *secret* is this key's material, compared in constant time."""
+        return hmac.compare_digest(self._secret, secret)
+
+    def end(self, reason: Unavailable) -> None:
+        """No use from now on; overwrite what was secret. The first reason stays."""
+        if self._deadline_boot_s == -math.inf:
+            return
+        self._deadline_boot_s = -math.inf
+        self._reason = reason
+        self._secret[:] = bytes(len(self._secret))
+        if self._object_key is not None:
+            self._object_key[:] = bytes(len(self._object_key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyHolding:
+    """One key that can be used now, or the state that forbids it."""
+
+    key_id: KeyId
+    state: KeyState
+    valid_for_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceStatus:
+    """What the cache holds for one network service: for the session answer, readiness and `/metrics`.
+
+    `missed` are key ids that were asked for within the last minute and are not here, at most MAX_MISSES.
+    """
+
+    owner: NetworkService
+    can_seal: bool
+    reason: Unavailable | None
+    holds: tuple[KeyHolding, ...]
+    missed: tuple[KeyId, ...]
+
+    @property
+    def valid_for_s(self) -> float:
+        """The countdown: seconds until the service is blind, if nobody renews."""
+        return max((holding.valid_for_s for holding in self.holds), default=0.0)
+
+
+class _Slot:
+    """All that is known of one provisioned network service. A lookup never makes one."""
+
+    __slots__ = (
+        "active",
+        "keys",
+        "misses",
+        "no_active",
+        "pushed",
+        "tombstones",
+        "withdrawn",
+        "withdrawn_sequence",
+    )
+
+    def __init__(self, boot_s: Callable[[], float]) -> None:
+        self.keys: dict[KeyId, DataKey] = {}
+        self.active: DataKey | None = None
+        self.no_active = Unavailable.UNKNOWN  # why, while `active` is None
+        self.withdrawn = False
+        self.withdrawn_sequence = -1
+        self.tombstones: LRUCache[KeyId, Unavailable] = LRUCache(maxsize=MAX_TOMBSTONES)
+        self.misses: TTLCache[KeyId, None] = TTLCache(maxsize=MAX_MISSES, ttl=MISS_TTL_S, timer=boot_s)
+        self.pushed = asyncio.Event()
+
+    def wake(self) -> None:
+        self.pushed.set()
+        self.pushed = asyncio.Event()
+
+
+class _Deadlines(TLRUCache[tuple[NetworkService, KeyId], DataKey]):
+    """cachetools' time-aware cache on the boot clock, telling the owner what falls out."""
+
+    def __init__(self, clock: Clock, expired: Callable[[DataKey], None]) -> None:
+        # No bound here: keys are bounded per service, so that no tenant can push another's out.
+        super().__init__(
+            maxsize=math.inf, ttu=lambda _key, value, _now: value.deadline_boot_s, timer=clock.boot_s
+        )
+        self._expired = expired
+
+    @override
+    def expire(self, time: float | None = None) -> list[tuple[tuple[NetworkService, KeyId], DataKey]]:
+        gone = list(super().expire(time))
+        for _key, value in gone:
+            self._expired(value)
+        return gone
+
+
+class KeyCache:
+    """Keys by network service and key id, each until its deadline. One event loop, no threads."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._slots: dict[NetworkService, _Slot] = {}
+        self._deadlines = _Deadlines(clock, self._on_expired)
+
+    @override
+    def __repr__(self) -> str:
+        return f"<KeyCache of {len(self._slots)} network services>"
+
+    # Changing.
+
+    def install(
+        self,
+        owner: NetworkService,
+        keys: Iterable[KeyMaterial],
+        *,
+        deadline_boot_s: float,
+        operation: Operation = Operation.SET,
+        sequence: int | None = None,
+    ) -> None:
+        """Install *keys*, taking their secrets over, until *deadline_boot_s*; an empty `set` withdraws all.
+
+        `set` replaces whatever the service had, `add` leaves it. EnvelopeError, nothing changed and *keys* wiped:
+        "sequence" if a withdrawal has at least this *sequence*, "time" if the deadline has passed, "owner" if a
+        key belongs to someone else, "key-conflict" if a key id would get a second material, "too-many".
+        """
+        self.sweep()
+        materials = tuple(keys)
+        slot = self._slots.get(owner)
+        try:
+            self._refuse_install(owner, slot, materials, deadline_boot_s, operation, sequence)
+        except EnvelopeError:
+            for material in materials:
+                material.wipe()
+            raise
+        if slot is None:
+            slot = self._slots[owner] = _Slot(self._clock.boot_s)
+        if operation is Operation.SET:
+            if not materials:
+                self._withdraw(slot, sequence)
+                return
+            named = {material.key_id for material in materials}
+            for key in [key for key in slot.keys.values() if key.key_id not in named]:
+                self._end(slot, key, Unavailable.WITHDRAWN)
+            slot.active = None
+            slot.withdrawn = False
+            stopping = [_STOPPING_STATES.get(material.state) for material in materials]
+            slot.no_active = stopping[0] if stopping[0] and all(stopping) else Unavailable.NOT_ACTIVE
+        for material in materials:
+            self._install_one(slot, material, deadline_boot_s)
+        if slot.active is not None and not slot.active.state.may_seal:  # `add` brought its new state
+            slot.active, slot.no_active = None, Unavailable.NOT_ACTIVE
+        slot.wake()
+
+    def withdraw(self, owner: NetworkService, *, sequence: int | None = None) -> None:
+        """Take back all keys of *owner* now: running bodies stop at their next piece.
+
+        With *sequence*, pushes up to this number stay refused.
+        """
+        slot = self._slots.get(owner)
+        if slot is None:
+            slot = self._slots[owner] = _Slot(self._clock.boot_s)
+        self._withdraw(slot, sequence)
+
+    def forget(self, owner: NetworkService) -> None:
+        """The service is no longer provisioned: withdraw its keys and drop what was known of it."""
+        slot = self._slots.get(owner)
+        if slot is not None:
+            self._withdraw(slot, None)
+            del self._slots[owner]
+
+    def sweep(self) -> None:
+        """Overwrite what has expired."""
+        self._deadlines.expire()
+
+    async def run_sweeper(self) -> NoReturn:
+        """Overwrite what expires, also when nobody asks for it."""
+        while True:
+            await self._clock.sleep(SWEEP_INTERVAL_S)
+            self.sweep()
+
+    def close(self) -> None:
+        """Overwrite everything: the process ends."""
+        for owner in list(self._slots):
+            self.forget(owner)
+
+    # Asking.
+
+    def sealing_key(self, owner: NetworkService) -> DataKey:
+        """The active key of *owner*. KeyUnavailableError if there is none."""
+        slot = self._slots.get(owner)
+        if slot is not None and slot.active is not None:
+            slot.active.check()
+            return slot.active
+        raise unavailable(self._cannot_seal(slot), owner, None)
+
+    def opening_key(self, owner: NetworkService, key_id: KeyId) -> DataKey:
+        """The key *key_id* of *owner*, in a state that may open. KeyUnavailableError if there is none."""
+        slot = self._slots.get(owner)
+        if slot is None:
+            raise unavailable(Unavailable.UNKNOWN, owner, key_id)
+        key = slot.keys.get(key_id)
+        if key is not None and key.use is KeyUse.DATA:
+            key.check()
+            return key
+        reason = slot.tombstones.get(key_id)
+        if reason is None and slot.withdrawn:
+            reason = Unavailable.WITHDRAWN
+        if reason is None:
+            slot.misses[key_id] = None
+            reason = Unavailable.UNKNOWN
+        raise unavailable(reason, owner, key_id)
+
+    async def wait_for_sealing_key(self, owner: NetworkService, *, timeout_s: float) -> DataKey:
+        """Like `sealing_key`, but wait up to *timeout_s* for a push if the key is merely missing or late.
+
+        What the enterprise has withdrawn or suspended is refused at once.
+        """
+        slot = self._slots.setdefault(owner, _Slot(self._clock.boot_s))
+        deadline_boot_s = self._clock.boot_s() + timeout_s
+        while True:
+            try:
+                return self.sealing_key(owner)
+            except KeyUnavailableError as error:
+                left_s = deadline_boot_s - self._clock.boot_s()
+                if error.reason in _FINAL or left_s <= 0:
+                    raise
+            await self._pushed_within(slot.pushed, left_s)
+
+    def status(self, owners: Iterable[NetworkService] | None = None) -> list[ServiceStatus]:
+        """What is held for each of *owners* (default: all that were ever pushed), with countdowns."""
+        self.sweep()
+        return [self._status_of(owner) for owner in (sorted(self._slots) if owners is None else owners)]
+
+    # Within.
+
+    def _refuse_install(
+        self,
+        owner: NetworkService,
+        slot: _Slot | None,
+        materials: Sequence[KeyMaterial],
+        deadline_boot_s: float,
+        operation: Operation,
+        sequence: int | None,
+    ) -> None:
+        held = {} if slot is None else slot.keys
+        if slot is not None and sequence is not None and sequence <= slot.withdrawn_sequence:
+            raise EnvelopeError("sequence", f"{owner} was withdrawn after this envelope was issued")
+        if materials and deadline_boot_s <= self._clock.boot_s():
+            raise EnvelopeError("time", f"the keys of {owner} are past their end")
+        named = {material.key_id for material in materials}
+        if len(named) != len(materials):
+            raise EnvelopeError("key-conflict", f"{owner}: a key id stands twice in one envelope")
+        if len(named | (held.keys() if operation is Operation.ADD else set())) > MAX_KEYS_PER_SERVICE:
+            raise EnvelopeError("too-many", f"{owner} would hold more than {MAX_KEYS_PER_SERVICE} keys")
+        for material in materials:
+            if material.owner != owner:
+                raise EnvelopeError(
+                    "owner", f"key {material.key_id} belongs to {material.owner}, not {owner}"
+                )
+            key = held.get(material.key_id)
+            if key is not None and material.state not in _STOPPING_STATES and not key.holds(material.secret):
+                raise EnvelopeError(
+                    "key-conflict", f"key {material.key_id} came with other material than before"
+                )
+
+    def _install_one(self, slot: _Slot, material: KeyMaterial, deadline_boot_s: float) -> None:
+        key = slot.keys.get(material.key_id)
+        stopping = _STOPPING_STATES.get(material.state)
+        if stopping is not None:
+            # The material of a key that may not be used is not kept; a push brings it if it is reinstated.
+            material.wipe()
+            if key is not None:
+                self._end(slot, key, stopping)
+            slot.tombstones[material.key_id] = stopping
+            return
+        if key is None:
+            key = DataKey(material, deadline_boot_s=deadline_boot_s, boot_s=self._clock.boot_s)
+            slot.keys[material.key_id] = key
+        else:
+            key.prolong(material.state, deadline_boot_s)
+            material.wipe()
+        slot.tombstones.pop(material.key_id, None)
+        slot.misses.pop(material.key_id, None)
+        self._deadlines[material.owner, material.key_id] = key
+        if slot.active is None and key.use is KeyUse.DATA and key.state.may_seal:
+            slot.active = key
+
+    def _withdraw(self, slot: _Slot, sequence: int | None) -> None:
+        for key in list(slot.keys.values()):
+            self._end(slot, key, Unavailable.WITHDRAWN)
+        slot.active = None
+        slot.withdrawn = True
+        slot.misses.clear()
+        if sequence is not None:
+            slot.withdrawn_sequence = max(slot.withdrawn_sequence, sequence)
+        slot.wake()
+
+    def _end(self, slot: _Slot, key: DataKey, reason: Unavailable) -> None:
+        key.end(reason)
+        slot.keys.pop(key.key_id, None)
+        slot.tombstones[key.key_id] = reason
+        if slot.active is key:
+            slot.active, slot.no_active = None, reason
+        self._deadlines.pop((key.owner, key.key_id), None)
+
+    def _on_expired(self, key: DataKey) -> None:
+        key.end(Unavailable.EXPIRED)
+        slot = self._slots.get(key.owner)
+        if slot is not None and slot.keys.get(key.key_id) is key:
+            del slot.keys[key.key_id]
+            slot.tombstones[key.key_id] = Unavailable.EXPIRED
+            if slot.active is key:
+                slot.active, slot.no_active = None, Unavailable.EXPIRED
+
+    def _cannot_seal(self, slot: _Slot | None) -> Unavailable:
+        if slot is None:
+            return Unavailable.UNKNOWN
+        return Unavailable.WITHDRAWN if slot.withdrawn else slot.no_active
+
+    async def _pushed_within(self, pushed_event: asyncio.Event, timeout_s: float) -> None:
+        """Return at the next push or withdrawal, or when *timeout_s* of our own clock have passed."""
+        pushed = asyncio.create_task(pushed_event.wait(), name="keys:pushed")
+        timer = asyncio.ensure_future(self._clock.sleep(timeout_s))
+        try:
+            await asyncio.wait({pushed, timer}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (pushed, timer):
+                task.cancel()
+            await asyncio.gather(pushed, timer, return_exceptions=True)
+
+    def _status_of(self, owner: NetworkService) -> ServiceStatus:
+        slot = self._slots.get(owner)
+        holds: list[KeyHolding] = []
+        missed: tuple[KeyId, ...] = ()
+        if slot is not None:
+            missed = tuple(slot.misses)
+            holds = [
+                KeyHolding(key_id=key.key_id, state=key.state, valid_for_s=key.valid_for_s)
+                for key in slot.keys.values()
+            ]
+        can_seal = slot is not None and slot.active is not None
+        reason = None if can_seal else self._cannot_seal(slot)
+        return ServiceStatus(owner=owner, can_seal=can_seal, reason=reason, holds=tuple(holds), missed=missed)
+
+
+def unavailable(reason: Unavailable, owner: NetworkService, key_id: KeyId | None) -> KeyUnavailableError:
+    """The error for *reason*; without *key_id* it is about the key to seal with."""
+    name = "the sealing key" if key_id is None else f"key {key_id}"
+    return KeyUnavailableError(reason, f"{owner}: {name} {_CAUSES[reason]}")

@@ -1,0 +1,1 @@
+"""Provisioning: which tenants and network services this proxy hosts."""
