@@ -1,0 +1,1 @@
+"""Certificates for development, made at run time; none is committed. See README.md."""
