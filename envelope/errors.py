@@ -6,7 +6,7 @@
     - UnsupportedVersion   ... or in a version or suite this reader refuses
   + IntegrityError         in our format, but not as it was written
     - TruncatedError       ... the end is missing
-  + EnvelopeError          a key-material envelope that must not be believed; `code` says which rule refused it
+  + EnvelopeError          a key-material envelope that must not be believed; `code` names the rule
   + KeyUnavailableError    no usable key right now: refuse, never degrade; `reason` says why
 """
 

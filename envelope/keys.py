@@ -1,7 +1,7 @@
 """Names and states of keys.
 
 1. A key id is 16 random bytes and never derived from the key. Sixteen zero bytes mean "anonymous".
-2. Tenant and service ids are immutable, `[a-z0-9][a-z0-9-]{0,62}`; together they are the unit of key separation.
+2. Tenant and service ids are immutable, `[a-z0-9][a-z0-9-]{0,62}`; together the unit of key separation.
 3. A state decides what a key may do (docs/format.md 6.2); transitions are a table (NIST SP 800-57 part 1, 7).
 4. Key material has no repr and no `==`.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Self
+from typing import Final, Self, override
 
 from envelope.errors import FormatError
 
@@ -46,6 +46,7 @@ class KeyId:
     def is_anonymous(self) -> bool:
         return self.raw == bytes(KEY_ID_SIZE)
 
+    @override
     def __str__(self) -> str:
         return self.raw.hex()
 
@@ -79,6 +80,7 @@ class NetworkService:
             raise FormatError(f"not a network service: {text!r} (tenant/service is)")
         return cls(tenant, service)
 
+    @override
     def __str__(self) -> str:
         return f"{self.tenant}/{self.service}"
 
