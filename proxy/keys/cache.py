@@ -1,7 +1,7 @@
 """Key material until its end (docs/format.md, "Key-material envelope" and "Keys").
 
 1. A deadline is a point on the boot clock. Whoever holds a key asks `DataKey.check` before every piece.
-2. A refresh prolongs the very object that running bodies hold; withdrawal, suspension, expiry end it for good.
+2. A refresh prolongs the very object that running bodies hold; withdrawal, suspension, expiry end it.
 3. What has ended is overwritten, at once when it is taken back, and by the sweeper when its time is up.
 4. A withdrawal beats every push that was issued before it, whatever the order of arrival and whoever sent it.
 5. Installation is all or nothing, and never gives one key id two materials.
@@ -115,7 +115,7 @@ class DataKey:
         return bytes(self._object_key)
 
     def check(self) -> None:
-        """Return if the key may still be used, else raise KeyUnavailableError. Cheap: called at every piece."""
+        """Return if the key may still be used, else KeyUnavailableError. Cheap: asked at every piece."""
         if self._boot_s() >= self._deadline_boot_s:
             self._refuse()
 
@@ -243,17 +243,20 @@ class KeyCache:
         operation: Operation = Operation.SET,
         sequence: int | None = None,
     ) -> None:
-        """Install *keys*, taking their secrets over, until *deadline_boot_s*; an empty `set` withdraws all.
+        """Install *keys*, taking their secrets over, until *deadline_boot_s*; empty `set` withdraws.
 
-        `set` replaces whatever the service had, `add` leaves it. EnvelopeError, nothing changed and *keys* wiped:
-        "sequence" if a withdrawal has at least this *sequence*, "time" if the deadline has passed, "owner" if a
-        key belongs to someone else, "key-conflict" if a key id would get a second material, "too-many".
+        `set` replaces whatever the service had, `add` leaves it. On EnvelopeError nothing has changed and
+        *keys* are wiped: "sequence" if a withdrawal has at least this *sequence*; "time" if the deadline has
+        passed; "owner" if a key belongs to someone else; "key-conflict" if a key id would get a second
+        material; "too-many".
         """
         self.sweep()
         materials = tuple(keys)
         slot = self._slots.get(owner)
         try:
-            self._refuse_install(owner, slot, materials, deadline_boot_s, operation, sequence)
+            self._refuse_unless_free(owner, slot, materials, operation)
+            if materials:
+                self._refuse_unless_timely(owner, slot, deadline_boot_s, sequence)
         except EnvelopeError:
             for material in materials:
                 material.wipe()
@@ -359,20 +362,26 @@ class KeyCache:
 
     # Within.
 
-    def _refuse_install(
+    def _refuse_unless_timely(
+        self,
+        owner: NetworkService,
+        slot: _Slot | None,
+        deadline_boot_s: float,
+        sequence: int | None,
+    ) -> None:
+        if slot is not None and sequence is not None and sequence <= slot.withdrawn_sequence:
+            raise EnvelopeError("sequence", f"{owner} was withdrawn after this envelope was issued")
+        if deadline_boot_s <= self._clock.boot_s():
+            raise EnvelopeError("time", f"the keys of {owner} are past their end")
+
+    def _refuse_unless_free(
         self,
         owner: NetworkService,
         slot: _Slot | None,
         materials: Sequence[KeyMaterial],
-        deadline_boot_s: float,
         operation: Operation,
-        sequence: int | None,
     ) -> None:
         held = {} if slot is None else slot.keys
-        if slot is not None and sequence is not None and sequence <= slot.withdrawn_sequence:
-            raise EnvelopeError("sequence", f"{owner} was withdrawn after this envelope was issued")
-        if materials and deadline_boot_s <= self._clock.boot_s():
-            raise EnvelopeError("time", f"the keys of {owner} are past their end")
         named = {material.key_id for material in materials}
         if len(named) != len(materials):
             raise EnvelopeError("key-conflict", f"{owner}: a key id stands twice in one envelope")
@@ -446,7 +455,7 @@ class KeyCache:
     async def _pushed_within(self, pushed_event: asyncio.Event, timeout_s: float) -> None:
         """Return at the next push or withdrawal, or when *timeout_s* of our own clock have passed."""
         pushed = asyncio.create_task(pushed_event.wait(), name="keys:pushed")
-        timer = asyncio.ensure_future(self._clock.sleep(timeout_s))
+        timer = asyncio.create_task(self._clock.sleep(timeout_s), name="keys:timeout")
         try:
             await asyncio.wait({pushed, timer}, return_when=asyncio.FIRST_COMPLETED)
         finally:
