@@ -1,0 +1,203 @@
+"""The proxy's settings: a TOML file, overridden by SEALGATE_SECTION__KEY (runtime/settings.py).
+
+1. Unknown keys are refused. Units stand in the names. What depends on each other is checked here.
+2. Paths are absolute: a service's working directory is nobody's intention.
+3. Secrets stand in files of their own (`*_file`); a database password does not stand in `database_url`.
+4. Tenants and network services are no settings: they are in the directory (`sealgate tenant`, `sealgate service`).
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from envelope.errors import FormatError
+from envelope.keys import check_name
+from runtime import settings as runtime_settings
+
+ENVIRONMENT_PREFIX: Final = "SEALGATE_"
+MAX_VALIDITY_S: Final = 3600
+"""Longer would turn the promise of minutes into hours."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the configuration file."""
+
+
+def _check_absolute(**paths: str | None) -> None:
+    for name, path in paths.items():
+        if path is not None and not Path(path).is_absolute():
+            raise ValueError(f"{name.replace('__', '.')} must be an absolute path, not {path!r}")
+
+
+def _check_host(name: str, host: str) -> None:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host != "localhost":
+            raise ValueError(f"{name} must be an IP address, not {host!r}") from None
+
+
+def _check_port(name: str, port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{name} must be between 0 (any free port) and 65535, not {port}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value:g}")
+
+
+class ProxySettings(_Section):
+    id: str
+    """This proxy, or the cluster it belongs to: the audience of key-material envelopes."""
+    state_dir: str = "/var/lib/sealgate"
+    """0700, on a local disk: directory database, private keys, interception CAs, audit log."""
+    database_url: str | None = None
+    """Default: SQLite in `state_dir`. PostgreSQL: postgresql+psycopg://user@host/database."""
+    database_url_file: str | None = None
+    """A file that holds the URL, for one with a password in it."""
+    reload_s: float = 1.0
+    """How often the running proxy looks whether the directory has changed."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_name("proxy", self.id)
+        except FormatError as error:
+            raise ValueError(f"proxy.id: {error}") from None
+        _check_absolute(proxy__state_dir=self.state_dir, proxy__database_url_file=self.database_url_file)
+        if self.database_url is not None and self.database_url_file is not None:
+            raise ValueError("proxy.database_url and proxy.database_url_file: give one of them")
+        if self.database_url is not None:
+            check_database_url(self.database_url, name="proxy.database_url", may_hold_password=False)
+        _check_range("proxy.reload_s", self.reload_s, 0.05, 60)
+
+    @property
+    def state_path(self) -> Path:
+        return Path(self.state_dir)
+
+    @property
+    def audit_file(self) -> Path:
+        return self.state_path / "audit.jsonl"
+
+
+class PushSettings(_Section):
+    """The listener for the enterprises' key agents: TLS 1.3, client certificates of the tenants' roots."""
+
+    host: str = "0.0.0.0"
+    port: int = 8443
+    certificate_file: str
+    """PEM, with intermediates; the agents verify it."""
+    key_file: str
+    """PEM, readable by the proxy alone."""
+    requests_per_s: float = 20.0
+    """Sustained, per agent; a burst may be five times as many."""
+
+    def __post_init__(self) -> None:
+        _check_host("push.host", self.host)
+        _check_port("push.port", self.port)
+        _check_absolute(push__certificate_file=self.certificate_file, push__key_file=self.key_file)
+        if self.certificate_file == self.key_file:
+            raise ValueError("push.certificate_file and push.key_file must be two files")
+        _check_range("push.requests_per_s", self.requests_per_s, 1, 10_000)
+
+
+class KeySettings(_Section):
+    validity_s: int = 330
+    """The longest that pushed keys may live here, whatever their envelope says."""
+    wait_s: float = 5.0
+    """How long an upload waits for a key that is not here yet, before it is refused."""
+
+    def __post_init__(self) -> None:
+        _check_range("keys.validity_s", self.validity_s, 10, MAX_VALIDITY_S)
+        _check_range("keys.wait_s", self.wait_s, 0, 60)
+        if self.wait_s >= self.validity_s:
+            raise ValueError(
+                f"keys.wait_s ({self.wait_s:g}) must be less than keys.validity_s ({self.validity_s})"
+            )
+
+
+class EngineSettings(_Section):
+    http2: bool = False
+    """HTTP/2 towards clients."""
+    upstream_ca_file: str | None = None
+    """PEM roots that services must be verified by; default: the Mozilla roots of certifi."""
+    max_header_bytes: int = 65_536
+    drain_s: float = 20.0
+    """On SIGTERM: how long bodies in flight may go on."""
+    levers: bool = True
+    """The performance patches of the gate; off to find out whether one is at fault."""
+
+    def __post_init__(self) -> None:
+        _check_absolute(engine__upstream_ca_file=self.upstream_ca_file)
+        _check_range("engine.drain_s", self.drain_s, 0, 600)
+        _check_range("engine.max_header_bytes", self.max_header_bytes, 4096, 1 << 20)
+
+
+class HealthSettings(_Section):
+    """The listener of /livez, /readyz and /metrics; it has no login, so it listens on loopback unless told."""
+
+    host: str = "127.0.0.1"
+    port: int = 9080
+
+    def __post_init__(self) -> None:
+        _check_host("health.host", self.host)
+        _check_port("health.port", self.port)
+
+
+class LogSettings(_Section):
+    json: bool | None = None
+    """JSON lines; default: JSON unless stderr is a terminal."""
+
+
+class Settings(_Section):
+    proxy: ProxySettings
+    push: PushSettings
+    keys: KeySettings = KeySettings()
+    engine: EngineSettings = EngineSettings()
+    health: HealthSettings = HealthSettings()
+    log: LogSettings = LogSettings()
+
+    def __post_init__(self) -> None:
+        if self.push.port and (self.push.host, self.push.port) == (self.health.host, self.health.port):
+            raise ValueError("push and health must not listen at the same address")
+
+
+def check_database_url(url: str, *, name: str, may_hold_password: bool) -> str:
+    """*url* if it names SQLite or PostgreSQL by psycopg; ValueError otherwise. Never repeats a password."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ValueError(
+            f"{name} is not a database URL (sqlite:////path or postgresql+psycopg://...)"
+        ) from None
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise ValueError(f"{name}: {parsed.drivername!r} is not supported: sqlite or postgresql+psycopg is")
+    if parsed.password is not None and not may_hold_password:
+        raise ValueError(f"{name} holds a password: put the URL into a file and name it in database_url_file")
+    if parsed.drivername == "sqlite" and (parsed.database is None or not Path(parsed.database).is_absolute()):
+        raise ValueError(f"{name}: SQLite needs an absolute path (sqlite:////var/lib/...)")
+    return url
+
+
+def database_url(proxy: ProxySettings) -> str:
+    """Where the directory is. SettingsError if the URL file cannot be read or holds no URL."""
+    if proxy.database_url is not None:
+        return proxy.database_url
+    if proxy.database_url_file is not None:
+        path = Path(proxy.database_url_file)
+        text = bytes(runtime_settings.read_secret_file(path)).decode(errors="replace").strip()
+        try:
+            return check_database_url(text, name=f"the content of {path}", may_hold_password=True)
+        except ValueError as error:
+            raise runtime_settings.SettingsError(str(error)) from None
+    return f"sqlite:///{proxy.state_path / 'directory.db'}"
+
+
+def load(path: Path, environment: Mapping[str, str]) -> Settings:
+    """The settings of *path* with overrides from *environment*. SettingsError names file, key and value."""
+    return runtime_settings.load(path, Settings, environment=environment, prefix=ENVIRONMENT_PREFIX)
