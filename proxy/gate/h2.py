@@ -1,0 +1,287 @@
+"""HTTP/2 with back-pressure: credit goes back to a sender only as fast as the other side takes its bytes.
+
+mitmproxy 12.2.3 grants windows of 2^31-1, acknowledges DATA as it arrives and parks what the receiver will
+not take in an unbounded buffer: a 1 GB download to a slow client costs 1.2 GB of memory, an upload during a
+slow hook 4.4 GB. HTTP/1 needs none of this, TCP holds it back. The rules here:
+
+1. A stream may have at most STREAM_WINDOW_BYTES under way. Its credit is returned in halves, and only while
+   its destination has less than HIGH_WATER_BYTES parked for it and no hook or connect of it is in progress.
+2. The connection's credit is always returned: one stalled stream must not stop its siblings. A connection can
+   therefore park at most MAX_CONCURRENT_STREAMS * (STREAM_WINDOW_BYTES + HIGH_WATER_BYTES).
+3. A source that speaks HTTP/1 has no credit to withhold. If its destination speaks HTTP/2 and is full, its
+   read loop waits (`BackpressureHandler`), so TCP holds the source back.
+4. What was withheld is returned when the destination moves: after each event of the HTTP layer, never by a
+   timer.
+5. An upstream connection that has closed is forgotten as soon as no stream refers to it. mitmproxy keeps it
+   until the client leaves, and opens one for each request of an HTTP/2 client to an HTTP/1 origin (8,000
+   requests: 380 MiB).
+6. HTTP/1 destinations of an HTTP/2 source hold back by TCP alone: that client waits for its slowest origin.
+
+A peer that never grants credit keeps its stream, and the bounded bytes behind it, until `tcp_timeout`.
+"""
+
+import asyncio
+import collections
+import contextlib
+import weakref
+from collections.abc import Generator
+from typing import Any, Final, override
+
+import h2.events
+from mitmproxy.addons import next_layer
+from mitmproxy.connection import Connection, ConnectionState
+from mitmproxy.proxy import commands, events, layer, layers, mode_servers, server, tunnel
+from mitmproxy.proxy.context import Context
+from mitmproxy.proxy.layers import http
+from mitmproxy.proxy.layers.http import _base, _events, _http2, _http_h2
+
+STREAM_WINDOW_BYTES: Final = 1 << 20
+HIGH_WATER_BYTES: Final = 256 * 1024
+MAX_CONCURRENT_STREAMS: Final = 100
+CONNECTION_STEP_BYTES: Final = 1 << 20
+
+Commands = Generator[commands.Command, Any, None]
+
+# What is replaced, leaned on, or copied in its behaviour; `pins` hashes the source of each (docs/engine.md).
+PINNED: Final[tuple[object, ...]] = (
+    http.HttpLayer,
+    http.HttpClient,
+    http.HttpStream.passthrough,
+    _http2.Http2Connection,
+    _http2.Http2Server,
+    _http2.Http2Client,
+    _http_h2.BufferedH2Connection,
+    layer.Layer,
+    tunnel.TunnelLayer,
+    server.ConnectionHandler.handle_connection,
+    server.ConnectionHandler.drain_writers,
+    server.ConnectionHandler.server_event,
+)
+
+# The HTTP/2 layer of each live connection, by the connection's id. Weak: a layer goes with its connection.
+_live: Final[weakref.WeakValueDictionary[str, "_CreditedConnection"]] = weakref.WeakValueDictionary()
+
+
+class ReleaseCredit(events.Event):
+    """Sent down to an HTTP/2 connection that withholds credit: its destination may have room now."""
+
+
+class _CreditedConnection(_http2.Http2Connection):
+    """Keeps accounts of what it owes its peer. Stream ids are the connection's own unless named otherwise."""
+
+    def __init__(self, context: Context, *args: Any) -> None:
+        super().__init__(context, *args)
+        # hyper-h2 wants settings acknowledged before the connection starts, or the old ones go out.
+        self.h2_conn.local_settings.initial_window_size = STREAM_WINDOW_BYTES
+        self.h2_conn.local_settings.max_concurrent_streams = MAX_CONCURRENT_STREAMS
+        self.h2_conn.local_settings.acknowledge()
+        self._http_layer: _HttpLayer = next(x for x in reversed(context.layers) if isinstance(x, _HttpLayer))
+        self._connection_debt_bytes = 0
+        self._stream_debt_bytes: collections.Counter[int] = collections.Counter()
+        self._withheld: set[int] = set()
+        _live[self.conn.id] = self
+
+    def http_stream_id(self, stream_id: int) -> int:
+        """The HTTP layer's name of this connection's stream: the id the client gave it."""
+        return stream_id
+
+    def parked_bytes(self, http_stream_id: int) -> int:
+        """What waits here because the peer has granted no window for it."""
+        parked = self.h2_conn.stream_buffers.get(http_stream_id)
+        return sum(len(piece.data) for piece in parked) if parked else 0
+
+    def destination(self, stream: http.HttpStream) -> Connection:
+        """Where the body that arrives on this connection goes."""
+        return stream.context.server
+
+    @override
+    def handle_h2_event(self, event: h2.events.Event) -> Generator[commands.Command, Any, bool]:
+        if (
+            isinstance(event, h2.events.DataReceived)
+            and self.streams.get(event.stream_id) is _http2.StreamState.HEADERS_RECEIVED
+        ):
+            if event.data or not event.stream_ended:
+                yield _base.ReceiveHttp(self.ReceiveData(event.stream_id, event.data))
+            self._owe(event.stream_id, event.flow_controlled_length)
+            return False
+        stop = yield from super().handle_h2_event(event)
+        if isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)):
+            self._forget(event.stream_id)
+        return stop
+
+    @override
+    def _handle_event(self, event: events.Event) -> Commands:
+        if isinstance(event, ReleaseCredit):
+            for stream_id in list(self._withheld):
+                self._credit_stream(stream_id)
+            if data := self.h2_conn.data_to_send():
+                yield commands.SendData(self.conn, data)
+        else:
+            yield from super()._handle_event(event)
+            if isinstance(event, (_events.RequestProtocolError, _events.ResponseProtocolError)):
+                self._forget(event.stream_id)  # We have reset it; its peer need not end it any more.
+
+    @override
+    def done(self, _: events.Event) -> Commands:
+        # mitmproxy's own accepts a list of events that ReleaseCredit is not on.
+        self._withheld.clear()
+        yield from ()
+
+    def _owe(self, stream_id: int, size_bytes: int) -> None:
+        self._connection_debt_bytes += size_bytes
+        if self._connection_debt_bytes >= CONNECTION_STEP_BYTES:
+            self.h2_conn.increment_flow_control_window(self._connection_debt_bytes)
+            self._connection_debt_bytes = 0
+        self._stream_debt_bytes[stream_id] += size_bytes
+        # Below half a window the peer is not waiting for us.
+        if self._stream_debt_bytes[stream_id] >= STREAM_WINDOW_BYTES // 2:
+            self._credit_stream(stream_id)
+
+    def _credit_stream(self, stream_id: int) -> None:
+        if self.is_closed(stream_id):
+            self._forget(stream_id)
+        elif self._is_congested(self.http_stream_id(stream_id)):
+            self._withheld.add(stream_id)
+            self._http_layer.withholding.add(self.conn)
+        else:
+            self._withheld.discard(stream_id)
+            self.h2_conn.increment_flow_control_window(self._stream_debt_bytes.pop(stream_id), stream_id)
+
+    def _forget(self, stream_id: int) -> None:
+        self._stream_debt_bytes.pop(stream_id, None)
+        self._withheld.discard(stream_id)
+
+    def _is_congested(self, http_stream_id: int) -> bool:
+        stream = self._http_layer.streams.get(http_stream_id)
+        if stream is None or stream.child_layer is not None:
+            return False  # Nobody listens any more, or it has become a tunnel with a layer stack of its own.
+        if stream._paused is not None:  # noqa: SLF001 - a hook or a connect is in progress: bytes would queue up
+            return True
+        destination = _live.get(self.destination(stream).id)
+        return destination is not None and destination.parked_bytes(http_stream_id) > HIGH_WATER_BYTES
+
+    @property
+    def withholds(self) -> bool:
+        return bool(self._withheld)
+
+
+class _Http2Server(_CreditedConnection, _http2.Http2Server):
+    """The client's connection: requests arrive here, responses leave."""
+
+
+class _Http2Client(_CreditedConnection, _http2.Http2Client):
+    """A connection to an origin: responses arrive here, requests leave."""
+
+    @override
+    def http_stream_id(self, stream_id: int) -> int:
+        return self.their_stream_id.get(stream_id, stream_id)
+
+    @override
+    def parked_bytes(self, http_stream_id: int) -> int:
+        if http_stream_id in self.stream_queue:
+            return HIGH_WATER_BYTES + 1  # Not even opened yet: the origin takes no more streams for now.
+        ours = self.our_stream_id.get(http_stream_id)
+        return 0 if ours is None else super().parked_bytes(ours)
+
+    @override
+    def destination(self, stream: http.HttpStream) -> Connection:
+        return stream.context.client
+
+
+class _HttpLayer(http.HttpLayer):
+    """Releases withheld credit when a destination may have moved, and forgets closed upstream connections."""
+
+    def __init__(self, context: Context, mode: http.HTTPMode) -> None:
+        super().__init__(context, mode)
+        self.withholding: set[Connection] = set()
+        self._closed: set[Connection] = set()
+
+    @override
+    def _handle_event(self, event: events.Event) -> Commands:
+        yield from super()._handle_event(event)
+        if isinstance(event, events.ConnectionClosed):
+            self._closed.add(event.connection)
+        if self._closed:
+            self._forget_closed()
+        if self.withholding:
+            yield from self._release()
+
+    def _release(self) -> Commands:
+        for connection in list(self.withholding):
+            top = self.connections.get(connection)
+            source = _live.get(connection.id)
+            if top is None or source is None or not source.withholds:
+                self.withholding.discard(connection)
+                continue
+            yield from self.event_to_child(top, ReleaseCredit())
+
+    def _forget_closed(self) -> None:
+        for connection in list(self._closed):
+            if connection.state is not ConnectionState.CLOSED or connection in self.waiting_for_establishment:
+                continue
+            # A stream in the middle of a hook still sends to its origin afterwards, closed or not.
+            if any(stream.context.server is connection for stream in self.streams.values()):
+                continue
+            self._closed.discard(connection)
+            if connection is not self.context.client and connection is not self.context.server:
+                self.connections.pop(connection, None)
+
+
+class BackpressureHandler(mode_servers.ProxyConnectionHandler):
+    """The connection handler's share: an HTTP/1 source waits while its HTTP/2 destination is full (rule 3).
+
+    The wait stands in `drain_writers` because that is where mitmproxy's read loop expects to be held, and to
+    be cancelled. To be subclassed by the gate's handler; without `install` it never waits.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)  # type: ignore[no-untyped-call]
+        self._moved = asyncio.Event()
+
+    @override
+    async def server_event(self, event: events.Event) -> None:
+        await super().server_event(event)
+        self._moved.set()
+
+    @override
+    async def drain_writers(self) -> None:
+        await super().drain_writers()  # type: ignore[no-untyped-call]
+        if not _live:
+            return
+        task = asyncio.current_task()
+        source = next((c for c, io in self.transports.items() if io.handler is task), None)
+        while source is not None and source in self.transports and self._is_congested(source):
+            self._moved.clear()
+            await self._moved.wait()
+
+    def _is_congested(self, source: Connection) -> bool:
+        if source.id in _live:
+            return False  # It speaks HTTP/2 and is held back by credit.
+        return any(
+            connection is not source
+            and (destination := _live.get(connection.id)) is not None
+            and any(
+                destination.parked_bytes(stream_id) > HIGH_WATER_BYTES
+                for stream_id, stream in destination._http_layer.streams.items()  # noqa: SLF001 - same module
+                if source in (stream.context.client, stream.context.server)
+            )
+            for connection in self.transports
+        )
+
+
+def install() -> contextlib.ExitStack:
+    """Replace mitmproxy's HTTP/2 layers by ours, for connections accepted from now on.
+
+    Returns what undoes it when closed. Call it before a Master exists, and once.
+    """
+    undo = contextlib.ExitStack()
+    for owner, name, ours in (
+        (http, "Http2Server", _Http2Server),
+        (http, "Http2Client", _Http2Client),
+        (http, "HttpLayer", _HttpLayer),
+        (layers, "HttpLayer", _HttpLayer),
+        (next_layer, "HttpLayer", _HttpLayer),
+    ):
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, ours)
+    return undo
