@@ -9,8 +9,8 @@
 4. Nothing leaves an opener before its tag was verified. `decrypt_into` leaves unverified plaintext in its
    target when it raises, so that target is overwritten and dropped.
 5. What has failed stays failed, `finalize` included, and forgets its keys.
-6. One output buffer per `update`, filled in place: no joins, no work that grows with the square of the length.
-   The shape (`update`, `finalize`) is that of `cryptography.cobblestone`, which can take over later.
+6. One output buffer per `update`, filled in place: no joins, no work that grows with the square of the
+   length. The shape (`update`, `finalize`) is that of `cryptography.cobblestone`, which can take over later.
 """
 
 import hmac

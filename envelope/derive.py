@@ -5,6 +5,7 @@
 3. Key material has 32 bytes and is not all zero: zero is what wiping leaves, and a wiped key must never seal.
 """
 
+import hashlib
 from collections.abc import Buffer
 from typing import Final
 
@@ -70,6 +71,12 @@ def key_check_value(material: Buffer, owner: NetworkService, key_id: KeyId) -> b
     MisuseError as `object_key`. Compare with `hmac.compare_digest`.
     """
     return _derive(material, b"sealgate/v1 kcv", KEY_CHECK_VALUE_SIZE, owner, key_id)
+
+
+def signing_key_check_value(public_key_der: bytes, owner: NetworkService, key_id: KeyId) -> bytes:
+    """kcv of a signing key, 16 bytes, from its SubjectPublicKeyInfo in DER."""
+    checked = lp(b"sealgate/v1 kcv-sign") + scope(owner) + lp(key_id.raw) + lp(public_key_der)
+    return hashlib.sha256(checked).digest()[:KEY_CHECK_VALUE_SIZE]
 
 
 def ekm_binding(owner: NetworkService, key_id: KeyId, *, kek_id: str, environment_id: str) -> bytes:

@@ -1,0 +1,590 @@
+"""Key-material envelopes, JWE( JWS( claims ) ), from a key agent to one network service (docs/format.md 5).
+
+1. What is accepted follows from our own certificate and our own settings, never from the token. joserfc is
+   given an exact list of algorithms; header members beyond the listed ones, which it would let pass, are
+   refused before.
+2. The checks of `open_envelope` stand in the order of docs/format.md. It returns everything or raises
+   EnvelopeError with the code of the first rule that was broken; a caller never sees a part of the claims.
+3. joserfc checks neither `exp` nor any other claim: all of them are checked here.
+4. Time, sequence, nonce and seen token ids are arguments; remembering them, per issuer, is the caller's duty.
+"""
+
+import functools
+import hmac
+import json
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, NoReturn
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_private_key
+from joserfc import jwe, jws
+from joserfc.jwk import ECKey, RSAKey
+
+from envelope.base64url import b64u_decode, b64u_encode
+from envelope.certificates import CertificateError, Identity, Role, fingerprint, read_identity
+from envelope.derive import key_check_value, signing_key_check_value
+from envelope.errors import EnvelopeError, FormatError, MisuseError
+from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, check_name
+
+MAX_ENVELOPE_BYTES: Final = 64 * 1024
+MAX_AHEAD_S: Final = 30
+"""How far an agent's clock may be ahead of ours; `nbf` is this much before `iat` to let it be."""
+NONCE_SIZE: Final = 16
+TOKEN_ID_SIZE: Final = 16
+MAX_SEQUENCE: Final = 2**53 - 1
+
+_SIGNATURE: Final = "ES256"
+_ENCRYPTION: Final = "A256GCM"
+_OUTER_TYPE: Final = "sealgate-km+jwe"
+_INNER_TYPE: Final = "sealgate-km+jws"
+_CLAIMS: Final = frozenset({"iss", "aud", "sub", "iat", "nbf", "exp", "jti", "seq", "x5t#S256", "op", "keys"})
+_ALGORITHM: Final = re.compile(r"[A-Za-z0-9+-]{1,32}")
+_MAX_AUDIENCE: Final = 255
+
+type RecipientKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+
+
+class Operation(StrEnum):
+    SET = "set"
+    """Replaces all keys of the network service; with no keys it withdraws them: the revoke message."""
+    ADD = "add"
+    """Answers a request for a key id; other keys stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Claims:
+    """What an agent says to one network service.
+
+    *audience*: id of the proxy or cluster. *issued_at_s*, *expires_at_s*: Unix seconds. *sequence*: strictly
+    rising per issuer and owner, 1 to 2^53 - 1. *token_id*: 16 random bytes. *nonce*: the proxy's 16-byte
+    challenge.
+    """
+
+    issuer: str
+    audience: str
+    owner: NetworkService
+    issued_at_s: int
+    expires_at_s: int
+    sequence: int
+    token_id: bytes
+    nonce: bytes | None
+    operation: Operation
+    keys: tuple[KeyMaterial, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """An agent's signing certificate, already verified to the tenant's root with role signing."""
+
+    certificate: x509.Certificate
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Expectation:
+    """What a proxy knows when an envelope arrives; the envelope has to fit.
+
+    *signers*: by SHA-256 of the certificate's DER form, of this tenant only. *validity_s*: the longest it may
+    be good for. *nonce*: our challenge; None for an envelope that came without a session, by a broker, which
+    is believed only above a sequence already accepted under a challenge. *last_sequence*: the highest
+    accepted since this process started, 0 for none; by issuer, or one for all. *seen_token_ids*: those of
+    envelopes still live.
+    """
+
+    owner: NetworkService
+    audience: str
+    recipient_certificate: x509.Certificate
+    recipient_key: RecipientKey = field(repr=False)
+    signers: Mapping[bytes, Signer]
+    now_s: float
+    validity_s: int
+    nonce: bytes | None
+    last_sequence: int | Mapping[str, int]
+    seen_token_ids: Container[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipient:
+    """What a recipient's certificate fixes."""
+
+    algorithm: str
+    curve: str | None
+    identity: Identity
+    thumbprint: str
+    public_key: RSAKey | ECKey
+
+    @property
+    def members(self) -> frozenset[str]:
+        """The members of the outer header, no more and no fewer."""
+        listed = frozenset({"alg", "enc", "typ", "cty", "x5t#S256"})
+        return listed if self.curve is None else listed | {"epk"}
+
+
+def recipient_thumbprint(token: str) -> bytes:
+    """SHA-256 of the certificate that *token* says it is for: finds the network service, proves nothing.
+
+    EnvelopeError "too-large", "malformed" or "header".
+    """
+    header = _object(_segments(token, 5)[0])
+    return _bytes_member(header, "x5t#S256", 32, "header")
+
+
+def key_check(key: KeyMaterial) -> bytes:
+    """The kcv of *key*, 16 bytes: `key_check_value` for data, of the public key for `sign`.
+
+    MisuseError if the secret is not of its use, was wiped, or was destroyed.
+    """
+    match key.use:
+        case KeyUse.DATA:
+            return key_check_value(key.secret, key.owner, key.key_id)
+        case KeyUse.SIGN:
+            try:
+                private = load_der_private_key(bytes(key.secret), password=None)
+            except Exception as error:  # noqa: BLE001 - the parser's ValueError, TypeError, UnsupportedAlgorithm
+                raise MisuseError(f"a signing key is PKCS#8 DER ({type(error).__name__})") from None
+            public = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            return signing_key_check_value(public, key.owner, key.key_id)
+
+
+def seal_envelope(
+    claims: Claims,
+    *,
+    recipient: x509.Certificate,
+    signing_key: ec.EllipticCurvePrivateKey,
+    signing_certificate: x509.Certificate,
+) -> str:
+    """The compact JWE of *claims* for *recipient*, signed by *signing_key*.
+
+    The caller has verified *recipient* (chain, validity, role). MisuseError if the claims break a rule of the
+    format, or recipient, signer and claims do not belong together. EnvelopeError "too-large" beyond 64 KiB.
+    """
+    to = _recipient(recipient)
+    if to.identity != Identity(claims.owner.tenant, Role.SERVICE, claims.owner.service):
+        raise MisuseError(f"keys of {claims.owner} are not for {to.identity}")
+    _check_signing(claims, signing_key, signing_certificate)
+    body = json.dumps(_encode_claims(claims, to.thumbprint), separators=(",", ":")).encode()
+    signer = b64u_encode(fingerprint(signing_certificate))
+    signed = jws.serialize_compact(
+        {"alg": _SIGNATURE, "kid": signer, "typ": _INNER_TYPE},
+        body,
+        _signing_key(signing_key, signing_certificate),
+        registry=_jws_registry(),
+    )
+    outer = {
+        "alg": to.algorithm,
+        "enc": _ENCRYPTION,
+        "typ": _OUTER_TYPE,
+        "cty": "JWT",
+        "x5t#S256": to.thumbprint,
+    }
+    # joserfc has a limit of its own on the ciphertext; ours comes first so that the error says what is wrong.
+    if len(signed) > MAX_ENVELOPE_BYTES:
+        raise EnvelopeError("too-large", f"{len(claims.keys)} keys do not fit an envelope")
+    token = jwe.encrypt_compact(outer, signed, to.public_key, registry=_jwe_registry(to.algorithm))
+    if len(token) > MAX_ENVELOPE_BYTES:
+        raise EnvelopeError("too-large", f"{len(claims.keys)} keys do not fit an envelope")
+    return token
+
+
+def open_envelope(token: str, expected: Expectation) -> Claims:
+    """The claims of *token*, once every rule holds; EnvelopeError with the rule's code otherwise.
+
+    "too-large", "malformed", "algorithm", "header", "recipient", "decryption", "signer", "signature",
+    "owner", "time", "audience", "nonce", "sequence", "replay", "key-check".
+    """
+    ours = _recipient(expected.recipient_certificate)
+    if ours.identity != Identity(expected.owner.tenant, Role.SERVICE, expected.owner.service):
+        raise EnvelopeError("recipient", "our own certificate is not this network service's")
+    signed = _decrypt(token, ours, expected.recipient_key)
+    signer, claims = _verify(signed, expected)
+    _check_parties(claims, ours, signer, expected)
+    _check_freshness(claims, expected)
+    return _decode_claims(claims, expected.owner)
+
+
+# --- reading, in the order of docs/format.md 5 ---
+
+
+def _decrypt(token: str, ours: _Recipient, key: RecipientKey) -> str:
+    """Rules 1 to 4, outside: the inner JWS."""
+    header = _object(_segments(token, 5)[0])
+    if header.get("alg") != ours.algorithm or header.get("enc") != _ENCRYPTION:
+        raise EnvelopeError("algorithm", f"only {ours.algorithm} with {_ENCRYPTION} is accepted here")
+    if header.keys() != ours.members:
+        raise EnvelopeError("header", "the outer header has other members than the format's")
+    if header["typ"] != _OUTER_TYPE or header["cty"] != "JWT":
+        raise EnvelopeError("header", "the outer header is of another type")
+    if ours.curve is not None:
+        _check_ephemeral_key(header["epk"], ours.curve)
+    if header["x5t#S256"] != ours.thumbprint:
+        raise EnvelopeError("recipient", "sealed to another certificate")
+    try:
+        opened = jwe.decrypt_compact(
+            token, _recipient_key(key, ours), registry=_jwe_registry(ours.algorithm)
+        ).plaintext
+    except Exception:  # noqa: BLE001 - whatever a broken token makes of joserfc and OpenSSL: one answer
+        opened = None
+    if opened is None:
+        raise EnvelopeError("decryption", "does not open with the key of our certificate")
+    try:
+        return opened.decode("ascii")
+    except UnicodeDecodeError:
+        raise EnvelopeError("malformed", "the inner token is not text") from None
+
+
+def _verify(signed: str, expected: Expectation) -> tuple[Signer, dict[str, Any]]:
+    """Rules 2 to 4, inside: who signed, and the claims, not yet judged."""
+    header_segment, payload_segment, _ = _segments(signed, 3)
+    header = _object(header_segment)
+    if header.get("alg") != _SIGNATURE:
+        raise EnvelopeError("algorithm", f"only {_SIGNATURE} signatures are accepted")
+    if header.keys() != {"alg", "kid", "typ"}:
+        raise EnvelopeError("header", "the inner header has other members than the format's")
+    if header["typ"] != _INNER_TYPE:
+        raise EnvelopeError("header", "the inner header is of another type")
+    signer = expected.signers.get(_bytes_member(header, "kid", 32, "header"))
+    if signer is None:
+        raise EnvelopeError("signer", "signed by none of this tenant's agents")
+    _check_signer(signer, expected)
+    try:
+        verified = jws.deserialize_compact(
+            signed, _verification_key(signer.certificate), registry=_jws_registry()
+        ).payload
+    except Exception:  # noqa: BLE001 - as above
+        verified = None
+    if verified is None:
+        raise EnvelopeError("signature", "the signature is not this signer's")
+    claims = _object(payload_segment)
+    if claims.keys() - {"nonce"} != _CLAIMS:
+        raise EnvelopeError("malformed", "other claims than the format's")
+    return signer, claims
+
+
+def _check_signer(signer: Signer, expected: Expectation) -> None:
+    """The caller verified the chain when it learned of the certificate; that may be long ago."""
+    certificate = signer.certificate
+    try:
+        identity = read_identity(certificate)
+    except CertificateError:
+        raise EnvelopeError("signer", "the signer's certificate states no role") from None
+    if identity != Identity(expected.owner.tenant, Role.AGENT_SIGNING, signer.agent_id):
+        raise EnvelopeError("signer", "the signer's certificate is not that of an agent of this tenant")
+    begin_s = certificate.not_valid_before_utc.timestamp()
+    if not begin_s <= expected.now_s <= certificate.not_valid_after_utc.timestamp():
+        raise EnvelopeError("signer", "the signer's certificate is not valid now")
+
+
+def _check_parties(claims: dict[str, Any], ours: _Recipient, signer: Signer, expected: Expectation) -> None:
+    """Rule 4, the claims: to us, about us, by whom it says."""
+    if claims["x5t#S256"] != ours.thumbprint:
+        raise EnvelopeError("recipient", "signed for another certificate")
+    if claims["sub"] != str(expected.owner):
+        raise EnvelopeError("owner", "about another network service")
+    if claims["iss"] != signer.agent_id:
+        raise EnvelopeError("signer", "the issuer is not the agent that signed")
+
+
+def _check_freshness(claims: dict[str, Any], expected: Expectation) -> None:
+    """Rule 5. *now_s* is read once, by the caller."""
+    now_s = expected.now_s
+    issued_at_s, not_before_s, expires_at_s = (_integer(claims, name) for name in ("iat", "nbf", "exp"))
+    if issued_at_s > now_s + MAX_AHEAD_S:
+        raise EnvelopeError("time", f"issued {issued_at_s - now_s:.0f} s ahead of our clock")
+    if not_before_s > now_s:
+        raise EnvelopeError("time", "not valid yet")
+    if now_s >= expires_at_s:
+        raise EnvelopeError("time", f"expired {now_s - expires_at_s:.0f} s ago")
+    if not 0 < expires_at_s - issued_at_s <= expected.validity_s:
+        raise EnvelopeError(
+            "time", f"good for {expires_at_s - issued_at_s} s, not 1 to {expected.validity_s}"
+        )
+    if claims["aud"] != expected.audience:
+        raise EnvelopeError("audience", "meant for another proxy")
+    sequence = _integer(claims, "seq")
+    last = expected.last_sequence
+    last_sequence = last if isinstance(last, int) else last.get(claims["iss"], 0)
+    nonce = _bytes_member(claims, "nonce", NONCE_SIZE, "malformed") if "nonce" in claims else None
+    if expected.nonce is None:
+        if nonce is not None:
+            raise EnvelopeError("nonce", "answers a challenge that is not open")
+        if last_sequence <= 0:
+            raise EnvelopeError(
+                "nonce", "answers no challenge, and none was answered since this proxy started"
+            )
+    elif nonce is None or not hmac.compare_digest(nonce, expected.nonce):
+        raise EnvelopeError("nonce", "does not answer our challenge")
+    if not 0 < sequence <= MAX_SEQUENCE:
+        raise EnvelopeError("malformed", "the sequence is out of range")
+    if sequence <= last_sequence:
+        raise EnvelopeError("sequence", f"sequence {sequence} is not above {last_sequence}")
+    if _bytes_member(claims, "jti", TOKEN_ID_SIZE, "malformed") in expected.seen_token_ids:
+        raise EnvelopeError("replay", "seen before")
+
+
+def _decode_claims(claims: dict[str, Any], owner: NetworkService) -> Claims:
+    """Rule 6 and what is left: every key checked, then all of them returned."""
+    if claims["op"] not in set(Operation):
+        raise EnvelopeError("malformed", "an unknown operation")
+    items = claims["keys"]
+    if not isinstance(items, list):
+        raise EnvelopeError("malformed", "keys are a list")
+    keys: list[KeyMaterial] = []
+    try:
+        for item in items:
+            keys.append(_decode_key(item, owner, taken={key.key_id for key in keys}))
+    except EnvelopeError:
+        for key in keys:
+            key.wipe()
+        raise
+    return Claims(
+        issuer=claims["iss"],
+        audience=claims["aud"],
+        owner=owner,
+        issued_at_s=claims["iat"],
+        expires_at_s=claims["exp"],
+        sequence=claims["seq"],
+        token_id=b64u_decode(claims["jti"]),
+        nonce=b64u_decode(claims["nonce"]) if "nonce" in claims else None,
+        operation=Operation(claims["op"]),
+        keys=tuple(keys),
+    )
+
+
+def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId]) -> KeyMaterial:
+    if not isinstance(item, dict):
+        raise EnvelopeError("malformed", "a key is an object")
+    try:
+        use, state = KeyUse(item["use"]), KeyState(item["st"])
+    except (KeyError, ValueError):
+        raise EnvelopeError("malformed", "a key of unknown use or state") from None
+    required = {"kid", "use", "st"} | ({"alg"} if use is KeyUse.SIGN else set())
+    if state is KeyState.DESTROYED:
+        if not required <= item.keys() <= required | {"kcv"}:
+            raise EnvelopeError("malformed", "a destroyed key has other members than the format's")
+    elif item.keys() != required | {"km", "kcv"}:
+        raise EnvelopeError("malformed", "a key has other members than the format's")
+    algorithm = item.get("alg")
+    if algorithm is not None and not (isinstance(algorithm, str) and _ALGORITHM.fullmatch(algorithm)):
+        raise EnvelopeError("malformed", "a signing key's algorithm is not a name")
+    key_id = KeyId(_bytes_member(item, "kid", 16, "malformed"))
+    if key_id.is_anonymous:
+        raise EnvelopeError("malformed", "the anonymous key id names no key")
+    if key_id in taken:
+        raise EnvelopeError("malformed", "a key id twice")
+    key = KeyMaterial(
+        owner=owner,
+        key_id=key_id,
+        state=state,
+        use=use,
+        algorithm=algorithm,
+        secret=bytearray(_bytes_member(item, "km", None, "malformed")) if "km" in item else bytearray(),
+    )
+    if state is not KeyState.DESTROYED:
+        stated = _bytes_member(item, "kcv", 16, "malformed")
+        try:
+            correct = hmac.compare_digest(key_check(key), stated)
+        except MisuseError:
+            correct = False
+        if not correct:
+            key.wipe()
+            raise EnvelopeError("key-check", f"key {key_id} is not what its check value says")
+    return key
+
+
+# --- JSON and base64, stricter than the libraries ---
+
+
+def _segments(token: str, count: int) -> list[str]:
+    """Rule 1: a compact serialisation of *count* parts, each in the one spelling of base64url."""
+    if len(token) > MAX_ENVELOPE_BYTES:
+        raise EnvelopeError("too-large", f"more than {MAX_ENVELOPE_BYTES} bytes")
+    parts = token.split(".")
+    if len(parts) != count:
+        raise EnvelopeError("malformed", f"not a compact token of {count} parts")
+    try:
+        for part in parts:
+            b64u_decode(part)
+    except FormatError:
+        raise EnvelopeError("malformed", "a part is not base64url") from None
+    return parts
+
+
+def _object(segment: str) -> dict[str, Any]:
+    """The JSON object in *segment*: no member twice, no float, no NaN."""
+    try:
+        value = json.loads(
+            b64u_decode(segment).decode(),
+            object_pairs_hook=_unique_members,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+        )
+    except (ValueError, RecursionError):
+        # Without the cause: its text may quote the document.
+        raise EnvelopeError("malformed", "not the JSON of this format") from None
+    if not isinstance(value, dict):
+        raise EnvelopeError("malformed", "not a JSON object")
+    return value
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member twice")
+    return members
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"not an integer ({len(text)} characters)")
+
+
+def _integer(claims: dict[str, Any], name: str) -> int:
+    value = claims[name]
+    # A bool is an int to Python, not to this format.
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_SEQUENCE:
+        raise EnvelopeError("malformed", f"{name} is not an integer in range")
+    return value
+
+
+def _bytes_member(members: dict[str, Any], name: str, size: int | None, code: str) -> bytes:
+    value = members.get(name)
+    try:
+        data = b64u_decode(value) if isinstance(value, str) else None
+    except FormatError:
+        data = None
+    if data is None or (size is not None and len(data) != size):
+        raise EnvelopeError(code, f"{name} is not the base64url of {size or 'some'} bytes")
+    return data
+
+
+def _check_ephemeral_key(epk: object, curve: str) -> None:
+    if not isinstance(epk, dict) or epk.keys() != {"kty", "crv", "x", "y"}:
+        raise EnvelopeError("header", "the ephemeral key has other members than the format's")
+    if epk["kty"] != "EC" or epk["crv"] != curve:
+        raise EnvelopeError("header", "the ephemeral key is on another curve than our certificate's")
+
+
+# --- writing ---
+
+
+def _check_signing(
+    claims: Claims, signing_key: ec.EllipticCurvePrivateKey, signing_certificate: x509.Certificate
+) -> None:
+    try:
+        identity = read_identity(signing_certificate)
+    except CertificateError as error:
+        raise MisuseError(f"the signing certificate states no role: {error}") from error
+    if identity != Identity(claims.owner.tenant, Role.AGENT_SIGNING, claims.issuer):
+        raise MisuseError(f"{identity} does not sign for agent {claims.issuer} of {claims.owner.tenant}")
+    if signing_key.public_key() != signing_certificate.public_key():
+        raise MisuseError("the signing key is not the signing certificate's")
+
+
+def _encode_claims(claims: Claims, thumbprint: str) -> dict[str, Any]:
+    check_name("agent", claims.issuer)
+    if not 0 < len(claims.audience) <= _MAX_AUDIENCE:
+        raise MisuseError("an audience is the id of a proxy or cluster")
+    if not 0 < claims.sequence <= MAX_SEQUENCE:
+        raise MisuseError(f"sequence {claims.sequence} is out of range")
+    if claims.expires_at_s <= claims.issued_at_s:
+        raise MisuseError("an envelope expires after it was issued")
+    if len(claims.token_id) != TOKEN_ID_SIZE:
+        raise MisuseError(f"a token id has {TOKEN_ID_SIZE} bytes")
+    if claims.nonce is not None and len(claims.nonce) != NONCE_SIZE:
+        raise MisuseError(f"a nonce has {NONCE_SIZE} bytes")
+    if len({key.key_id for key in claims.keys}) != len(claims.keys):
+        raise MisuseError("a key id twice in one envelope")
+    encoded: dict[str, Any] = {
+        "iss": claims.issuer,
+        "aud": claims.audience,
+        "sub": str(claims.owner),
+        "iat": claims.issued_at_s,
+        "nbf": claims.issued_at_s - MAX_AHEAD_S,
+        "exp": claims.expires_at_s,
+        "jti": b64u_encode(claims.token_id),
+        "seq": claims.sequence,
+        "x5t#S256": thumbprint,
+        "op": claims.operation.value,
+        "keys": [_encode_key(key, claims.owner) for key in claims.keys],
+    }
+    if claims.nonce is not None:
+        encoded["nonce"] = b64u_encode(claims.nonce)
+    return encoded
+
+
+def _encode_key(key: KeyMaterial, owner: NetworkService) -> dict[str, str]:
+    if key.owner != owner:
+        raise MisuseError(f"a key of {key.owner} in an envelope for {owner}")
+    if key.key_id.is_anonymous:
+        raise MisuseError("the anonymous key id names no key")
+    item = {"kid": b64u_encode(key.key_id.raw), "use": key.use.value, "st": key.state.value}
+    if key.use is KeyUse.SIGN:
+        if key.algorithm is None or not _ALGORITHM.fullmatch(key.algorithm):
+            raise MisuseError("a signing key names its algorithm")
+        item["alg"] = key.algorithm
+    elif key.algorithm is not None:
+        raise MisuseError("only a signing key names an algorithm")
+    if key.state is KeyState.DESTROYED:
+        if key.secret:
+            raise MisuseError("a destroyed key has no secret")
+    else:
+        item["kcv"] = b64u_encode(key_check(key))
+        item["km"] = b64u_encode(bytes(key.secret))
+    return item
+
+
+# --- what follows from certificates ---
+
+
+@functools.lru_cache(maxsize=16384)
+def _recipient(certificate: x509.Certificate) -> _Recipient:
+    """Cached: an agent seals to the same certificates every few minutes. Holds public data only."""
+    try:
+        identity = read_identity(certificate)
+    except CertificateError as error:
+        raise EnvelopeError("recipient", f"not the certificate of a network service: {error}") from error
+    thumbprint = b64u_encode(fingerprint(certificate))
+    match certificate.public_key():
+        case rsa.RSAPublicKey() as public if public.key_size >= 2048:
+            return _Recipient("RSA-OAEP-256", None, identity, thumbprint, RSAKey(public, public))
+        case ec.EllipticCurvePublicKey() as public if public.curve.name in _CURVES:
+            curve = _CURVES[public.curve.name]
+            return _Recipient("ECDH-ES+A256KW", curve, identity, thumbprint, ECKey(public, public))
+        case _:
+            raise EnvelopeError("recipient", "the certificate's key cannot receive key material")
+
+
+_CURVES: Final = {"secp256r1": "P-256", "secp384r1": "P-384"}
+
+
+def _recipient_key(key: RecipientKey, ours: _Recipient) -> RSAKey | ECKey:
+    # The dictionary of the public key keeps joserfc from exporting the private numbers into strings of its
+    # own.
+    public = ours.public_key.as_dict(private=False)
+    return RSAKey(key, public) if isinstance(key, rsa.RSAPrivateKey) else ECKey(key, public)
+
+
+def _signing_key(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> ECKey:
+    return ECKey(key, _verification_key(certificate).as_dict(private=False))
+
+
+@functools.lru_cache(maxsize=1024)
+def _verification_key(certificate: x509.Certificate) -> ECKey:
+    public = certificate.public_key()
+    if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
+        raise MisuseError("a signing certificate has a P-256 key")
+    return ECKey(public, public)
+
+
+@functools.cache
+def _jwe_registry(algorithm: str) -> jwe.JWERegistry:
+    """Rule 2: an open list let 6 of 74 invalid Wycheproof tokens pass."""
+    return jwe.JWERegistry(algorithms=[algorithm, _ENCRYPTION])
+
+
+@functools.cache
+def _jws_registry() -> jws.JWSRegistry:
+    return jws.JWSRegistry(algorithms=[_SIGNATURE])
