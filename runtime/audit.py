@@ -1,0 +1,262 @@
+"""The audit log: events of envelope/audit.py appended to a file. What cannot be written is refused.
+
+1. One process writes a log, held by flock; each process of a proxy has its own file.
+2. A line is one write(2) with O_APPEND. If it does not fit (disk full), what was written of it is cut off
+   again and AuditUnavailableError raised: the caller refuses the operation. The next append may succeed.
+3. `durable=True` returns after fdatasync. `durable=False` leaves the line in the page cache: it survives the
+   process being killed, not the machine; for events of the data path, which are many, and are on disk with
+   the next durable one.
+4. After a failed fdatasync nobody knows what is on disk (the kernel forgets the error): the log stays refused
+   until it is opened anew, which reads and verifies it.
+5. The file is ours alone: if it was removed, replaced, cut or written by someone else, appending is refused.
+6. Opening verifies the whole chain. A last line without its newline was torn by a crash: it was never
+   acknowledged as durable, so it is moved to `<file>.torn-<seq>`, and an event says so. Any other damage
+   refuses to open, unless told to set the file aside; then a new chain starts with an event that names the
+   old file and its SHA-256.
+
+Rotation is out of scope: a chain is one file, verified when opened (about 10 µs per line). Stop the process
+and move the file away to begin a new one; record the old one's head.
+"""
+
+import fcntl
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Final, Self
+
+from envelope import audit
+from envelope.audit import BrokenChainError, Head, Value
+from envelope.errors import SealgateError
+from runtime.clock import Clock
+
+FILE_MODE: Final = 0o600
+_READ_BYTES: Final = 1 << 20
+
+
+class AuditUnavailableError(SealgateError):
+    """The audit log cannot be written: the operation must be refused. `next_step` says how to mend it."""
+
+    def __init__(self, cause: str, next_step: str) -> None:
+        super().__init__(f"audit log {cause}")
+        self.next_step = next_step
+
+
+class AuditLog:
+    """An open log. `append` is for any thread; `durable=True` blocks for the duration of an fdatasync."""
+
+    def __init__(self, path: Path, clock: Clock, descriptor: int) -> None:
+        """Use `AuditLog.open`."""
+        self.path = path
+        self._path = str(path)  # a Path is turned into text anew at each stat
+        self._clock = clock
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._head = audit.EMPTY
+        self._size_bytes = 0
+        self._failure: str | None = None
+        self._identity = _identity(os.fstat(descriptor))
+
+    @classmethod
+    def open(cls, path: Path, clock: Clock, *, set_aside_broken: bool = False) -> Self:
+        """Open or create the log, verify it, continue its chain.
+
+        AuditUnavailableError: not writable, held by another process, or broken. With *set_aside_broken* a
+        broken log is renamed to `<file>.broken-<n>` and a new chain begins.
+        """
+        log = cls(path, clock, _open_locked(path))
+        try:
+            log._continue_chain(set_aside_broken=set_aside_broken)
+        except BaseException:
+            log.close()
+            raise
+        return log
+
+    @property
+    def head(self) -> Head:
+        """The last event's number and hash, to be recorded elsewhere (envelope/audit.py rule 3)."""
+        return self._head
+
+    def append(self, action: str, *, outcome: str = "ok", durable: bool = True, **fields: Value) -> None:
+        """Write one event. AuditUnavailableError if it cannot be: then refuse what it stands for."""
+        with self._lock:
+            self._check_usable()
+            line, head = audit.encode_event(
+                self._head, wall_s=self._clock.wall_s(), action=action, outcome=outcome, fields=fields
+            )
+            self._write(line)
+            self._head = head
+            if durable:
+                self._sync()
+
+    def close(self) -> None:
+        """Sync, as far as possible, and let the file go; appending is refused from now on."""
+        with self._lock:
+            if self._descriptor < 0:
+                return
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError:
+                pass  # A refused log stays refused; nobody waits for this one.
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = -1
+                self._failure = "is closed"
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise AuditUnavailableError(
+                f"{self.path} {self._failure}", "find the cause in the log, then restart"
+            )
+        try:
+            status = os.stat(self._path)  # noqa: PTH116 - on the data path
+        except OSError as error:
+            raise self._fail(f"has gone ({error.strerror})", "restore the file, then restart") from error
+        if _identity(status) != self._identity or status.st_size != self._size_bytes:
+            raise self._fail("was replaced, cut or written by someone else", "find out by whom, then restart")
+
+    def _write(self, line: bytes) -> None:
+        try:
+            written = os.write(self._descriptor, line)
+            reason = "No space left on device" if written != len(line) else None
+        except OSError as error:
+            written, reason = 0, error.strerror or type(error).__name__
+        if reason is None:
+            self._size_bytes += written
+            return
+        try:
+            os.ftruncate(self._descriptor, self._size_bytes)
+        except OSError as error:
+            raise self._fail(
+                f"holds half a line ({error.strerror})", "check the file system, then restart"
+            ) from error
+        raise AuditUnavailableError(
+            f"{self.path} cannot be written: {reason}", f"free or mend the disk that holds {self.path.parent}"
+        )
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise self._fail(f"was not synced ({error.strerror})", "check the disk, then restart") from error
+
+    def _fail(self, cause: str, next_step: str) -> AuditUnavailableError:
+        """Refuse everything from now on."""
+        self._failure = cause
+        return AuditUnavailableError(f"{self.path} {cause}", next_step)
+
+    def _continue_chain(self, *, set_aside_broken: bool) -> None:
+        try:
+            self._head, self._size_bytes, torn = self._read_chain()
+        except BrokenChainError as error:
+            if not set_aside_broken:
+                raise AuditUnavailableError(
+                    f"{self.path} is broken at {error}",
+                    "keep a copy as evidence, then open it with set_aside_broken: it is renamed, and a new "
+                    "chain begins with an event that names it",
+                ) from None
+            self._set_aside(error)
+            return
+        if torn:
+            self._move_torn_line(torn)
+
+    def _read_chain(self) -> tuple[Head, int, bytes]:
+        """Head and size in bytes of the whole lines, and the torn rest."""
+        head, size_bytes, line_number = audit.EMPTY, 0, 0
+        with open(os.dup(self._descriptor), "rb", buffering=_READ_BYTES) as stream:  # noqa: PTH123
+            stream.seek(0)
+            while line := stream.readline(audit.MAX_LINE_BYTES + 1):
+                line_number += 1
+                if not line.endswith(b"\n") and len(line) <= audit.MAX_LINE_BYTES:
+                    return head, size_bytes, line
+                try:
+                    head = audit.verify([line], start=head)
+                except BrokenChainError as error:
+                    raise BrokenChainError(line_number, error.reason) from None
+                size_bytes += len(line)
+        return head, size_bytes, b""
+
+    def _move_torn_line(self, torn: bytes) -> None:
+        saved = self.path.with_name(f"{self.path.name}.torn-{self._head.seq + 1}")
+        try:
+            descriptor = os.open(saved, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - with a mode
+                file.write(torn)
+                file.flush()
+                os.fsync(descriptor)
+            os.ftruncate(self._descriptor, self._size_bytes)
+            _sync_directory(self.path.parent)
+        except OSError as error:
+            raise AuditUnavailableError(
+                f"{self.path} ends in a torn line that cannot be moved to {saved}: {error.strerror}",
+                f"free the disk that holds {self.path.parent}, or make it writable",
+            ) from error
+        self.append(
+            "audit.recovered",
+            torn_bytes=len(torn),
+            torn_file=saved.name,
+            torn_sha256=hashlib.sha256(torn).hexdigest(),
+        )
+
+    def _set_aside(self, broken: BrokenChainError) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.broken-{number}")).exists():
+            number += 1
+        with open(os.dup(self._descriptor), "rb") as stream:  # noqa: PTH123 - the locked file
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            raise AuditUnavailableError(
+                f"{self.path} is broken and cannot be renamed: {error.strerror}",
+                "make its directory writable",
+            ) from error
+        old, self._descriptor = self._descriptor, _open_locked(self.path)
+        os.close(old)
+        self._identity = _identity(os.fstat(self._descriptor))
+        self._head, self._size_bytes = audit.EMPTY, 0
+        self.append(
+            "audit.restarted",
+            broken_file=aside.name,
+            broken_line=broken.line_number,
+            broken_reason=broken.reason,
+            broken_sha256=digest,
+        )
+
+
+def _open_locked(path: Path) -> int:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, FILE_MODE)
+    except OSError as error:
+        raise AuditUnavailableError(
+            f"{path} cannot be opened: {error.strerror}",
+            f"make {path.parent} an existing directory that this user may write",
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _sync_directory(path.parent)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise AuditUnavailableError(
+                f"{path} is written by another process",
+                "stop that process, or give this one a file of its own",
+            ) from error
+        raise AuditUnavailableError(
+            f"{path} cannot be locked or synced: {error.strerror}", "put it on a local file system"
+        ) from error
+    return descriptor
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
