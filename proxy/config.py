@@ -1,9 +1,9 @@
 """The proxy's settings: a TOML file, overridden by SEALGATE_SECTION__KEY (runtime/settings.py).
 
 1. Unknown keys are refused. Units stand in the names. What depends on each other is checked here.
-2. Paths are absolute: a service's working directory is nobody's intention.
+2. A relative path is relative to the file's directory: a working directory is nobody's intention.
 3. Secrets stand in files of their own (`*_file`); a database password does not stand in `database_url`.
-4. Tenants and network services are no settings: they are in the directory (`sealgate tenant`, `sealgate service`).
+4. Tenants and network services are no settings: they are in the directory (`sealgate tenant`, `service`).
 """
 
 import ipaddress
@@ -19,19 +19,9 @@ from envelope.errors import FormatError
 from envelope.keys import check_name
 from runtime import settings as runtime_settings
 
-ENVIRONMENT_PREFIX: Final = "SEALGATE_"
+ENVIRONMENT_PREFIX: Final = "SEALGATE"
 MAX_VALIDITY_S: Final = 3600
 """Longer would turn the promise of minutes into hours."""
-
-
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the configuration file."""
-
-
-def _check_absolute(**paths: str | None) -> None:
-    for name, path in paths.items():
-        if path is not None and not Path(path).is_absolute():
-            raise ValueError(f"{name.replace('__', '.')} must be an absolute path, not {path!r}")
 
 
 def _check_host(name: str, host: str) -> None:
@@ -52,14 +42,14 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value:g}")
 
 
-class ProxySettings(_Section):
+class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     id: str
     """This proxy, or the cluster it belongs to: the audience of key-material envelopes."""
-    state_dir: str = "/var/lib/sealgate"
+    state_dir: Path = Path("/var/lib/sealgate")
     """0700, on a local disk: directory database, private keys, interception CAs, audit log."""
     database_url: str | None = None
     """Default: SQLite in `state_dir`. PostgreSQL: postgresql+psycopg://user@host/database."""
-    database_url_file: str | None = None
+    database_url_file: Path | None = None
     """A file that holds the URL, for one with a password in it."""
     reload_s: float = 1.0
     """How often the running proxy looks whether the directory has changed."""
@@ -69,7 +59,6 @@ class ProxySettings(_Section):
             check_name("proxy", self.id)
         except FormatError as error:
             raise ValueError(f"proxy.id: {error}") from None
-        _check_absolute(proxy__state_dir=self.state_dir, proxy__database_url_file=self.database_url_file)
         if self.database_url is not None and self.database_url_file is not None:
             raise ValueError("proxy.database_url and proxy.database_url_file: give one of them")
         if self.database_url is not None:
@@ -77,36 +66,31 @@ class ProxySettings(_Section):
         _check_range("proxy.reload_s", self.reload_s, 0.05, 60)
 
     @property
-    def state_path(self) -> Path:
-        return Path(self.state_dir)
-
-    @property
     def audit_file(self) -> Path:
-        return self.state_path / "audit.jsonl"
+        return self.state_dir / "audit.jsonl"
 
 
-class PushSettings(_Section):
+class PushSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The listener for the enterprises' key agents: TLS 1.3, client certificates of the tenants' roots."""
 
     host: str = "0.0.0.0"
     port: int = 8443
-    certificate_file: str
+    certificate_file: Path
     """PEM, with intermediates; the agents verify it."""
-    key_file: str
+    key_file: Path
     """PEM, readable by the proxy alone."""
     requests_per_s: float = 20.0
-    """Sustained, per agent; a burst may be five times as many."""
+    """Sustained, per tenant; a burst may be five times as many."""
 
     def __post_init__(self) -> None:
         _check_host("push.host", self.host)
         _check_port("push.port", self.port)
-        _check_absolute(push__certificate_file=self.certificate_file, push__key_file=self.key_file)
         if self.certificate_file == self.key_file:
             raise ValueError("push.certificate_file and push.key_file must be two files")
         _check_range("push.requests_per_s", self.requests_per_s, 1, 10_000)
 
 
-class KeySettings(_Section):
+class KeySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     validity_s: int = 330
     """The longest that pushed keys may live here, whatever their envelope says."""
     wait_s: float = 5.0
@@ -121,10 +105,10 @@ class KeySettings(_Section):
             )
 
 
-class EngineSettings(_Section):
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     http2: bool = False
     """HTTP/2 towards clients."""
-    upstream_ca_file: str | None = None
+    upstream_ca_file: Path | None = None
     """PEM roots that services must be verified by; default: the Mozilla roots of certifi."""
     max_header_bytes: int = 65_536
     drain_s: float = 20.0
@@ -133,13 +117,12 @@ class EngineSettings(_Section):
     """The performance patches of the gate; off to find out whether one is at fault."""
 
     def __post_init__(self) -> None:
-        _check_absolute(engine__upstream_ca_file=self.upstream_ca_file)
         _check_range("engine.drain_s", self.drain_s, 0, 600)
         _check_range("engine.max_header_bytes", self.max_header_bytes, 4096, 1 << 20)
 
 
-class HealthSettings(_Section):
-    """The listener of /livez, /readyz and /metrics; it has no login, so it listens on loopback unless told."""
+class HealthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The listener of /livez, /readyz and /metrics; no login, so on loopback unless told otherwise."""
 
     host: str = "127.0.0.1"
     port: int = 9080
@@ -149,12 +132,12 @@ class HealthSettings(_Section):
         _check_port("health.port", self.port)
 
 
-class LogSettings(_Section):
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     json: bool | None = None
     """JSON lines; default: JSON unless stderr is a terminal."""
 
 
-class Settings(_Section):
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     proxy: ProxySettings
     push: PushSettings
     keys: KeySettings = KeySettings()
@@ -189,13 +172,13 @@ def database_url(proxy: ProxySettings) -> str:
     if proxy.database_url is not None:
         return proxy.database_url
     if proxy.database_url_file is not None:
-        path = Path(proxy.database_url_file)
+        path = proxy.database_url_file
         text = bytes(runtime_settings.read_secret_file(path)).decode(errors="replace").strip()
         try:
-            return check_database_url(text, name=f"the content of {path}", may_hold_password=True)
+            return check_database_url(text, name="its content", may_hold_password=True)
         except ValueError as error:
-            raise runtime_settings.SettingsError(str(error)) from None
-    return f"sqlite:///{proxy.state_path / 'directory.db'}"
+            raise runtime_settings.SettingsError(str(path), "", allowed=str(error)) from None
+    return f"sqlite:///{proxy.state_dir / 'directory.db'}"
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:

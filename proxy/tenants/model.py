@@ -193,6 +193,8 @@ class TenantEntry:
     forward_listen: Listen | None
     tunnel_hosts: frozenset[str]
     interception_ca: CertificateFiles
+    signers: tuple[x509.Certificate, ...] = ()
+    """Pinned signing certificates of agents; empty: any that the root has certified for the role."""
 
     def tunnels(self, host: str) -> bool:
         """Whether connections to *host* are passed through unread. A managed service never is."""

@@ -1,0 +1,479 @@
+"""From an envelope on the wire to keys in the cache (docs/format.md, "Key-material envelope").
+
+1. Which network service an envelope is for is looked up by the certificate it names, among the services of
+   the tenant whose agent sent it. That is a guess until `open_envelope` has checked everything.
+2. Only the connected agent's own envelopes are believed: issuer and TLS identity are one agent of one tenant.
+3. Sequence and token ids are remembered per issuer and network service. They count from the moment an
+   envelope has verified, before it is installed, so that two connections cannot install out of order.
+4. Accepting keys is an audit event on disk before the keys are in the cache. Without it they are dropped.
+   A withdrawal works the other way round: first the keys are gone, then it is recorded, and a log that cannot
+   be written makes the receipt an error, never the keys available.
+5. The challenge is ours and random; an agent without one is told to open a session (code "nonce").
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import structlog
+from cachetools import LRUCache, TLRUCache
+from cryptography import x509
+from prometheus_client import Counter
+
+from envelope.certificates import (
+    CertificateError,
+    Identity,
+    Role,
+    fingerprint,
+    read_identity,
+    verify_certificate,
+)
+from envelope.errors import EnvelopeError, SealgateError
+from envelope.keys import NetworkService
+from envelope.material import (
+    NONCE_SIZE,
+    Claims,
+    Expectation,
+    Operation,
+    Signer,
+    open_envelope,
+    recipient_thumbprint,
+)
+from proxy.keys.cache import KeyCache, ServiceStatus
+from proxy.tenants.certificates import CredentialError, PrivateKey, read_private_key
+from proxy.tenants.model import Directory, ServiceEntry, TenantEntry
+from runtime.audit import AuditLog, AuditUnavailableError
+from runtime.clock import Clock
+from runtime.observe import NAMESPACE, REGISTRY
+
+MAX_AGENTS_PER_TENANT: Final = 64
+"""A tenant can certify any number of agents; who is pushed out opens a new session."""
+MAX_LIVE_TOKENS: Final = 4096
+"""Per issuer and network service; the sequence alone already refuses a replay."""
+
+_log: Final = structlog.get_logger("keys.receive")
+_ENVELOPES: Final = Counter(
+    "push_envelopes",
+    "Key-material envelopes received, by what became of them",
+    ["outcome", "code"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+
+
+class SessionRefusedError(SealgateError):
+    """An agent may not open a push session. `code` is stable."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What became of one envelope. `valid_for_s` counts from now; refused ones carry `code` and `detail`."""
+
+    status: Literal["accepted", "refused"]
+    service: NetworkService | None
+    sequence: int = 0
+    keys: int = 0
+    valid_for_s: float = 0.0
+    code: str = ""
+    detail: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        service = None if self.service is None else str(self.service)
+        if self.status == "refused":
+            return {"status": self.status, "service": service, "code": self.code, "detail": self.detail}
+        return {
+            "status": self.status,
+            "service": service,
+            "sequence": self.sequence,
+            "keys": self.keys,
+            "valid_for_s": round(self.valid_for_s, 3),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedService:
+    """A network service of the agent's tenant on this proxy, with what it holds."""
+
+    owner: NetworkService
+    certificate_sha256: bytes | None
+    status: ServiceStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    challenge: bytes
+    time_ms: int
+    services: tuple[HostedService, ...]
+
+
+class _Track:
+    """What one issuer has sent for one network service."""
+
+    __slots__ = ("highest", "live_tokens")
+
+    def __init__(self, clock: Clock) -> None:
+        self.highest = 0
+        self.live_tokens: TLRUCache[bytes, float] = TLRUCache(
+            maxsize=MAX_LIVE_TOKENS, ttu=lambda _token, end_s, _now: end_s, timer=clock.boot_s
+        )
+
+
+@dataclass(slots=True)
+class _Agent:
+    """One agent's session, and its tracks, which outlive sessions. Forgotten together only."""
+
+    challenge: bytes
+    signer: Signer | None
+    tracks: dict[NetworkService, _Track] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    claims: Claims
+    deadline_boot_s: float
+    track: _Track
+
+    def wipe(self) -> None:
+        for key in self.claims.keys:
+            key.wipe()
+
+
+class Receiver:
+    """Opens push sessions and takes envelopes. One per process; one event loop."""
+
+    def __init__(
+        self,
+        *,
+        proxy_id: str,
+        cache: KeyCache,
+        audit: AuditLog,
+        clock: Clock,
+        validity_s: int,
+        directory: Directory,
+    ) -> None:
+        self.proxy_id: Final = proxy_id
+        self._cache = cache
+        self._audit = audit
+        self._clock = clock
+        self._validity_s = validity_s
+        self._directory = directory
+        self._agents: dict[str, LRUCache[str, _Agent]] = {}
+        self._recipient_keys: dict[bytes, PrivateKey] = {}
+        self._pinned: dict[str, dict[bytes, Signer]] = {}
+        self.apply(directory)
+
+    @property
+    def directory(self) -> Directory:
+        return self._directory
+
+    def apply(self, directory: Directory) -> None:
+        """Take over a new picture of the directory.
+
+        A service that is gone loses its keys. So does every service of a tenant whose root or pinned signers
+        changed: who pushed them may no longer be entitled to.
+        """
+        before, self._directory = self._directory, directory
+        changed = {
+            tenant
+            for tenant, entry in before.tenants.items()
+            if (now := directory.tenants.get(tenant)) is None
+            or now.root_certificate != entry.root_certificate
+            or {fingerprint(signer) for signer in now.signers}
+            != {fingerprint(signer) for signer in entry.signers}
+        }
+        for owner in before.services:
+            if owner not in directory.services or owner.tenant in changed:
+                self._cache.forget(owner)
+                for agent in self._agents.get(owner.tenant, {}).values():
+                    agent.tracks.pop(owner, None)
+        for tenant in changed:
+            self._agents.pop(tenant, None)
+        used = {fingerprint(entry.certificate) for entry in directory.services.values() if entry.certificate}
+        self._recipient_keys = {name: key for name, key in self._recipient_keys.items() if name in used}
+        self._pinned = {tenant: self._verified_pins(entry) for tenant, entry in directory.tenants.items()}
+
+    def open_session(
+        self, tenant: str, agent_id: str, *, signing_certificate: x509.Certificate | None = None
+    ) -> Session:
+        """A new challenge for this agent; the one before is void.
+
+        *signing_certificate* introduces the certificate its envelopes are signed by, unless the tenant's are
+        pinned in the directory. SessionRefusedError if it is not one of this agent under the tenant's root.
+        AuditUnavailableError if the event cannot be written.
+        """
+        entry = self._directory.tenants.get(tenant)
+        if entry is None:
+            raise SessionRefusedError("tenant", f"tenant {tenant} is not provisioned on this proxy")
+        signer = None if signing_certificate is None else self._signer(entry, agent_id, signing_certificate)
+        self._audit.append("push-session-opened", durable=False, tenant=tenant, agent=agent_id)
+        agents = self._agents.setdefault(tenant, LRUCache(maxsize=MAX_AGENTS_PER_TENANT))
+        challenge = os.urandom(NONCE_SIZE)
+        known = agents.get(agent_id)
+        if known is None:
+            agents[agent_id] = _Agent(challenge, signer)
+        else:
+            known.challenge, known.signer = challenge, signer
+        return Session(
+            challenge=challenge,
+            time_ms=int(self._clock.wall_s() * 1000),
+            services=tuple(self._hosted(service) for service in self._directory.services_of(tenant)),
+        )
+
+    async def receive(self, tenant: str, agent_id: str, tokens: Sequence[str]) -> list[Receipt]:
+        """Check *tokens*, install what holds, withdraw what is withdrawn. One receipt each, in order."""
+        receipts: dict[int, Receipt] = {}
+        accepted: dict[int, _Opened] = {}
+        try:
+            for index, token in enumerate(tokens):
+                if index:
+                    await asyncio.sleep(0)  # each costs a fraction of a millisecond; bodies in flight go on
+                service: NetworkService | None = None
+                try:
+                    entry, certificate = self._addressee(tenant, token)
+                    service = entry.owner
+                    opened = self._open(entry, certificate, agent_id, token)
+                except EnvelopeError as error:
+                    receipts[index] = self._refused(tenant, agent_id, service, error)
+                    continue
+                if opened.claims.operation is Operation.SET and not opened.claims.keys:
+                    receipts[index] = await self._withdraw(opened)
+                else:
+                    accepted[index] = opened
+            receipts |= await self._install(accepted)
+        finally:
+            for index, opened in accepted.items():
+                if index not in receipts:  # cancelled before they were installed
+                    opened.wipe()
+        for receipt in receipts.values():
+            _ENVELOPES.labels(outcome=receipt.status, code=receipt.code or "none").inc()
+        return [receipts[index] for index in range(len(tokens))]
+
+    # Opening.
+
+    def _addressee(self, tenant: str, token: str) -> tuple[ServiceEntry, x509.Certificate]:
+        entry = self._directory.service_of_certificate(recipient_thumbprint(token))
+        # Another tenant's service is answered as one that does not exist.
+        if entry is None or entry.owner.tenant != tenant or entry.certificate is None:
+            raise EnvelopeError(
+                "recipient", "none of your network services here has the certificate it is sealed to"
+            )
+        return entry, entry.certificate
+
+    def _open(self, entry: ServiceEntry, certificate: x509.Certificate, agent_id: str, token: str) -> _Opened:
+        agents = self._agents.get(entry.owner.tenant)
+        agent = None if agents is None else agents.get(agent_id)
+        if agent is None:
+            raise EnvelopeError("nonce", "no session is open here: ask for a challenge first")
+        track = agent.tracks.setdefault(entry.owner, _Track(self._clock))
+        received_boot_s, now_s = self._clock.boot_s(), self._clock.wall_s()
+        claims = open_envelope(
+            token,
+            Expectation(
+                owner=entry.owner,
+                audience=self.proxy_id,
+                recipient_certificate=certificate,
+                recipient_key=self._recipient_key(entry, certificate),
+                signers=self._signers(entry.owner.tenant, agent_id, agent),
+                now_s=now_s,
+                validity_s=self._validity_s,
+                nonce=agent.challenge,
+                last_sequence=track.highest,
+                seen_token_ids=track.live_tokens,
+            ),
+        )
+        # The wall clock may be set back: it never adds to the validity.
+        valid_for_s = min(claims.expires_at_s - now_s, self._validity_s)
+        track.highest = claims.sequence
+        track.live_tokens[claims.token_id] = received_boot_s + valid_for_s
+        return _Opened(claims=claims, deadline_boot_s=received_boot_s + valid_for_s, track=track)
+
+    def _recipient_key(self, entry: ServiceEntry, certificate: x509.Certificate) -> PrivateKey:
+        name = fingerprint(certificate)
+        key = self._recipient_keys.get(name)
+        if key is None:
+            try:
+                key = read_private_key(entry.key_file)
+            except CredentialError as error:
+                _log.exception("private key unusable", service=str(entry.owner), reason=str(error))
+                raise EnvelopeError(
+                    "recipient-key", "the proxy cannot use its private key for this service"
+                ) from None
+            if key.public_key() != certificate.public_key():
+                raise EnvelopeError(
+                    "recipient-key", "the proxy's private key is not the one of its certificate"
+                )
+            self._recipient_keys[name] = key
+        return key
+
+    def _signers(self, tenant: str, agent_id: str, agent: _Agent) -> Mapping[bytes, Signer]:
+        pinned = self._pinned.get(tenant, {})
+        own = {name: signer for name, signer in pinned.items() if signer.agent_id == agent_id}
+        if agent.signer is not None:
+            own[fingerprint(agent.signer.certificate)] = agent.signer
+        if not own:
+            raise EnvelopeError("signer", "no signing certificate of this agent is known here")
+        return own
+
+    def _signer(self, entry: TenantEntry, agent_id: str, certificate: x509.Certificate) -> Signer:
+        try:
+            verify_certificate(
+                certificate,
+                root=entry.root_certificate,
+                expected=Identity(entry.tenant, Role.AGENT_SIGNING, agent_id),
+                now_s=self._clock.wall_s(),
+            )
+        except CertificateError as error:
+            raise SessionRefusedError("signer", f"the signing certificate is refused: {error}") from None
+        if entry.signers and fingerprint(certificate) not in {fingerprint(pin) for pin in entry.signers}:
+            raise SessionRefusedError(
+                "signer", "the signing certificate is not one of those pinned for this tenant"
+            )
+        return Signer(certificate, agent_id)
+
+    def _verified_pins(self, entry: TenantEntry) -> dict[bytes, Signer]:
+        found: dict[bytes, Signer] = {}
+        for certificate in entry.signers:
+            try:
+                agent_id = read_identity(certificate).name
+                verify_certificate(
+                    certificate,
+                    root=entry.root_certificate,
+                    expected=Identity(entry.tenant, Role.AGENT_SIGNING, agent_id),
+                    now_s=self._clock.wall_s(),
+                )
+            except CertificateError as error:
+                _log.warning("pinned signer refused", tenant=entry.tenant, reason=str(error))
+            else:
+                found[fingerprint(certificate)] = Signer(certificate, agent_id)
+        return found
+
+    # Taking effect.
+
+    async def _withdraw(self, opened: _Opened) -> Receipt:
+        claims = opened.claims
+        self._cache.withdraw(claims.owner, sequence=claims.sequence)
+        _log.warning(
+            "keys withdrawn", service=str(claims.owner), agent=claims.issuer, sequence=claims.sequence
+        )
+        try:
+            await asyncio.to_thread(
+                self._audit.append,
+                "keys-withdrawn",
+                service=str(claims.owner),
+                agent=claims.issuer,
+                sequence=claims.sequence,
+            )
+        except AuditUnavailableError as error:
+            return self._audit_refused(opened, error)
+        return Receipt(status="accepted", service=claims.owner, sequence=claims.sequence)
+
+    async def _install(self, accepted: Mapping[int, _Opened]) -> dict[int, Receipt]:
+        if not accepted:
+            return {}
+        try:
+            await asyncio.to_thread(self._record, list(accepted.values()))
+        except AuditUnavailableError as error:
+            for opened in accepted.values():
+                opened.wipe()
+            return {index: self._audit_refused(opened, error) for index, opened in accepted.items()}
+        return {index: self._install_one(opened) for index, opened in accepted.items()}
+
+    def _record(self, accepted: Sequence[_Opened]) -> None:
+        """One event each; the last one's sync puts all of them on disk."""
+        for number, opened in enumerate(accepted, start=1):
+            claims = opened.claims
+            self._audit.append(
+                "keys-accepted",
+                durable=number == len(accepted),
+                service=str(claims.owner),
+                agent=claims.issuer,
+                sequence=claims.sequence,
+                operation=claims.operation.value,
+                keys=len(claims.keys),
+                expires_at_s=claims.expires_at_s,
+            )
+
+    def _install_one(self, opened: _Opened) -> Receipt:
+        claims = opened.claims
+        try:
+            self._refuse_superseded(opened)
+            self._cache.install(
+                claims.owner,
+                claims.keys,
+                deadline_boot_s=opened.deadline_boot_s,
+                operation=claims.operation,
+                sequence=claims.sequence,
+            )
+        except EnvelopeError as error:
+            opened.wipe()
+            return self._refused(claims.owner.tenant, claims.issuer, claims.owner, error)
+        valid_for_s = max(0.0, opened.deadline_boot_s - self._clock.boot_s())
+        _log.info(
+            "keys accepted",
+            service=str(claims.owner),
+            agent=claims.issuer,
+            count=len(claims.keys),
+            valid_for_s=valid_for_s,
+        )
+        return Receipt(
+            status="accepted",
+            service=claims.owner,
+            sequence=claims.sequence,
+            keys=len(claims.keys),
+            valid_for_s=valid_for_s,
+        )
+
+    def _refuse_superseded(self, opened: _Opened) -> None:
+        """What has changed while the event was being written."""
+        if opened.claims.owner not in self._directory.services:
+            raise EnvelopeError("recipient", "the network service was removed meanwhile")
+        if opened.track.highest != opened.claims.sequence:
+            raise EnvelopeError("sequence", "a later envelope arrived meanwhile")
+
+    def _audit_refused(self, opened: _Opened, error: AuditUnavailableError) -> Receipt:
+        _log.error("audit log cannot be written", reason=str(error))
+        withdrawn = opened.claims.operation is Operation.SET and not opened.claims.keys
+        detail = "the proxy cannot write its audit log" + (
+            ", but the keys are withdrawn" if withdrawn else ""
+        )
+        return Receipt(status="refused", service=opened.claims.owner, code="audit-unavailable", detail=detail)
+
+    def _refused(
+        self, tenant: str, agent_id: str, service: NetworkService | None, error: EnvelopeError
+    ) -> Receipt:
+        name = None if service is None else str(service)
+        _log.warning(
+            "envelope refused",
+            tenant=tenant,
+            agent=agent_id,
+            service=name,
+            code=error.code,
+            reason=str(error),
+        )
+        try:
+            self._audit.append(
+                "envelope-refused",
+                outcome="refused",
+                durable=False,
+                tenant=tenant,
+                agent=agent_id,
+                service=name,
+                code=error.code,
+            )
+        except AuditUnavailableError as unwritten:
+            _log.error("audit log cannot be written", reason=str(unwritten))  # it is refused already
+        return Receipt(status="refused", service=service, code=error.code, detail=str(error))
+
+    def _hosted(self, entry: ServiceEntry) -> HostedService:
+        (status,) = self._cache.status([entry.owner])
+        return HostedService(
+            owner=entry.owner,
+            certificate_sha256=None if entry.certificate is None else fingerprint(entry.certificate),
+            status=status,
+        )
