@@ -57,6 +57,11 @@ class FieldHeader:
         return cls(kind, key_id)
 
 
+def payload_bytes(token: str) -> int:
+    """Bytes behind the last dot of *token*. FormatError if it is not well formed."""
+    return len(_split(token)[2])
+
+
 type FindFieldKey = Callable[[FieldHeader], Buffer]
 """K_field (32 bytes) or K_det (64) by the header's kind; raises KeyUnavailableError if there is none."""
 
