@@ -1,0 +1,263 @@
+"""The bodies that change on their way: transforms for the gate, over the sealed objects of envelope/.
+
+1. The key is asked at every piece and at the end: a body in flight stops when its key ends.
+2. A digest or length that does not fit is found before the last chunk goes up: nothing valid is stored then.
+3. Every failure becomes a refusal of the table; which check of an object failed is told to nobody.
+4. An answer's head waits until its object has begun to verify.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from typing import Final, NoReturn, override
+
+from envelope.errors import (
+    FormatError,
+    IntegrityError,
+    KeyUnavailableError,
+    SealgateError,
+    Unavailable,
+)
+from envelope.keys import NetworkService
+from envelope.objects import MAGIC, Header, Opener, RangeOpener, Sealer, has_magic, sealed_length
+from proxy import refusals
+from proxy.gate.permit import Piece, Transform
+from proxy.keys.cache import DataKey
+from proxy.message import ExpectedDigest
+from proxy.plan import AskedRange, EmptyBody
+from proxy.refusals import Refusal, RefusedError
+from runtime.audit import AuditUnavailableError
+
+type FindKey = Callable[[Header], DataKey]
+"""The key an object names. KeyUnavailableError; AuditUnavailableError if its use could not be recorded."""
+type Meter = Callable[[int], None]
+"""Told the plaintext bytes of every piece that went through."""
+
+_KEY_REFUSALS: Final = {
+    Unavailable.UNKNOWN: refusals.KEY_UNKNOWN,
+    Unavailable.EXPIRED: refusals.KEY_EXPIRED,
+    Unavailable.WITHDRAWN: refusals.KEY_WITHDRAWN,
+    Unavailable.NOT_ACTIVE: refusals.NO_ACTIVE_KEY,
+    Unavailable.SUSPENDED: refusals.KEY_SUSPENDED,
+    Unavailable.COMPROMISED: refusals.KEY_SUSPENDED,
+    Unavailable.DESTROYED: refusals.KEY_DESTROYED,
+}
+
+
+def refusal_for(error: SealgateError) -> Refusal:
+    """What a client is told about *error*."""
+    match error:
+        case KeyUnavailableError():
+            return _KEY_REFUSALS[error.reason]
+        case AuditUnavailableError():
+            return refusals.AUDIT_UNAVAILABLE
+        case FormatError() | IntegrityError():
+            return refusals.OBJECT_INVALID
+        case _:
+            return refusals.INTERNAL
+
+
+def sealing_refusal(error: KeyUnavailableError) -> Refusal:
+    """The same where no object is at hand yet: a key that was never pushed is no *active* key."""
+    return refusals.NO_ACTIVE_KEY if error.reason is Unavailable.UNKNOWN else refusal_for(error)
+
+
+def _refuse(error: SealgateError) -> NoReturn:
+    raise RefusedError(refusal_for(error)) from error
+
+
+class NoBody(Transform):
+    """For a message that must not have a body where the framing cannot rule one out (HTTP/2)."""
+
+    expected_out_bytes = 0
+
+    @override
+    def feed(self, piece: bytes) -> list[Piece]:
+        raise RefusedError(refusals.UNKNOWN_ROUTE)
+
+    @override
+    def finish(self) -> list[Piece]:
+        return []
+
+
+class SealBody(Transform):
+    """Seals an upload of *plain_bytes* (None: as many as come) under *key*."""
+
+    def __init__(
+        self,
+        key: DataKey,
+        *,
+        plain_bytes: int | None = None,
+        empty: EmptyBody = EmptyBody.SEAL,
+        digests: tuple[ExpectedDigest, ...] = (),
+        meter: Meter,
+    ) -> None:
+        self._key = key
+        self._sealer = Sealer(key.object_key, key.owner, key.key_id)
+        self._plain_bytes = plain_bytes
+        self._empty = empty
+        self._digests = [
+            (hashlib.new(digest.algorithm, usedforsecurity=False), digest.value) for digest in digests
+        ]
+        self._meter = meter
+        self._received = 0
+        if plain_bytes is not None:
+            keeps_nothing = plain_bytes == 0 and empty is EmptyBody.KEEP
+            self.expected_out_bytes = 0 if keeps_nothing else sealed_length(plain_bytes)
+
+    @override
+    def feed(self, piece: bytes) -> list[Piece]:
+        try:
+            self._key.check()
+            self._received += len(piece)
+            if self._plain_bytes is not None and self._received > self._plain_bytes:
+                raise RefusedError(refusals.BAD_LENGTH)
+            for digest, _value in self._digests:
+                digest.update(piece)
+            sealed = self._sealer.update(piece)
+        except SealgateError as error:
+            _refuse(error)
+        self._meter(len(piece))
+        return [sealed]
+
+    @override
+    def finish(self) -> list[Piece]:
+        if self._plain_bytes is not None and self._received != self._plain_bytes:
+            raise RefusedError(refusals.BAD_LENGTH)
+        for digest, value in self._digests:
+            if not hmac.compare_digest(digest.digest(), value):
+                raise RefusedError(refusals.BAD_DIGEST)
+        if not self._received and self._empty is EmptyBody.KEEP:
+            return []
+        try:
+            self._key.check()
+            return [self._sealer.finalize()]
+        except SealgateError as error:
+            _refuse(error)
+
+
+class OpenBody(Transform):
+    """Opens the object in an answer. *plain_bytes*: its declared plaintext, None where it is not known.
+
+    *legacy*: called once, before anything comes out, when the body does not begin like a sealed object and
+    the service's policy lets such bodies pass; it adapts the head. None: they are refused as not sealed.
+    """
+
+    holds_head = True
+
+    def __init__(
+        self,
+        owner: NetworkService,
+        find_key: FindKey,
+        *,
+        plain_bytes: int | None,
+        size_is_possible: bool = True,
+        legacy: Callable[["OpenBody"], None] | None = None,
+        meter: Meter,
+    ) -> None:
+        self._find_key = find_key
+        self._key: DataKey | None = None
+        self._opener = Opener(owner, self._object_key)
+        self._size_is_possible = size_is_possible
+        self._legacy = legacy
+        self._meter = meter
+        self._begin: bytearray | None = bytearray()
+        self._passes = False
+        self.expected_out_bytes = plain_bytes
+
+    def _object_key(self, header: Header) -> bytes:
+        self._key = self._find_key(header)
+        return self._key.object_key
+
+    @override
+    def feed(self, piece: bytes) -> list[Piece]:
+        if self._begin is not None:
+            self._begin += piece
+            if len(self._begin) < len(MAGIC):
+                return []
+            self._decide()
+            piece, self._begin = bytes(self._begin), None
+        return self._pass_on(piece)
+
+    @override
+    def finish(self) -> list[Piece]:
+        rest: list[Piece] = []
+        if self._begin is not None:
+            self._decide()
+            rest = self._pass_on(bytes(self._begin))
+        if self._passes:
+            return rest
+        try:
+            if self._key is not None:
+                self._key.check()
+            last = self._opener.finalize()
+        except SealgateError as error:
+            _refuse(error)
+        self._meter(len(last))
+        return [*rest, last]
+
+    def _decide(self) -> None:
+        """By the first bytes: an object of ours, or what was there before us."""
+        begin = self._begin or b""
+        if has_magic(begin):
+            if not self._size_is_possible:
+                raise RefusedError(refusals.OBJECT_INVALID)
+        elif self._legacy is None:
+            raise RefusedError(refusals.NOT_SEALED if begin else refusals.OBJECT_INVALID)
+        else:
+            self._passes = True
+            self._legacy(self)
+
+    def _pass_on(self, piece: bytes) -> list[Piece]:
+        if self._passes:
+            return [piece]
+        try:
+            if self._key is not None:
+                self._key.check()
+            opened = self._opener.update(piece)
+        except SealgateError as error:
+            _refuse(error)
+        self._meter(len(opened))
+        return [opened]
+
+
+class OpenRangeBody(Transform):
+    """Opens the stored range *asked* of an object whose first 88 bytes are *prefix*."""
+
+    holds_head = True
+
+    def __init__(self, key: DataKey, prefix: bytes, asked: AskedRange, *, meter: Meter) -> None:
+        """RefusedError if the prefix is no object's under *key*."""
+        self._key = key
+        self._meter = meter
+        start, stop = asked.plain
+        self.expected_out_bytes = stop - start
+        try:
+            self._opener = RangeOpener(
+                key.owner,
+                lambda _header: key.object_key,
+                prefix,
+                start=start,
+                stop=stop,
+                plain_bytes=asked.plain_bytes,
+            )
+        except SealgateError as error:
+            _refuse(error)
+
+    @override
+    def feed(self, piece: bytes) -> list[Piece]:
+        try:
+            self._key.check()
+            opened = self._opener.update(piece)
+        except SealgateError as error:
+            _refuse(error)
+        self._meter(len(opened))
+        return [opened]
+
+    @override
+    def finish(self) -> list[Piece]:
+        try:
+            self._key.check()
+            return [self._opener.finalize()]
+        except SealgateError as error:
+            _refuse(error)

@@ -1,0 +1,247 @@
+"""From the head of a message to its plan: pure, default deny (docs/profiles.md).
+
+1. What holds for every service stands here: framing, upgrades, trailers, hop-by-hop fields, addresses. What a
+   method means is the profile's.
+2. A digest of plaintext never goes up, a digest of ciphertext never comes down.
+3. An answer that should be an object and is none is refused, unless the service's policy is to migrate.
+4. Nothing a client or a service sends makes a planner raise: it becomes a plan to refuse.
+"""
+
+from typing import Final
+from urllib.parse import urlsplit
+
+from envelope.errors import FormatError
+from envelope.objects import plain_length
+from proxy import refusals
+from proxy.message import (
+    AnswerHead,
+    RequestHead,
+    body_frame,
+    content_range,
+    declared_length,
+    digest_fields,
+    strong_etag,
+)
+from proxy.plan import (
+    AnswerPlan,
+    AskedRange,
+    Edits,
+    Forward,
+    HeadSize,
+    MapSize,
+    Mode,
+    Open,
+    OpenPart,
+    OpenRange,
+    OpenWhole,
+    Pass,
+    Refuse,
+    RequestPlan,
+    Route,
+    Seal,
+)
+from proxy.profiles.profile import Profile
+from proxy.refusals import RefusedError
+from proxy.tenants.model import LegacyPolicy
+
+# Fields of one connection (RFC 9110 7.6.1), and what a client says to a proxy alone.
+_HOP_BY_HOP: Final = frozenset(
+    {"http2-settings", "keep-alive", "proxy-authorization", "proxy-connection", "te", "upgrade"}
+)
+# A Connection field that names one of these wants us to drop what the message is made of.
+_ENDS_NOT_HOPS: Final = frozenset(
+    {"authorization", "cache-control", "content-length", "cookie", "host", "transfer-encoding"}
+)
+_CLOSING: Final = frozenset({"close", "keep-alive"})
+
+_WANTED_DIGESTS: Final = frozenset(
+    {"want-content-digest", "want-digest", "want-repr-digest", "x-ms-range-get-content-md5"}
+)
+
+_BODILESS_STATUS: Final = frozenset({204, 205, 304})
+
+
+def plan_request(head: RequestHead, route: Route, profile: Profile) -> RequestPlan:
+    """What happens to this request on its way to *route*'s service. Whatever a client sends gives a plan."""
+    try:
+        frame = body_frame(head)
+        edits = _request_edits(head)
+        return profile.plan(head, frame, edits, route.service)
+    except RefusedError as refused:
+        return Refuse(refusal=refused.refusal)
+
+
+def _request_edits(head: RequestHead) -> Edits:
+    """Changes that every request to a managed service needs. RefusedError for what must not go on."""
+    fields = head.fields
+    upgrades = fields.tokens("upgrade")
+    if "upgrade" in fields and upgrades != ["h2c"]:  # an offer of h2c may be ignored by anyone (RFC 9110 7.8)
+        raise RefusedError(refusals.UPGRADE)
+    if "trailer" in fields:
+        raise RefusedError(refusals.TRAILERS)
+    if fields.tokens("expect") not in ([], ["100-continue"]) or len(fields.all("expect")) > 1:
+        raise RefusedError(refusals.BAD_MESSAGE)
+    if len(fields.all("host")) > 1:
+        raise RefusedError(refusals.BAD_MESSAGE)
+    nominated = frozenset(fields.tokens("connection"))
+    if nominated & _ENDS_NOT_HOPS:
+        raise RefusedError(refusals.BAD_MESSAGE)
+    drop = (_HOP_BY_HOP | _WANTED_DIGESTS | nominated - _CLOSING).intersection(fields) | digest_fields(fields)
+    put = [("accept-encoding", "identity")]
+    if nominated - _CLOSING:
+        # Our own word to the next hop; to the client the connection closes if it asked for that.
+        put.append(("connection", "close" if "close" in nominated else "keep-alive"))
+    return Edits(drop=frozenset(drop), put=tuple(put))
+
+
+def plan_answer(
+    plan: RequestPlan, answer: AnswerHead, route: Route, *, asked: AskedRange | None = None
+) -> AnswerPlan:
+    """What happens to the answer to a request that went on by *plan*.
+
+    *asked*: the range that went up in place of the client's, if one did.
+    """
+    edits = _answer_edits(answer, route)
+    status = answer.status
+    if status == 101:
+        return Refuse(refusal=refusals.UPGRADE)
+    match plan:
+        case Refuse():
+            return Refuse(refusal=plan.refusal)
+        case Forward() | Seal():
+            return Pass(edits=edits)
+        case HeadSize():
+            return _plan_head(answer, route, edits)
+        case Open() | OpenRange():
+            if asked is not None and (refusal := _range_refusal(answer, asked)) is not None:
+                return Refuse(refusal=refusal)
+            if status == 206:
+                if asked is None:
+                    return Refuse(refusal=refusals.UPSTREAM_CHANGED)
+                return OpenPart(edits=_opened_part(answer, asked, edits))
+            if not 200 <= status < 300 or status in _BODILESS_STATUS:
+                return Pass(edits=edits.also(drop=_stored_size(answer)))
+            return _plan_whole(answer, route, edits)
+
+
+def _stored_size(answer: AnswerHead) -> tuple[str, ...]:
+    # A 304 may state the length of what it stands for (RFC 9110 8.6): of the stored object, here.
+    return ("content-length",) if answer.status == 304 else ()
+
+
+def _range_refusal(answer: AnswerHead, asked: AskedRange) -> refusals.Refusal | None:
+    if answer.status == 206:
+        got = content_range(answer.fields)
+        same_version = asked.etag is None or strong_etag(answer.fields) in (None, asked.etag)
+        if got != (*asked.stored, asked.stored_bytes) or not same_version:
+            return refusals.UPSTREAM_CHANGED
+        length = answer.fields.sole("content-length")
+        if length is not None and length != str(asked.stored[1] - asked.stored[0]):
+            return refusals.UPSTREAM_CHANGED
+        return None
+    if answer.status == 416 or (answer.status == 412 and asked.pinned):
+        return refusals.UPSTREAM_CHANGED
+    return None
+
+
+def _opened_edits(answer: AnswerHead, edits: Edits) -> Edits:
+    """Of an answer whose body is plaintext now, or whose head speaks of it."""
+    cache = answer.fields.all("cache-control")
+    directives = [*cache]
+    if "private" not in answer.fields.tokens("cache-control"):
+        directives.append("private")
+    # `public` would contradict it; `s-maxage` speaks to shared caches, which have no business here.
+    kept = [
+        token
+        for value in directives
+        for token in (part.strip(" \t") for part in value.split(","))
+        if token and token.lower() != "public" and not token.lower().startswith("s-maxage")
+    ]
+    return edits.also(
+        drop=digest_fields(answer.fields) | {"trailer"}, put=(("cache-control", ", ".join(kept)),)
+    )
+
+
+def _opened_part(answer: AnswerHead, asked: AskedRange, edits: Edits) -> Edits:
+    start, stop = asked.plain
+    return _opened_edits(answer, edits).also(
+        put=(
+            ("content-length", str(stop - start)),
+            ("content-range", f"bytes {start}-{stop - 1}/{asked.plain_bytes}"),
+        )
+    )
+
+
+def _plain_or_none(stored_bytes: int | None) -> int | None:
+    if stored_bytes is None:
+        return None
+    try:
+        return plain_length(stored_bytes)
+    except FormatError:
+        return None
+
+
+def _plan_whole(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
+    try:
+        stored = declared_length(answer.fields)
+    except RefusedError as refused:
+        return Refuse(refusal=refused.refusal)
+    if stored == 0:
+        if route.service.legacy is LegacyPolicy.MIGRATE:
+            return Pass(edits=_opened_edits(answer, edits))
+        return Refuse(refusal=refusals.OBJECT_INVALID)
+    return OpenWhole(
+        edits=_opened_edits(answer, edits), stored_bytes=stored, plain_bytes=_plain_or_none(stored)
+    )
+
+
+def _plan_head(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
+    if not 200 <= answer.status < 300 or answer.status in _BODILESS_STATUS:
+        return Pass(edits=edits.also(drop=("content-length",) if answer.status == 304 else ()))
+    opened = _opened_edits(answer, edits)
+    try:
+        stored = declared_length(answer.fields)
+    except RefusedError as refused:
+        return Refuse(refusal=refused.refusal)
+    if stored is None:
+        return Pass(edits=opened)
+    plain = _plain_or_none(stored)
+    if route.service.legacy is LegacyPolicy.MIGRATE:
+        if plain is None:
+            return Pass(edits=opened)
+        return MapSize(edits=opened, stored_bytes=stored, plain_bytes=plain, probe=True)
+    if plain is None:
+        return Refuse(refusal=refusals.OBJECT_INVALID)
+    return MapSize(
+        edits=opened.also(put=(("content-length", str(plain)),)), stored_bytes=stored, plain_bytes=plain
+    )
+
+
+def _answer_edits(answer: AnswerHead, route: Route) -> Edits:
+    """Changes that every answer needs: no way round the proxy, and our address for the service's."""
+    drop = frozenset({"alt-svc", "proxy-connection"}).intersection(answer.fields)
+    put: list[tuple[str, str]] = []
+    if route.mode is Mode.REVERSE:
+        for name in ("location", "content-location"):
+            value = answer.fields.sole(name)
+            if value is not None and (ours := _our_address(value, route)) is not None:
+                put.append((name, ours))
+    return Edits(drop=drop, put=tuple(put))
+
+
+def _our_address(reference: str, route: Route) -> str | None:
+    """*reference* without the service's scheme and host, if it names that host: then it means us."""
+    upstream = route.service.upstream
+    try:
+        url = urlsplit(reference)
+        host, port = url.hostname, url.port
+    except ValueError:
+        return None
+    if host is None:
+        return None
+    default = {"http": 80, "https": 443, "": upstream.port}.get(url.scheme)
+    if default is None or host.lower() != upstream.host or (port or default) != upstream.port:
+        return None
+    rest = url._replace(scheme="", netloc="").geturl()
+    # `//x` would be another host; an empty path is the root.
+    return "/" + rest.lstrip("/") if not rest.startswith(("?", "#")) else "/" + rest
