@@ -174,7 +174,7 @@ def listed_parts(ending_bytes: int) -> int:
 def open_ending(
     owner: NetworkService, find_key: FindKey, ending: Buffer, *, stored_bytes: int, name: bytes = b""
 ) -> Ending:
-    """Open the bytes that `ending_range` names. Errors as `Opener`; IntegrityError if lengths do not add up."""
+    """Open the bytes `ending_range` names. Errors as `Opener`; IntegrityError if lengths do not add up."""
     stored = bytes(memoryview(ending))
     begin, end = ending_range(stored[-TRAILER_SIZE:], stored_bytes=stored_bytes)
     if len(stored) != end - begin:
