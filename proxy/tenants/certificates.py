@@ -167,7 +167,7 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def read_private_key(path: Path) -> PrivateKey:
-    """The unencrypted RSA or EC key in the PEM file *path*, readable by us alone. CredentialError otherwise."""
+    """The unencrypted RSA or EC key in PEM file *path*, readable by us alone. CredentialError otherwise."""
     with contextlib.suppress(OSError):
         if path.stat().st_mode & 0o077:
             raise CredentialError(f"{path}: others may read this private key: chmod 600 {path}")

@@ -1,0 +1,225 @@
+"""Where key agents deliver: two calls over TLS 1.3 with certificates on both sides.
+
+1. OpenSSL lets in whoever hangs on any tenant's root. Who that is, and whether its *own* tenant's root
+   certified it for the role agent:tls, is decided here, at every request, by the directory as it is now.
+2. What a connection may say is about its own tenant only: what belongs to others does not exist.
+3. Every size, count and rate is bounded, per tenant, so that none can crowd out another.
+4. This layer judges JSON and identities; what an envelope is worth is `Receiver`'s business.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated, Final
+
+import msgspec
+import structlog
+from aiohttp import web
+from cryptography import x509
+
+from envelope.base64url import b64u_encode
+from envelope.certificates import (
+    AnyHolder,
+    CertificateError,
+    Identity,
+    Role,
+    read_identity,
+    verify_certificate,
+)
+from proxy.keys.receive import HostedService, Receiver, SessionRefusedError
+from proxy.tenants.model import Directory
+from runtime.audit import AuditUnavailableError
+from runtime.clock import Clock
+from runtime.serve import Handler, ProblemError, make_application, openapi_route
+from runtime.tls import peer_certificate
+
+MAX_ENVELOPES: Final = 1000
+MAX_BODY_BYTES: Final = 8 << 20
+MAX_SESSION_BODY_BYTES: Final = 64 << 10
+BODY_TIMEOUT_S: Final = 30.0
+BURST_FACTOR: Final = 5
+CONCURRENT_PER_TENANT: Final = 8
+
+_PEER: Final = web.RequestKey("sealgate.peer", Identity)
+_log: Final = structlog.get_logger("push")
+
+
+class _SessionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    agent: Annotated[str, msgspec.Meta(max_length=63)]
+    signing_certificate: Annotated[str, msgspec.Meta(max_length=32_768)] | None = None
+
+
+class _EnvelopesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    envelopes: Annotated[list[str], msgspec.Meta(max_length=MAX_ENVELOPES)]
+
+
+class TokenBucket:
+    """Modest rate limit on the boot clock: *rate_per_s* sustained, *burst* at once."""
+
+    def __init__(self, clock: Clock, *, rate_per_s: float, burst: float) -> None:
+        self._clock = clock
+        self._rate_per_s = rate_per_s
+        self._burst = burst
+        self._left = burst
+        self._at_s = clock.boot_s()
+
+    def take(self) -> float:
+        """Take one; 0, or the seconds after which there will be one."""
+        now_s = self._clock.boot_s()
+        self._left = min(self._burst, self._left + (now_s - self._at_s) * self._rate_per_s)
+        self._at_s = now_s
+        if self._left < 1:
+            return (1 - self._left) / self._rate_per_s
+        self._left -= 1
+        return 0.0
+
+
+def authenticate(certificate: x509.Certificate | None, directory: Directory, *, now_s: float) -> Identity:
+    """The agent this TLS certificate speaks for, by its own tenant's root. ProblemError 403 otherwise."""
+    if certificate is None:
+        raise _forbidden("no-certificate", "The connection has no client certificate.")
+    try:
+        tenant = read_identity(certificate).tenant
+        entry = directory.tenants.get(tenant)
+        if entry is None:
+            raise _forbidden("tenant", "This tenant is not provisioned on this proxy.")
+        return verify_certificate(
+            certificate, root=entry.root_certificate, expected=AnyHolder(tenant, Role.AGENT_TLS), now_s=now_s
+        )
+    except CertificateError as error:
+        raise _forbidden(
+            f"certificate-{error.code}", f"The client certificate is refused: {error}."
+        ) from None
+
+
+def make_push_application(receiver: Receiver, *, clock: Clock, requests_per_s: float) -> web.Application:
+    """The application to be served with `runtime.tls.ServerTls`, client certificates demanded."""
+    api = _PushApi(receiver, clock, requests_per_s)
+    application = make_application(client_max_size_bytes=MAX_BODY_BYTES)
+    application.middlewares.append(api.identify)
+    application.router.add_post("/push/v1/session", api.open_session)
+    application.router.add_post("/push/v1/envelopes", api.take_envelopes)
+    openapi_route(application, openapi_document())
+    return application
+
+
+def openapi_document() -> Mapping[str, object]:
+    text = resources.files("proxy.api").joinpath("push.openapi.json").read_text(encoding="utf-8")
+    document: Mapping[str, object] = json.loads(text)
+    return document
+
+
+class _PushApi:
+    def __init__(self, receiver: Receiver, clock: Clock, requests_per_s: float) -> None:
+        self._receiver = receiver
+        self._clock = clock
+        self._requests_per_s = requests_per_s
+        self._buckets: dict[str, TokenBucket] = {}
+        self._places: dict[str, asyncio.Semaphore] = {}
+
+    @web.middleware
+    async def identify(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        now_s = self._clock.wall_s()
+        try:
+            peer = authenticate(peer_certificate(request.transport), self._receiver.directory, now_s=now_s)
+        except ProblemError as error:
+            _log.warning("agent refused", code=error.code, remote=request.remote)
+            raise
+        request[_PEER] = peer
+        bucket = self._buckets.get(peer.tenant)
+        if bucket is None:  # bounded: only tenants of the directory come so far
+            bucket = self._buckets[peer.tenant] = TokenBucket(
+                self._clock, rate_per_s=self._requests_per_s, burst=BURST_FACTOR * self._requests_per_s
+            )
+        if wait_s := bucket.take():
+            raise ProblemError(
+                429,
+                "rate-limited",
+                "Too many requests of this tenant.",
+                "Wait as long as Retry-After says.",
+                headers={"Retry-After": str(max(1, round(wait_s)))},
+            )
+        async with self._places.setdefault(peer.tenant, asyncio.Semaphore(CONCURRENT_PER_TENANT)):
+            return await handler(request)
+
+    async def open_session(self, request: web.Request) -> web.Response:
+        peer = request[_PEER]
+        asked = await _read(request, _SessionRequest, limit_bytes=MAX_SESSION_BODY_BYTES)
+        if asked.agent != peer.name:
+            raise _forbidden("agent", "The client certificate is another agent's than the one named.")
+        certificate = None
+        if asked.signing_certificate is not None:
+            try:
+                certificate = x509.load_pem_x509_certificate(asked.signing_certificate.encode())
+            except ValueError:
+                raise _malformed("signing_certificate is not a PEM certificate") from None
+        try:
+            session = self._receiver.open_session(peer.tenant, peer.name, signing_certificate=certificate)
+        except SessionRefusedError as error:
+            raise _forbidden(error.code, f"No session: {error}.") from None
+        except AuditUnavailableError as error:
+            raise ProblemError(
+                503, "audit-unavailable", "The audit log cannot be written.", error.next_step
+            ) from None
+        return web.json_response(
+            {
+                "proxy": self._receiver.proxy_id,
+                "challenge": b64u_encode(session.challenge),
+                "time_ms": session.time_ms,
+                "services": [_service_json(service) for service in session.services],
+            },
+            headers={"Cache-Control": "no-store"},
+        )
+
+    async def take_envelopes(self, request: web.Request) -> web.Response:
+        peer = request[_PEER]
+        asked = await _read(request, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
+        receipts = await self._receiver.receive(peer.tenant, peer.name, asked.envelopes)
+        return web.json_response(
+            {"receipts": [receipt.as_json() for receipt in receipts]}, headers={"Cache-Control": "no-store"}
+        )
+
+
+def _service_json(service: HostedService) -> dict[str, object]:
+    digest = service.certificate_sha256
+    return {
+        "service": str(service.owner),
+        "certificate_sha256": None if digest is None else digest.hex(),
+        "holds": [
+            {"kid": str(held.key_id), "state": held.state.value, "valid_for_s": round(held.valid_for_s, 3)}
+            for held in service.status.holds
+        ],
+    }
+
+
+async def _read[T](request: web.Request, shape: type[T], *, limit_bytes: int) -> T:
+    """The request's body as *shape*. ProblemError 400, 408, 413 or 415."""
+    if request.content_type != "application/json":
+        raise ProblemError(415, "unsupported-media-type", "The body is not JSON.", "Send application/json.")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.content.iter_any():
+                body += piece
+                if len(body) > limit_bytes:
+                    raise ProblemError(
+                        413, "too-large", f"The body has more than {limit_bytes} bytes.", "Send less at once."
+                    )
+    except TimeoutError:
+        raise ProblemError(408, "slow-body", "The body did not arrive in time.", "Send it again.") from None
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        raise _malformed(str(error)) from None  # names the place and the type, not the content
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _malformed("the body is not JSON") from None
+
+
+def _malformed(cause: str) -> ProblemError:
+    return ProblemError(400, "malformed", f"The request is not understood: {cause}.", "See /openapi.json.")
+
+
+def _forbidden(code: str, cause: str) -> ProblemError:
+    next_step = "Have the tenant's root certify this agent for TLS, and the tenant provisioned on this proxy."
+    return ProblemError(403, code, cause, next_step)

@@ -1,0 +1,385 @@
+"""Envelopes become keys, or are refused; real cryptography, a clock that only the test moves."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import override
+
+import pytest
+
+from envelope import derive
+from envelope.audit import Value
+from envelope.errors import KeyUnavailableError, Unavailable
+from envelope.keys import KeyState
+from envelope.material import Operation
+from proxy.keys.cache import KeyCache
+from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
+from proxy.tenants.model import Directory
+from runtime.audit import AuditLog, AuditUnavailableError
+from tests.fakes.clock import ManualClock
+from tests.pki import make_tenant
+from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directory_of, host_tenant
+
+
+class FullDisk(AuditLog):
+    """A real log, refused from the moment `is_full` is set."""
+
+    is_full = False
+
+    @override
+    def append(self, action: str, *, outcome: str = "ok", durable: bool = True, **fields: Value) -> None:
+        if self.is_full:
+            raise AuditUnavailableError("cannot be written: No space left on device", "free the disk")
+        super().append(action, outcome=outcome, durable=durable, **fields)
+
+
+class Proxy:
+    """The receiving side with all its parts."""
+
+    def __init__(self, directory: Directory, path: Path) -> None:
+        self.clock = ManualClock()
+        self.cache = KeyCache(self.clock)
+        self.audit = FullDisk.open(path / "audit.jsonl", self.clock)
+        self.receiver = self._make(directory)
+
+    def _make(self, directory: Directory) -> Receiver:
+        return Receiver(
+            proxy_id=PROXY_ID,
+            cache=self.cache,
+            audit=self.audit,
+            clock=self.clock,
+            validity_s=VALIDITY_S,
+            directory=directory,
+        )
+
+    def restart(self) -> None:
+        """Forget what a process forgets."""
+        self.cache = KeyCache(self.clock)
+        self.receiver = self._make(self.receiver.directory)
+
+    def challenge(self, tenant: HostedTenant) -> bytes:
+        certificate = tenant.signing.certificate
+        return self.receiver.open_session(
+            tenant.name, tenant.agent_id, signing_certificate=certificate
+        ).challenge
+
+    async def push(self, tenant: HostedTenant, *tokens: str) -> list[str]:
+        """What became of each: `accepted` or the code."""
+        receipts = await self.receiver.receive(tenant.name, tenant.agent_id, tokens)
+        return [receipt.code or receipt.status for receipt in receipts]
+
+    def events(self) -> str:
+        return self.audit.path.read_text()
+
+
+@pytest.fixture
+def acme(tmp_path: Path) -> HostedTenant:
+    return host_tenant(tmp_path)
+
+
+@pytest.fixture
+def rival(tmp_path: Path) -> HostedTenant:
+    return host_tenant(tmp_path, "rival")
+
+
+@pytest.fixture
+def proxy(acme: HostedTenant, rival: HostedTenant, tmp_path: Path) -> Iterator[Proxy]:
+    proxy = Proxy(directory_of(acme, rival), tmp_path)
+    yield proxy
+    proxy.audit.close()
+
+
+@pytest.mark.parametrize("key_type", ["p256", "rsa-2048"])
+async def test_an_envelope_becomes_keys(tmp_path: Path, key_type: str) -> None:
+    tenant = host_tenant(tmp_path, key_type=key_type)
+    proxy = Proxy(directory_of(tenant), tmp_path)
+    secret = os.urandom(32)
+    active, old = tenant.key(secret=secret), tenant.key(KeyState.DEACTIVATED)
+    token = tenant.seal(proxy.clock, proxy.challenge(tenant), active, old, sequence=7)
+    (receipt,) = await proxy.receiver.receive(tenant.name, tenant.agent_id, [token])
+    assert receipt.as_json() == {
+        "status": "accepted",
+        "service": "acme/drive",
+        "sequence": 7,
+        "keys": 2,
+        "valid_for_s": 330.0,
+    }
+    expected = derive.object_key(secret, tenant.owner(), active.key_id)
+    assert proxy.cache.sealing_key(tenant.owner()).object_key == expected
+    proxy.cache.opening_key(tenant.owner(), old.key_id)
+    assert '"action":"keys-accepted"' in proxy.events()
+    proxy.audit.close()
+
+
+async def test_the_deadline_counts_from_receipt_and_ends_with_the_envelope(
+    proxy: Proxy, acme: HostedTenant
+) -> None:
+    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
+    proxy.clock.shift(100)
+    assert await proxy.push(acme, token) == ["accepted"]
+    key = proxy.cache.sealing_key(acme.owner())
+    assert key.valid_for_s == pytest.approx(230)
+    proxy.clock.shift(230)
+    with pytest.raises(KeyUnavailableError):
+        key.check()
+
+
+async def test_a_wall_clock_behind_the_agents_never_adds_validity(proxy: Proxy, acme: HostedTenant) -> None:
+    ahead = int(proxy.clock.wall_s()) + 29  # as far as an agent may be ahead
+    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key(), issued_at_s=ahead)
+    assert await proxy.push(acme, token) == ["accepted"]
+    assert proxy.cache.sealing_key(acme.owner()).valid_for_s == pytest.approx(VALIDITY_S)
+
+
+async def test_an_empty_set_withdraws_at_once(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    key = acme.key()
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, key)) == ["accepted"]
+    held = proxy.cache.sealing_key(acme.owner())
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge)) == ["accepted"]
+    with pytest.raises(KeyUnavailableError) as caught:
+        held.check()
+    assert caught.value.reason is Unavailable.WITHDRAWN
+    assert '"action":"keys-withdrawn"' in proxy.events()
+
+
+async def test_a_full_audit_log_refuses_keys_but_never_a_withdrawal(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    first, second = acme.key(), acme.key(service="mail")
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, first)) == ["accepted"]
+    proxy.audit.is_full = True
+    sealed = acme.seal(proxy.clock, challenge, second, service="mail")
+    assert await proxy.push(acme, sealed) == ["audit-unavailable"]
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner("mail"))
+    proxy.cache.sealing_key(acme.owner())
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge)) == ["audit-unavailable"]
+    with pytest.raises(KeyUnavailableError) as caught:
+        proxy.cache.sealing_key(acme.owner())
+    assert caught.value.reason is Unavailable.WITHDRAWN
+    with pytest.raises(AuditUnavailableError):
+        proxy.challenge(acme)
+    proxy.audit.is_full = False
+    assert await proxy.push(acme, sealed) == ["sequence"], "what was refused is used up"
+
+
+async def test_replay_and_old_sequences_are_refused(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    token = acme.seal(proxy.clock, challenge, acme.key(), sequence=50)
+    assert await proxy.push(acme, token) == ["accepted"]
+    assert await proxy.push(acme, token) == ["sequence"]
+    lower = acme.seal(proxy.clock, challenge, acme.key(), sequence=49)
+    assert await proxy.push(acme, lower) == ["sequence"]
+    token_id = os.urandom(16)
+    for sequence, outcome in [(51, "accepted"), (52, "replay")]:
+        sealed = acme.seal(proxy.clock, challenge, sequence=sequence, token_id=token_id)
+        assert await proxy.push(acme, sealed) == [outcome]
+    other = acme.seal(proxy.clock, challenge, acme.key(service="mail"), service="mail", sequence=1)
+    assert await proxy.push(acme, other) == ["accepted"], "each network service counts for itself"
+
+
+async def test_a_push_that_a_withdrawal_overtook_is_refused(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    late = acme.seal(proxy.clock, challenge, acme.key(), sequence=10)
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, sequence=11), late) == [
+        "accepted",
+        "sequence",
+    ]
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner())
+
+
+async def test_a_withdrawal_wins_though_the_push_is_being_recorded(proxy: Proxy, acme: HostedTenant) -> None:
+    """Two connections: keys have verified and wait for the audit log when the withdrawal arrives."""
+    challenge = proxy.challenge(acme)
+    token, withdrawal = (
+        acme.seal(proxy.clock, challenge, acme.key(), sequence=10),
+        acme.seal(proxy.clock, challenge, sequence=11),
+    )
+    push = asyncio.create_task(proxy.push(acme, token))
+    await asyncio.sleep(0)  # the push has opened its envelope and handed its event to a thread
+    assert await proxy.push(acme, withdrawal) == ["accepted"]
+    assert await push == ["sequence"]
+    with pytest.raises(KeyUnavailableError) as caught:
+        proxy.cache.sealing_key(acme.owner())
+    assert caught.value.reason is Unavailable.WITHDRAWN
+
+
+async def test_a_cancelled_push_leaves_no_material(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    tokens = [acme.seal(proxy.clock, challenge, acme.key()), acme.seal(proxy.clock, challenge, acme.key())]
+    push = asyncio.create_task(proxy.push(acme, *tokens))
+    await asyncio.sleep(0)
+    push.cancel()
+    await asyncio.gather(push, return_exceptions=True)
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner())
+    assert await proxy.push(acme, tokens[0]) == ["sequence"]
+
+
+async def test_a_restarted_proxy_refuses_what_answers_an_old_challenge(
+    proxy: Proxy, acme: HostedTenant
+) -> None:
+    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
+    proxy.restart()
+    assert await proxy.push(acme, token) == ["nonce"]
+    proxy.challenge(acme)
+    assert await proxy.push(acme, token) == ["nonce"]
+    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
+
+
+async def test_a_new_session_voids_the_challenge_but_not_the_sequence(
+    proxy: Proxy, acme: HostedTenant
+) -> None:
+    old = proxy.challenge(acme)
+    assert await proxy.push(acme, acme.seal(proxy.clock, old, acme.key(), sequence=9)) == ["accepted"]
+    new = proxy.challenge(acme)
+    assert await proxy.push(acme, acme.seal(proxy.clock, old, acme.key(), sequence=10)) == ["nonce"]
+    assert await proxy.push(acme, acme.seal(proxy.clock, new, acme.key(), sequence=9)) == ["sequence"]
+
+
+async def test_nothing_crosses_tenants(proxy: Proxy, acme: HostedTenant, rival: HostedTenant) -> None:
+    ours, theirs = proxy.challenge(acme), proxy.challenge(rival)
+    genuine = rival.seal(proxy.clock, theirs, rival.key())
+    (receipt,) = await proxy.receiver.receive(acme.name, acme.agent_id, [genuine])
+    assert (receipt.code, receipt.service) == ("recipient", None), "as if it did not exist"
+    forged = acme.seal(proxy.clock, theirs, acme.key(), signing=acme.pki.agent_signing("hq"))
+    assert await proxy.push(rival, forged) == ["recipient"]
+    assert await proxy.push(rival, genuine) == ["accepted"]
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner())
+    assert await proxy.push(acme, acme.seal(proxy.clock, ours, acme.key())) == ["accepted"]
+
+
+async def test_forgeries_are_refused(proxy: Proxy, acme: HostedTenant, rival: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    impostor = make_tenant("acme").agent_signing("hq")  # same names, another root
+    other_agent = acme.pki.agent_signing("branch")
+    seal = acme.seal
+    clock = proxy.clock
+    cases = {
+        "signer": seal(clock, challenge, acme.key(), signing=impostor),
+        "audience": seal(clock, challenge, acme.key(), audience="proxy-2"),
+        "nonce": seal(clock, os.urandom(16), acme.key()),
+        "time": seal(clock, challenge, acme.key(), validity_s=VALIDITY_S + 1),
+        "malformed": "a.b.c",
+        "too-large": "x" * 70_000,
+    }
+    assert await proxy.push(acme, *cases.values()) == list(cases)
+    proxy.receiver.open_session(acme.name, "branch", signing_certificate=other_agent.certificate)
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner())
+    assert proxy.events().count('"action":"envelope-refused"') == len(cases)
+
+
+async def test_one_bad_envelope_leaves_the_others_alone(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    good = acme.seal(proxy.clock, challenge, acme.key())
+    mail = acme.seal(proxy.clock, challenge, acme.key(service="mail"), service="mail")
+    assert await proxy.push(acme, good, good[:-4] + "AAAA", mail) == ["accepted", "decryption", "accepted"]
+
+
+def test_sessions_need_a_signing_certificate_of_this_agent(
+    proxy: Proxy, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    wrong = [
+        acme.tls.certificate,
+        acme.services["drive"].certificate,
+        acme.pki.agent_signing("branch").certificate,
+        rival.signing.certificate,
+        make_tenant("acme").agent_signing("hq").certificate,
+        acme.pki.root.certificate,
+    ]
+    for certificate in wrong:
+        with pytest.raises(SessionRefusedError) as caught:
+            proxy.receiver.open_session(acme.name, acme.agent_id, signing_certificate=certificate)
+        assert caught.value.code == "signer"
+    with pytest.raises(SessionRefusedError) as caught:
+        proxy.receiver.open_session("nobody", "hq")
+    assert caught.value.code == "tenant"
+
+
+async def test_without_a_signing_certificate_nothing_is_believed(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.receiver.open_session(acme.name, acme.agent_id).challenge
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["signer"]
+
+
+async def test_pinned_signers_are_the_only_ones(proxy: Proxy, acme: HostedTenant) -> None:
+    other = acme.pki.agent_signing(acme.agent_id)
+    directory = directory_of(acme, revision=2)
+    pinned = acme.entry(signers=(acme.signing.certificate,))
+    proxy.receiver.apply(replace(directory, tenants={acme.name: pinned}))
+    challenge = proxy.receiver.open_session(acme.name, acme.agent_id).challenge
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key(), signing=other)) == ["signer"]
+    with pytest.raises(SessionRefusedError):
+        proxy.receiver.open_session(acme.name, acme.agent_id, signing_certificate=other.certificate)
+
+
+async def test_what_the_directory_drops_loses_its_keys(
+    proxy: Proxy, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    challenge = proxy.challenge(acme)
+    tokens = [
+        acme.seal(proxy.clock, challenge, acme.key(service=service), service=service)
+        for service in ("drive", "mail")
+    ]
+    assert await proxy.push(acme, *tokens) == ["accepted", "accepted"]
+    drive, mail = (proxy.cache.sealing_key(acme.owner(service)) for service in ("drive", "mail"))
+    directory = directory_of(acme, rival, revision=2)
+    services = {owner: entry for owner, entry in directory.services.items() if owner != acme.owner("mail")}
+    proxy.receiver.apply(replace(directory, services=services))
+    drive.check()
+    with pytest.raises(KeyUnavailableError):
+        mail.check()
+    assert await proxy.push(
+        acme, acme.seal(proxy.clock, challenge, acme.key(service="mail"), service="mail")
+    ) == ["recipient"]
+    # A tenant under a new root: whoever pushed before may no longer be entitled to.
+    renewed = replace(acme.entry(), root_certificate=make_tenant("acme").root.certificate)
+    proxy.receiver.apply(replace(directory, tenants={**directory.tenants, acme.name: renewed}))
+    with pytest.raises(KeyUnavailableError):
+        drive.check()
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["nonce"]
+
+
+async def test_a_lost_private_key_refuses_by_name(proxy: Proxy, acme: HostedTenant) -> None:
+    acme.entries[0].key_file.unlink()
+    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
+    (receipt,) = await proxy.receiver.receive(acme.name, acme.agent_id, [token])
+    assert receipt.code == "recipient-key"
+    assert str(acme.entries[0].key_file) not in receipt.detail
+
+
+def test_agents_per_tenant_are_bounded(proxy: Proxy, acme: HostedTenant) -> None:
+    for number in range(MAX_AGENTS_PER_TENANT * 2):
+        proxy.receiver.open_session(acme.name, f"agent-{number}")
+    assert len(proxy.receiver._agents[acme.name]) == MAX_AGENTS_PER_TENANT
+
+
+async def test_add_and_set_of_one_key_keep_the_body_running(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge, secret = proxy.challenge(acme), os.urandom(32)
+    key = acme.key(secret=secret)
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, key)) == ["accepted"]
+    held = proxy.cache.sealing_key(acme.owner())
+    for operation in (Operation.ADD, Operation.SET):
+        proxy.clock.shift(300)
+        held.check()
+        again = acme.key(key_id=key.key_id, secret=secret)
+        token = acme.seal(proxy.clock, challenge, again, operation=operation)
+        assert await proxy.push(acme, token) == ["accepted"]
+    assert proxy.cache.sealing_key(acme.owner()) is held
+
+
+async def test_no_event_and_no_receipt_holds_a_secret(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge, secret = proxy.challenge(acme), os.urandom(32)
+    tokens = [
+        acme.seal(proxy.clock, challenge, acme.key(secret=secret)),
+        acme.seal(proxy.clock, challenge, acme.key(secret=secret), sequence=1),
+    ]
+    receipts = await proxy.receiver.receive(acme.name, acme.agent_id, tokens)
+    said = repr(receipts) + proxy.events() + repr(proxy.receiver.__dict__)
+    assert secret.hex() not in said
+    assert repr(secret)[2:-1] not in said
