@@ -1,0 +1,1 @@
+"""What puts Sealgate onto a machine: bootstrap, the demo, systemd units."""
