@@ -1,7 +1,7 @@
 """Where key material comes from: the one interface before every HSM and key server.
 
-1. Key material (KM) never crosses this interface: `generate` returns it wrapped by the KEK, `seal_envelopes`
-   returns envelopes that only the recipient's private key opens.
+1. Key material (KM) never crosses this interface: `generate` returns it wrapped by the KEK,
+   `seal_envelopes` returns envelopes that only the recipient's private key opens.
 2. "It failed" and "it is revoked" are different answers: KekRevokedError is proven, KeySourceError is not.
 3. One bad wrapped key or one bad recipient certificate never spoils the others: such failures are values.
 """
@@ -109,8 +109,8 @@ class EnvelopeRequest:
 class EnvelopeResult:
     """What became of one `EnvelopeRequest`.
 
-    A failed key is left out of the envelopes, the sound ones still travel. If no key opened there are no tokens
-    at all: an empty `set` would be the revoke message.
+    A failed key is left out of the envelopes, the sound ones still travel. If no key opened there are no
+    tokens at all: an empty `set` would be the revoke message.
     """
 
     owner: NetworkService
@@ -129,9 +129,9 @@ class KeySource(ABC):
     async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
         """Make the KEK in the HSM, check that it is sensitive and cannot be extracted, and make its canary.
 
-        A key of that name in the token is an error, for it may hold up somebody's data. *replace_unfinished* says
-        that the registry knows better: it named this KEK and crashed before it was made; then the leftover is
-        destroyed. UnsupportedError if the token weakens the key or offers no wrap method.
+        A key of that name in the token is an error, for somebody's data may need it. *replace_unfinished*
+        says that the registry knows better: it named this KEK and crashed before it was made; then what is
+        there is destroyed. UnsupportedError if the token weakens the key or offers no wrap method.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """A key source in memory that behaves like an HSM: real wrapping, real envelopes, and faults on demand.
 
-The faults are the token's states, set by the test (`destroy`, `disable`, `fail`, `hang`, `spoil`), not scripted
-answers: what `diagnose` and `seal_envelopes` say follows from the state, as with the real one.
+The faults are the token's states, set by the test (`destroy`, `disable`, `fail`, `hang`, `spoil`), not
+scripted answers: what `diagnose` and `seal_envelopes` say follows from the state, as with the real one.
 """
 
 import asyncio

@@ -1,0 +1,247 @@
+"""Key material inside the worker: generated, wrapped, opened, put into envelopes, wiped.
+
+1. KM leaves these functions only wrapped by the KEK or encrypted to a recipient's certificate.
+2. The KEK is searched once per call and never kept. After an error the session is thrown away.
+3. The first wrapped key that fails costs one look at the KEK; only if the KEK is sound is the wrapped key
+   to blame.
+4. A call stops when its budget is used up and answers for what is done: the KEK watch shares this worker.
+"""
+
+import hmac
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from pkcs11 import PKCS11Error
+
+from envelope.derive import ekm_binding, key_check_value
+from envelope.errors import SealgateError
+from envelope.keys import KEY_MATERIAL_SIZE, KeyId, KeyMaterial, KeyState, NetworkService
+from envelope.material import Claims, Operation, seal_envelope
+from key_agent.errors import KeySourceError, error_of
+from key_agent.sources.hsm.diagnosis import diagnose, usable_kek
+from key_agent.sources.hsm.session import Token
+from key_agent.sources.hsm.wrapping import WrongBindingError, wipe, wrapping_of
+from key_agent.sources.source import EnvelopeRequest, Kek, Recipient, WrappedKey
+from key_agent.sources.verdict import Verdict
+from key_agent.sources.wire import SealedEnvelopes
+
+TOKEN_ID_SIZE: Final = 16
+
+
+class WrappedKeyError(Exception):
+    """This one wrapped key does not open although the KEK is sound. The text says why, for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Signer:
+    """The agent's signing identity."""
+
+    agent_id: str
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @classmethod
+    def load(cls, agent_id: str, key_file: Path, certificate_file: Path) -> "Signer":
+        """KeySourceError if a file cannot be read, the key is no EC key, or the certificate is not its."""
+        try:
+            key = load_pem_private_key(key_file.read_bytes(), password=None)
+            certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
+        except (OSError, ValueError, TypeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise KeySourceError(
+                f"signing key {key_file} or certificate {certificate_file}: {reason}"
+            ) from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+            raise KeySourceError(f"{certificate_file} is not the certificate of the EC key in {key_file}")
+        return cls(agent_id=agent_id, key=key, certificate=certificate)
+
+
+def generate(
+    token: Token, kek: Kek, owners: Sequence[NetworkService], *, now_ms: int, budget_s: float
+) -> tuple[WrappedKey, ...]:
+    """One new wrapped key for each of the first *owners*, as many as fit the budget, at least one."""
+    key = usable_kek(token, kek, now_s=now_ms / 1000)
+    deadline = time.monotonic() + budget_s
+    made: list[WrappedKey] = []
+    for owner in owners:
+        made.append(_generate_one(token, kek, key, owner, now_ms))
+        if time.monotonic() >= deadline:
+            break
+    return tuple(made)
+
+
+def _generate_one(token: Token, kek: Kek, key: Any, owner: NetworkService, now_ms: int) -> WrappedKey:
+    session = token.session(serial=kek.token_serial)
+    wrapping = wrapping_of(kek.method)
+    key_id = KeyId.random()
+    binding = _binding(owner, key_id, kek)
+    material: bytes = session.generate_random(8 * KEY_MATERIAL_SIZE)
+    try:
+        # A dead generator's zeros are refused here (envelope/derive.py, rule 3).
+        kcv = key_check_value(material, owner, key_id)
+        wrapped = wrapping.seal(session, key, material, binding)
+        if len(wrapped) != wrapping.sealed_size:
+            raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {wrapping.sealed_size}")
+        opened = wrapping.open(session, key, wrapped, binding)
+        same = hmac.compare_digest(opened, material)
+        wipe(opened)
+        if not same:
+            raise KeySourceError("the new key did not come back from its wrapping as it went in")
+    finally:
+        wipe(material)
+    return WrappedKey(
+        owner=owner,
+        key_id=key_id,
+        kek_id=kek.reference.kek_id,
+        environment_id=kek.reference.environment_id,
+        method=kek.method,
+        wrapped=wrapped,
+        kcv=kcv,
+        token_serial=kek.token_serial,
+        created_at_ms=now_ms,
+    )
+
+
+def seal_envelopes(
+    token: Token, signer: Signer, kek: Kek, requests: Sequence[EnvelopeRequest], *, budget_s: float
+) -> tuple[SealedEnvelopes, ...]:
+    """The results of the first *requests*, as many as fit the budget, at least one."""
+    opener = _Opener(token, kek, now_s=requests[0].issued_at_s)
+    deadline = time.monotonic() + budget_s
+    results = []
+    for request in requests:
+        results.append(_seal_request(opener, signer, request))
+        if time.monotonic() >= deadline:
+            break
+    return tuple(results)
+
+
+def _seal_request(opener: "_Opener", signer: Signer, request: EnvelopeRequest) -> SealedEnvelopes:
+    keys: list[KeyMaterial] = []
+    failed_keys: list[tuple[KeyId, str]] = []
+    tokens: list[tuple[str, str]] = []
+    failed_recipients: list[tuple[str, str]] = []
+    try:
+        for row, state in request.keys:
+            try:
+                keys.append(opener.open(request.owner, row, state))
+            except WrappedKeyError as error:
+                failed_keys.append((row.key_id, str(error)))
+        # No keys: an empty `set` would be the revoke message (docs/format.md 5).
+        for recipient in request.recipients if keys else ():
+            try:
+                tokens.append((recipient.audience, _seal_one(signer, request, recipient, tuple(keys))))
+            except (ValueError, TypeError, SealgateError) as error:
+                # Of the error only its class: a text of a library that has held KM is not repeated.
+                failed_recipients.append(
+                    (recipient.audience, f"cannot seal to its certificate ({type(error).__name__})")
+                )
+    finally:
+        for key in keys:
+            key.wipe()
+    return SealedEnvelopes(
+        owner=request.owner,
+        tokens=tuple(tokens),
+        failed_keys=tuple(failed_keys),
+        failed_recipients=tuple(failed_recipients),
+    )
+
+
+def _seal_one(
+    signer: Signer, request: EnvelopeRequest, recipient: Recipient, keys: tuple[KeyMaterial, ...]
+) -> str:
+    claims = Claims(
+        issuer=signer.agent_id,
+        audience=recipient.audience,
+        owner=request.owner,
+        issued_at_s=request.issued_at_s,
+        expires_at_s=request.expires_at_s,
+        sequence=recipient.sequence,
+        token_id=os.urandom(TOKEN_ID_SIZE),
+        nonce=recipient.nonce,
+        operation=Operation.SET,
+        keys=keys,
+    )
+    return seal_envelope(
+        claims,
+        recipient=x509.load_der_x509_certificate(recipient.certificate_der),
+        signing_key=signer.key,
+        signing_certificate=signer.certificate,
+    )
+
+
+class _Opener:
+    """Opens wrapped keys under one KEK, for the length of one call."""
+
+    def __init__(self, token: Token, kek: Kek, *, now_s: float) -> None:
+        self._token = token
+        self._kek = kek
+        self._now_s = now_s
+        self._wrapping = wrapping_of(kek.method)
+        self._key = usable_kek(token, kek, now_s=now_s)
+
+    def open(self, owner: NetworkService, row: WrappedKey, state: KeyState) -> KeyMaterial:
+        """The key in the clear. WrappedKeyError: this one is bad. KeySourceError: the KEK or the token is."""
+        if state is KeyState.DESTROYED:
+            return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray())
+        self._check_place(owner, row)
+        # Bound to *our* owner, key id, KEK and environment, not to what the row claims.
+        binding = _binding(owner, row.key_id, self._kek)
+        material = self._unwrap(row.wrapped, binding)
+        try:
+            if len(material) != KEY_MATERIAL_SIZE:
+                raise WrappedKeyError(f"opened to {len(material)} bytes")
+            if not hmac.compare_digest(key_check_value(material, owner, row.key_id), row.kcv):
+                raise WrappedKeyError("the key check value differs")
+            return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray(material))
+        finally:
+            wipe(material)
+
+    def _check_place(self, owner: NetworkService, row: WrappedKey) -> None:
+        if row.owner != owner:
+            raise WrappedKeyError(f"belongs to {row.owner}")
+        if row.kek_id != self._kek.reference.kek_id:
+            raise WrappedKeyError(f"is wrapped by KEK {row.kek_id}")
+        if row.method is not self._kek.method:
+            raise WrappedKeyError(f"is wrapped by method {row.method}, the KEK's is {self._kek.method}")
+        if len(row.wrapped) != self._wrapping.sealed_size:
+            raise WrappedKeyError(f"has {len(row.wrapped)} bytes, not {self._wrapping.sealed_size}")
+
+    def _unwrap(self, wrapped: bytes, binding: bytes) -> bytes:
+        try:
+            return self._open(wrapped, binding)
+        except WrongBindingError:
+            raise WrappedKeyError("belongs to another place") from None
+        except PKCS11Error:
+            pass
+        found = diagnose(self._token, self._kek, now_s=self._now_s)
+        if found.verdict is not Verdict.OK:
+            raise error_of(found)
+        # The KEK is sound: once more, on a session without a past, then it is the wrapped key.
+        self._renew()
+        try:
+            return self._open(wrapped, binding)
+        except PKCS11Error as error:
+            self._renew()
+            raise WrappedKeyError(f"does not open ({type(error).__name__})") from None
+
+    def _open(self, wrapped: bytes, binding: bytes) -> bytes:
+        session = self._token.session(serial=self._kek.token_serial)
+        return self._wrapping.open(session, self._key, wrapped, binding)
+
+    def _renew(self) -> None:
+        self._token.renew(serial=self._kek.token_serial)
+        self._key = usable_kek(self._token, self._kek, now_s=self._now_s)
+
+
+def _binding(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:
+    return ekm_binding(
+        owner, key_id, kek_id=kek.reference.kek_id, environment_id=kek.reference.environment_id
+    )

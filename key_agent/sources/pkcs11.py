@@ -1,0 +1,311 @@
+"""An HSM as key source, over PKCS#11, by way of a worker process.
+
+1. This process never loads the module and never sees KM: both belong to the worker (worker_main.py).
+2. Work is cut into batches of some 250 ms, so that the KEK watch gets its turn between two of them.
+3. A failure that the worker *answered* is diagnosed before it is reported; a time-out or crash is an
+   outage.
+4. A diagnosis takes two passes, the second in a new worker; that one counts (hsm.md 5).
+5. A refused PIN is not tried again before its file changes (pin.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal, override
+
+import msgspec
+import structlog
+
+from envelope.keys import NetworkService
+from key_agent.errors import KeySourceError, error_of
+from key_agent.sources import wire
+from key_agent.sources.pin import Pin, PinGate
+from key_agent.sources.source import (
+    Diagnosis,
+    EnvelopeRequest,
+    EnvelopeResult,
+    Kek,
+    KekReference,
+    KeySource,
+    Verdict,
+    WrapMethod,
+    WrappedKey,
+)
+from key_agent.sources.worker import Worker
+from runtime.clock import Clock, SystemClock
+
+NEGOTIATED_METHODS: Final = (WrapMethod.GCM, WrapMethod.KW)
+"""In order of preference."""
+
+# What a batch may weigh, in bytes on the pipe, either way; far below wire.FRAME_LIMIT.
+BATCH_BYTES_LIMIT: Final = 8 * 1024 * 1024
+FIRST_BATCH: Final = 32
+LARGEST_BATCH: Final = 4096
+_REQUEST_KEY_BYTES: Final = 400
+_ENVELOPE_BYTES: Final = 1600
+_ENVELOPE_KEY_BYTES: Final = 600
+
+_log = structlog.get_logger(__name__)
+
+
+class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[pkcs11]` section. A KEK keeps the method it was made with, whatever `method` says later."""
+
+    module_path: Path
+    """The vendor's PKCS#11 library."""
+    token_label: str
+    token_serial: str | None = None
+    """Needed where two tokens have one label. Every KEK pins the serial of its token anyway."""
+    pin_file: Path
+    """Readable by its owner only. One line break at the end is not part of the PIN."""
+    refused_pin_file: Path | None = None
+    """Where to note that the PIN was refused; in a directory that the agent may write."""
+    method: Literal["auto", "gcm", "kw"] = "auto"
+    environment: dict[str, str] = {}
+    """Further variables for the module, such as SOFTHSM2_CONF."""
+    request_timeout_s: float = 10.0
+    start_timeout_s: float = 20.0
+    administration_timeout_s: float = 60.0
+    """For creating and destroying KEKs and trying methods: dozens of calls, some slow on real HSMs."""
+    batch_s: float = 0.25
+    """How long one batch keeps the KEK watch waiting."""
+
+    def __post_init__(self) -> None:
+        for name in ("request_timeout_s", "start_timeout_s", "administration_timeout_s", "batch_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ValueError(f"{name} must be greater than 0 and at most 3600")
+        if self.batch_s > self.request_timeout_s / 2:
+            raise ValueError(
+                "batch_s must be at most half of request_timeout_s, or a slow batch counts as a hang"
+            )
+        if not self.token_label:
+            raise ValueError("token_label must not be empty")
+        if not self.module_path.is_absolute():
+            raise ValueError("module_path must be absolute: the dynamic linker must not choose the library")
+
+    @property
+    def methods(self) -> tuple[WrapMethod, ...]:
+        return NEGOTIATED_METHODS if self.method == "auto" else (WrapMethod(self.method),)
+
+
+class Pkcs11Source(KeySource):
+    """*signing_key_file* and its certificate are read by the worker, anew for every batch.
+
+    Tools that never seal envelopes may leave them out.
+    """
+
+    def __init__(
+        self,
+        settings: Pkcs11Settings,
+        signing_key_file: Path | None = None,
+        signing_certificate_file: Path | None = None,
+        agent_id: str = "",
+        *,
+        clock: Clock | None = None,
+    ) -> None:
+        self._settings = settings
+        self._signing_key_file = signing_key_file
+        self._signing_certificate_file = signing_certificate_file
+        self._agent_id = agent_id
+        self._clock = clock or SystemClock()
+        note_file = settings.refused_pin_file or settings.pin_file.with_name(
+            settings.pin_file.name + ".refused"
+        )
+        self._gate = PinGate(
+            settings.pin_file,
+            note_file,
+            module_path=settings.module_path,
+            token_label=settings.token_label,
+        )
+        self._pin: Pin | None = None
+        self._batch_size = FIRST_BATCH
+        self._worker = Worker(
+            self._hello,
+            self._on_refusal,
+            environment=settings.environment,
+            request_timeout_s=settings.request_timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            clock=self._clock,
+        )
+
+    @property
+    def worker_pid(self) -> int | None:
+        """For status and tests."""
+        return self._worker.pid
+
+    @override
+    async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
+        reply = await self._ask(
+            wire.CreateKek(
+                reference=reference,
+                methods=self._settings.methods,
+                replace_unfinished=replace_unfinished,
+                now_ms=self._now_ms(),
+            ),
+            timeout_s=self._settings.administration_timeout_s,
+        )
+        return _expect(reply, wire.KekMade).kek
+
+    @override
+    async def destroy_kek(self, kek: Kek) -> None:
+        reply = await self._ask(wire.DestroyKek(kek=kek), timeout_s=self._settings.administration_timeout_s)
+        _expect(reply, wire.Done)
+
+    @override
+    async def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
+        _expect(await self._ask(wire.EnableKek(kek=kek, enabled=enabled)), wire.Done)
+
+    @override
+    async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
+        made: list[WrappedKey] = []
+        while len(made) < len(owners):
+            batch = tuple(owners[len(made) : len(made) + self._batch_size])
+            began_s = self._clock.boot_s()
+            reply = await self._ask_about(
+                kek,
+                wire.Generate(kek=kek, owners=batch, now_ms=self._now_ms(), budget_s=self._settings.batch_s),
+            )
+            keys = _expect(reply, wire.Generated).keys
+            if [key.owner for key in keys] != list(batch[: len(keys)]) or not keys:
+                raise KeySourceError("the HSM worker answered for other services than it was asked about")
+            made += keys
+            self._adapt(len(keys), self._clock.boot_s() - began_s)
+        return made
+
+    @override
+    async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:
+        sealed: list[EnvelopeResult] = []
+        while len(sealed) < len(requests):
+            batch = _batch(requests, len(sealed), self._batch_size)
+            began_s = self._clock.boot_s()
+            reply = await self._ask_about(
+                kek, wire.SealEnvelopes(kek=kek, requests=batch, budget_s=self._settings.batch_s)
+            )
+            results = _expect(reply, wire.Sealed).results
+            if [result.owner for result in results] != [
+                r.owner for r in batch[: len(results)]
+            ] or not results:
+                raise KeySourceError("the HSM worker answered for other services than it was asked about")
+            sealed += [
+                EnvelopeResult(
+                    owner=result.owner,
+                    tokens=dict(result.tokens),
+                    failed_keys=dict(result.failed_keys),
+                    failed_recipients=dict(result.failed_recipients),
+                )
+                for result in results
+            ]
+            self._adapt(len(results), self._clock.boot_s() - began_s)
+        return sealed
+
+    @override
+    async def diagnose(self, kek: Kek) -> Diagnosis:
+        first = await self._one_pass(kek, fresh=False)
+        if first.verdict is Verdict.OK or first.verdict.is_login_refusal:
+            return first
+        second = await self._one_pass(kek, fresh=True)
+        _log.info(
+            "KEK diagnosed",
+            kek_id=kek.reference.kek_id,
+            first=str(first.verdict),
+            verdict=str(second.verdict),
+            detail=second.detail,
+        )
+        return second
+
+    @override
+    async def describe(self) -> dict[str, object]:
+        reply = await self._ask(
+            wire.Describe(methods=NEGOTIATED_METHODS), timeout_s=self._settings.administration_timeout_s
+        )
+        return _expect(reply, wire.Described).facts
+
+    @override
+    async def close(self) -> None:
+        await self._worker.close()
+
+    def _hello(self) -> wire.Hello:
+        self._pin = self._gate.read()
+        return wire.Hello(
+            module_path=str(self._settings.module_path),
+            token_label=self._settings.token_label,
+            token_serial=self._settings.token_serial,
+            pin=self._pin.text,
+            agent_id=self._agent_id,
+            signing_key_file=_absolute(self._signing_key_file),
+            signing_certificate_file=_absolute(self._signing_certificate_file),
+        )
+
+    async def _one_pass(self, kek: Kek, *, fresh: bool) -> Diagnosis:
+        try:
+            reply = await self._worker.request(
+                wire.Diagnose(kek=kek, now_s=self._clock.wall_s()), fresh=fresh
+            )
+            found = _expect(reply, wire.Diagnosed)
+        except KeySourceError as error:
+            return error.diagnosis
+        return Diagnosis(found.verdict, found.detail)
+
+    async def _ask_about(self, kek: Kek, message: wire.Message) -> wire.Reply:
+        """As `_ask`; a failure that the worker answered is diagnosed: revoked, unreachable, or once more."""
+        reply = await self._worker.request(message)
+        if not isinstance(reply, wire.Failed):
+            return reply
+        if not reply.verdict.is_login_refusal:
+            diagnosis = await self.diagnose(kek)
+            if diagnosis.verdict is not Verdict.OK:
+                raise error_of(diagnosis)
+            reply = await self._worker.request(message)
+            if not isinstance(reply, wire.Failed):
+                return reply
+        raise _unproven(reply)
+
+    async def _ask(self, message: wire.Message, *, timeout_s: float | None = None) -> wire.Reply:
+        reply = await self._worker.request(message, timeout_s=timeout_s)
+        if isinstance(reply, wire.Failed):
+            raise _unproven(reply)
+        return reply
+
+    def _on_refusal(self, verdict: Verdict) -> None:
+        if self._pin is not None:
+            self._gate.refuse(self._pin, verdict)
+            file = str(self._settings.pin_file)
+            _log.error("the token refused the PIN", verdict=str(verdict), pin_file=file)
+
+    def _adapt(self, done: int, took_s: float) -> None:
+        """Ask next time for about as much as fits one batch."""
+        fits = done * self._settings.batch_s / max(took_s, 0.001)
+        self._batch_size = max(1, min(LARGEST_BATCH, 2 * self._batch_size, int(1.25 * fits)))
+
+    def _now_ms(self) -> int:
+        return int(self._clock.wall_s() * 1000)
+
+
+def _batch(requests: Sequence[EnvelopeRequest], start: int, count: int) -> tuple[EnvelopeRequest, ...]:
+    """At most *count* requests from *start* on that fit a frame both ways; at least one."""
+    batch: list[EnvelopeRequest] = []
+    asked = answered = 0
+    for request in requests[start : start + count]:
+        asked += _REQUEST_KEY_BYTES * len(request.keys)
+        asked += sum(len(recipient.certificate_der) for recipient in request.recipients)
+        answered += len(request.recipients) * (_ENVELOPE_BYTES + _ENVELOPE_KEY_BYTES * len(request.keys))
+        if batch and max(asked, answered) > BATCH_BYTES_LIMIT:
+            break
+        batch.append(request)
+    return tuple(batch)
+
+
+def _expect[T: wire.Message](reply: wire.Reply, kind: type[T]) -> T:
+    if not isinstance(reply, kind):
+        raise KeySourceError(f"the HSM worker answered {type(reply).__name__}, not {kind.__name__}")
+    return reply
+
+
+def _unproven(reply: wire.Failed) -> KeySourceError:
+    """What one look at the token found. Only a diagnosis proves a revocation: this is none."""
+    if reply.verdict.withdraws:
+        return KeySourceError(reply.detail)
+    return error_of(Diagnosis(reply.verdict, reply.detail))
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())

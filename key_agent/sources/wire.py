@@ -1,0 +1,186 @@
+"""What the agent and its HSM worker say to each other.
+
+1. A frame is a 4-byte big-endian length and a msgpack message; one longer than FRAME_LIMIT ends it all.
+2. Messages are typed structs. No pickle: the side with the vendor's library is the less trusted one.
+3. A reply carries its request's number: an answer to an earlier question is never taken for this one's.
+4. The only secret on the wire is the PIN, in the first frame. KM is in no message type: only wrapped keys
+   and envelopes are.
+"""
+
+from typing import Any, BinaryIO, Final, override
+
+import msgspec
+
+from envelope.errors import SealgateError
+from envelope.keys import KeyId, NetworkService
+from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, WrapMethod, WrappedKey
+from key_agent.sources.verdict import Verdict
+
+LENGTH_SIZE: Final = 4
+FRAME_LIMIT: Final = 64 * 1024 * 1024
+
+
+class ProtocolError(Exception):
+    """The other side does not speak this protocol (any more)."""
+
+
+class Message(msgspec.Struct, kw_only=True, tag=True):
+    """Anything that travels in a frame."""
+
+
+class Hello(Message, tag="hello"):
+    """The first frame: load the module. Everything else follows."""
+
+    module_path: str
+    token_label: str
+    token_serial: str | None
+    pin: str
+    agent_id: str
+    signing_key_file: str | None
+    signing_certificate_file: str | None
+
+    @override
+    def __repr__(self) -> str:
+        return f"Hello(module_path={self.module_path!r}, token_label={self.token_label!r}, pin=...)"
+
+
+class CreateKek(Message, tag="create-kek"):
+    reference: KekReference
+    methods: tuple[WrapMethod, ...]
+    """Candidates, best first."""
+    replace_unfinished: bool
+    now_ms: int
+
+
+class DestroyKek(Message, tag="destroy-kek"):
+    kek: Kek
+
+
+class EnableKek(Message, tag="enable-kek"):
+    kek: Kek
+    enabled: bool
+
+
+class Generate(Message, tag="generate"):
+    kek: Kek
+    owners: tuple[NetworkService, ...]
+    now_ms: int
+    budget_s: float
+    """Stop after so long and answer for the first ones (at least one): the KEK watch wants its turn."""
+
+
+class SealEnvelopes(Message, tag="seal"):
+    kek: Kek
+    requests: tuple[EnvelopeRequest, ...]
+    budget_s: float
+
+
+class Diagnose(Message, tag="diagnose"):
+    kek: Kek
+    now_s: float
+
+
+class Describe(Message, tag="describe"):
+    methods: tuple[WrapMethod, ...]
+
+
+Request = Hello | CreateKek | DestroyKek | EnableKek | Generate | SealEnvelopes | Diagnose | Describe
+
+
+class Done(Message, tag="done"):
+    pass
+
+
+class Failed(Message, tag="failed"):
+    verdict: Verdict
+    detail: str
+
+
+class KekMade(Message, tag="kek-made"):
+    kek: Kek
+
+
+class Generated(Message, tag="generated"):
+    keys: tuple[WrappedKey, ...]
+
+
+class SealedEnvelopes(msgspec.Struct, frozen=True, kw_only=True):
+    """One `EnvelopeResult`, as pairs: msgpack maps with structured keys are nobody's friend."""
+
+    owner: NetworkService
+    tokens: tuple[tuple[str, str], ...]
+    failed_keys: tuple[tuple[KeyId, str], ...]
+    failed_recipients: tuple[tuple[str, str], ...]
+
+
+class Sealed(Message, tag="sealed"):
+    results: tuple[SealedEnvelopes, ...]
+
+
+class Diagnosed(Message, tag="diagnosed"):
+    verdict: Verdict
+    detail: str
+
+
+class Described(Message, tag="described"):
+    facts: dict[str, Any]
+
+
+Reply = Done | Failed | KekMade | Generated | Sealed | Diagnosed | Described
+
+
+class Numbered[T](msgspec.Struct, frozen=True):
+    number: int
+    message: T
+
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Numbered[Request])
+_replies = msgspec.msgpack.Decoder(Numbered[Reply])
+
+
+def encode(number: int, message: Message) -> bytearray:
+    """The frame, length included."""
+    frame = bytearray(LENGTH_SIZE)
+    _encoder.encode_into(Numbered(number, message), frame, LENGTH_SIZE)
+    size = len(frame) - LENGTH_SIZE
+    if size > FRAME_LIMIT:
+        raise ProtocolError(f"a message of {size} bytes is longer than a frame may be")
+    frame[:LENGTH_SIZE] = size.to_bytes(LENGTH_SIZE)
+    return frame
+
+
+def frame_size(prefix: bytes) -> int:
+    """Bytes that follow the 4-byte *prefix*. ProtocolError if that is longer than a frame may be."""
+    size = int.from_bytes(prefix)
+    if size > FRAME_LIMIT:
+        raise ProtocolError(f"a frame of {size} bytes was announced")
+    return size
+
+
+def decode_request(body: bytes) -> Numbered[Request]:
+    try:
+        return _requests.decode(body)
+    except (msgspec.DecodeError, ValueError, SealgateError) as error:
+        raise ProtocolError(f"not a request: {error}") from None
+
+
+def decode_reply(body: bytes) -> Numbered[Reply]:
+    try:
+        return _replies.decode(body)
+    except (msgspec.DecodeError, ValueError, SealgateError) as error:
+        raise ProtocolError(f"not a reply: {error}") from None
+
+
+def read_request(stream: BinaryIO) -> Numbered[Request] | None:
+    """The next request, blocking; None at a clean end of the stream."""
+    prefix = stream.read(LENGTH_SIZE)
+    if not prefix:
+        return None
+    if len(prefix) < LENGTH_SIZE:
+        raise ProtocolError("the stream ended inside a frame")
+    size = frame_size(prefix)
+    body = stream.read(size)
+    if len(body) < size:
+        raise ProtocolError("the stream ended inside a frame")
+    return decode_request(body)

@@ -1,0 +1,163 @@
+"""The HSM worker: a process that owns the PKCS#11 module, so that its crash costs a process, not the agent.
+
+1. Started fresh and never forked, single-threaded: what every module supports (hsm.md 1.1, 1.5).
+2. Frames come in on a copy of stdin and go out on a copy of stdout; the module gets /dev/null to read and
+   stderr to print on, so that a vendor's printf cannot corrupt a frame.
+3. No core dump, no /proc/<pid>/mem for others, dead as soon as the agent is. Signals of the terminal or the
+   service manager are the agent's business: it closes our input.
+4. Logged in for the length of one request. One wrong PIN and this process never logs in again.
+5. Error texts name classes and states, never data.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import BinaryIO, Final, NoReturn
+
+from pkcs11 import PKCS11Error
+
+from envelope.errors import SealgateError
+from key_agent.errors import KeySourceError
+from key_agent.sources import wire
+from key_agent.sources.hsm import diagnosis, keks, material
+from key_agent.sources.hsm.session import Token
+from key_agent.sources.verdict import Verdict
+from runtime.lifecycle import end_with_parent, harden_process
+
+PROBE_ID_SIZE: Final = 16
+
+
+def main() -> NoReturn:
+    """`python -I -m key_agent.sources.worker_main PARENT_PID`, started by worker.py only."""
+    end_with_parent(int(sys.argv[1]))
+    for warning in harden_process():
+        print(f"hsm worker: {warning}", file=sys.stderr)  # noqa: T201 - stderr is its log
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    requests, replies = _take_over_standard_streams()
+    status = 0
+    try:
+        _serve(requests, replies)
+    except (wire.ProtocolError, OSError) as error:
+        print(f"hsm worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        status = 1
+    # Vendors' destructors are not to be trusted, and python-pkcs11's print tracebacks (hsm.md 2.3).
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _take_over_standard_streams() -> tuple[BinaryIO, BinaryIO]:
+    requests, replies = os.dup(0), os.dup(1)  # not inheritable, unlike 0 and 1
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    worker: _Worker | None = None
+    while (request := wire.read_request(requests)) is not None:
+        reply: wire.Reply
+        if isinstance(request.message, wire.Hello):
+            worker = _Worker(request.message)
+            reply = worker.answer(request.message)
+        elif worker is None:
+            raise wire.ProtocolError("the first frame is not a hello")
+        else:
+            reply = worker.answer(request.message)
+        replies.write(wire.encode(request.number, reply))
+        replies.flush()
+
+
+class _Worker:
+    def __init__(self, hello: wire.Hello) -> None:
+        self._token = Token(hello.module_path, hello.token_label, hello.token_serial, hello.pin)
+        self._agent_id = hello.agent_id
+        self._signing_files = (hello.signing_key_file, hello.signing_certificate_file)
+
+    def answer(self, request: wire.Request) -> wire.Reply:
+        try:
+            return self._answer(request)
+        except KeySourceError as error:
+            notes = getattr(error, "__notes__", ())
+            return wire.Failed(verdict=error.verdict, detail="; ".join([error.detail, *notes]))
+        except PKCS11Error as error:
+            return wire.Failed(verdict=Verdict.UNREACHABLE, detail=f"PKCS#11: {_text(error)}")
+        except SealgateError as error:
+            return wire.Failed(verdict=Verdict.UNREACHABLE, detail=type(error).__name__)
+        finally:
+            self._token.close()
+
+    def _answer(self, request: wire.Request) -> wire.Reply:
+        token = self._token
+        match request:
+            case wire.Hello():
+                token.load()
+            case wire.CreateKek():
+                kek = keks.create_kek(
+                    token,
+                    request.reference,
+                    request.methods,
+                    replace_unfinished=request.replace_unfinished,
+                    now_ms=request.now_ms,
+                )
+                return wire.KekMade(kek=kek)
+            case wire.DestroyKek():
+                keks.destroy_kek(token, request.kek)
+            case wire.EnableKek():
+                keks.set_kek_enabled(token, request.kek, enabled=request.enabled)
+            case wire.Generate():
+                keys = material.generate(
+                    token, request.kek, request.owners, now_ms=request.now_ms, budget_s=request.budget_s
+                )
+                return wire.Generated(keys=keys)
+            case wire.SealEnvelopes():
+                results = material.seal_envelopes(
+                    token, self._signer(), request.kek, request.requests, budget_s=request.budget_s
+                )
+                return wire.Sealed(results=results)
+            case wire.Diagnose():
+                found = diagnosis.diagnose(token, request.kek, now_s=request.now_s)
+                return wire.Diagnosed(verdict=found.verdict, detail=found.detail)
+            case wire.Describe():
+                return wire.Described(facts=self._describe(request))
+        return wire.Done()
+
+    def _signer(self) -> material.Signer:
+        """Read anew for every batch: a renewed certificate is used without a restart."""
+        key_file, certificate_file = self._signing_files
+        if key_file is None or certificate_file is None:
+            raise KeySourceError("no signing key is configured")
+        return material.Signer.load(self._agent_id, Path(key_file), Path(certificate_file))
+
+    def _describe(self, request: wire.Describe) -> dict[str, object]:
+        token, library = self._token.token(), self._token.library
+        facts: dict[str, object] = {
+            "module": {
+                "path": library.so,
+                "manufacturer": library.manufacturer_id,
+                "description": library.library_description,
+                "library_version": ".".join(map(str, library.library_version)),
+                "cryptoki_version": ".".join(map(str, library.cryptoki_version)),
+            },
+            "token": {
+                "label": token.label,
+                "serial": token.serial.decode(errors="backslashreplace"),
+                "manufacturer": token.manufacturer_id,
+                "model": token.model,
+            },
+        }
+        facts["methods"] = keks.try_methods(self._token, request.methods, os.urandom(PROBE_ID_SIZE))
+        return facts
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
