@@ -133,6 +133,10 @@ class _CreditedConnection(_http2.Http2Connection):
             self.h2_conn.increment_flow_control_window(self._connection_debt_bytes)
             self._connection_debt_bytes = 0
         self._stream_debt_bytes[stream_id] += size_bytes
+        if len(self._stream_debt_bytes) > 2 * MAX_CONCURRENT_STREAMS:
+            # Streams that we have reset need not be ended by their peer.
+            for closed in [one for one in self._stream_debt_bytes if self.is_closed(one)]:
+                self._forget(closed)
         # Below half a window the peer is not waiting for us.
         if self._stream_debt_bytes[stream_id] >= STREAM_WINDOW_BYTES // 2:
             self._credit_stream(stream_id)
