@@ -21,6 +21,7 @@ and move the file away to begin a new one; record the old one's head.
 import fcntl
 import hashlib
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Final, Self
@@ -234,6 +235,9 @@ def _open_locked(path: Path) -> int:
             f"{path} cannot be opened: {error.strerror}",
             f"make {path.parent} an existing directory that this user may write",
         ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AuditUnavailableError(f"{path} is not a regular file", "give the path of a file")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _sync_directory(path.parent)
