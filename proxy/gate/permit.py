@@ -9,7 +9,7 @@ This module knows nothing of mitmproxy: bodies and planner build on it, the gate
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Final, Protocol, final, override
+from typing import Any, Final, Protocol, cast, final, override
 
 from envelope.errors import MisuseError
 from proxy.refusals import Refusal
@@ -95,8 +95,11 @@ class Transform(ABC):
             self._failure = reason
 
     @final
-    def __call__(self, piece: bytes) -> list[Piece]:
-        """mitmproxy's streaming protocol: a piece of the body, or b"" once, at its proper end."""
+    def __call__(self, piece: bytes) -> list[bytes]:
+        """mitmproxy's streaming protocol: a piece of the body, or b"" once, at its proper end.
+
+        The list may hold other buffers than bytes; mitmproxy takes them and its annotations do not say so.
+        """
         if self._failure is not None:
             raise TransformError("the transform has failed already") from self._failure
         if self._finished:
@@ -110,7 +113,7 @@ class Transform(ABC):
         except BaseException as failure:
             self._failure = failure
             raise
-        return pieces
+        return cast("list[bytes]", pieces)
 
     def _checked(self, pieces: object) -> list[Piece]:
         # A coroutine, a string or a bare bytearray would be taken apart by mitmproxy into something else.
@@ -134,15 +137,26 @@ class Transform(ABC):
 class Permit:
     """What may happen to one flow. None refuses: the state in which every flow begins."""
 
-    __slots__ = ("refusal", "request", "response")
+    __slots__ = ("_revoked", "refusal", "request", "response")
 
     def __init__(self) -> None:
+        self._revoked = False
         self.request: Clear | Transform | None = None
         """Decided in `requestheaders`: the request's body (and its trailers, for CLEAR alone)."""
         self.response: Clear | Transform | None = None
         """Decided in `responseheaders`, never earlier: it is reset before that hook."""
         self.refusal: Refusal | None = None
         """What the client is told while it is not permitted; None: `refusals.NO_PERMIT`."""
+
+    @property
+    def revoked(self) -> bool:
+        return self._revoked
+
+    def revoke(self, refusal: Refusal) -> None:
+        """Take everything back for good: a hook of this flow has failed."""
+        self._revoked = True
+        self.request = self.response = None
+        self.refusal = self.refusal or refusal
 
 
 class HasMetadata(Protocol):

@@ -1,0 +1,333 @@
+"""The guarded connection handler: whatever goes wrong round a flow ends every socket of that client.
+
+1. A crash below the streams, an exception of a hook that decides, a task that dies: abort, never carry on.
+   mitmproxy logs and forwards (hooks), or logs and leaves both sockets open ("mitmproxy has crashed!").
+2. A hook of a flow that raises, or halts the others, revokes the permit of that flow; its siblings live.
+3. Only protocols on the list below are spoken. What mitmproxy would relay raw is closed instead. A tunnel
+   exists only where `tls_clienthello` chose it (`ignore_connection`).
+4. No socket outlives its task. mitmproxy leaves it open if a task is cancelled where it does not expect it.
+5. A connection that is cut is reset at once; buffered bytes do not make it linger.
+6. Log texts carry no payload: mitmproxy's assertions and protocol errors quote what was sent.
+"""
+
+import asyncio
+import collections
+import contextlib
+import inspect
+import logging
+import socket
+import struct
+import sys
+import weakref
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, override
+
+from mitmproxy import addonmanager, exceptions
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.connection import Client, Connection, ConnectionState
+from mitmproxy.flow import Flow
+from mitmproxy.http import HTTPFlow
+from mitmproxy.master import Master
+from mitmproxy.proxy import commands, events, layer, layers
+from mitmproxy.proxy.layers import http, modes
+
+from proxy import refusals
+from proxy.gate import stream
+from proxy.gate.h2 import BackpressureHandler
+from proxy.gate.permit import permit
+from proxy.refusals import Refusal
+
+TOP_LAYERS: Final = (modes.HttpProxy, modes.HttpUpstreamProxy, modes.ReverseProxy, modes.TransparentProxy)
+PROTOCOLS: Final = (*TOP_LAYERS, http.HttpLayer, layers.ClientTLSLayer, layers.ServerTLSLayer)
+
+# They report what has happened already. Any other hook without a flow decides something of the connection.
+_AFTER_THE_FACT: Final = frozenset(
+    {
+        "client_disconnected",
+        "server_connect_error",
+        "server_disconnected",
+        "tls_failed_client",
+        "tls_failed_server",
+    }
+)
+_LOG_LIMIT: Final = 200
+
+type OnRefused = Callable[[HTTPFlow | None, Refusal, bool], None]
+"""Called once for each flow the gate refuses or aborts: the flow (None: a protocol that is not spoken, or a
+connection without flows), what the client is told, and whether bytes of a response had left, so that it is
+not told but cut. If it raises, the answer becomes `refusals.AUDIT_UNAVAILABLE`; the flow stays refused."""
+
+log = logging.getLogger(__name__)
+
+_listeners: Final[weakref.WeakKeyDictionary[Master, OnRefused]] = weakref.WeakKeyDictionary()
+
+
+def on_refused(master: Master, callback: OnRefused) -> None:
+    """Have *callback* told of every refusal and abort of the gate, for connections of *master*."""
+    _listeners[master] = callback
+
+
+class DenyLayer(layer.Layer):
+    """Closes the client and listens to nothing."""
+
+    @override
+    def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        self._handle_event = self._done  # type: ignore[method-assign,assignment]
+        yield commands.CloseConnection(self.context.client)
+
+    def _done(self, _event: events.Event) -> layer.CommandGenerator[None]:
+        yield from ()
+
+
+class GuardedConnectionHandler(BackpressureHandler):
+    """Stands in for `mitmproxy.proxy.mode_servers.ProxyConnectionHandler`."""
+
+    def __init__(self, master: Master, *args: Any) -> None:
+        super().__init__(master, *args)
+        self._aborted = False
+        self._crashed = False
+        self._cut: set[Connection] = set()
+        self._held: collections.Counter[Connection] = collections.Counter()
+        self._released = asyncio.Event()
+        self._streams: weakref.WeakSet[stream.GuardedStream] = weakref.WeakSet()
+        stream.keep(self.client.id, self)
+
+    # ---- what streams ask of their handler
+
+    def adopt(self, guarded: stream.GuardedStream) -> None:
+        self._streams.add(guarded)
+
+    def hold(self, connection: Connection) -> None:
+        self._held[connection] += 1
+
+    def release(self, connection: Connection) -> None:
+        self._held[connection] -= 1
+        if self._held[connection] <= 0:
+            del self._held[connection]
+            self._released.set()
+
+    def cut_on_close(self, connection: Connection) -> None:
+        self._cut.add(connection)
+
+    def report(self, flow: HTTPFlow | None, refusal: Refusal, *, bytes_sent: bool) -> None:
+        if callback := _listeners.get(self.master):
+            callback(flow, refusal, bytes_sent)
+
+    # ---- the end of everything
+
+    def abort_all(self, refusal: Refusal = refusals.INTERNAL) -> None:
+        """Reset every socket of this client; its flows are reported as *refusal*."""
+        self._aborted = True
+        for guarded in list(self._streams):
+            guarded.abandon(refusal)
+        for io in list(self.transports.values()):
+            _reset(io.writer)
+            if io.handler is not None:
+                io.handler.cancel("aborted by the gate")
+        for timer in list(self.wakeup_timer):
+            timer.cancel("aborted by the gate")
+
+    def _crash(self, where: str, error: BaseException | None) -> None:
+        if not self._aborted:
+            log.error(
+                "aborting a client's connections: %s: %s", where, stream.origin_of(error) if error else ""
+            )
+            self.abort_all()
+
+    @override
+    def log(self, message: str, level: int = logging.INFO, exc_info: Any = None) -> None:
+        if exc_info and level >= logging.ERROR:
+            self._crashed = True
+            error = exc_info[1] if isinstance(exc_info, tuple) else sys.exc_info()[1]
+            message = message.partition(":")[0]
+            if error is not None:
+                message = f"{message}: {stream.origin_of(error)}"
+        super().log(message[:_LOG_LIMIT], level)
+
+    # ---- tasks
+
+    @override
+    async def handle_client(self) -> None:
+        try:
+            if self.client.transport_protocol == "tcp" and isinstance(self.layer, TOP_LAYERS):
+                await super().handle_client()
+            else:
+                self._deny(self.layer)
+        finally:
+            for io in self.transports.values():
+                _reset(io.writer)
+
+    @override
+    async def handle_connection(self, connection: Connection) -> None:
+        try:
+            await super().handle_connection(connection)
+        finally:
+            await self._forget(connection)
+
+    @override
+    async def open_connection(self, command: commands.OpenConnection) -> None:
+        try:
+            await super().open_connection(command)
+        finally:
+            await self._forget(command.connection)
+
+    async def _forget(self, connection: Connection) -> None:
+        """The task of *connection* is over. If it was cancelled in the middle of an event, tidy up."""
+        io = self.transports.get(connection)
+        if io is None or io.handler is not asyncio.current_task():
+            return
+        connection.state = ConnectionState.CLOSED
+        _reset(io.writer)
+        if not self._aborted and io.writer is not None:
+            await self.server_event(events.ConnectionClosed(connection))
+        self.transports.pop(connection, None)
+
+    @override
+    async def server_event(self, event: events.Event) -> None:
+        if self._aborted:
+            return
+        try:
+            await super().server_event(event)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
+            self._crash("a layer", error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        if self._crashed:
+            self._crash("a layer", None)
+
+    @override
+    def close_connection(self, connection: Connection, half_close: bool = False) -> None:
+        super().close_connection(connection, half_close)
+        if connection in self._cut and (io := self.transports.get(connection)) is not None:
+            _reset(io.writer)
+
+    @override
+    async def drain_writers(self) -> None:
+        await super().drain_writers()
+        if not self._held:
+            return
+        task = asyncio.current_task()
+        source = next((c for c, io in self.transports.items() if io.handler is task), None)
+        while source is not None and self._held[source] and source in self.transports:
+            self._released.clear()
+            await self._released.wait()
+
+    # ---- hooks
+
+    @override
+    async def hook_task(self, hook: commands.StartHook) -> None:
+        try:
+            await super().hook_task(hook)
+        except BaseException as error:
+            self._crash(f"the hook {hook.name}", error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)) or _is_being_cancelled():
+                raise
+
+    @override
+    async def handle_hook(self, hook: commands.StartHook) -> None:
+        (data,) = hook.args()
+        with self.timeout_watchdog.disarm():
+            try:
+                failure = await self._call_addons(hook, data)
+            except BaseException as error:
+                if isinstance(error, (KeyboardInterrupt, SystemExit)) or _is_being_cancelled():
+                    self._crash(f"the hook {hook.name}", error)
+                    raise
+                self._crash(f"the hook {hook.name}", error)
+                return
+            if isinstance(data, Flow):
+                await data.wait_for_resume()  # type: ignore[no-untyped-call]
+        if failure is not None:
+            if isinstance(data, HTTPFlow):
+                permit(data).revoke(refusals.INTERNAL)
+            elif hook.name not in _AFTER_THE_FACT:
+                self._crash(f"the hook {hook.name}", failure)
+        if isinstance(data, layer.NextLayer):
+            self._check_protocol(data)
+
+    async def _call_addons(self, hook: commands.StartHook, data: Any) -> Exception | None:
+        """Call every addon that has this hook; return the last exception of them.
+
+        In place of `AddonManager.handle_lifecycle`, which swallows it, and which after each hook of a flow
+        tells all addons of an `update` that only user interfaces listen to.
+        """
+        failure: Exception | None = None
+        for addon in addonmanager.traverse(self.master.addons.chain):  # type: ignore[no-untyped-call]
+            function = getattr(addon, hook.name, None)
+            if not callable(function):
+                continue
+            try:
+                result = function(data)
+                if inspect.isawaitable(result):
+                    await result
+            except exceptions.AddonHalt as halt:
+                return halt
+            except Exception as error:  # noqa: BLE001 - an addon's
+                log.error("the hook %s failed: %s", hook.name, stream.origin_of(error))  # noqa: TRY400
+                failure = error
+        return failure
+
+    def _check_protocol(self, chosen: layer.NextLayer) -> None:
+        below = chosen.layer
+        while below is not None and not isinstance(below, layer.NextLayer):
+            if self.client.transport_protocol != "tcp" or not isinstance(below, PROTOCOLS):
+                self._deny(below)
+                for given in list(chosen.context.layers):
+                    if given is below or given is chosen.layer:
+                        chosen.context.layers.remove(given)
+                chosen.layer = DenyLayer(chosen.context)
+                return
+            below = getattr(below, "child_layer", None)
+
+    def _deny(self, refused: layer.Layer) -> None:
+        log.warning("refused the protocol %s", type(refused).__name__)
+        try:
+            self.report(None, refusals.UPGRADE, bytes_sent=False)
+        except Exception as error:  # noqa: BLE001 - it is refused already, and stays so
+            log.error("refusal not recorded: %s", stream.origin_of(error))  # noqa: TRY400
+
+
+def _is_being_cancelled() -> bool:
+    """True if somebody asked for this task's end, rather than an addon raising CancelledError."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _reset(writer: Any) -> None:
+    """Close at once, by RST: what is buffered is dropped, and the peer sees no proper end."""
+    transport = getattr(writer, "transport", None)
+    if transport is None:
+        if writer is not None:
+            writer.close()  # a datagram "stream": nothing lingers
+        return
+    if (raw := transport.get_extra_info("socket")) is not None:
+        with contextlib.suppress(OSError):
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def hold_reading(proxyserver: Proxyserver, client: Client) -> AsyncIterator[None]:
+    """Do not read from an HTTP/1 client meanwhile. On HTTP/2 the back-pressure withholds credit by itself.
+
+    The gate holds every connection of a flow whose hook is awaited; this is for waiting at other places. It
+    nests. A client that has gone is no error.
+    """
+    handler = proxyserver.connections.get(client.id)
+    if not isinstance(handler, GuardedConnectionHandler) or client.alpn == b"h2":
+        yield
+        return
+    handler.hold(client)
+    try:
+        yield
+    finally:
+        handler.release(client)
+
+
+def abort_all_connections(proxyserver: Proxyserver) -> None:
+    """Reset every socket of every client, upstream ones included: no body gets a proper end."""
+    for handler in list(proxyserver.connections.values()):
+        if isinstance(handler, GuardedConnectionHandler):
+            handler.abort_all()
