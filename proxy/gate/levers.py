@@ -332,7 +332,7 @@ _stock_http1_handle_event: Final = _http1.Http1Connection._handle_event  # noqa:
 def _http1_handle_event(self: _http1.Http1Connection, event: events.Event) -> Commands:
     if (
         type(event) is events.DataReceived
-        and getattr(self.state, "__func__", None) is _http1.Http1Connection.read_body
+        and self.state == self.read_body
         and type(self.body_reader) is ContentLengthReader
         and self.stream_id is not None
         and not self.buf
