@@ -91,30 +91,32 @@ def read_secret_file(path: Path) -> bytearray:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SettingsError(file, "", allowed=f"the secret cannot be read: {error.strerror}") from None
-    with open(descriptor, "rb", buffering=0) as stream:  # noqa: PTH123 - the descriptor is what gets checked
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SettingsError(file, "", allowed="a secret must be a regular file")
-        if status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise SettingsError(
-                file, "", allowed=f"mode {mode:04o} opens a secret to others: chmod 600 {file}"
-            )
-        if status.st_size > MAX_SECRET_BYTES:
-            raise SettingsError(
-                file, "", allowed=f"{status.st_size} bytes, a secret has at most {MAX_SECRET_BYTES}"
-            )
-        secret = bytearray(status.st_size)
-        view = memoryview(secret)
+    try:
+        return _read_secret(descriptor, file)
+    finally:
+        os.close(descriptor)
+
+
+def _read_secret(descriptor: int, file: str) -> bytearray:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise SettingsError(file, "", allowed="a secret must be a regular file")
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise SettingsError(file, "", allowed=f"mode {mode:04o} opens a secret to others: chmod 600 {file}")
+    if status.st_size > MAX_SECRET_BYTES:
+        raise SettingsError(
+            file, "", allowed=f"{status.st_size} bytes; a secret has at most {MAX_SECRET_BYTES}"
+        )
+    secret = bytearray(status.st_size)
+    with memoryview(secret) as view:
         filled = 0
-        while filled < len(secret) and (count := stream.readinto(view[filled:])):
+        # Into our own buffer: `bytes` on the way could not be wiped.
+        while filled < len(secret) and (count := os.readv(descriptor, [view[filled:]])):
             filled += count
-        view.release()
     del secret[filled:]
     if secret.endswith(b"\n"):
-        del secret[-1:]
-    if secret.endswith(b"\r"):
-        del secret[-1:]
+        del secret[-2 if secret.endswith(b"\r\n") else -1 :]
     if not secret:
         raise SettingsError(file, "", allowed="the secret is empty")
     return secret
@@ -126,10 +128,10 @@ def _override(
     """Write the environment's settings into *document*; {dotted key: variable}."""
     variables = {}
     for variable, text in sorted(environment.items()):
-        head, separator, rest = variable.removeprefix(f"{prefix}_").partition("__")
-        if not variable.startswith(f"{prefix}_") or not separator:
+        if not variable.startswith(f"{prefix}_") or "__" not in variable.removeprefix(prefix):
             continue
-        keys = [part.lower() for part in ([head] if head else []) + rest.split("__")]
+        # The empty section is the top level.
+        keys = variable.removeprefix(prefix).removeprefix("_").removeprefix("_").lower().split("__")
         dotted = ".".join(keys)
         kind = _type_at(schema, keys, variable)
         table = document
@@ -175,12 +177,15 @@ def _parse(text: str, kind: Any, variable: str, dotted: str) -> Any:
     ):
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
+        parsed = {}
+    if list(parsed) != ["value"]:  # nothing, or more than one setting in one variable
         names = " or ".join(sorted(_describe(option) for option in options))
         raise SettingsError(
             variable, dotted, value=_shown(dotted, text), allowed=f"expected {names} in TOML's notation"
-        ) from None
+        )
+    return parsed["value"]
 
 
 def _describe(info: msgspec.inspect.Type) -> str:
