@@ -223,12 +223,12 @@ def write_new_file(path: Path, data: bytes | bytearray, *, mode: int) -> None:
 
 
 def make_private_directory(path: Path) -> None:
-    """Make *path* with mode 0700 where it is missing. OSError if that fails."""
-    if not path.is_dir():
-        make_parents = path.parent
-        make_parents.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        sync_directory(make_parents)
+    """Make *path* and what is missing above it with mode 0700. OSError if that fails."""
+    if path.is_dir():
+        return
+    make_private_directory(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
