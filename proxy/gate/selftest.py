@@ -6,6 +6,7 @@ mid-body) and one that must, sealed. It runs whatever stands at mitmproxy's name
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, override
@@ -136,16 +137,24 @@ _CASES: Final = (
 
 async def self_test() -> None:
     """Rehearse every case; SelfTestError says which promise did not hold."""
-    for case in _CASES:
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                client, upstream = await _run(case.decide)
-        except TimeoutError:
-            raise SelfTestError(
-                f"self-test of the gate: {case.name}: no end within {_PATIENCE_S} s"
-            ) from None
-        if problem := _judge(case, client, upstream):
-            raise SelfTestError(f"self-test of the gate: {case.name}: {problem}")
+    ours = logging.getLogger("proxy.gate")
+    level = ours.level
+    ours.setLevel(logging.CRITICAL)  # Rehearsed errors would alarm whoever reads the log.
+    try:
+        for case in _CASES:
+            if problem := await _problem(case):
+                raise SelfTestError(f"self-test of the gate: {case.name}: {problem}")
+    finally:
+        ours.setLevel(level)
+
+
+async def _problem(case: _Case) -> str | None:
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            client, upstream = await _run(case.decide)
+    except TimeoutError:
+        return f"no end within {_PATIENCE_S} s"
+    return _judge(case, client, upstream)
 
 
 def _judge(case: _Case, client: _Wire, upstream: _Wire | None) -> str | None:
