@@ -9,6 +9,7 @@
        2 USAGE         the command line or the configuration is wrong; nothing was tried
        3 REFUSED       a rule forbids it (bad certificate, revoked KEK, damaged object)
        4 UNAVAILABLE   something needed is not there now (HSM, proxy, database, audit log); worth trying again
+   and, as with every program, 130 after Ctrl-C.
 4. No traceback reaches the user: of an unexpected error the type and place are shown, not the text, which
    nobody has checked for secrets. `SEALGATE_TRACEBACK=1` prints the traceback for developers.
 5. Options of the whole program (`--json`, `--config FILE` ...) may stand before or after the subcommand.
@@ -64,6 +65,8 @@ class CommandError(Exception):
     def as_text(self) -> str:
         return f"error: {self.cause}\n  next: {self.next_step}"
 
+
+_INTERRUPTED: Final = 130  # what typer makes of Ctrl-C, as shells do
 
 # The option every program declares once, in the callback of its app.
 JsonFlag = Annotated[bool, typer.Option("--json", help="Results and errors as JSON.")]
@@ -123,12 +126,13 @@ def main(app: typer.Typer, argv: Sequence[str]) -> int:
         return ExitCode.FAILED
     except Exception as error:  # noqa: BLE001 - rule 4: the last line of defence of a command
         failure = explain(error, program=str(app.info.name))
-        with contextlib.suppress(OSError):
-            shown = json.dumps(failure.as_json(), ensure_ascii=False) if as_json else failure.as_text()
-            sys.stderr.write(shown + "\n")
-            if os.environ.get("SEALGATE_TRACEBACK") == "1":
-                traceback.print_exception(error)
+        _report(failure, as_json=as_json)
+        if os.environ.get("SEALGATE_TRACEBACK") == "1":
+            traceback.print_exception(error)
         return failure.exit_code
+    if result == _INTERRUPTED:
+        failure = CommandError("interrupted", "run the command again", code="interrupted")
+        _report(failure, as_json=as_json)
     return int(result) if isinstance(result, int) else ExitCode.OK
 
 
@@ -147,7 +151,7 @@ def explain(error: Exception, *, program: str) -> CommandError:
                 exit_code,
             )
         case typer.Abort():
-            return CommandError("interrupted", "run the command again", code="interrupted")
+            return CommandError("cancelled", "run the command again", code="cancelled")
         case SealgateError():
             exit_code, next_step = next(_EXIT_CODES[kind] for kind in _EXIT_CODES if isinstance(error, kind))
             return CommandError(
@@ -165,6 +169,12 @@ def explain(error: Exception, *, program: str) -> CommandError:
                 f"report this as a bug; SEALGATE_TRACEBACK=1 {program} ... shows where it happened",
                 code="internal",
             )
+
+
+def _report(failure: CommandError, *, as_json: bool) -> None:
+    shown = json.dumps(failure.as_json(), ensure_ascii=False) if as_json else failure.as_text()
+    with contextlib.suppress(OSError):  # nobody reads it: the exit code still speaks
+        sys.stderr.write(shown + "\n")
 
 
 def _command_path(error: Exception, program: str) -> str:
@@ -198,12 +208,14 @@ def _hoist(command: Any, argv: Sequence[str]) -> list[str]:
     words = iter(_before_rest(argv))
     for word in words:
         name, equals, _ = word.partition("=")
-        if name in takes_value:
-            head.append(word)
-            if takes_value[name] and not equals and (value := next(words, None)) is not None:
-                head.append(value)
-        else:
+        if name not in takes_value:
             tail.append(word)
+        elif equals or not takes_value[name]:
+            head.append(word)
+        elif (value := next(words, None)) is not None:
+            head += [word, value]
+        else:
+            tail.append(word)  # its value is missing: let the parser say so where it stands
     return head + tail + list(argv[len(_before_rest(argv)) :])
 
 
