@@ -67,7 +67,10 @@ def _refuse(error: SealgateError) -> NoReturn:
 
 
 class NoBody(Transform):
-    """For a message that must not have a body where the framing cannot rule one out (HTTP/2)."""
+    """For a request that must not have a body where the framing cannot rule one out (HTTP/2).
+
+    Its head says `Content-Length: 0`.
+    """
 
     expected_out_bytes = 0
 
@@ -92,7 +95,7 @@ class SealBody(Transform):
         digests: tuple[ExpectedDigest, ...] = (),
         meter: Meter,
     ) -> None:
-        self._key = key
+        self.key = key
         self._sealer = Sealer(key.object_key, key.owner, key.key_id)
         self._plain_bytes = plain_bytes
         self._empty = empty
@@ -102,13 +105,12 @@ class SealBody(Transform):
         self._meter = meter
         self._received = 0
         if plain_bytes is not None:
-            keeps_nothing = plain_bytes == 0 and empty is EmptyBody.KEEP
-            self.expected_out_bytes = 0 if keeps_nothing else sealed_length(plain_bytes)
+            self.expected_out_bytes = sealed_length(plain_bytes)
 
     @override
     def feed(self, piece: bytes) -> list[Piece]:
         try:
-            self._key.check()
+            self.key.check()
             self._received += len(piece)
             if self._plain_bytes is not None and self._received > self._plain_bytes:
                 raise RefusedError(refusals.BAD_LENGTH)
@@ -130,17 +132,18 @@ class SealBody(Transform):
         if not self._received and self._empty is EmptyBody.KEEP:
             return []
         try:
-            self._key.check()
+            self.key.check()
             return [self._sealer.finalize()]
         except SealgateError as error:
             _refuse(error)
 
 
 class OpenBody(Transform):
-    """Opens the object in an answer. *plain_bytes*: its declared plaintext, None where it is not known.
+    """Opens the object in an answer.
 
-    *legacy*: called once, before anything comes out, when the body does not begin like a sealed object and
-    the service's policy lets such bodies pass; it adapts the head. None: they are refused as not sealed.
+    *out_bytes*: what the head will declare, None where it will not. *may_be_sealed*, *may_be_legacy*: what
+    the body can be, by its length and the service's policy; the first bytes tell which it is. *on_legacy*:
+    called once, before anything comes out, when the body passes as it is; what it raises refuses the body.
     """
 
     holds_head = True
@@ -150,24 +153,26 @@ class OpenBody(Transform):
         owner: NetworkService,
         find_key: FindKey,
         *,
-        plain_bytes: int | None,
-        size_is_possible: bool = True,
-        legacy: Callable[["OpenBody"], None] | None = None,
+        out_bytes: int | None,
+        may_be_sealed: bool = True,
+        may_be_legacy: bool = False,
+        on_legacy: Callable[[], None] | None = None,
         meter: Meter,
     ) -> None:
         self._find_key = find_key
-        self._key: DataKey | None = None
+        self.key: DataKey | None = None
         self._opener = Opener(owner, self._object_key)
-        self._size_is_possible = size_is_possible
-        self._legacy = legacy
+        self._may_be_sealed = may_be_sealed
+        self._may_be_legacy = may_be_legacy
+        self._on_legacy = on_legacy
         self._meter = meter
         self._begin: bytearray | None = bytearray()
         self._passes = False
-        self.expected_out_bytes = plain_bytes
+        self.expected_out_bytes = out_bytes
 
     def _object_key(self, header: Header) -> bytes:
-        self._key = self._find_key(header)
-        return self._key.object_key
+        self.key = self._find_key(header)
+        return self.key.object_key
 
     @override
     def feed(self, piece: bytes) -> list[Piece]:
@@ -188,8 +193,8 @@ class OpenBody(Transform):
         if self._passes:
             return rest
         try:
-            if self._key is not None:
-                self._key.check()
+            if self.key is not None:
+                self.key.check()
             last = self._opener.finalize()
         except SealgateError as error:
             _refuse(error)
@@ -200,20 +205,24 @@ class OpenBody(Transform):
         """By the first bytes: an object of ours, or what was there before us."""
         begin = self._begin or b""
         if has_magic(begin):
-            if not self._size_is_possible:
+            if not self._may_be_sealed:
                 raise RefusedError(refusals.OBJECT_INVALID)
-        elif self._legacy is None:
+            return
+        if not self._may_be_legacy:
             raise RefusedError(refusals.NOT_SEALED if begin else refusals.OBJECT_INVALID)
-        else:
-            self._passes = True
-            self._legacy(self)
+        self._passes = True
+        if self._on_legacy is not None:
+            try:
+                self._on_legacy()
+            except SealgateError as error:
+                _refuse(error)
 
     def _pass_on(self, piece: bytes) -> list[Piece]:
         if self._passes:
             return [piece]
         try:
-            if self._key is not None:
-                self._key.check()
+            if self.key is not None:
+                self.key.check()
             opened = self._opener.update(piece)
         except SealgateError as error:
             _refuse(error)
@@ -228,7 +237,7 @@ class OpenRangeBody(Transform):
 
     def __init__(self, key: DataKey, prefix: bytes, asked: AskedRange, *, meter: Meter) -> None:
         """RefusedError if the prefix is no object's under *key*."""
-        self._key = key
+        self.key = key
         self._meter = meter
         start, stop = asked.plain
         self.expected_out_bytes = stop - start
@@ -247,7 +256,7 @@ class OpenRangeBody(Transform):
     @override
     def feed(self, piece: bytes) -> list[Piece]:
         try:
-            self._key.check()
+            self.key.check()
             opened = self._opener.update(piece)
         except SealgateError as error:
             _refuse(error)
@@ -257,7 +266,7 @@ class OpenRangeBody(Transform):
     @override
     def finish(self) -> list[Piece]:
         try:
-            self._key.check()
+            self.key.check()
             return [self._opener.finalize()]
         except SealgateError as error:
             _refuse(error)

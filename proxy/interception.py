@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from mitmproxy import connection, tls
 from mitmproxy.addonmanager import Loader
 from mitmproxy.addons import tlsconfig
+from mitmproxy.proxy import mode_specs
 from mitmproxy.proxy.layers import quic
 from OpenSSL import SSL
 
@@ -209,6 +210,9 @@ class TenantTls(tlsconfig.TlsConfig):
     def running(self) -> None:
         """As `configure`."""
 
+    # The base class serves revocation lists of its own CA to whoever asks for a path of that shape.
+    request = None  # type: ignore[assignment]
+
     @override
     def tls_start_client(self, tls_start: tls.TlsData) -> None:
         try:
@@ -223,7 +227,11 @@ class TenantTls(tlsconfig.TlsConfig):
             raise InterceptionError("only TLS over TCP is answered")
         # Before a CONNECT there is no address: this handshake is with the proxy itself (HTTP/1.1 only).
         to_proxy_itself = server.address is None
-        name = client.sni or (server.address or client.sockname)[0]
+        # Without a server name the client connected to an address: the service's, or ours.
+        meant = client.sockname
+        if server.address is not None and not isinstance(client.proxy_mode, mode_specs.ReverseMode):
+            meant = server.address
+        name = client.sni or meant[0]
         context = self._ca_of(client.proxy_mode.full_spec).context_for(
             name, http2=self._http2 and not to_proxy_itself
         )

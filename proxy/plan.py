@@ -8,8 +8,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import Final
+from typing import Final, override
 
+from proxy import refusals
 from proxy.message import ByteRange, ExpectedDigest
 from proxy.refusals import Refusal
 from proxy.tenants.model import ServiceEntry
@@ -163,3 +164,25 @@ class AskedRange:
     pinned: bool
     """We added the If-Match: a 412 is about our asking, not about the client's."""
     etag: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeRefusal(Refusal):
+    """416, with the object's size (RFC 9110 15.5.17)."""
+
+    plain_bytes: int
+
+    @classmethod
+    def of(cls, plain_bytes: int) -> "RangeRefusal":
+        base = refusals.RANGE_NOT_SATISFIABLE
+        return cls(
+            code=base.code,
+            status=base.status,
+            cause=base.cause,
+            next_step=base.next_step,
+            plain_bytes=plain_bytes,
+        )
+
+    @override
+    def headers(self) -> list[tuple[str, str]]:
+        return [*Refusal.headers(self), ("Content-Range", f"bytes */{self.plain_bytes}")]

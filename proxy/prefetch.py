@@ -22,7 +22,7 @@ from cachetools import LRUCache
 from multidict import CIMultiDict
 from yarl import URL
 
-from envelope.objects import PREFIX_SIZE, RECORD_SIZE, RangeOpener, sealed_range
+from envelope.objects import PREFIX_SIZE, RECORD_SIZE, RangeOpener, has_magic, sealed_range
 from proxy.keys.cache import DataKey
 from proxy.message import Fields, content_range, strong_etag
 from proxy.tenants.model import ServiceEntry
@@ -84,6 +84,7 @@ class Prefetch:
     def __init__(self, trust: ssl.SSLContext, *, max_proven: int = MAX_PROVEN) -> None:
         self._trust = trust
         self._proven: LRUCache[bytes, int] = LRUCache(maxsize=max_proven)
+        self._sealed: LRUCache[bytes, bool] = LRUCache(maxsize=max_proven)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -111,13 +112,29 @@ class Prefetch:
         """The object's first bytes; None if the service does not serve them as a range. PrefetchError."""
         return await self._piece(source, 0, PREFIX_SIZE, etag=None)
 
+    async def is_sealed(self, source: Source, etag: str | None) -> bool | None:
+        """Whether the object begins like a sealed one; None if that cannot be told. PrefetchError.
+
+        *etag*: the strong one of the answer this is about; an object that has another by now tells nothing.
+        """
+        mark = _mark(source, etag, b"")
+        if mark is not None and (known := self._sealed.get(mark)) is not None:
+            return known
+        begin = await self.beginning(source)
+        if begin is None or begin.etag != etag:
+            return None
+        sealed = has_magic(begin.data)
+        if mark is not None:
+            self._sealed[mark] = sealed
+        return sealed
+
     async def proven_size(self, source: Source, begin: Beginning, key: DataKey, plain_bytes: int) -> bool:
         """Whether the object is *plain_bytes* long, by opening its last record under *key* if need be.
 
         False: the service gave something else in the meantime, or does not serve the range. PrefetchError.
         FormatError, IntegrityError, KeyUnavailableError if the record does not open.
         """
-        mark = _mark(source, begin)
+        mark = _mark(source, begin.etag, begin.data)
         if mark is not None and self._proven.get(mark) == plain_bytes:
             key.check()
             return True
@@ -188,13 +205,13 @@ def _host_field(service: ServiceEntry) -> str:
     return upstream.authority.rpartition(":")[0] if upstream.port == default else upstream.authority
 
 
-def _mark(source: Source, begin: Beginning) -> bytes | None:
-    """What a proven size is remembered by: hashed, for targets may hold credentials (presigned URLs)."""
-    if begin.etag is None:
+def _mark(source: Source, etag: str | None, begin: bytes) -> bytes | None:
+    """What something known is remembered by: hashed, for targets may hold credentials (presigned URLs)."""
+    if etag is None:
         return None
     digest = hashlib.sha256()
-    for part in (str(source.service.owner), source.target, begin.etag):
+    for part in (str(source.service.owner), source.target, etag):
         raw = part.encode("utf-8", "surrogateescape")
         digest.update(len(raw).to_bytes(8) + raw)
-    digest.update(begin.data)
+    digest.update(begin)
     return digest.digest()

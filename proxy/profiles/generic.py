@@ -104,9 +104,9 @@ class GenericProfile(Profile):
         edits = edits.also(drop=(*_RANGES, *_SIZES))
         empty = EmptyBody.SEAL if head.method == "PUT" else EmptyBody.KEEP
         plain_bytes = 0 if frame.framing is Framing.NONE else frame.length_bytes
+        if plain_bytes == 0 and empty is EmptyBody.KEEP:
+            return Forward(edits=edits.also(put=(("content-length", "0"),)))
         if plain_bytes is not None:
-            if not plain_bytes and empty is EmptyBody.KEEP:
-                return Seal(edits=edits, plain_bytes=0, empty=empty, digests=digests)
             edits = edits.also(put=(("content-length", str(sealed_length(plain_bytes))),))
         return Seal(edits=edits, plain_bytes=plain_bytes, empty=empty, digests=digests)
 

@@ -1,0 +1,613 @@
+"""Between mitmproxy's hooks and our plans: finds the route, asks the planner, permits what the plan says.
+
+1. It decides in `requestheaders` and `responseheaders` only: later a body would have left.
+2. Every hook that can let something through is guarded: what it raises refuses the flow.
+3. Every use of a key is in the audit log before a byte it changes moves on; if it cannot be, it is not used.
+4. The head of a message is edited after everything that may refuse it, right before the permit.
+5. It holds no policy: where to is routing.py's, what may be the planner's, how bodies change bodies.py's.
+"""
+
+import functools
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import structlog
+from mitmproxy import connection, tls
+from mitmproxy.http import Headers, HTTPFlow, Message, Response
+from mitmproxy.proxy import server_hooks
+
+from envelope.errors import KeyUnavailableError, SealgateError
+from envelope.keys import NetworkService
+from envelope.objects import Bind, Header, has_magic, plain_length, sealed_range
+from proxy import refusals
+from proxy.bodies import (
+    NoBody,
+    OpenBody,
+    OpenRangeBody,
+    SealBody,
+    refusal_for,
+    sealing_refusal,
+)
+from proxy.gate.permit import CLEAR, Clear, Transform, permit
+from proxy.keys.cache import DataKey, KeyCache
+from proxy.message import AnswerHead, Fields, RequestHead
+from proxy.metrics import OK, ProxyMetrics
+from proxy.plan import (
+    NO_EDITS,
+    AskedRange,
+    Edits,
+    Forward,
+    HeadSize,
+    MapSize,
+    Open,
+    OpenPart,
+    OpenRange,
+    OpenWhole,
+    Pass,
+    RangeRefusal,
+    Refuse,
+    RequestPlan,
+    Route,
+    Seal,
+)
+from proxy.planner import plan_answer, plan_request
+from proxy.prefetch import Beginning, Prefetch, PrefetchError, Source
+from proxy.profiles import profile_named
+from proxy.refusals import Refusal, RefusedError
+from proxy.routing import Routing, Wanted
+from proxy.tenants.model import LegacyPolicy
+from runtime.audit import AuditLog
+
+_EXCHANGE: Final = "sealgate.exchange"
+_COUNTED: Final = "sealgate.counted"
+_MAX_AUDIT_PATH: Final = 512
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """What is known of one flow between its hooks."""
+
+    route: Route
+    plan: RequestPlan
+    method: str
+    target: str
+    client: str
+    asked: AskedRange | None = None
+    beginning: Beginning | None = None
+    key: DataKey | None = None
+    legacy_pinned: bool = False
+
+    @property
+    def owner(self) -> NetworkService:
+        return self.route.service.owner
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """One client connection: what CONNECT asked for, and the bodies under way."""
+
+    connection: connection.Client
+    connected: tuple[str, int] | None = None
+    flows: dict[str, list[SealBody | OpenBody | OpenRangeBody]] = field(default_factory=dict)
+
+    def bodies(self) -> Iterator[SealBody | OpenBody | OpenRangeBody]:
+        for bodies in self.flows.values():
+            yield from bodies
+
+
+type _FlowHook = Callable[["SealgateAddon", HTTPFlow], Coroutine[Any, Any, None]]
+
+
+def fail_closed(hook: _FlowHook) -> _FlowHook:
+    """Turn what a hook raises into the refusal it means; the gate refuses whatever this lets through."""
+
+    @functools.wraps(hook)
+    async def guarded(self: "SealgateAddon", flow: HTTPFlow) -> None:
+        try:
+            await hook(self, flow)
+        except RefusedError as refused:
+            permit(flow).revoke(refused.refusal)
+        except SealgateError as error:
+            permit(flow).revoke(refusal_for(error))
+        except BaseException as error:
+            permit(flow).revoke(refusals.INTERNAL)
+            if not isinstance(error, Exception):
+                raise
+            # Not the text: it may quote what the client sent.
+            log.exception("hook failed", hook=hook.__name__, error=type(error).__name__)
+
+    return guarded
+
+
+class SealgateAddon:
+    """The only addon of ours in the engine. *wait_s*: how long an upload waits for a key that is late."""
+
+    def __init__(
+        self, *, keys: KeyCache, audit: AuditLog, prefetch: Prefetch, metrics: ProxyMetrics, wait_s: float
+    ) -> None:
+        self._keys = keys
+        self._audit = audit
+        self._prefetch = prefetch
+        self._metrics = metrics
+        self._wait_s = wait_s
+        self._clients: dict[str, _Client] = {}
+        self.routing: Routing | None = None
+        """The current picture; the engine exchanges it. None: nothing is routed."""
+
+    # ---- connections
+
+    def client_connected(self, client: connection.Client) -> None:
+        self._clients[client.id] = _Client(client)
+
+    def client_disconnected(self, client: connection.Client) -> None:
+        gone = self._clients.pop(client.id, None)
+        if gone is not None:
+            self._metrics.active.dec(len(gone.flows))
+
+    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        """The last look before a socket is opened: only addresses of the picture."""
+        try:
+            address = data.server.address
+            if address is None or not self._routing().may_connect(
+                data.client.proxy_mode.full_spec, address[0], address[1]
+            ):
+                data.server.error = "not an address of this tenant"
+        except BaseException:
+            data.server.error = "the proxy failed while checking the address"
+            raise
+
+    def tls_clienthello(self, data: tls.ClientHelloData) -> None:
+        """Pass through unread what the tenant has listed, and nothing else."""
+        data.ignore_connection = False
+        address = data.context.server.address
+        if address is None:
+            return  # TLS to the proxy itself
+        client = data.context.client
+        spec = client.proxy_mode.full_spec
+        routing = self.routing
+        if routing is None or spec not in routing.listeners:
+            return
+        if routing.tunnels(spec, host=address[0], port=address[1], server_name=data.client_hello.sni):
+            tenant = routing.listener(spec).tenant.tenant
+            self._audit.append(
+                "tunnel.open",
+                durable=False,
+                tenant=tenant,
+                host=address[0],
+                port=address[1],
+                client=_peer(client),
+            )
+            self._metrics.tunnelled.labels(tenant).inc()
+            data.ignore_connection = True
+
+    @fail_closed
+    async def http_connect(self, flow: HTTPFlow) -> None:
+        host, port = flow.request.host, flow.request.port
+        self._routing().check_connect(flow.client_conn.proxy_mode.full_spec, host, port)
+        self._client_of(flow).connected = (host, port)
+
+    # ---- requests
+
+    @fail_closed
+    async def requestheaders(self, flow: HTTPFlow) -> None:
+        if flow.error is not None:
+            return  # invalid: shown to us, and refused by the gate
+        client = self._client_of(flow)
+        request = flow.request
+        if request.is_http2 and "transfer-encoding" in request.headers:
+            raise RefusedError(refusals.BAD_MESSAGE)
+        route = self._route(flow, client)
+        head = RequestHead(
+            method=request.method,
+            target=request.path,
+            fields=Fields(request.headers.fields),
+            http2=request.is_http2,
+        )
+        plan = plan_request(head, route, profile_named(route.service.profile))
+        exchange = Exchange(route, plan, request.method, request.path, _peer(flow.client_conn))
+        flow.metadata[_EXCHANGE] = exchange
+        client.flows[flow.id] = []
+        self._metrics.active.inc()
+        if not request.is_http2:
+            request.authority = ""  # origin form: Host says the rest
+        permit(flow).request = await self._permitted_request(flow, exchange, client)
+
+    async def _permitted_request(
+        self, flow: HTTPFlow, exchange: Exchange, client: _Client
+    ) -> Clear | Transform:
+        plan = exchange.plan
+        match plan:
+            case Refuse():
+                raise RefusedError(plan.refusal)
+            case Seal():
+                body = await self._sealing(exchange, plan)
+                client.flows[flow.id].append(body)
+                _edit(flow.request.headers, plan.edits)
+                _stream(flow.request, body)
+                return body
+            case OpenRange():
+                _edit(flow.request.headers, await self._range(flow, exchange, plan))
+            case Forward() | Open() | HeadSize():
+                _edit(flow.request.headers, plan.edits)
+        if not plan.body_may_come:
+            return CLEAR
+        flow.request.headers["content-length"] = "0"
+        nothing = NoBody()
+        _stream(flow.request, nothing)
+        return nothing
+
+    def _route(self, flow: HTTPFlow, client: _Client) -> Route:
+        request = flow.request
+        names = (request.host_header, request.authority, *request.headers.get_all("host"))
+        wanted = Wanted(
+            scheme=request.scheme,
+            host=request.host,
+            port=request.port,
+            names=tuple(name for name in names if name),
+            server_name=flow.client_conn.sni,
+            connected=client.connected,
+        )
+        return self._routing().route(flow.client_conn.proxy_mode.full_spec, wanted)
+
+    async def _sealing(self, exchange: Exchange, plan: Seal) -> SealBody:
+        try:
+            key = await self._keys.wait_for_sealing_key(exchange.owner, timeout_s=self._wait_s)
+        except KeyUnavailableError as error:
+            raise RefusedError(sealing_refusal(error)) from error
+        body = SealBody(
+            key,
+            plain_bytes=plan.plain_bytes,
+            empty=plan.empty,
+            digests=plan.digests,
+            meter=self._metrics.of(exchange.owner).sealed,
+        )
+        self._record_use("object.seal", exchange, key, size_bytes=plan.plain_bytes)
+        exchange.key = key
+        return body
+
+    # ---- ranges: docs/profiles.md tells what is asked of the service
+
+    async def _range(self, flow: HTTPFlow, exchange: Exchange, plan: OpenRange) -> Edits:
+        """What to send up for a read of one range; `plan.edits` alone reads the whole object."""
+        source = self._source(flow, exchange)
+        try:
+            begin = await self._prefetch.beginning(source)
+            if begin is None or not _same_version(plan.if_range, begin):
+                return plan.edits
+            if not has_magic(begin.data):
+                return self._legacy_range(flow, exchange, plan, begin)
+            return await self._sealed_range(flow, exchange, plan, begin, source)
+        except PrefetchError as error:
+            # The client's own request meets the same trouble and brings the true answer.
+            log.info("range not prepared", service=str(exchange.owner), cause=str(error))
+            return plan.edits
+
+    async def _sealed_range(
+        self, flow: HTTPFlow, exchange: Exchange, plan: OpenRange, begin: Beginning, source: Source
+    ) -> Edits:
+        header = Header.parse(begin.data)
+        if header.bind is not Bind.NOTHING:
+            raise RefusedError(refusals.OBJECT_INVALID)
+        plain_bytes = plain_length(begin.stored_bytes)
+        key = self._keys.opening_key(exchange.owner, header.key_id)
+        span = plan.wanted.resolve(plain_bytes)
+        self._record_use("object.open", exchange, key, size_bytes=begin.stored_bytes, span=span)
+        if not await self._prefetch.proven_size(source, begin, key, plain_bytes):
+            raise RefusedError(refusals.UPSTREAM_CHANGED)
+        if span is None:
+            raise RefusedError(RangeRefusal.of(plain_bytes))
+        stored = sealed_range(*span, plain_bytes=plain_bytes)
+        pin = _pin(flow.request.headers, begin.etag)
+        exchange.asked = AskedRange(
+            stored=stored,
+            stored_bytes=begin.stored_bytes,
+            plain=span,
+            plain_bytes=plain_bytes,
+            pinned=bool(pin) and "if-match" not in flow.request.headers,
+            etag=begin.etag,
+        )
+        exchange.beginning = begin
+        exchange.key = key
+        return plan.edits.also(put=(("range", f"bytes={stored[0]}-{stored[1] - 1}"), *pin))
+
+    def _legacy_range(self, flow: HTTPFlow, exchange: Exchange, plan: OpenRange, begin: Beginning) -> Edits:
+        """A range of what was there before us. Only where it can be pinned to what was looked at."""
+        if exchange.route.service.legacy is LegacyPolicy.STRICT:
+            raise RefusedError(refusals.NOT_SEALED if begin.data else refusals.OBJECT_INVALID)
+        pin = _pin(flow.request.headers, begin.etag)
+        if not pin:
+            return plan.edits
+        self._legacy_passed(exchange)
+        exchange.legacy_pinned = "if-match" not in flow.request.headers
+        exchange.plan = Forward(edits=NO_EDITS)
+        wanted = flow.request.headers["range"]
+        return plan.edits.also(put=(("range", wanted), *pin))
+
+    # ---- answers
+
+    @fail_closed
+    async def responseheaders(self, flow: HTTPFlow) -> None:
+        exchange = _exchange_of(flow)
+        response = flow.response
+        if exchange is None or response is None:
+            raise RefusedError(refusals.NO_PERMIT)
+        answer = AnswerHead(status=response.status_code, fields=Fields(response.headers.fields))
+        plan = plan_answer(exchange.plan, answer, exchange.route, asked=exchange.asked)
+        granted: Clear | OpenBody | OpenRangeBody = CLEAR
+        match plan:
+            case Refuse():
+                raise RefusedError(plan.refusal)
+            case Pass():
+                if exchange.legacy_pinned and answer.status == 412:
+                    raise RefusedError(refusals.UPSTREAM_CHANGED)
+                _edit(response.headers, plan.edits)
+            case MapSize():
+                await self._map_size(flow, exchange, plan, answer)
+                _edit(response.headers, plan.edits)
+            case OpenPart():
+                granted = self._open_part(exchange)
+                _edit(response.headers, plan.edits)
+            case OpenWhole():
+                granted = await self._open_whole(flow, exchange, plan, answer)
+                _edit(response.headers, plan.edits)
+                _declare(response, granted.expected_out_bytes)
+        if isinstance(granted, Transform):
+            _stream(response, granted)
+            self._client_of(flow).flows.setdefault(flow.id, []).append(granted)
+        else:
+            response.stream = True
+        permit(flow).response = granted
+
+    def _open_part(self, exchange: Exchange) -> OpenRangeBody:
+        asked, begin, key = exchange.asked, exchange.beginning, exchange.key
+        if asked is None or begin is None or key is None:
+            raise RefusedError(refusals.INTERNAL)
+        return OpenRangeBody(key, begin.data, asked, meter=self._metrics.of(exchange.owner).opened)
+
+    async def _open_whole(
+        self, flow: HTTPFlow, exchange: Exchange, plan: OpenWhole, answer: AnswerHead
+    ) -> OpenBody:
+        def find_key(header: Header) -> DataKey:
+            key = self._keys.opening_key(exchange.owner, header.key_id)
+            self._record_use("object.open", exchange, key, size_bytes=plan.stored_bytes)
+            exchange.key = key
+            return key
+
+        out_bytes = plan.plain_bytes
+        may_be_sealed, may_be_legacy = plan.stored_bytes is None or plan.plain_bytes is not None, False
+        if exchange.route.service.legacy is LegacyPolicy.MIGRATE:
+            # What it is has to be known before its length is declared; a second look costs a request.
+            known = (
+                await self._is_sealed(flow, exchange, answer)
+                if may_be_sealed and out_bytes is not None
+                else None
+            )
+            may_be_legacy = not known
+            may_be_sealed = may_be_sealed and known is not False
+            if may_be_legacy:
+                out_bytes = None if may_be_sealed else plan.stored_bytes
+        return OpenBody(
+            exchange.owner,
+            find_key,
+            out_bytes=out_bytes,
+            may_be_sealed=may_be_sealed,
+            may_be_legacy=may_be_legacy,
+            on_legacy=lambda: self._legacy_passed(exchange),
+            meter=self._metrics.of(exchange.owner).opened,
+        )
+
+    async def _map_size(self, flow: HTTPFlow, exchange: Exchange, plan: MapSize, answer: AnswerHead) -> None:
+        if not plan.probe:
+            return
+        response = flow.response
+        sealed = await self._is_sealed(flow, exchange, answer)
+        if response is None or sealed is False:
+            return  # the length is the plaintext's already
+        if sealed is None:
+            response.headers.pop("content-length", None)  # better no size than a wrong one
+        else:
+            response.headers["content-length"] = str(plan.plain_bytes)
+
+    async def _is_sealed(self, flow: HTTPFlow, exchange: Exchange, answer: AnswerHead) -> bool | None:
+        etag = answer.fields.sole("etag")
+        try:
+            return await self._prefetch.is_sealed(
+                self._source(flow, exchange), None if etag is None or etag.startswith("W/") else etag
+            )
+        except PrefetchError as error:
+            log.info("object not probed", service=str(exchange.owner), cause=str(error))
+            return None
+
+    # ---- ends
+
+    def response(self, flow: HTTPFlow) -> None:
+        self._end(flow, OK)
+
+    def error(self, flow: HTTPFlow) -> None:
+        self._end(flow, "aborted")
+
+    def on_refused(self, flow: HTTPFlow | None, refusal: Refusal, bytes_sent: bool) -> None:
+        """The gate has ended *flow* (None: a connection). AuditUnavailableError if it is not recorded."""
+        if flow is None:
+            self._metrics.count(None, "none", refusal.code)
+            self._audit.append("connection.refuse", outcome=refusal.code, durable=False)
+            return
+        exchange = _exchange_of(flow)
+        owner = exchange.owner if exchange is not None else None
+        self._count(flow, exchange, refusal.code)
+        self._audit.append(
+            "request.refuse",
+            outcome=refusal.code,
+            durable=False,
+            tenant=owner.tenant if owner else None,
+            service=owner.service if owner else None,
+            key_id=str(exchange.key.key_id) if exchange is not None and exchange.key is not None else None,
+            method=flow.request.method[:32],
+            host=flow.request.host[:255],
+            path=_path_of(flow.request.path),
+            client=_peer(flow.client_conn),
+            bytes_sent="yes" if bytes_sent else "no",
+        )
+
+    def ended_keys(self) -> list[tuple[connection.Client, Refusal]]:
+        """The clients that have a body under way whose key has ended though nothing moves it, and why."""
+        ended: list[tuple[connection.Client, Refusal]] = []
+        for client in self._clients.values():
+            refusal = next(filter(None, map(_ended, client.bodies())), None)
+            if refusal is not None:
+                ended.append((client.connection, refusal))
+        return ended
+
+    def is_busy(self, client: connection.Client) -> bool:
+        """Whether a request of *client* is in flight."""
+        known = self._clients.get(client.id)
+        return known is not None and bool(known.flows)
+
+    def count_cut(self) -> None:
+        self._metrics.cut.inc()
+
+    def clients_of(self, wanted: Callable[[str], bool]) -> list[connection.Client]:
+        """The client connections whose listener spec is *wanted*."""
+        return [
+            client.connection
+            for client in self._clients.values()
+            if wanted(client.connection.proxy_mode.full_spec)
+        ]
+
+    def _end(self, flow: HTTPFlow, outcome: str) -> None:
+        client = self._clients.get(flow.client_conn.id)
+        if client is not None and client.flows.pop(flow.id, None) is not None:
+            self._metrics.active.dec()
+        if flow.request.method != "CONNECT":
+            self._count(flow, _exchange_of(flow), outcome)
+
+    def _count(self, flow: HTTPFlow, exchange: Exchange | None, outcome: str) -> None:
+        if _COUNTED in flow.metadata:
+            return
+        flow.metadata[_COUNTED] = True
+        if exchange is None:
+            self._metrics.count(None, "none", outcome)
+        else:
+            self._metrics.count(exchange.owner, type(exchange.plan).__name__.lower(), outcome)
+
+    # ---- what the hooks share
+
+    def _routing(self) -> Routing:
+        if self.routing is None:
+            raise RefusedError(refusals.UNMANAGED_HOST)
+        return self.routing
+
+    def _client_of(self, flow: HTTPFlow) -> _Client:
+        client = self._clients.get(flow.client_conn.id)
+        if client is None:
+            raise RefusedError(refusals.INTERNAL)
+        return client
+
+    def _source(self, flow: HTTPFlow, exchange: Exchange) -> Source:
+        return Source(
+            service=exchange.route.service, target=exchange.target, fields=tuple(flow.request.headers.fields)
+        )
+
+    def _legacy_passed(self, exchange: Exchange) -> None:
+        self._audit.append(
+            "object.pass-legacy",
+            durable=False,
+            tenant=exchange.owner.tenant,
+            service=exchange.owner.service,
+            method=exchange.method,
+            path=_path_of(exchange.target),
+            client=exchange.client,
+        )
+        self._metrics.of(exchange.owner).legacy()
+
+    def _record_use(
+        self,
+        action: str,
+        exchange: Exchange,
+        key: DataKey,
+        *,
+        size_bytes: int | None,
+        span: tuple[int, int] | None = None,
+    ) -> None:
+        """*size_bytes*: what is declared, of plaintext going up or of the object coming down."""
+        self._audit.append(
+            action,
+            durable=False,
+            tenant=exchange.owner.tenant,
+            service=exchange.owner.service,
+            key_id=str(key.key_id),
+            method=exchange.method,
+            path=_path_of(exchange.target),
+            client=exchange.client,
+            size_bytes=size_bytes,
+            start=span[0] if span else None,
+            stop=span[1] if span else None,
+        )
+
+
+def _exchange_of(flow: HTTPFlow) -> Exchange | None:
+    exchange = flow.metadata.get(_EXCHANGE)
+    return exchange if isinstance(exchange, Exchange) else None
+
+
+def _ended(body: SealBody | OpenBody | OpenRangeBody) -> Refusal | None:
+    if body.finished or body.failure is not None or body.key is None:
+        return None
+    try:
+        body.key.check()
+    except KeyUnavailableError as error:
+        return refusal_for(error)
+    return None
+
+
+def _stream(message: Message, transform: Transform) -> None:
+    # Its pieces are any buffers; mitmproxy's annotation says bytes, its code only passes them on.
+    message.stream = cast("Any", transform)
+
+
+def _edit(headers: Headers, edits: Edits) -> None:
+    for name in edits.drop:
+        headers.pop(name, None)
+    for name, value in edits.put:
+        headers[name] = value
+
+
+def _declare(response: Response, out_bytes: int | None) -> None:
+    if out_bytes is None:
+        response.headers.pop("content-length", None)
+    elif "content-length" in response.headers:
+        response.headers["content-length"] = str(out_bytes)
+
+
+def _same_version(if_range: str | None, begin: Beginning) -> bool:
+    """Whether the range may be served (RFC 9110 13.1.5): no condition, or exactly this version."""
+    if if_range is None:
+        return True
+    if if_range.startswith(('"', "W/")):
+        return begin.etag is not None and if_range == begin.etag
+    return begin.last_modified is not None and if_range == begin.last_modified
+
+
+def _pin(headers: Headers, etag: str | None) -> tuple[tuple[str, str], ...]:
+    """If-Match for the version that was looked at; nothing where it has no strong ETag.
+
+    A condition of the client's that does not name this version stays as it is, for the service to judge.
+    """
+    if etag is None:
+        return ()
+    theirs = headers.get("if-match")
+    if theirs is not None and theirs.strip() != "*" and etag not in theirs:
+        return ()
+    return (("if-match", etag),)
+
+
+def _path_of(target: str) -> str:
+    """Without the query, which may hold credentials."""
+    return target.partition("?")[0][:_MAX_AUDIT_PATH]
+
+
+def _peer(client: connection.Client) -> str:
+    return str(client.peername[0])

@@ -1,0 +1,235 @@
+"""mitmproxy inside our process: its Master, five addons, our options, and listeners that come and go.
+
+1. One engine at a time in a process (mitmproxy keeps its master in a module); one may follow another.
+2. No `Master.run()`: it would take over the loop's task factory and exception handler, and it ends processes.
+3. Only the addons it needs: each further one is called at every hook.
+4. A picture of the directory is applied as a whole: routes first, so that what is gone is refused before its
+   listener has closed, then listeners. What cannot be opened is a problem that is told and tried again; it
+   takes nobody else down.
+5. Stopping: no new connections, bodies in flight may end within the grace, what is left is reset. A body that
+   was cut has no proper end on either side.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from pathlib import Path
+from typing import Final, NoReturn
+
+import certifi
+import structlog
+from mitmproxy import connection, master, options
+from mitmproxy.addons import core, next_layer, proxyserver
+from mitmproxy.proxy import mode_specs
+
+from envelope.errors import MisuseError, SealgateError
+from proxy import gate, refusals
+from proxy.addon import SealgateAddon
+from proxy.config import EngineSettings
+from proxy.gate.handler import GuardedConnectionHandler
+from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls
+from proxy.profiles import PROFILES
+from proxy.routing import Listener, Routing
+from proxy.tenants.model import Directory
+from runtime.clock import Clock
+
+CUT_INTERVAL_S: Final = 0.25
+"""How often bodies that do not move are looked at: their keys may have ended. The promise is a second."""
+_DRAIN_STEP_S: Final = 0.05
+
+log = structlog.get_logger(__name__)
+
+
+def upstream_trust(ca_file: Path | None) -> ssl.SSLContext:
+    """How prefetch.py verifies services: like the engine does. OSError if *ca_file* cannot be read."""
+    context = ssl.create_default_context(cafile=ca_file or certifi.where())
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(CIPHERS)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class Engine:
+    """The data plane. `start`, `apply` as often as the directory changes, `stop`; one event loop."""
+
+    def __init__(self, settings: EngineSettings, addon: SealgateAddon, clock: Clock) -> None:
+        self._settings = settings
+        self._addon = addon
+        self._clock = clock
+        self._authorities: dict[str, InterceptionCa] = {}
+        self._by_spec: dict[str, InterceptionCa] = {}
+        self._problems: list[str] = []
+        self._master: master.Master | None = None
+        self._server: proxyserver.Proxyserver | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """Why something that should be served is not; empty when all is well."""
+        return list(self._problems)
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.connections) if self._server is not None else 0
+
+    def listening(self) -> list[str]:
+        """The specs of the listeners that are open."""
+        if self._server is None:
+            return []
+        return [instance.mode.full_spec for instance in self._server.servers if instance.is_running]
+
+    async def start(self, directory: Directory) -> None:
+        """Open the listeners of *directory*. UnknownEngineError, SelfTestError: nothing is opened."""
+        if self._master is not None:
+            raise MisuseError("the engine has been started")
+        gate.check_versions()
+        levers = gate.ALL if self._settings.levers else frozenset[gate.Lever]()
+        gate.install(levers=levers)
+        await gate.self_test()
+        self._master = running = master.Master(options.Options(), asyncio.get_running_loop())
+        self._server = proxyserver.Proxyserver()  # type: ignore[no-untyped-call]
+        tls = TenantTls(self._authority_of, http2=self._settings.http2)
+        running.addons.add(  # type: ignore[no-untyped-call]
+            core.Core(), self._server, next_layer.NextLayer(), tls, self._addon
+        )
+        running.options.update(**self._options())  # type: ignore[no-untyped-call]
+        gate.on_refused(running, self._addon.on_refused)
+        gate.warmed_up(levers)
+        await running.running()
+        await self.apply(directory)
+
+    async def apply(self, directory: Directory) -> None:
+        """Serve *directory* from now on; `problems` says what could not be done of it."""
+        if self._server is None:
+            raise MisuseError("the engine is not running")
+        routing = Routing(directory)
+        problems: list[str] = []
+        self._load_authorities(directory, problems)
+        wanted = [listener for listener in routing.listeners.values() if self._can_serve(listener, problems)]
+        self._by_spec = {listener.spec: self._authorities[listener.tenant.tenant] for listener in wanted}
+        self._addon.routing = routing
+        await self._listen([listener.spec for listener in wanted], problems)
+        for client in self._addon.clients_of(lambda spec: spec not in routing.listeners):
+            self._abort(client, refusals.UNMANAGED_HOST)
+        self._problems = problems
+        for problem in problems:
+            log.error("not served", cause=problem)
+
+    async def cut_ended(self) -> NoReturn:
+        """Cut clients whose body is under way but does not move, once its key has ended."""
+        while True:
+            await self._clock.sleep(CUT_INTERVAL_S)
+            for client, refusal in self._addon.ended_keys():
+                self._abort(client, refusal)
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Close the listeners, let bodies in flight end within *grace_s* seconds, reset the rest."""
+        running, server = self._master, self._server
+        if running is None or server is None:
+            return
+        await server.servers.update([])
+        deadline_s = self._clock.boot_s() + grace_s
+        while server.connections and self._clock.boot_s() < deadline_s:
+            self._close_idle(server)
+            await asyncio.sleep(_DRAIN_STEP_S)
+        gate.abort_all_connections(server)
+        # The handlers' tasks see their cancellation before the addons are told of the end.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while server.connections:  # noqa: ASYNC110 - mitmproxy has no event for it
+                    await asyncio.sleep(_DRAIN_STEP_S)
+        await running.done()
+        self._master = self._server = None
+        self._addon.routing = None
+
+    # ---- listeners
+
+    def _can_serve(self, listener: Listener, problems: list[str]) -> bool:
+        if listener.tenant.tenant not in self._authorities:
+            return False  # told already
+        service = listener.service
+        if service is not None and service.profile not in PROFILES:
+            problems.append(f"{service.owner}: there is no profile {service.profile!r}")
+            return False
+        return True
+
+    def _load_authorities(self, directory: Directory, problems: list[str]) -> None:
+        """Keep the CAs (with their leaves) that have not changed."""
+        authorities: dict[str, InterceptionCa] = {}
+        for tenant in directory.tenants.values():
+            try:
+                fresh = InterceptionCa.load(tenant.interception_ca, self._clock)
+            except SealgateError as error:
+                problems.append(f"{tenant.tenant}: {error}")
+                continue
+            known = self._authorities.get(tenant.tenant)
+            unchanged = known is not None and known.certificate == fresh.certificate
+            authorities[tenant.tenant] = known if known is not None and unchanged else fresh
+        self._authorities = authorities
+
+    def _authority_of(self, spec: str) -> InterceptionCa:
+        try:
+            return self._by_spec[spec]
+        except KeyError:
+            raise InterceptionError("nothing is served at this listener any more") from None
+
+    async def _listen(self, specs: list[str], problems: list[str]) -> None:
+        server = self._running_server()
+        modes = [_mode(spec) for spec in specs]
+        await server.servers.update(modes)
+        failed = [instance for instance in server.servers if not instance.is_running]
+        problems += [
+            f"{instance.mode.full_spec}: {instance.last_exception or 'not listening'}" for instance in failed
+        ]
+        if failed:
+            # mitmproxy tries a listener once; forgotten, it is tried again with the next picture.
+            dead = {instance.mode.full_spec for instance in failed}
+            await server.servers.update([mode for mode in modes if mode.full_spec not in dead])
+
+    def _options(self) -> dict[str, object]:
+        return {
+            "mode": [],
+            "connection_strategy": "lazy",  # no connection before a decision
+            "rawtcp": False,
+            "websocket": False,
+            "http3": False,
+            "http2": self._settings.http2,
+            "ssl_insecure": False,
+            "ssl_verify_upstream_trusted_ca": str(self._settings.upstream_ca_file or certifi.where()),
+            "upstream_cert": False,
+            "keep_host_header": False,
+            "validate_inbound_headers": True,
+            "ciphers_server": CIPHERS,
+            "allow_hosts": [],
+            "ignore_hosts": [],
+            "tcp_hosts": [],
+            "udp_hosts": [],
+            "stream_large_bodies": None,
+            "store_streamed_bodies": False,
+        }
+
+    # ---- connections
+
+    def _running_server(self) -> proxyserver.Proxyserver:
+        if self._server is None:
+            raise MisuseError("the engine is not running")
+        return self._server
+
+    def _abort(self, client: connection.Client, refusal: refusals.Refusal) -> None:
+        handler = self._running_server().connections.get(client.id)
+        if isinstance(handler, GuardedConnectionHandler):
+            self._addon.count_cut()
+            handler.abort_all(refusal)
+
+    def _close_idle(self, server: proxyserver.Proxyserver) -> None:
+        """Close, properly, the connections without a request in flight."""
+        for handler in list(server.connections.values()):
+            client = handler.client
+            if client in handler.transports and not self._addon.is_busy(client):
+                handler.close_connection(client)
+
+
+def _mode(spec: str) -> mode_specs.ProxyMode:
+    mode = mode_specs.ProxyMode.parse(spec)
+    # `reverse:https` would also listen for QUIC, on UDP, whatever the options say.
+    mode.transport_protocol = "tcp"  # type: ignore[misc]
+    return mode

@@ -1,0 +1,77 @@
+"""What the proxy counts. Labels are names out of the directory and codes out of the refusals' table."""
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from envelope.keys import NetworkService
+from runtime.observe import NAMESPACE
+
+OK: Final = "ok"
+
+
+class ProxyMetrics:
+    """The proxy's counters in *registry*: one instance per registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        service = ("tenant", "service")
+        self._requests = Counter(
+            "requests",
+            "Requests by what became of them: ok, or the refusal's code",
+            (*service, "plan", "outcome"),
+            namespace=NAMESPACE,
+            registry=registry,
+        )
+        self._sealed = Counter(
+            "sealed_bytes", "Plaintext bytes sealed", service, namespace=NAMESPACE, registry=registry
+        )
+        self._opened = Counter(
+            "opened_bytes", "Plaintext bytes opened", service, namespace=NAMESPACE, registry=registry
+        )
+        self._legacy = Counter(
+            "legacy_passed",
+            "Answers that were not sealed and passed under the migrate policy",
+            service,
+            namespace=NAMESPACE,
+            registry=registry,
+        )
+        self.tunnelled = Counter(
+            "tunnelled_connections",
+            "Connections passed through unread",
+            ("tenant",),
+            namespace=NAMESPACE,
+            registry=registry,
+        )
+        self.cut = Counter(
+            "connections_cut",
+            "Connections cut because the key of a body in flight ended",
+            namespace=NAMESPACE,
+            registry=registry,
+        )
+        self.active = Gauge("active_requests", "Requests in flight", namespace=NAMESPACE, registry=registry)
+        self._cache: dict[NetworkService, ServiceMeters] = {}
+
+    def of(self, owner: NetworkService) -> "ServiceMeters":
+        meters = self._cache.get(owner)
+        if meters is None:
+            names = (owner.tenant, owner.service)
+            meters = self._cache[owner] = ServiceMeters(
+                self._sealed.labels(*names), self._opened.labels(*names), self._legacy.labels(*names)
+            )
+        return meters
+
+    def count(self, owner: NetworkService | None, plan: str, outcome: str) -> None:
+        """One request has ended. *owner* None: it was refused before a service was found."""
+        names = (owner.tenant, owner.service) if owner is not None else ("", "")
+        self._requests.labels(*names, plan, outcome).inc()
+
+
+class ServiceMeters:
+    """The counters of one service, looked up once."""
+
+    __slots__ = ("legacy", "opened", "sealed")
+
+    def __init__(self, sealed: Counter, opened: Counter, legacy: Counter) -> None:
+        self.sealed: Final = sealed.inc
+        self.opened: Final = opened.inc
+        self.legacy: Final = legacy.inc

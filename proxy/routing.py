@@ -1,0 +1,162 @@
+"""Whose connection is it, where may it go: from a listener and the names in a request to a network service.
+
+1. The listener decides the tenant, before anything the client says is looked at.
+2. In forward mode CONNECT host, TLS server name, Host and request target name one host, or nothing goes on.
+3. In reverse mode the listener decides the service too; the names the client uses are its own affair.
+4. What is tunnelled unread is on the tenant's list by CONNECT host and server name, and no managed host.
+5. A connection is opened to an address of this picture only, whatever led to it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from envelope.errors import FormatError
+from proxy import refusals
+from proxy.plan import Mode, Route
+from proxy.refusals import RefusedError
+from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry, Upstream, normal_host
+
+_DEFAULT_PORT: Final = {"https": 443, "http": 80}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """One address this proxy listens at. `service` None: the tenant's forward proxy."""
+
+    spec: str
+    """mitmproxy's words for it; every connection carries them."""
+    listen: Listen
+    tenant: TenantEntry
+    service: ServiceEntry | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The names in one request. `connected`: what CONNECT asked for on this connection, if it was used."""
+
+    scheme: str
+    host: str
+    port: int
+    names: tuple[str, ...]
+    """Host field and authority, as far as present: `host[:port]`."""
+    server_name: str | None
+    connected: tuple[str, int] | None
+
+
+class Routing:
+    """The directory's picture, as the engine asks it."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory: Final = directory
+        self.listeners: Final[Mapping[str, Listener]] = {
+            listener.spec: listener for listener in _listeners(directory)
+        }
+        self._managed: Final = frozenset(
+            (entry.owner.tenant, entry.upstream.host) for entry in directory.services.values()
+        )
+        self._upstreams: Final = frozenset(
+            (entry.owner.tenant, entry.upstream.host, entry.upstream.port)
+            for entry in directory.services.values()
+        )
+
+    def listener(self, spec: str) -> Listener:
+        """RefusedError(UNMANAGED_HOST) if nothing listens there any more."""
+        try:
+            return self.listeners[spec]
+        except KeyError:
+            raise RefusedError(refusals.UNMANAGED_HOST) from None
+
+    def check_connect(self, spec: str, host: str, port: int) -> None:
+        """Whether CONNECT to *host* may be answered at all. RefusedError(UNMANAGED_HOST) if not."""
+        listener = self.listener(spec)
+        managed = self.directory.service_for_host(listener.tenant.tenant, host, port)
+        if listener.service is not None or (managed is None and not self._on_list(listener, host)):
+            raise RefusedError(refusals.UNMANAGED_HOST)
+
+    def tunnels(self, spec: str, *, host: str, port: int, server_name: str | None) -> bool:
+        """Whether the TLS connection to *host* that names *server_name* is passed through unread."""
+        listener = self.listener(spec)
+        if listener.service is not None or server_name is None:
+            return False
+        if self.directory.service_for_host(listener.tenant.tenant, host, port) is not None:
+            return False
+        return self._on_list(listener, host) and self._on_list(listener, server_name)
+
+    def may_connect(self, spec: str, host: str, port: int) -> bool:
+        """Whether a connection from *spec* may be opened to this address."""
+        listener = self.listeners.get(spec)
+        if listener is None:
+            return False
+        if listener.service is not None:
+            upstream = listener.service.upstream
+            return (host, port) == (upstream.host, upstream.port)
+        try:
+            name = normal_host(host)
+        except FormatError:
+            return False
+        return (listener.tenant.tenant, name, port) in self._upstreams or self._on_list(listener, name)
+
+    def route(self, spec: str, wanted: Wanted) -> Route:
+        """The service a request goes to. RefusedError if there is none, or if its names disagree."""
+        listener = self.listener(spec)
+        if listener.service is not None:
+            upstream = listener.service.upstream
+            if (wanted.scheme, wanted.host, wanted.port) != (upstream.scheme, upstream.host, upstream.port):
+                raise RefusedError(refusals.INTERNAL)  # not what this listener leads to: a bug, not a client
+            return Route(service=listener.service, mode=Mode.REVERSE)
+        service = self.directory.service_for_host(listener.tenant.tenant, wanted.host, wanted.port)
+        if service is None or service.upstream.scheme != wanted.scheme:
+            raise RefusedError(refusals.UNMANAGED_HOST)
+        _check_names(service.upstream, wanted)
+        return Route(service=service, mode=Mode.FORWARD)
+
+    def _on_list(self, listener: Listener, host: str) -> bool:
+        """On the tenant's list of hosts to tunnel, and not a managed host at any port."""
+        try:
+            name = normal_host(host)
+            return (listener.tenant.tenant, name) not in self._managed and listener.tenant.tunnels(name)
+        except FormatError:
+            return False
+
+
+def _listeners(directory: Directory) -> Iterable[Listener]:
+    for tenant in directory.tenants.values():
+        if (listen := tenant.forward_listen) is not None:
+            yield Listener(
+                spec=f"regular@{listen.host}:{listen.port}", listen=listen, tenant=tenant, service=None
+            )
+    for service in directory.services.values():
+        if (listen := service.reverse_listen) is not None:
+            yield Listener(
+                spec=f"reverse:{service.upstream}@{listen.host}:{listen.port}",
+                listen=listen,
+                tenant=directory.tenants[service.owner.tenant],
+                service=service,
+            )
+
+
+def _check_names(upstream: Upstream, wanted: Wanted) -> None:
+    try:
+        addresses = [_address(name, upstream.scheme) for name in wanted.names]
+        if wanted.connected is not None:
+            addresses.append((normal_host(wanted.connected[0]), wanted.connected[1]))
+        elif upstream.scheme == "https":
+            # An https target without CONNECT came over the clear leg to us, or to the proxy's own TLS name.
+            raise RefusedError(refusals.UNMANAGED_HOST)
+        if wanted.connected is not None and wanted.server_name is not None:
+            addresses.append((normal_host(wanted.server_name), upstream.port))
+    except FormatError:
+        raise RefusedError(refusals.BAD_MESSAGE) from None
+    if any(address != (upstream.host, upstream.port) for address in addresses):
+        raise RefusedError(refusals.HOST_MISMATCH)
+
+
+def _address(name: str, scheme: str) -> tuple[str, int]:
+    """Of `host[:port]`. FormatError if it is none."""
+    host, colon, port = name.rpartition(":")
+    if not colon or port.endswith("]"):
+        return normal_host(name), _DEFAULT_PORT[scheme]
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5):
+        raise FormatError(f"not host:port: {name!r}")
+    return normal_host(host), int(port)
