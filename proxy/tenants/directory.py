@@ -426,7 +426,7 @@ class DirectoryStore:
     ) -> ServiceEntry:
         """Take the certificate that the tenant's root made of the CSR. Importing it again changes nothing.
 
-        CertificateError if it does not hold under the tenant's root; ChangeRefusedError if its key is not here.
+        CertificateError if it does not hold under the tenant's root; ChangeRefusedError if not for our key.
         """
         obsolete: list[Path] = []
 
@@ -771,7 +771,21 @@ def _make_engine(url: URL) -> Engine:
     return engine
 
 
-def _sqlite_connected(connection: Any, _record: object) -> None:
+def _closed_on_error(prepare: Callable[[Any], None]) -> Callable[[Any, object], None]:
+    """SQLAlchemy forgets a connection that its listener refused."""
+
+    def listener(connection: Any, _record: object) -> None:
+        try:
+            prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    return listener
+
+
+@_closed_on_error
+def _sqlite_connected(connection: Any) -> None:
     def pragma(text: str) -> object:
         row = connection.execute(f"PRAGMA {text}").fetchone()
         return row[0] if row else None
@@ -791,7 +805,8 @@ def _sqlite_begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
-def _postgres_connected(connection: Any, _record: object) -> None:
+@_closed_on_error
+def _postgres_connected(connection: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SHOW synchronous_commit")
         (found,) = cursor.fetchone()

@@ -1,0 +1,425 @@
+"""The directory on real databases: SQLite, and PostgreSQL where SEALGATE_TEST_POSTGRES_URL names one."""
+
+import os
+import secrets
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from cryptography import x509
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from certs import pki
+from envelope.certificates import CertificateError, fingerprint
+from envelope.errors import FormatError
+from envelope.keys import NetworkService
+from proxy.tenants import migrations
+from proxy.tenants.certificates import KeyType, read_certificate, read_private_key
+from proxy.tenants.directory import (
+    ChangeRefusedError,
+    DirectoryStore,
+    DirectoryUnavailableError,
+    NotThereError,
+)
+from proxy.tenants.model import LegacyPolicy, Listen, Upstream
+from proxy.tenants.tables import metadata
+from tests.fakes.clock import ManualClock
+from tests.pki import Tenant, make_csr, make_tenant, new_key
+
+POSTGRES_URL = os.environ.get("SEALGATE_TEST_POSTGRES_URL", "")
+ACTOR = "tester"
+DRIVE = NetworkService("acme", "drive")
+UPSTREAM = Upstream.parse("https://drive.example.com")
+
+
+@dataclass
+class Place:
+    """Where one test's directory is."""
+
+    url: str
+    state_dir: Path
+    clock: ManualClock
+
+    def open(self, *, migrate: bool = True) -> DirectoryStore:
+        return DirectoryStore.open(self.url, self.state_dir, clock=self.clock, migrate=migrate)
+
+    def files(self) -> set[str]:
+        return {
+            str(path.relative_to(self.state_dir))
+            for path in self.state_dir.rglob("*")
+            if path.is_file() and path.suffix in {".key", ".pem"}
+        }
+
+
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param(
+            "postgresql",
+            marks=pytest.mark.skipif(
+                not POSTGRES_URL, reason="SEALGATE_TEST_POSTGRES_URL names no PostgreSQL server"
+            ),
+        ),
+    ]
+)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    state_dir = tmp_path / "state"
+    if request.param == "sqlite":
+        yield Place(f"sqlite:///{state_dir / 'directory.db'}", state_dir, ManualClock())
+        return
+    name = f"sealgate_test_{secrets.token_hex(6)}"
+    admin = create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    url = make_url(POSTGRES_URL).set(database=name).render_as_string(hide_password=False)
+    try:
+        yield Place(url, state_dir, ManualClock())
+    finally:
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        admin.dispose()
+
+
+@pytest.fixture
+def store(place: Place) -> Iterator[DirectoryStore]:
+    with place.open() as store:
+        yield store
+
+
+def sign(tenant: Tenant, csr: x509.CertificateSigningRequest) -> x509.Certificate:
+    return pki.sign_service_csr(
+        tenant.root, csr, timedelta(days=3650), valid_from=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+
+
+def test_what_is_provisioned_is_found_again(place: Place, store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant(
+        "acme",
+        acme.root.certificate,
+        actor=ACTOR,
+        forward_listen=Listen("127.0.0.1", 8080),
+        tunnel_hosts=["*.SSO.example", "time.example"],
+        signers=[acme.agent_signing().certificate],
+    )
+    csr = store.add_service(
+        DRIVE, UPSTREAM, actor=ACTOR, legacy=LegacyPolicy.MIGRATE, reverse_listen=Listen("127.0.0.1", 8081)
+    )
+    certificate = sign(acme, csr)
+    entry = store.import_certificate(DRIVE, certificate, actor=ACTOR)
+    store.close()
+    with place.open() as again:
+        directory = again.snapshot()
+    assert directory.revision == 3
+    tenant = directory.tenants["acme"]
+    assert tenant.root_certificate == acme.root.certificate
+    assert tenant.forward_listen == Listen("127.0.0.1", 8080)
+    assert tenant.tunnel_hosts == {"*.sso.example", "time.example"}
+    assert len(tenant.signers) == 1
+    service = directory.services[DRIVE]
+    assert service == entry
+    assert (service.upstream, service.legacy, service.profile) == (UPSTREAM, LegacyPolicy.MIGRATE, "generic")
+    assert service.reverse_listen == Listen("127.0.0.1", 8081)
+    assert service.certificate == certificate
+    assert read_private_key(service.key_file).public_key() == certificate.public_key()
+    assert stat.S_IMODE(service.key_file.stat().st_mode) == 0o600
+    ca = read_certificate(tenant.interception_ca.certificate_file)
+    assert read_private_key(tenant.interception_ca.key_file).public_key() == ca.public_key()
+    assert stat.S_IMODE(tenant.interception_ca.key_file.stat().st_mode) == 0o600
+
+
+def test_every_change_is_one_revision_and_one_row_of_history(store: DirectoryStore, acme: Tenant) -> None:
+    assert store.revision() == 0
+    store.add_tenant("acme", acme.root.certificate, actor="ada (uid 0)")
+    csr = store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    certificate = sign(acme, csr)
+    store.import_certificate(DRIVE, certificate, actor=ACTOR)
+    assert store.revision() == 3
+    store.import_certificate(DRIVE, certificate, actor=ACTOR)  # again: no change
+    assert store.revision() == 3
+    with pytest.raises(ChangeRefusedError):
+        store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    assert store.revision() == 3
+    store.remove_service(DRIVE, actor=ACTOR)
+    store.remove_tenant("acme", actor=ACTOR)
+    changes = store.history()
+    assert [(change.revision, change.action) for change in changes] == [
+        (1, "tenant-added"),
+        (2, "service-added"),
+        (3, "certificate-imported"),
+        (4, "service-removed"),
+        (5, "tenant-removed"),
+    ]
+    assert changes[0].actor == "ada (uid 0)"
+    assert changes[2].detail["certificate_sha256"] == fingerprint(certificate).hex()
+    assert [change.revision for change in store.history(after=3)] == [4, 5]
+
+
+def test_a_tenants_ids_listeners_and_roots_are_its_own(
+    store: DirectoryStore, acme: Tenant, globex: Tenant
+) -> None:
+    listen = Listen("127.0.0.1", 8080)
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, forward_listen=listen)
+    for name, root, address in [
+        ("acme", globex.root.certificate, None),
+        ("globex", globex.root.certificate, listen),
+        ("globex", globex.root.certificate, Listen("0.0.0.0", 8080)),
+        ("globex", acme.root.certificate, None),
+        ("globex", make_tenant("acme").root.certificate, None),  # another key under acme's name
+        ("globex", globex.agent_tls().certificate, None),
+    ]:
+        with pytest.raises(ChangeRefusedError):
+            store.add_tenant(name, root, actor=ACTOR, forward_listen=address)
+    reserved = [Listen("0.0.0.0", 8443)]
+    with pytest.raises(ChangeRefusedError, match="the proxy itself"):
+        store.add_tenant(
+            "globex",
+            globex.root.certificate,
+            actor=ACTOR,
+            forward_listen=Listen("127.0.0.1", 8443),
+            reserved=reserved,
+        )
+    with pytest.raises(FormatError):
+        store.add_tenant("../etc", globex.root.certificate, actor=ACTOR)
+    assert set(store.snapshot().tenants) == {"acme"}
+
+
+def test_a_refused_change_leaves_no_file(place: Place, store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    before = place.files()
+    assert len(before) == 3
+    with pytest.raises(ChangeRefusedError):
+        store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    with pytest.raises(ChangeRefusedError):
+        store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    with pytest.raises(NotThereError):
+        store.add_service(NetworkService("nobody", "drive"), UPSTREAM, actor=ACTOR)
+    assert place.files() == before
+
+
+def test_services_do_not_collide_within_a_tenant_but_across_they_may(
+    store: DirectoryStore, acme: Tenant, globex: Tenant
+) -> None:
+    for tenant in (acme, globex):
+        store.add_tenant(tenant.name, tenant.root.certificate, actor=ACTOR)
+        store.add_service(NetworkService(tenant.name, "drive"), UPSTREAM, actor=ACTOR)
+    ours, theirs = (
+        store.snapshot().service_for_host(name, "drive.example.com", 443) for name in ("acme", "globex")
+    )
+    assert ours is not None
+    assert theirs is not None
+    assert ours.owner != theirs.owner
+    assert ours.key_file != theirs.key_file
+    with pytest.raises(ChangeRefusedError, match="is acme/drive already"):
+        store.add_service(NetworkService("acme", "drive-2"), UPSTREAM, actor=ACTOR)
+    other = Upstream.parse("https://drive.example.com:8443")
+    listen = Listen("127.0.0.1", 9001)
+    store.add_service(NetworkService("acme", "drive-2"), other, actor=ACTOR, reverse_listen=listen)
+    with pytest.raises(ChangeRefusedError, match="clashes"):
+        store.add_service(NetworkService("globex", "drive-2"), other, actor=ACTOR, reverse_listen=listen)
+    with pytest.raises(ChangeRefusedError, match="clashes"):
+        store.update_tenant("globex", actor=ACTOR, forward_listen=listen)
+
+
+def test_a_managed_host_is_never_tunnelled(store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["*.example.com"])
+    with pytest.raises(ChangeRefusedError, match="unsealed"):
+        store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    store.update_tenant("acme", actor=ACTOR, tunnel_hosts=["sso.example.com"])
+    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    for pattern in ("drive.example.com", "*.example.com", "DRIVE.EXAMPLE.COM."):
+        with pytest.raises(ChangeRefusedError, match="unsealed"):
+            store.update_tenant("acme", actor=ACTOR, tunnel_hosts=[pattern])
+    assert store.snapshot().tenants["acme"].tunnel_hosts == {"sso.example.com"}
+
+
+def test_only_the_tenants_root_certifies_only_this_service(
+    store: DirectoryStore, acme: Tenant, globex: Tenant
+) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    wrong = {
+        "another tenant's": globex.service("drive").certificate,
+        "another root of that name": make_tenant("acme").service("drive").certificate,
+        "another service's": acme.service("mail").certificate,
+        "an agent's": acme.agent_tls().certificate,
+        "the root itself": acme.root.certificate,
+    }
+    for what, certificate in wrong.items():
+        with pytest.raises(CertificateError):
+            store.import_certificate(DRIVE, certificate, actor=ACTOR)
+        assert store.snapshot().services[DRIVE].certificate is None, what
+    with pytest.raises(ChangeRefusedError, match="another key"):
+        store.import_certificate(DRIVE, acme.service("drive").certificate, actor=ACTOR)
+    place_clock_expired = sign(acme, make_csr(new_key(), ["urn:sealgate:acme:service:drive"]))
+    with pytest.raises(ChangeRefusedError):
+        store.import_certificate(DRIVE, place_clock_expired, actor=ACTOR)
+    assert store.revision() == 2
+
+
+@pytest.mark.parametrize("key_type", list(KeyType))
+def test_renewal_serves_on_until_the_new_certificate_comes(
+    place: Place, store: DirectoryStore, acme: Tenant, key_type: KeyType
+) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    abandoned = store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    first = sign(acme, store.renew_service(DRIVE, actor=ACTOR))  # before the first import: replaces the key
+    with pytest.raises(ChangeRefusedError):
+        store.import_certificate(DRIVE, sign(acme, abandoned), actor=ACTOR)
+    store.import_certificate(DRIVE, first, actor=ACTOR)
+    store.renew_service(DRIVE, actor=ACTOR)
+    second = sign(acme, store.renew_service(DRIVE, actor=ACTOR, key_type=key_type))
+    entry = store.snapshot().services[DRIVE]
+    assert entry.certificate == first
+    assert read_private_key(entry.key_file).public_key() == first.public_key()
+    entry = store.import_certificate(DRIVE, second, actor=ACTOR)
+    assert entry.certificate == second
+    assert read_private_key(entry.key_file).public_key() == second.public_key()
+    keys = {name for name in place.files() if name.startswith("keys/")}
+    assert keys == {str(entry.key_file.relative_to(place.state_dir))}, "no key that nobody uses is left"
+
+
+def test_a_new_root_voids_what_it_has_not_signed(store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    store.import_certificate(DRIVE, sign(acme, store.add_service(DRIVE, UPSTREAM, actor=ACTOR)), actor=ACTOR)
+    successor = make_tenant("acme")
+    store.update_tenant("acme", actor=ACTOR, root=successor.root.certificate)
+    assert store.snapshot().services[DRIVE].certificate is None
+
+
+def test_pinned_signers_must_be_this_tenants(store: DirectoryStore, acme: Tenant, globex: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    for certificate in (globex.agent_signing().certificate, acme.agent_tls().certificate):
+        with pytest.raises(CertificateError):
+            store.update_tenant("acme", actor=ACTOR, signers=[certificate])
+    store.update_tenant("acme", actor=ACTOR, signers=[acme.agent_signing().certificate])
+    assert len(store.snapshot().tenants["acme"].signers) == 1
+    store.update_tenant("acme", actor=ACTOR, signers=[])
+    assert store.snapshot().tenants["acme"].signers == ()
+
+
+def test_removal_takes_the_keys_along(place: Place, store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["a.example"])
+    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    with pytest.raises(ChangeRefusedError) as caught:
+        store.remove_tenant("acme", actor=ACTOR)
+    assert "service remove acme/drive" in caught.value.next_step
+    store.remove_service(DRIVE, actor=ACTOR)
+    store.remove_tenant("acme", actor=ACTOR)
+    assert place.files() == set()
+    with pytest.raises(NotThereError):
+        store.remove_service(DRIVE, actor=ACTOR)
+    with pytest.raises(NotThereError):
+        store.remove_tenant("acme", actor=ACTOR)
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)  # may come back
+    assert store.snapshot().tenants["acme"].tunnel_hosts == frozenset()
+
+
+def test_changes_from_many_sides_queue(place: Place, store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    outcomes: list[str] = []
+
+    def provision(number: int) -> None:
+        with place.open() as mine:
+            for owner in (NetworkService("acme", f"s{number}"), NetworkService("acme", "contested")):
+                upstream = Upstream("https", f"{owner.service}.example.com", 443)
+                try:
+                    mine.add_service(owner, upstream, actor=ACTOR)
+                    outcomes.append(owner.service)
+                except ChangeRefusedError:
+                    outcomes.append("refused")
+
+    threads = [threading.Thread(target=provision, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["contested", "refused", "refused", "refused", "s0", "s1", "s2", "s3"]
+    assert store.revision() == 6
+    assert [change.revision for change in store.history()] == list(range(1, 7))
+
+
+def test_two_programs_may_make_the_schema_at_once(place: Place) -> None:
+    failures: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            place.open().close()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the test shows it
+            failures.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with place.open() as store:
+        assert store.revision() == 0
+
+
+def test_reading_waits_for_no_change(place: Place, store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    with place.open() as other, store._transaction() as change:
+        change.execute(text("UPDATE directory SET revision = 99"))
+        assert other.revision() == 1
+        assert other.snapshot().revision == 1
+
+
+def test_the_migrations_make_exactly_these_tables(place: Place) -> None:
+    place.open().close()
+    engine = create_engine(place.url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+        script = ScriptDirectory.from_config(migrations.configuration(connection))
+        assert script.get_heads() == [migrations.HEAD]
+    engine.dispose()
+
+
+def test_another_schema_is_refused_without_migration(place: Place) -> None:
+    if place.url.startswith("sqlite"):
+        with pytest.raises(DirectoryUnavailableError, match="does not exist"):
+            place.open(migrate=False)
+        assert not place.state_dir.exists()
+    place.open().close()
+    engine = create_engine(place.url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(DirectoryUnavailableError, match="9999"):
+        place.open(migrate=False)
+
+
+def test_a_database_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "directory.db"
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(DirectoryUnavailableError, match="not a database"):
+        DirectoryStore.open(f"sqlite:///{path}", tmp_path, clock=ManualClock())
+    url = "postgresql+psycopg://nobody:hidden-word@127.0.0.1:1/none"
+    with pytest.raises(DirectoryUnavailableError) as caught:
+        DirectoryStore.open(url, tmp_path, clock=ManualClock())
+    assert "hidden-word" not in str(caught.value)
+
+
+def test_sqlite_is_durable(tmp_path: Path) -> None:
+    path = tmp_path / "directory.db"
+    store = DirectoryStore.open(f"sqlite:///{path}", tmp_path, clock=ManualClock())
+    with store, store._transaction() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+    raw = sqlite3.connect(path)
+    try:
+        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    finally:
+        raw.close()
