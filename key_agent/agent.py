@@ -1,0 +1,334 @@
+"""The key agent as one object: its parts, wired; the loops; and what has to happen when consent changes.
+
+1. When consent ends, in this order and none waiting for the next: deliveries of keys stop, withdrawals leave,
+   the new state is written to the registry (again and again until that works), the proof is audited.
+2. When consent returns, the registry has it first; then the proxies get their keys.
+3. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from key_agent import metrics
+from key_agent.consent import Change, Consent, Standing
+from key_agent.errors import KeyAgentError
+from key_agent.journal import Journal
+from key_agent.push.pusher import Delivery, Pusher
+from key_agent.push.recipients import Recipients
+from key_agent.push.sealing import KeySealing, WithdrawalSealing
+from key_agent.push.targets import Targets
+from key_agent.push.transport import Transport
+from key_agent.refresh import KekWatch, RefreshLoop, WithdrawalLoop, next_delay, wait_until
+from key_agent.registry.states import KekState
+from key_agent.registry.store import Registry
+from key_agent.sources.source import Diagnosis, Kek, KeySource
+from runtime.clock import Clock
+
+log = structlog.get_logger(__name__)
+
+_MAX_PERSIST_DELAY_S: Final = 10.0
+# A watch that has not looked for this many intervals stands still.
+_WATCH_PATIENCE: Final = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rhythm:
+    """Every time constant of a running agent, in seconds."""
+
+    interval_s: int
+    validity_s: int
+    watch_s: float
+    request_timeout_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signing:
+    """The agent's signature; here for withdrawals only: keys are signed where they are unwrapped."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+
+class Agent:
+    """Use `Agent.open`; loops run inside `working`."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: str,
+        tenant: str,
+        environment_id: str,
+        root: x509.Certificate,
+        rhythm: Rhythm,
+        source: KeySource,
+        registry: Registry,
+        targets: Targets,
+        transport: Transport,
+        signing: Signing,
+        journal: Journal,
+        clock: Clock,
+        jitter: Callable[[], float],
+    ) -> None:
+        self.agent_id = agent_id
+        self.tenant = tenant
+        self.environment_id = environment_id
+        self.rhythm = rhythm
+        self.source = source
+        self.registry = registry
+        self.targets = targets
+        self.transport = transport
+        self.journal = journal
+        self.clock = clock
+        self.recipients = Recipients(root, tenant)
+        self.consent = Consent(clock)
+        self.deliveries: dict[str, Delivery] = {}
+        """The last delivery of keys to each proxy."""
+        self.withdrawals_seen: dict[str, Delivery] = {}
+        self._delivered = asyncio.Event()
+        self._to_persist: Change | None = None
+        self._persist_wake = asyncio.Event()
+        self.is_running = False
+        self.pusher = Pusher(
+            transport=transport,
+            registry=registry,
+            targets=targets,
+            clock=clock,
+            make_key_sealing=self._make_key_sealing,
+            withdrawal_sealing=WithdrawalSealing(
+                agent_id=agent_id,
+                signing_key=signing.key,
+                signing_certificate=signing.certificate,
+                registry=registry,
+                targets=targets,
+                clock=clock,
+                validity_s=rhythm.validity_s,
+                batch_size=rhythm.batch_size,
+            ),
+            may_push=lambda: self.consent.may_push,
+            request_timeout_s=rhythm.request_timeout_s,
+        )
+        self.watch = KekWatch(source=source, consent=self.consent, clock=clock, watch_s=rhythm.watch_s)
+        self.refresh = RefreshLoop(
+            pusher=self.pusher,
+            targets=targets,
+            consent=self.consent,
+            journal=journal,
+            clock=clock,
+            interval_s=rhythm.interval_s,
+            jitter=jitter,
+            on_delivery=self._keys_delivered,
+        )
+        self.withdrawals = WithdrawalLoop(
+            pusher=self.pusher,
+            targets=targets,
+            consent=self.consent,
+            clock=clock,
+            on_delivery=self._withdrawal_delivered,
+        )
+
+    def _make_key_sealing(self) -> KeySealing:
+        return KeySealing(
+            source=self.source,
+            registry=self.registry,
+            targets=self.targets,
+            recipients=self.recipients,
+            clock=self.clock,
+            validity_s=self.rhythm.validity_s,
+            batch_size=self.rhythm.batch_size,
+            on_diagnosis=self._diagnosed_by_push,
+            may_push=lambda: self.consent.may_push,
+        )
+
+    async def start(self) -> None:
+        """Take over what the registry says of the KEK. To be called once, before anything else."""
+        self.consent.listen(self._consent_changed)
+        self.consent.adopt(await self.registry.current_kek())
+
+    @asynccontextmanager
+    async def working(self, *, refresh: bool) -> AsyncIterator[None]:
+        """The loops run while the block does: all, or, without *refresh*, only those that withdraw."""
+        failure: Exception | None = None
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._persist_loop(), name="persist"),
+                group.create_task(self.withdrawals.run(), name="withdrawals"),
+            ]
+            if refresh:
+                self.is_running = True
+                tasks.append(group.create_task(self.watch.run(), name="kek-watch"))
+                tasks.append(group.create_task(self.refresh.run(), name="refresh"))
+            try:
+                yield
+            except Exception as error:  # noqa: BLE001 - raised again, outside of the group
+                failure = error
+            finally:
+                self.is_running = False
+                for task in tasks:
+                    task.cancel()
+        if failure is not None:
+            raise failure
+
+    async def reload(self, *, kek_changed: bool = False) -> None:
+        """Read the registry again after a command has changed it."""
+        book = await self.registry.book()
+        self.targets.load(book)
+        if kek_changed:
+            self.consent.adopt(book.kek)
+
+    async def wait_for_delivery(
+        self, proxy_id: str, *, after: Delivery | None, timeout_s: float
+    ) -> Delivery | None:
+        """The next delivery of keys to a proxy, other than *after*; None if none has ended in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (found := self.deliveries.get(proxy_id)) is None or found is after:
+                    self._delivered.clear()
+                    await self._delivered.wait()
+                return found
+        except TimeoutError:
+            return None
+
+    async def wait_for_withdrawals(self, *, timeout_s: float) -> bool:
+        """True as soon as nothing is left to withdraw, False after *timeout_s*."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.withdrawals.pending():
+                    self._delivered.clear()
+                    await self._delivered.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def reasons_not_alive(self) -> list[str]:
+        looked_at_s = self.watch.looked_at_s
+        patience_s = self.rhythm.watch_s * _WATCH_PATIENCE + 60
+        if looked_at_s is not None and self.clock.boot_s() - looked_at_s > patience_s:
+            return [f"the KEK watch has not looked for {patience_s:g} s"]
+        return []
+
+    def reasons_not_ready(self) -> list[str]:
+        reasons = self.reasons_not_alive()
+        if not self.consent.may_push:
+            diagnosis = self.consent.diagnosis
+            reasons.append(
+                f"no keys are pushed: {self.consent.standing}"
+                + ("" if diagnosis is None else f" ({diagnosis.verdict}: {diagnosis.detail})")
+            )
+        if self.journal.failure is not None:
+            reasons.append(self.journal.failure)
+        if self._to_persist is not None:
+            reasons.append("the registry does not know of the KEK's new state yet")
+        return reasons
+
+    # What happens by itself.
+
+    def _diagnosed_by_push(self, kek: Kek, diagnosis: Diagnosis) -> None:
+        metrics.DIAGNOSES.labels(diagnosis.verdict).inc()
+        if diagnosis.verdict.withdraws or diagnosis.verdict.is_login_refusal:
+            self.consent.observe(kek, diagnosis)
+        else:
+            self.watch.wake()
+
+    def _consent_changed(self, change: Change) -> None:
+        for standing in Standing:
+            metrics.STANDING.labels(standing).set(standing is change.new)
+        if change.new is not Standing.CONSENTED:
+            self.pusher.stop()
+        if change.new.is_withdrawn:
+            self.withdrawals.at_once()
+        if change.new.is_withdrawn or change.old is Standing.SUSPENDED:
+            self._to_persist = change
+            self._persist_wake.set()
+        elif change.new is Standing.CONSENTED:
+            self.refresh.at_once()
+        diagnosis = change.diagnosis
+        self.journal.note(
+            "kek.standing",
+            outcome=change.new,
+            before=change.old,
+            kek=change.kek_id,
+            verdict=None if diagnosis is None else diagnosis.verdict,
+            proof=None if diagnosis is None else diagnosis.detail,
+        )
+
+    async def _persist_loop(self) -> NoReturn:
+        failures = 0
+        while True:
+            if (change := self._to_persist) is None:
+                await wait_until(self.clock, self._persist_wake, None)
+                continue
+            try:
+                await self._persist(change)
+            except KeyAgentError as error:
+                failures += 1
+                log.error("the KEK's state is not stored yet", error=str(error))  # noqa: TRY400
+                await self.clock.sleep(
+                    next_delay(interval_s=_MAX_PERSIST_DELAY_S, failures=failures, jitter=0)
+                )
+                continue
+            failures = 0
+            if self._to_persist is change:
+                self._to_persist = None
+            if self.consent.may_push:
+                self.refresh.at_once()
+
+    async def _persist(self, change: Change) -> None:
+        detail = (
+            None if change.diagnosis is None else f"{change.diagnosis.verdict}: {change.diagnosis.detail}"
+        )
+        row = await self.registry.current_kek()
+        if row is None or row.reference.kek_id != change.kek_id:
+            return  # replaced meanwhile
+        states = {
+            Standing.REVOKED: KekState.REVOKED,
+            Standing.SUSPENDED: KekState.SUSPENDED,
+            Standing.CONSENTED: KekState.ACTIVE,
+        }
+        state = states.get(change.new)
+        if state is None or row.state.is_sticky:
+            return
+        await self.registry.set_kek_state(row.reference.kek_id, state, detail, now_ms=self.now_ms())
+
+    def _keys_delivered(self, delivery: Delivery) -> None:
+        self.deliveries[delivery.proxy_id] = delivery
+        metrics.PUSHES.labels(delivery.proxy_id, delivery.outcome).inc()
+        if delivery.is_complete:
+            metrics.LAST_ACCEPTED.labels(delivery.proxy_id).set(self.clock.wall_s())
+        self._report("keys.pushed", delivery)
+
+    def _withdrawal_delivered(self, delivery: Delivery) -> None:
+        self.withdrawals_seen[delivery.proxy_id] = delivery
+        metrics.WITHDRAWALS.labels(delivery.proxy_id, delivery.outcome).inc()
+        metrics.WITHDRAWALS_PENDING.set(sum(map(len, self.withdrawals.pending().values())))
+        self._report("keys.withdrawn", delivery)
+
+    def _report(self, action: str, delivery: Delivery) -> None:
+        self._delivered.set()
+        report = log.info if delivery.is_complete else log.error
+        report(
+            action,
+            proxy=delivery.proxy_id,
+            outcome=delivery.outcome,
+            services=delivery.accepted,
+            error=delivery.error,
+        )
+        self.journal.note(
+            action,
+            outcome="ok" if delivery.is_complete else delivery.outcome,
+            proxy=delivery.proxy_id,
+            services=delivery.accepted,
+            refused=delivery.refused,
+            code=delivery.code,
+        )
+
+    def now_ms(self) -> int:
+        """Unix milliseconds."""
+        return int(self.clock.wall_s() * 1000)

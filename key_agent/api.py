@@ -1,0 +1,262 @@
+"""The agent's HTTP: commands on a socket only its user can open, status and health on loopback.
+
+1. One table says which request is which operation; server, client (the CLI) and `/openapi.json` read it.
+2. Whoever can open the socket (0600, in the 0700 `state_dir`) is the administrator. The loopback port has no
+   login, so it changes nothing.
+3. Errors are problem documents; `exit_code` tells the CLI what to end with.
+"""
+
+import json
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from envelope.errors import SealgateError
+from key_agent.agent import Agent
+from key_agent.errors import KeySourceError
+from key_agent.operations import Json, Operations
+from key_agent.registry.database import RegistryError
+from key_agent.registry.store import RefusedChangeError
+from runtime.cli import CommandError, ExitCode, explain
+from runtime.observe import REGISTRY
+from runtime.serve import ProblemError, health_routes, make_application, openapi_route, problem_response
+
+PROGRAM: Final = "key-agent"
+_SLOW_S: Final = 300.0
+
+
+class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Arguments of an operation that do not stand in the path."""
+
+
+class Nothing(_Body, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Reinstate(_Body, frozen=True, forbid_unknown_fields=True):
+    restore: bool = False
+
+
+class ServiceAdd(_Body, frozen=True, forbid_unknown_fields=True):
+    proxy: str
+    certificate_pem: str
+
+
+class ServiceRemove(_Body, frozen=True, forbid_unknown_fields=True):
+    proxy: str | None = None
+
+
+class ProxyAdd(_Body, frozen=True, forbid_unknown_fields=True):
+    url: str
+    ca_pem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    operation: str
+    method: str
+    path: str
+    body: type[_Body]
+    summary: str
+    changes: bool = True
+
+
+ROUTES: Final = (
+    Route("status", "GET", "/v1/status", Nothing, "Who holds what until when", changes=False),
+    Route("kek_status", "GET", "/v1/kek", Nothing, "The KEK and a fresh look at it", changes=False),
+    Route("service_list", "GET", "/v1/services", Nothing, "Network services and their keys", changes=False),
+    Route("proxy_list", "GET", "/v1/proxies", Nothing, "Proxies and their services", changes=False),
+    Route("diagnosis", "GET", "/v1/diagnosis", Nothing, "HSM, KEK, certificates and proxies, looked at now"),
+    Route("kek_create", "POST", "/v1/kek", Nothing, "Make the first KEK in the HSM"),
+    Route("kek_revoke", "POST", "/v1/kek/revoke", Nothing, "Take every key back and destroy the KEK"),
+    Route("reinstate", "POST", "/v1/kek/reinstate", Reinstate, "New KEK and keys, or the old KEK restored"),
+    Route("service_add", "PUT", "/v1/services/{service}", ServiceAdd, "Provision a service at a proxy"),
+    Route("service_remove", "POST", "/v1/services/{service}/remove", ServiceRemove, "Withdraw and erase"),
+    Route("proxy_add", "PUT", "/v1/proxies/{proxy}", ProxyAdd, "Make a proxy known, or change it"),
+    Route("proxy_remove", "POST", "/v1/proxies/{proxy}/remove", Nothing, "Withdraw everything from a proxy"),
+)
+_BY_NAME: Final = {route.operation: route for route in ROUTES}
+_STATUS: Final = {
+    ExitCode.USAGE: 400,
+    ExitCode.REFUSED: 409,
+    ExitCode.UNAVAILABLE: 503,
+    ExitCode.FAILED: 500,
+}
+
+
+def commands(operations: Operations) -> web.Application:
+    """Everything, for the socket."""
+    application = make_application()
+    for route in ROUTES:
+        application.router.add_route(route.method, route.path, _handler(operations, route))
+    openapi_route(application, openapi())
+    return application
+
+
+def read_only(agent: Agent, operations: Operations) -> web.Application:
+    """Health, metrics and status, for the loopback port."""
+    application = make_application()
+    health_routes(
+        application, readyz=agent.reasons_not_ready, livez=agent.reasons_not_alive, registry=REGISTRY
+    )
+    # `kek_status` and `diagnosis` reach the HSM and the proxies: not for whoever can reach this port.
+    application.router.add_get("/v1/status", _handler(operations, _BY_NAME["status"]))
+    openapi_route(application, openapi())
+    return application
+
+
+def _handler(operations: Operations, route: Route) -> Callable[[web.Request], Any]:
+    operation = getattr(operations, route.operation)
+
+    async def handle(request: web.Request) -> web.Response:
+        content = await request.read()
+        try:
+            body = msgspec.json.decode(content or b"{}", type=route.body)
+        except msgspec.DecodeError as error:
+            raise ProblemError(400, "bad-request", str(error), "See /openapi.json.") from None
+        arguments = {**request.match_info, **msgspec.structs.asdict(body)}
+        try:
+            result = await operation(**arguments)
+        except (SealgateError, CommandError) as error:
+            return _problem(error)
+        return web.json_response(result, headers={"Cache-Control": "no-store"})
+
+    return handle
+
+
+def _problem(error: Exception) -> web.Response:
+    told = explain_agent(error)
+    return problem_response(
+        _STATUS[told.exit_code],
+        told.code,
+        told.cause,
+        told.next_step,
+        headers={"Sealgate-Exit-Code": str(int(told.exit_code))},
+    )
+
+
+def explain_agent(error: Exception) -> CommandError:
+    """What to tell an administrator about *error*."""
+    match error:
+        case RefusedChangeError():
+            return CommandError(str(error), error.next_step, ExitCode.REFUSED, code="refused")
+        case KeySourceError():
+            withdrawn = error.verdict.withdraws
+            return CommandError(
+                f"HSM: {error.verdict}: {error.detail}",
+                "`key-agent reinstate` after a revocation"
+                if withdrawn
+                else "`key-agent doctor` looks closer",
+                ExitCode.REFUSED if withdrawn else ExitCode.UNAVAILABLE,
+                code=str(error.verdict).replace("_", "-"),
+            )
+        case RegistryError():
+            return CommandError(
+                str(error), "mend the database, then try again", ExitCode.UNAVAILABLE, code="registry"
+            )
+        case _:
+            return explain(error, program=PROGRAM)
+
+
+@asynccontextmanager
+async def control_socket(operations: Operations, path: Path) -> AsyncIterator[None]:
+    """Commands on a Unix socket at *path* while the block runs. The caller holds the state lock."""
+    runner = web.AppRunner(commands(operations), access_log=None, handle_signals=False)
+    await runner.setup()
+    try:
+        _remove(path)  # of an agent that was killed: we hold the lock
+        await web.UnixSite(runner, str(path)).start()
+        os.chmod(path, 0o600)  # noqa: PTH101 - in a 0700 directory, so nobody came before
+        yield
+    finally:
+        await runner.cleanup()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+async def call(path: Path, operation: str, arguments: Mapping[str, object]) -> Json | None:
+    """Have the agent behind the socket *path* do it; None if no agent listens there.
+
+    CommandError is its refusal.
+    """
+    route = _BY_NAME[operation]
+    in_path = set(re.findall(r"\{(\w+)\}", route.path))
+    url = "http://key-agent" + route.path.format(**{name: _segment(str(arguments[name])) for name in in_path})
+    body = {name: value for name, value in arguments.items() if name not in in_path}
+    timeout = aiohttp.ClientTimeout(total=_SLOW_S)
+    try:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path)), timeout=timeout) as client,
+            client.request(route.method, url, data=json.dumps(body).encode() if body else None) as response,
+        ):
+            content = await response.read()
+            status, headers = response.status, response.headers
+    except aiohttp.ClientConnectorError as error:
+        if isinstance(error.os_error, ConnectionRefusedError | FileNotFoundError):
+            return None
+        raise CommandError(
+            f"{path}: {error.os_error.strerror}", "run the command as the agent's user", ExitCode.FAILED
+        ) from None
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise CommandError(
+            f"the running agent did not answer: {type(error).__name__}",
+            "`key-agent status`, then the same command again: it can be repeated",
+            ExitCode.UNAVAILABLE,
+        ) from None
+    answer = json.loads(content)
+    if status == 200:
+        return dict(answer)
+    raise CommandError(
+        str(answer.get("detail", f"HTTP {status}")),
+        str(answer.get("next_step", "see the agent's log")),
+        ExitCode(int(headers.get("Sealgate-Exit-Code", "1"))),
+        code=str(answer.get("code", "failed")),
+    )
+
+
+def _segment(text: str) -> str:
+    """*text* as one path segment: `tenant/service` keeps its slash by another name."""
+    return quote(text, safe="")
+
+
+def openapi() -> Json:
+    """The document of the API."""
+    paths: dict[str, dict[str, object]] = {}
+    schemas, components = msgspec.json.schema_components(
+        [route.body for route in ROUTES], ref_template="#/components/schemas/{name}"
+    )
+    problem = {"description": "A problem document", "content": {"application/problem+json": {}}}
+    for route, schema in zip(ROUTES, schemas, strict=True):
+        described: dict[str, object] = {
+            "operationId": route.operation,
+            "summary": route.summary,
+            "responses": {
+                "200": {"description": "Done", "content": {"application/json": {}}},
+                "default": problem,
+            },
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in re.findall(r"\{(\w+)\}", route.path)
+            ],
+        }
+        if route.body is not Nothing:
+            described["requestBody"] = {"content": {"application/json": {"schema": schema}}, "required": True}
+        paths.setdefault(route.path, {})[route.method.lower()] = described
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Sealgate key agent", "version": "1"},
+        "paths": paths,
+        "components": {"schemas": components},
+    }

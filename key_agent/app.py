@@ -1,0 +1,253 @@
+"""Composition root: from settings to a working agent, in this process or in the one that already runs.
+
+1. `state_dir` has one user at a time: who holds its lock may open registry, audit log and HSM.
+2. A command goes to the running agent through the socket in `state_dir`; if none runs, the command takes the
+   lock and does the work itself. Both ways end in the same `Operations`.
+"""
+
+import asyncio
+import fcntl
+import os
+import random
+import stat
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from envelope.certificates import Identity, Role, verify_certificate
+from key_agent import api, config
+from key_agent.agent import Agent, Rhythm, Signing
+from key_agent.config import Settings
+from key_agent.errors import KeyAgentError
+from key_agent.journal import Journal
+from key_agent.operations import Operations
+from key_agent.push.recipients import read_chain
+from key_agent.push.targets import Targets
+from key_agent.push.transport import HttpsTransport, Transport
+from key_agent.registry.store import Registry
+from key_agent.sources.pkcs11 import Pkcs11Source
+from key_agent.sources.source import KeySource
+from runtime.audit import AuditLog
+from runtime.clock import Clock, SystemClock
+from runtime.serve import serving
+from runtime.settings import SettingsError, read_secret_file
+
+log = structlog.get_logger(__name__)
+
+LOCK_NAME: Final = "lock"
+SOCKET_NAME: Final = "control.sock"
+AUDIT_NAME: Final = "audit.jsonl"
+REFUSED_PIN_NAME: Final = "refused-pin.json"
+
+
+class StateLockedError(KeyAgentError):
+    """Another process works in this `state_dir`."""
+
+    def __init__(self, state_dir: Path) -> None:
+        super().__init__(f"{state_dir} is in use by another key-agent process")
+        self.next_step = "wait for it to end, or stop it"
+
+
+class StateDirError(KeyAgentError):
+    """`state_dir` is missing or open to others."""
+
+    def __init__(self, cause: str, next_step: str) -> None:
+        super().__init__(cause)
+        self.next_step = next_step
+
+
+@contextmanager
+def state_lock(state_dir: Path) -> Iterator[None]:
+    """Alone in *state_dir*.
+
+    StateLockedError if somebody else is there; StateDirError if it is no place to work in.
+    """
+    check_state_dir(state_dir)
+    descriptor = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateLockedError(state_dir) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_state_dir(state_dir: Path) -> None:
+    try:
+        status = state_dir.stat()
+    except OSError as error:
+        raise StateDirError(f"{state_dir}: {error.strerror}", "`key-agent init` makes it") from None
+    if not stat.S_ISDIR(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
+        raise StateDirError(f"{state_dir} is open to others, or no directory", f"chmod 700 {state_dir}")
+    if status.st_uid != os.geteuid():
+        raise StateDirError(
+            f"{state_dir} belongs to user {status.st_uid}, this is user {os.geteuid()}",
+            "run the command as the agent's user",
+        )
+
+
+def load_root(settings: Settings) -> x509.Certificate:
+    """The tenant's root. SettingsError if there is not exactly one certificate in the file."""
+    path = settings.agent.root_certificate_file
+    try:
+        found = x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            str(path), "", allowed=f"the tenant's root (PEM) cannot be read: {error}"
+        ) from None
+    if len(found) != 1:
+        raise SettingsError(
+            str(path), "", allowed=f"holds {len(found)} certificates, the root alone is allowed"
+        )
+    return found[0]
+
+
+def load_signing(settings: Settings, root: x509.Certificate, *, now_s: float) -> Signing:
+    """The agent's signing key and certificate, checked as a proxy will check them.
+
+    SettingsError, CertificateError.
+    """
+    leaf = _checked_leaf(settings, settings.signing.certificate_file, Role.AGENT_SIGNING, root, now_s=now_s)
+    path = settings.signing.key_file
+    secret = read_secret_file(path)
+    try:
+        key = load_pem_private_key(bytes(secret), password=None)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(
+            str(path), "", allowed=f"not a PEM private key without a passphrase ({type(error).__name__})"
+        ) from None
+    finally:
+        secret[:] = bytes(len(secret))
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != leaf.public_key():
+        raise SettingsError(str(path), "", allowed="is not the key of signing.certificate_file")
+    return Signing(key=key, certificate=leaf)
+
+
+def check_tls_identity(settings: Settings, root: x509.Certificate, *, now_s: float) -> x509.Certificate:
+    """The agent's mTLS certificate. SettingsError, CertificateError."""
+    read_secret_file(settings.tls.key_file)[:] = b""
+    return _checked_leaf(settings, settings.tls.certificate_file, Role.AGENT_TLS, root, now_s=now_s)
+
+
+def _checked_leaf(
+    settings: Settings, path: Path, role: Role, root: x509.Certificate, *, now_s: float
+) -> x509.Certificate:
+    try:
+        leaf, *intermediates = read_chain(path.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(str(path), "", allowed=f"the certificate cannot be read: {error}") from None
+    verify_certificate(
+        leaf,
+        root=root,
+        intermediates=intermediates,
+        expected=Identity(settings.agent.tenant, role, settings.agent.id),
+        now_s=now_s,
+    )
+    return leaf
+
+
+def rhythm_of(settings: Settings) -> Rhythm:
+    return Rhythm(
+        interval_s=settings.refresh.interval_s,
+        validity_s=settings.refresh.validity_s,
+        watch_s=settings.refresh.watch_s,
+        request_timeout_s=settings.push.request_timeout_s,
+        batch_size=settings.push.batch_size,
+    )
+
+
+def make_source(settings: Settings, clock: Clock) -> KeySource:
+    pkcs11 = settings.pkcs11
+    if pkcs11.refused_pin_file is None:
+        # Where the agent may write, whoever owns the PIN file.
+        pkcs11 = msgspec.structs.replace(pkcs11, refused_pin_file=settings.agent.state_dir / REFUSED_PIN_NAME)
+    return Pkcs11Source(
+        pkcs11,
+        settings.signing.key_file,
+        settings.signing.certificate_file,
+        settings.agent.id,
+        clock=clock,
+    )
+
+
+@asynccontextmanager
+async def opened(
+    settings: Settings,
+    *,
+    clock: Clock | None = None,
+    source: KeySource | None = None,
+    transport: Transport | None = None,
+) -> AsyncIterator[Agent]:
+    """An agent with every part open, in this process. The state lock is held while the block runs.
+
+    StateLockedError, StateDirError, SettingsError, CertificateError, RegistryError, AuditUnavailableError.
+    """
+    clock = clock or SystemClock()
+    mine = settings.agent
+    async with AsyncExitStack() as stack:
+        stack.enter_context(state_lock(mine.state_dir))
+        now_s = clock.wall_s()
+        root = load_root(settings)
+        signing = load_signing(settings, root, now_s=now_s)
+        check_tls_identity(settings, root, now_s=now_s)
+        journal = Journal(AuditLog.open(mine.state_dir / AUDIT_NAME, clock))
+        stack.push_async_callback(journal.close)
+        registry = await Registry.open(
+            config.database_url(mine),
+            tenant_id=mine.tenant,
+            environment_id=mine.environment_id,
+            agent_id=mine.id,
+            now_ms=int(now_s * 1000),
+        )
+        stack.push_async_callback(registry.close)
+        source = source or make_source(settings, clock)
+        stack.push_async_callback(source.close)
+        transport = transport or HttpsTransport(
+            agent_id=mine.id,
+            certificate_file=settings.tls.certificate_file,
+            key_file=settings.tls.key_file,
+        )
+        stack.push_async_callback(transport.close)
+        agent = Agent(
+            agent_id=mine.id,
+            tenant=mine.tenant,
+            environment_id=mine.environment_id,
+            root=root,
+            rhythm=rhythm_of(settings),
+            source=source,
+            registry=registry,
+            targets=Targets(await registry.book()),
+            transport=transport,
+            signing=signing,
+            journal=journal,
+            clock=clock,
+            jitter=random.SystemRandom().random,
+        )
+        await agent.start()
+        yield agent
+
+
+async def serve(settings: Settings, stop: asyncio.Event, *, clock: Clock | None = None) -> None:
+    """Run the agent until *stop* is set."""
+    async with opened(settings, clock=clock) as agent:
+        operations = Operations(agent)
+        await agent.journal.record("agent.started", agent=agent.agent_id, pid=os.getpid())
+        async with (
+            agent.working(refresh=True),
+            api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
+            serving(
+                api.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port
+            ) as port,
+        ):
+            log.info("key agent runs", agent=agent.agent_id, tenant=agent.tenant, admin_port=port)
+            await stop.wait()
+        await agent.journal.record("agent.stopped", agent=agent.agent_id)

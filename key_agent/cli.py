@@ -1,0 +1,482 @@
+"""`key-agent`: the administrator's commands.
+
+1. A command talks to the running agent, or, if none runs, does the work itself (app.py): the result is the
+   same.
+2. What makes objects unreadable names them first and wants a yes; without a terminal, `--yes`.
+3. No secret is an argument: PINs and keys stand in files.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn, cast
+
+import structlog
+import typer
+
+from envelope.errors import SealgateError
+from key_agent import api, app, config, doctor, setup
+from key_agent.operations import Json, Operations
+from runtime import cli, lifecycle, observe
+from runtime.cli import CommandError, ExitCode, JsonFlag, emit
+
+DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
+CONFIG_VARIABLE: Final = "KEY_AGENT_CONFIG"
+# These take keys back, so they need the loop that does, also where no agent runs.
+_WITHDRAWING: Final = frozenset({"kek_revoke", "service_remove", "proxy_remove"})
+_LOCK_PATIENCE_S: Final = 10.0
+
+log = structlog.get_logger(__name__)
+
+program = cli.make_app(
+    api.PROGRAM, "The key agent: pushes keys to proxies for as long as the HSM's KEK consents."
+)
+kek_app = typer.Typer(no_args_is_help=True, help="The key-encryption key in the HSM.")
+service_app = typer.Typer(no_args_is_help=True, help="Network services: what keys are made for.")
+proxy_app = typer.Typer(no_args_is_help=True, help="Proxies: where keys are pushed to.")
+program.add_typer(kek_app, name="kek")
+program.add_typer(service_app, name="service")
+program.add_typer(proxy_app, name="proxy")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    config_file: Path
+    as_json: bool
+
+    def load(self) -> config.Settings:
+        return config.load(self.config_file, os.environ)
+
+
+YesFlag = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+@program.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    config_file: Annotated[
+        Path, typer.Option("--config", envvar=CONFIG_VARIABLE, help="Configuration file.")
+    ] = DEFAULT_CONFIG,
+    as_json: JsonFlag = False,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Check the configuration and end.")
+    ] = False,
+) -> None:
+    context.obj = Options(config_file, as_json)
+    if check_config:
+        settings = context.obj.load()
+        config.database_url(settings.agent)
+        emit({"config": str(config_file), "ok": True}, as_json=as_json, text=f"{config_file}: good")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise CommandError("no command given", "see key-agent --help", ExitCode.USAGE)
+
+
+def main() -> NoReturn:
+    cli.run(program)
+
+
+# Doing it, here or in the agent that runs.
+
+
+def perform(options: Options, operation: str, **arguments: object) -> Json:
+    """One operation's result. CommandError says what went wrong and what comes next."""
+    observe.configure_logging(level=logging.ERROR)
+    try:
+        return asyncio.run(_perform(options.load(), operation, arguments))
+    except SealgateError as error:
+        raise api.explain_agent(error) from error
+
+
+async def _perform(settings: config.Settings, operation: str, arguments: dict[str, object]) -> Json:
+    socket = settings.agent.state_dir / app.SOCKET_NAME
+    give_up_s = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        if (answer := await api.call(socket, operation, arguments)) is not None:
+            return answer
+        try:
+            return await _perform_here(settings, operation, arguments)
+        except app.StateLockedError:
+            # Another command is at work, or the agent is starting or stopping.
+            if time.monotonic() > give_up_s:
+                raise
+            await asyncio.sleep(0.1)
+
+
+async def _perform_here(settings: config.Settings, operation: str, arguments: dict[str, object]) -> Json:
+    lifecycle.harden_process()
+    async with app.opened(settings) as agent:
+        work = getattr(Operations(agent), operation)
+        if operation not in _WITHDRAWING:
+            return cast("Json", await work(**arguments))
+        async with agent.working(refresh=False):
+            return cast("Json", await work(**arguments))
+
+
+def _confirm(options: Options, warning: str, *, yes: bool) -> None:
+    """Show what will be lost. CommandError unless the answer is yes."""
+    if yes:
+        return
+    if options.as_json or not sys.stdin.isatty():
+        raise CommandError(warning, "repeat the command with --yes", ExitCode.REFUSED, code="not-confirmed")
+    typer.echo(warning, err=True)
+    if not typer.confirm("Continue?", err=True):
+        raise CommandError("not confirmed", "nothing was changed", ExitCode.REFUSED, code="not-confirmed")
+
+
+# The commands.
+
+
+@program.command()
+def init(  # noqa: PLR0917 - typer calls it by name
+    context: typer.Context,
+    tenant: Annotated[str, typer.Option(help="The tenant's id.")],
+    agent: Annotated[str, typer.Option(help="This agent's id, as in its certificates.")],
+    module: Annotated[Path, typer.Option(help="The HSM's PKCS#11 library.")],
+    token_label: Annotated[str, typer.Option(help="Label of the token that holds the KEK.")],
+    environment: Annotated[str, typer.Option(help="This environment's id.")] = "main",
+    state_dir: Annotated[Path, typer.Option(help="Database, audit log, lock, socket.")] = Path(
+        "/var/lib/sealgate/key-agent"
+    ),
+    files_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="root.pem, signing.{pem,key}, tls.{pem,key}, pin. Default: beside the configuration."
+        ),
+    ] = None,
+) -> None:
+    """Write a commented configuration and make the directories. Never writes a PIN or a key."""
+    options: Options = context.obj
+    result = setup.initialise(
+        options.config_file,
+        setup.Answers(
+            tenant=tenant,
+            agent=agent,
+            environment=environment,
+            module=module,
+            token_label=token_label,
+            state_dir=state_dir,
+            files_dir=files_dir or options.config_file.parent / "key-agent",
+        ),
+    )
+    emit(result, as_json=options.as_json, text=lambda: setup.what_is_missing(result))
+
+
+@program.command()
+def run(context: typer.Context) -> None:
+    """Run the agent: refresh every interval, watch the KEK, withdraw at once when it is revoked."""
+    options: Options = context.obj
+    warnings = lifecycle.harden_process()
+    settings = options.load()
+    observe.configure_logging(json=settings.log.json)
+    for warning in warnings:
+        log.warning(warning)
+    os.umask(0o077)
+
+    async def serve(stop: asyncio.Event) -> None:
+        await app.serve(settings, stop)
+
+    try:
+        lifecycle.run(serve)
+    except* SealgateError as group:
+        raise api.explain_agent(_first(group)) from group
+    except* OSError as group:
+        raise CommandError(
+            f"{settings.admin.host}:{settings.admin.port}: {_first(group)}", "choose another admin.port"
+        ) from group
+
+
+def _first(group: BaseExceptionGroup[Any]) -> Exception:
+    error: Any = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return cast("Exception", error)
+
+
+@program.command()
+def status(context: typer.Context) -> None:
+    """Services and proxies: what was acknowledged, until when it is valid, and what the KEK says."""
+    _show(context, perform(context.obj, "status"), status_text)
+
+
+@program.command(name="doctor")
+def doctor_command(context: typer.Context) -> None:
+    """Check files, HSM, certificates, proxies and clocks, and say how to mend what is wrong."""
+    options: Options = context.obj
+    checks = doctor.examine(options.config_file, options.load, _diagnose)
+    failed = [check for check in checks if check.outcome == "failed"]
+    data = {"ok": not failed, "checks": [check.as_json() for check in checks]}
+    emit(data, as_json=options.as_json, text=lambda: doctor.text(checks))
+    if failed:
+        raise CommandError(
+            f"{len(failed)} of {len(checks)} checks failed: {failed[0].name}",
+            failed[0].mend or "see the list",
+        )
+
+
+def _diagnose(settings: config.Settings) -> Json:
+    observe.configure_logging(level=logging.CRITICAL)
+    try:
+        return asyncio.run(_perform(settings, "diagnosis", {}))
+    except SealgateError as error:
+        raise api.explain_agent(error) from error
+
+
+@program.command()
+def reinstate(
+    context: typer.Context,
+    restore: Annotated[
+        bool,
+        typer.Option("--restore", help="The old KEK is back in the HSM: use it again, if that is proven."),
+    ] = False,
+    yes: YesFlag = False,
+) -> None:
+    """After a revocation: a new KEK and new keys. Old objects stay unreadable unless the old KEK returns."""
+    options: Options = context.obj
+    if restore:
+        warning = "The revoked KEK will be trusted again and its keys pushed to every proxy."
+    else:
+        warning = (
+            "A new KEK and new keys will be made. Objects sealed under the revoked KEK stay unreadable:\n"
+            + _objects(perform(options, "service_list"))
+            + "\nIf the old KEK can come back into the HSM, bring it back and use --restore instead."
+        )
+    _confirm(options, warning, yes=yes)
+    result = perform(options, "reinstate", restore=restore)
+    _show(context, result, lambda data: f"KEK {data['kek']} is in use\n{_outcomes(data)}")
+
+
+@kek_app.command("create")
+def kek_create(context: typer.Context) -> None:
+    """Make the first KEK in the HSM, where it stays."""
+
+    def text(data: Any) -> str:
+        return (
+            f"KEK {data['kek']} made in token {data['token_serial']} (label {data['label']}, "
+            f"wraps by {data['method']})"
+        )
+
+    _show(context, perform(context.obj, "kek_create"), text)
+
+
+@kek_app.command("status")
+def kek_status(context: typer.Context) -> None:
+    """What the registry says of the KEK, and a fresh look at it in the HSM."""
+    _show(context, perform(context.obj, "kek_status"), _kek_text)
+
+
+@kek_app.command("revoke")
+def kek_revoke(context: typer.Context, yes: YesFlag = False) -> None:
+    """Take every key back and destroy the KEK in the HSM. What was sealed under it becomes unreadable."""
+    options: Options = context.obj
+    if not yes:
+        _confirm(
+            options,
+            "The KEK will be destroyed in the HSM. Unless a backup of the HSM brings it back, every object "
+            "of these services becomes unreadable for ever:\n" + _objects(perform(options, "service_list")),
+            yes=yes,
+        )
+    data: Any = perform(options, "kek_revoke")
+    state = "destroyed in the HSM" if data["destroyed"] else "NOT destroyed in the HSM"
+    _show(context, data, lambda data: f"KEK {data['kek']}: withdrawn, {state}\n{_outcomes(data)}")
+    silent = [row["proxy"] for row in data["proxies"] if row["may_hold_keys_until_ms"]]
+    if data["problems"]:
+        raise CommandError("; ".join(data["problems"]), "mend the cause, then repeat `key-agent kek revoke`")
+    if silent:
+        raise CommandError(
+            f"not confirmed by {', '.join(silent)}: keys may be valid there until the times above",
+            "leave `key-agent run` running: it keeps trying until then",
+            ExitCode.UNAVAILABLE,
+        )
+
+
+@service_app.command("add")
+def service_add(
+    context: typer.Context,
+    service: Annotated[str, typer.Argument(help="SERVICE or TENANT/SERVICE.")],
+    proxy: Annotated[str, typer.Option(help="The proxy that hosts it.")],
+    certificate: Annotated[Path, typer.Option(help="The service's certificate at that proxy (PEM).")],
+) -> None:
+    """Provision a network service at a proxy. Its key is made in the HSM, stored wrapped, and pushed."""
+
+    def text(data: Any) -> str:
+        key = f"new key {data['new_key']}" if data["new_key"] else "its key exists already"
+        return f"{data['service']} at {data['proxy']}: {key}\n{_outcomes(data)}"
+
+    pem = _read(certificate)
+    _show(
+        context,
+        perform(context.obj, "service_add", service=service, proxy=proxy, certificate_pem=pem),
+        text,
+    )
+
+
+@service_app.command("list")
+def service_list(context: typer.Context) -> None:
+    """Network services, their keys and their proxies."""
+
+    def text(data: Any) -> str:
+        lines = []
+        for row in data["services"]:
+            lines.append(
+                f"{row['service']}  at {', '.join(p['proxy'] for p in row['proxies']) or 'no proxy'}"
+            )
+            lines += [f"    {key['kid']}  {key['state']}" for key in row["keys"]]
+        return "\n".join(lines) or "no network services"
+
+    _show(context, perform(context.obj, "service_list"), text)
+
+
+@service_app.command("remove")
+def service_remove(
+    context: typer.Context,
+    service: Annotated[str, typer.Argument(help="SERVICE or TENANT/SERVICE.")],
+    proxy: Annotated[str | None, typer.Option(help="Only from this proxy; the keys are kept.")] = None,
+    yes: YesFlag = False,
+) -> None:
+    """Take a service's keys back. Without --proxy they are erased: its objects become unreadable for ever."""
+    options: Options = context.obj
+    if proxy is None:
+        _confirm(
+            options,
+            f"The wrapped keys of {service} will be erased: its objects become unreadable for ever.",
+            yes=yes,
+        )
+    data = perform(options, "service_remove", service=service, proxy=proxy)
+    _show(context, data, lambda data: f"{data['service']} removed\n{_outcomes(data)}")
+
+
+@proxy_app.command("add")
+def proxy_add(
+    context: typer.Context,
+    proxy: Annotated[str, typer.Argument(metavar="PROXY_ID", help="The proxy's id, as it gives it itself.")],
+    url: Annotated[str, typer.Option(help="https://host:port of its push listener.")],
+    ca: Annotated[Path, typer.Option(help="Who vouches for its server certificate (PEM).")],
+) -> None:
+    """Make a proxy known, or change its address or authority."""
+    data = perform(context.obj, "proxy_add", proxy=proxy, url=url, ca_pem=_read(ca))
+    _show(context, data, lambda data: f"proxy {data['proxy']} {'added' if data['new'] else 'changed'}")
+
+
+@proxy_app.command("list")
+def proxy_list(context: typer.Context) -> None:
+    """Proxies and the services they host."""
+
+    def text(data: Any) -> str:
+        rows = [f"{row['proxy']}  {row['url']}  {', '.join(row['services'])}" for row in data["proxies"]]
+        return "\n".join(rows) or "no proxies"
+
+    _show(context, perform(context.obj, "proxy_list"), text)
+
+
+@proxy_app.command("remove")
+def proxy_remove(context: typer.Context, proxy: Annotated[str, typer.Argument(metavar="PROXY_ID")]) -> None:
+    """Take every key back from a proxy and push nothing to it any more."""
+    data = perform(context.obj, "proxy_remove", proxy=proxy)
+    _show(context, data, lambda data: f"proxy {data['proxy']} removed\n{_outcomes(data)}")
+
+
+# What people read.
+
+
+def _show(context: typer.Context, data: Json, text: Callable[[Any], str]) -> None:
+    emit(data, as_json=context.obj.as_json, text=lambda: text(data).rstrip("\n"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except UnicodeDecodeError:
+        raise CommandError(f"{path}: not PEM", "give a certificate in PEM form", ExitCode.REFUSED) from None
+
+
+def _objects(listed: Any) -> str:
+    rows = [
+        f"  {row['service']} ({sum(key['state'] != 'destroyed' for key in row['keys'])} keys)"
+        for row in listed["services"]
+    ]
+    return "\n".join(rows) or "  (there are no services)"
+
+
+def _outcomes(data: Any) -> str:
+    lines = []
+    for row in data["proxies"]:
+        until_ms = row.get("may_hold_keys_until_ms")
+        more = f"; may hold keys until {_time(until_ms)}" if until_ms else ""
+        error = f": {row['error']}" if row.get("error") else ""
+        lines.append(f"  {row['proxy']}: {row['outcome']}{error}{more}")
+    return "\n".join(lines)
+
+
+def _kek_text(data: Any) -> str:
+    if data["kek"] is None:
+        return "no KEK yet: `key-agent kek create` makes it"
+    kek, found = data["kek"], data["diagnosis"]
+    lines = [
+        f"KEK {kek['id']}  {kek['state']} since {_time(kek['since_ms'])}",
+        f"  token {kek['token_serial']}, label {kek['label']}, wraps by {kek['method']}",
+        f"  now: {found['verdict']} ({found['detail']})",
+    ]
+    lines += [f"  before: {old['id']}  {old['state']} ({old['reason']})" for old in data["older"]]
+    return "\n".join(lines)
+
+
+def status_text(data: Any) -> str:
+    """The status page of `key-agent status` (docs/key-agent.md explains each line)."""
+    found = data["diagnosis"]
+    proof = f": {found['verdict']} ({found['detail']})" if found else ""
+    kek = data["kek"]
+    lines = [
+        f"agent {data['agent']} of {data['tenant']}, environment {data['environment']}: "
+        + ("running" if data["running"] else "NOT running"),
+        f"consent: {data['standing']} since {_time(data['since_ms'])}{proof}",
+        f"KEK: {kek['id']} {kek['state']}" if kek else "KEK: none",
+    ]
+    lines += [f"problem: {problem}" for problem in data["problems"]]
+    for service in data["services"]:
+        lost = f", {service['unreadable_keys']} under a lost KEK" if service["unreadable_keys"] else ""
+        lines.append(f"{service['service']}  ({service['keys']} keys{lost})")
+        lines += [f"  {_place_text(place)}" for place in service["proxies"]]
+    lines += [
+        f"proxy {proxy['proxy']}  {proxy['url']}  last push: {_push_text(proxy)}" for proxy in data["proxies"]
+    ]
+    return "\n".join(lines)
+
+
+def _place_text(place: Any) -> str:
+    match place["state"]:
+        case "valid":
+            text = (
+                f"valid for {place['valid_for_s']:.0f} s, acknowledged {_time(place['acknowledged_at_ms'])}"
+            )
+        case "expired":
+            text = f"EXPIRED {_time(place['valid_until_ms'])}"
+        case "withdrawing":
+            text = f"WITHDRAWING, unconfirmed; silent from {_time(place['may_hold_keys_until_ms'])}"
+        case "withdrawn":
+            text = f"withdrawn {_time(place['withdrawn_at_ms'])}" if place["withdrawn_at_ms"] else "withdrawn"
+        case _:
+            text = "never acknowledged"
+    error = f"; last error {_time(place['error_at_ms'])}: {place['error']}" if place["error"] else ""
+    return f"{place['proxy']}: {text}{error}"
+
+
+def _push_text(proxy: Any) -> str:
+    if proxy["outcome"] is None:
+        return "none since the agent started"
+    error = f" ({proxy['error']}; {proxy['failures_in_a_row']} in a row)" if proxy["error"] else ""
+    return f"{proxy['outcome']} {_time(proxy['last_push_at_ms'])}{error}"
+
+
+def _time(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+if __name__ == "__main__":
+    main()

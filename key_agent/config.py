@@ -1,0 +1,168 @@
+"""The key agent's settings: a TOML file, overridden by KEY_AGENT_SECTION__KEY (runtime/settings.py).
+
+1. Unknown keys are refused. Units stand in the names. What depends on each other is checked here.
+2. Relative paths are relative to the configuration file: a service's working directory is nobody's intention.
+3. Secrets stand in files of their own (`*_file`); a database password does not stand in `database_url`.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from envelope.errors import FormatError
+from envelope.keys import check_name
+from key_agent.sources.pkcs11 import Pkcs11Settings
+from runtime import settings as runtime_settings
+
+ENVIRONMENT_PREFIX: Final = "KEY_AGENT"
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the configuration file."""
+
+
+class AgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    id: str
+    """As in the agent's certificates: urn:sealgate:<tenant>:agent:<id>:signing and :tls."""
+    tenant: str
+    environment_id: str
+    """Which of the tenant's environments this agent's KEK and registry are; part of every EKM's binding."""
+    state_dir: Path
+    """0700, on a local disk: database, audit log, lock, control socket."""
+    root_certificate_file: Path
+    """The tenant's root (PEM): every network service's certificate must hang on it."""
+    database_url: str | None = None
+    """Default: SQLite in `state_dir`. PostgreSQL: postgresql+psycopg://user@host/database."""
+    database_url_file: Path | None = None
+    """A file that holds the URL, for one with a password in it."""
+
+    def __post_init__(self) -> None:
+        names = {"agent": self.id, "tenant": self.tenant, "environment": self.environment_id}
+        for kind, name in names.items():
+            try:
+                check_name(kind, name)
+            except FormatError as error:
+                raise ValueError(str(error)) from None
+        if self.database_url is not None and self.database_url_file is not None:
+            raise ValueError("agent.database_url and agent.database_url_file: give one of them")
+        if self.database_url is not None:
+            check_database_url(self.database_url, name="agent.database_url", may_hold_password=False)
+
+
+class KeyPairSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    certificate_file: Path
+    key_file: Path
+    """PEM, readable by the agent alone."""
+
+
+class RefreshSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    interval_s: int = 300
+    validity_s: int = 330
+    """From issue; longer than the interval so that one retry fits."""
+    watch_s: float = 5.0
+    """Between two proofs that the KEK still works."""
+
+    def __post_init__(self) -> None:
+        if self.interval_s < 1:
+            raise ValueError("refresh.interval_s must be at least 1")
+        if self.validity_s <= self.interval_s:
+            raise ValueError(
+                f"refresh.validity_s ({self.validity_s}) must be greater than "
+                f"refresh.interval_s ({self.interval_s})"
+            )
+        if not 0.05 <= self.watch_s <= self.interval_s:
+            raise ValueError("refresh.watch_s must be at least 0.05 and at most refresh.interval_s")
+
+
+class PushSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    request_timeout_s: float = 10.0
+    """One request to one proxy: connection, TLS and answer included."""
+    batch_size: int = 100
+    """Network services per HSM request and per POST."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.request_timeout_s <= 60:
+            raise ValueError("push.request_timeout_s must be greater than 0 and at most 60")
+        if not 1 <= self.batch_size <= 100:
+            raise ValueError("push.batch_size must be between 1 and 100 (8 MiB of 64 KiB envelopes)")
+
+
+class AdminSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The read-only listener: health, metrics, status. Commands go through the socket in `state_dir`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8320
+    """0: any free port (the log names it)."""
+
+    def __post_init__(self) -> None:
+        try:
+            is_loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            is_loopback = False
+        if not is_loopback:
+            raise ValueError(f"admin.host must be a loopback address, not {self.host!r}: it has no login")
+        if not 0 <= self.port <= 65535:
+            raise ValueError("admin.port must be between 0 and 65535")
+
+
+class LogSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    json: bool | None = None
+    """JSON lines; default: JSON unless stderr is a terminal."""
+
+
+class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    agent: AgentSettings
+    signing: KeyPairSettings
+    tls: KeyPairSettings
+    pkcs11: Pkcs11Settings
+    refresh: RefreshSettings = RefreshSettings()
+    push: PushSettings = PushSettings()
+    admin: AdminSettings = AdminSettings()
+    log: LogSettings = LogSettings()
+
+    def __post_init__(self) -> None:
+        if self.signing.key_file == self.tls.key_file:
+            raise ValueError("signing.key_file and tls.key_file must be different keys: their roles differ")
+        if self.refresh.watch_s >= self.refresh.validity_s:
+            raise ValueError("refresh.watch_s must be less than refresh.validity_s")
+
+
+def check_database_url(url: str, *, name: str, may_hold_password: bool) -> str:
+    """*url* if it names SQLite or PostgreSQL by psycopg; ValueError otherwise. Never repeats a password."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ValueError(
+            f"{name} is not a database URL (sqlite:////path or postgresql+psycopg://...)"
+        ) from None
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise ValueError(f"{name}: {parsed.drivername!r} is not supported: sqlite or postgresql+psycopg is")
+    if parsed.password is not None and not may_hold_password:
+        raise ValueError(f"{name} holds a password: put the URL into a file and name it in database_url_file")
+    if parsed.drivername == "sqlite" and (parsed.database is None or not Path(parsed.database).is_absolute()):
+        raise ValueError(f"{name}: SQLite needs an absolute path (sqlite:////var/lib/...)")
+    return url
+
+
+def database_url(agent: AgentSettings) -> str:
+    """Where the registry is. SettingsError if the URL file cannot be read or holds no URL."""
+    if agent.database_url is not None:
+        return agent.database_url
+    if agent.database_url_file is not None:
+        path = agent.database_url_file
+        try:
+            text = bytes(runtime_settings.read_secret_file(path)).decode().strip()
+            return check_database_url(text, name="its content", may_hold_password=True)
+        except ValueError as error:
+            raise runtime_settings.SettingsError(str(path), "", allowed=str(error)) from None
+    return f"sqlite:///{agent.state_dir / 'registry.db'}"
+
+
+def load(path: Path, environment: Mapping[str, str]) -> Settings:
+    """The settings of *path* with overrides from *environment*. SettingsError names file, key and value."""
+    return runtime_settings.load(path, Settings, environment=environment, prefix=ENVIRONMENT_PREFIX)

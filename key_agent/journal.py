@@ -1,0 +1,69 @@
+"""The audit log, written beside the event loop: a disk that hangs stops nothing but what must be audited
+first.
+
+1. `record` returns when the event is on disk, and raises if it cannot be: then the operation is refused.
+2. `note` is for what has happened already, or must happen whatever the disk does (a withdrawal): it never
+   raises.
+3. One thread, first come, first written: the order in the log is the order of the calls.
+"""
+
+import asyncio
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+
+import structlog
+
+from runtime.audit import AuditLog, AuditUnavailableError
+
+log = structlog.get_logger(__name__)
+
+type Value = str | int | None
+_CLOSE_PATIENCE_S: Final = 5.0
+
+
+class Journal:
+    def __init__(self, audit: AuditLog) -> None:
+        self._audit = audit
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit")
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last event could not be written; None if it could."""
+        return self._failure
+
+    async def record(self, action: str, *, outcome: str = "ok", **fields: Value) -> None:
+        """Write one event, durably. AuditUnavailableError if that fails."""
+        await asyncio.wrap_future(self._submit(action, outcome, fields))
+
+    def note(self, action: str, *, outcome: str = "ok", **fields: Value) -> None:
+        """Have one event written; if that fails, the log and `failure` say so."""
+        self._submit(action, outcome, fields).add_done_callback(_report)
+
+    async def close(self) -> None:
+        """Write what was noted, then let the file go. A disk that hangs is not waited for long."""
+        self._writer.shutdown(wait=False)
+        last = asyncio.get_running_loop().run_in_executor(None, self._writer.shutdown)
+        try:
+            async with asyncio.timeout(_CLOSE_PATIENCE_S):
+                await asyncio.shield(last)
+        except TimeoutError:
+            log.error("the audit log does not answer")  # noqa: TRY400 - nothing to trace
+        else:
+            self._audit.close()
+
+    def _submit(self, action: str, outcome: str, fields: dict[str, Value]) -> "Future[None]":
+        return self._writer.submit(self._write, action, outcome, fields)
+
+    def _write(self, action: str, outcome: str, fields: dict[str, Value]) -> None:
+        try:
+            self._audit.append(action, outcome=outcome, durable=True, **fields)
+        except AuditUnavailableError as error:
+            self._failure = str(error)
+            raise
+        self._failure = None
+
+
+def _report(written: "Future[None]") -> None:
+    if (error := written.exception()) is not None:
+        log.error("an audit event is lost", error=str(error))

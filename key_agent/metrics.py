@@ -1,0 +1,45 @@
+"""What the key agent counts. Labels are proxy ids and names from closed sets."""
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge
+
+from runtime.observe import NAMESPACE, REGISTRY
+
+PUSHES: Final = Counter(
+    "agent_pushes",
+    "Deliveries of keys, by proxy and outcome",
+    ["proxy", "outcome"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+WITHDRAWALS: Final = Counter(
+    "agent_withdrawals",
+    "Deliveries of withdrawals, by proxy and outcome",
+    ["proxy", "outcome"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+DIAGNOSES: Final = Counter(
+    "agent_kek_diagnoses", "Looks at the KEK, by verdict", ["verdict"], namespace=NAMESPACE, registry=REGISTRY
+)
+STANDING: Final = Gauge(
+    "agent_standing",
+    "1 for the agent's present standing, 0 for the others",
+    ["standing"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+LAST_ACCEPTED: Final = Gauge(
+    "agent_last_accepted_timestamp_seconds",
+    "When a proxy last accepted all its keys",
+    ["proxy"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+WITHDRAWALS_PENDING: Final = Gauge(
+    "agent_withdrawals_pending",
+    "Network services whose keys may be valid at a proxy though they are withdrawn",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)

@@ -1,0 +1,563 @@
+"""What an administrator can ask of the agent: the same whether it runs (api.py) or not (app.py).
+
+1. Commands that change something run one at a time.
+2. Each leaves an audit event *before* it changes anything; if that cannot be written it is refused. Taking
+   keys back is the exception: it happens first, whatever the disk says.
+3. seal -> open again and compare (the source does) -> COMMIT -> push. What is not committed never reached a
+   proxy.
+4. Every command can be repeated: after a crash at any point the same command finishes the work.
+5. Results are JSON-able; errors are RefusedChangeError (with `next_step`), KeySourceError, RegistryError.
+"""
+
+import asyncio
+import os
+from typing import Final
+from urllib.parse import urlsplit
+
+import structlog
+from cryptography import x509
+
+from envelope.certificates import fingerprint
+from envelope.errors import FormatError
+from envelope.keys import KeyState, NetworkService, check_name
+from key_agent.agent import Agent
+from key_agent.errors import KeyAgentError
+from key_agent.push.pusher import Outcome
+from key_agent.push.recipients import read_chain
+from key_agent.push.transport import PushError
+from key_agent.registry.model import KekRow, Link, Proxy
+from key_agent.registry.states import KekState
+from key_agent.registry.store import RefusedChangeError
+from key_agent.sources.source import Kek, KekReference, Verdict
+from runtime.audit import AuditUnavailableError
+
+log = structlog.get_logger(__name__)
+
+type Json = dict[str, object]
+
+_DELIVERY_PATIENCE_S: Final = 15.0
+_WITHDRAWAL_PATIENCE_S: Final = 8.0
+_OBJECT_ID_PREFIX: Final = b"sealgate-kek"
+
+
+class Operations:
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._one_at_a_time = asyncio.Lock()
+
+    # The KEK.
+
+    async def kek_create(self) -> Json:
+        """The first KEK of this environment, made in the HSM."""
+        async with self._one_at_a_time:
+            current = await self._agent.registry.current_kek()
+            if current is not None:
+                raise RefusedChangeError(
+                    f"there is a KEK already: {current.reference.kek_id} ({current.state})",
+                    "`key-agent kek status` shows it; a revoked one is followed by `key-agent reinstate`",
+                )
+            return await self._make_kek("kek.create")
+
+    async def kek_status(self) -> Json:
+        """The registry's word on the KEK, and a fresh look at it."""
+        agent = self._agent
+        row = await agent.registry.current_kek()
+        if row is None or row.kek is None:
+            return {"kek": None, "standing": agent.consent.standing, "diagnosis": None}
+        diagnosis = await agent.source.diagnose(row.kek)
+        agent.consent.observe(row.kek, diagnosis)
+        older = [_kek_json(other) for other in await agent.registry.keks() if other.version != row.version]
+        return {
+            "kek": _kek_json(row),
+            "standing": agent.consent.standing,
+            "diagnosis": {"verdict": diagnosis.verdict, "detail": diagnosis.detail},
+            "older": older,
+        }
+
+    async def kek_revoke(self) -> Json:
+        """Take every key back and destroy the KEK in the HSM: what its keys sealed becomes unreadable."""
+        async with self._one_at_a_time:
+            agent = self._agent
+            # From memory: a registry that does not answer is no reason to keep the keys out there.
+            if (kek := agent.consent.kek) is None:
+                raise RefusedChangeError(
+                    "there is no KEK", "nothing to revoke; `key-agent kek create` makes one"
+                )
+            # Pushing stops and withdrawals leave before anything that can hang or fail.
+            agent.consent.revoke("revoked by the administrator")
+            agent.withdrawals.at_once()
+            agent.journal.note("kek.revoke", outcome="begun", kek=kek.reference.kek_id)
+            problems: list[str] = []
+            await asyncio.gather(
+                self._destroy(kek, problems), agent.wait_for_withdrawals(timeout_s=_WITHDRAWAL_PATIENCE_S)
+            )
+            is_destroyed = not problems
+            await self._mark(kek, destroyed=is_destroyed, problems=problems)
+            return {
+                "kek": kek.reference.kek_id,
+                "destroyed": is_destroyed,
+                "proxies": self._withdrawn_everywhere(),
+                "problems": problems,
+            }
+
+    async def _destroy(self, kek: Kek, problems: list[str]) -> None:
+        try:
+            await self._agent.source.destroy_kek(kek)
+        except KeyAgentError as error:
+            problems.append(f"destroy in the HSM: {error}")
+
+    async def _mark(self, kek: Kek, *, destroyed: bool, problems: list[str]) -> None:
+        registry, kek_id = self._agent.registry, kek.reference.kek_id
+        try:
+            row = await registry.current_kek()
+            if row is not None and row.reference.kek_id == kek_id and (destroyed or not row.state.is_sticky):
+                state = KekState.DESTROYED if destroyed else KekState.REVOKED
+                await registry.set_kek_state(
+                    kek_id, state, "revoked by the administrator", now_ms=self._agent.now_ms()
+                )
+        except KeyAgentError as error:
+            problems.append(str(error))
+        try:
+            await self._agent.journal.record(
+                "kek.revoke",
+                outcome="ok" if destroyed else "failed",
+                kek=kek_id,
+                problem="; ".join(problems) or None,
+            )
+        except AuditUnavailableError as error:
+            problems.append(str(error))
+
+    async def reinstate(self, *, restore: bool = False) -> Json:
+        """After a revocation: a new KEK and new keys; or, with *restore*, the old KEK, proven to be back."""
+        async with self._one_at_a_time:
+            row = await self._agent.registry.current_kek()
+            if row is None or row.kek is None:
+                raise RefusedChangeError("there never was a KEK", "`key-agent kek create` makes the first")
+            if not row.state.is_withdrawn:
+                raise RefusedChangeError(
+                    f"the KEK {row.reference.kek_id} is {row.state}: nothing to reinstate",
+                    "`key-agent status` shows what the proxies hold",
+                )
+            if restore:
+                return await self._restore(row, row.kek)
+            return {"replaced": row.reference.kek_id, **await self._make_kek("kek.reinstate")}
+
+    async def _restore(self, row: KekRow, kek: Kek) -> Json:
+        agent = self._agent
+        diagnosis = await agent.source.diagnose(kek)
+        if diagnosis.verdict is not Verdict.OK:
+            raise RefusedChangeError(
+                f"the KEK {row.reference.kek_id} is not back: {diagnosis.verdict}: {diagnosis.detail}",
+                "bring it back in the HSM first, or `key-agent reinstate` without --restore for a new one",
+            )
+        await agent.journal.record(
+            "kek.restore", outcome="begun", kek=row.reference.kek_id, proof=diagnosis.detail
+        )
+        await agent.registry.set_kek_state(
+            row.reference.kek_id, KekState.ACTIVE, "restored by the administrator", now_ms=agent.now_ms()
+        )
+        await agent.reload(kek_changed=True)
+        await agent.watch.look()
+        await agent.journal.record("kek.restore", kek=row.reference.kek_id)
+        return {"kek": row.reference.kek_id, "restored": True, "proxies": await self._pushed()}
+
+    async def _make_kek(self, action: str) -> Json:
+        agent = self._agent
+        kek_id = os.urandom(8).hex()
+        # A name no registry ever used: were this one lost, a KEK it made is not taken for a half-made new
+        # one.
+        wanted = KekReference(
+            kek_id=kek_id,
+            label=f"sealgate-{kek_id}",
+            object_id=_OBJECT_ID_PREFIX + bytes.fromhex(kek_id)[:4],
+            environment_id=agent.environment_id,
+        )
+        reference, is_unfinished = await agent.registry.begin_kek(wanted, now_ms=agent.now_ms())
+        await agent.journal.record(action, outcome="begun", kek=reference.kek_id)
+        kek = await agent.source.create_kek(reference, replace_unfinished=is_unfinished)
+        owners = (await agent.registry.book()).services
+        keys = await agent.source.generate(kek, owners) if owners else []
+        await agent.registry.complete_kek(kek, keys, now_ms=agent.now_ms())
+        await agent.reload(kek_changed=True)
+        await agent.watch.look()
+        await agent.journal.record(action, kek=reference.kek_id, method=kek.method, keys=len(keys))
+        return {
+            "kek": reference.kek_id,
+            "label": reference.label,
+            "method": kek.method,
+            "token_serial": kek.token_serial,
+            "new_keys": len(keys),
+            "proxies": await self._pushed(),
+        }
+
+    # Network services.
+
+    async def service_add(self, *, service: str, proxy: str, certificate_pem: str) -> Json:
+        """Provision a network service at a proxy; its first key is made, committed and pushed."""
+        async with self._one_at_a_time:
+            agent = self._agent
+            owner = self._owner(service)
+            leaf = agent.recipients.check(owner, certificate_pem, now_s=agent.clock.wall_s())
+            if proxy not in agent.targets.fed() and (
+                proxy not in agent.targets.proxies or agent.targets.proxies[proxy].removed
+            ):
+                raise RefusedChangeError(f"no proxy {proxy!r}", "`key-agent proxy add` adds it")
+            kek = await self._usable_kek()
+            sha256 = fingerprint(leaf).hex()
+            await agent.journal.record(
+                "service.add", outcome="begun", service=str(owner), proxy=proxy, certificate_sha256=sha256
+            )
+            new_key = None
+            if not await agent.registry.has_active_key(owner):
+                (new_key,) = await agent.source.generate(kek, [owner])
+            await agent.registry.add_service(
+                owner, proxy_id=proxy, certificate_pem=certificate_pem, key=new_key, now_ms=agent.now_ms()
+            )
+            await agent.reload()
+            kid = None if new_key is None else str(new_key.key_id)
+            await agent.journal.record("service.add", service=str(owner), proxy=proxy, kid=kid)
+            return {
+                "service": str(owner),
+                "proxy": proxy,
+                "certificate_sha256": sha256,
+                "new_key": kid,
+                "proxies": await self._pushed([proxy]),
+            }
+
+    async def service_remove(self, *, service: str, proxy: str | None = None) -> Json:
+        """Take a network service from one proxy; or altogether, erasing its wrapped keys."""
+        async with self._one_at_a_time:
+            agent = self._agent
+            owner = self._owner(service)
+            await agent.journal.record("service.remove", outcome="begun", service=str(owner), proxy=proxy)
+            hosts = await agent.registry.remove_service(owner, proxy_id=proxy, now_ms=agent.now_ms())
+            await agent.reload()
+            await self._withdraw()
+            await agent.journal.record("service.remove", service=str(owner), proxy=proxy)
+            return {
+                "service": str(owner),
+                "removed_from": hosts,
+                "keys_erased": proxy is None,
+                "proxies": self._withdrawn_everywhere(hosts),
+            }
+
+    async def service_list(self) -> Json:
+        agent = self._agent
+        keys = await agent.registry.data_keys()
+        book = await agent.registry.book()
+        return {
+            "services": [
+                {
+                    "service": str(owner),
+                    "keys": [
+                        {
+                            "kid": str(key.key_id),
+                            "state": key.state,
+                            "version": key.version,
+                            "keks": key.wrapped_by,
+                        }
+                        for key in keys
+                        if key.owner == owner
+                    ],
+                    "proxies": [
+                        {"proxy": link.proxy_id, "certificate_sha256": _sha256(link)}
+                        for link in book.links
+                        if link.owner == owner and not link.withdrawn
+                    ],
+                }
+                for owner in book.services
+            ]
+        }
+
+    # Proxies.
+
+    async def proxy_add(self, *, proxy: str, url: str, ca_pem: str) -> Json:
+        """Make a proxy known: where its push listener is and which authority vouches for it."""
+        async with self._one_at_a_time:
+            agent = self._agent
+            check_name("proxy", proxy)
+            _check_url(url)
+            read_chain(ca_pem)
+            await agent.journal.record("proxy.add", outcome="begun", proxy=proxy, url=url)
+            is_new = await agent.registry.add_proxy(
+                Proxy(id=proxy, url=url, ca_pem=ca_pem), now_ms=agent.now_ms()
+            )
+            await agent.reload()
+            await agent.journal.record("proxy.add", proxy=proxy, url=url)
+            if agent.is_running:
+                agent.refresh.at_once([proxy])
+            return {"proxy": proxy, "url": url, "new": is_new}
+
+    async def proxy_remove(self, *, proxy: str) -> Json:
+        """Take back every key it holds, and send it no more."""
+        async with self._one_at_a_time:
+            agent = self._agent
+            await agent.journal.record("proxy.remove", outcome="begun", proxy=proxy)
+            owners = await agent.registry.remove_proxy(proxy, now_ms=agent.now_ms())
+            await agent.reload()
+            await self._withdraw()
+            await agent.journal.record("proxy.remove", proxy=proxy)
+            return {
+                "proxy": proxy,
+                "services": [str(owner) for owner in owners],
+                "proxies": self._withdrawn_everywhere([proxy]),
+            }
+
+    async def proxy_list(self) -> Json:
+        book = await self._agent.registry.book()
+        return {
+            "proxies": [
+                {
+                    "proxy": proxy.id,
+                    "url": proxy.url,
+                    "services": [
+                        str(link.owner)
+                        for link in book.links
+                        if link.proxy_id == proxy.id and not link.withdrawn
+                    ],
+                }
+                for proxy in book.proxies.values()
+                if not proxy.removed
+            ]
+        }
+
+    # Looking.
+
+    async def status(self) -> Json:
+        """Who holds what until when, and whether the enterprise still consents."""
+        agent = self._agent
+        now_ms = agent.now_ms()
+        consent = agent.consent
+        row = await agent.registry.current_kek()
+        if not agent.is_running and row is not None and row.kek is not None:
+            consent.observe(row.kek, await agent.source.diagnose(row.kek))
+        keys = await agent.registry.data_keys()
+        current = None if row is None else row.reference.kek_id
+        return {
+            "agent": agent.agent_id,
+            "tenant": agent.tenant,
+            "environment": agent.environment_id,
+            "running": agent.is_running,
+            "time_ms": now_ms,
+            "standing": consent.standing,
+            "since_ms": consent.since_ms,
+            "diagnosis": None
+            if consent.diagnosis is None
+            else {
+                "verdict": consent.diagnosis.verdict,
+                "detail": consent.diagnosis.detail,
+                "at_ms": consent.diagnosed_at_ms,
+            },
+            "kek": None if row is None else _kek_json(row),
+            "problems": agent.reasons_not_ready() if agent.is_running else [],
+            "services": [
+                {
+                    "service": str(owner),
+                    "keys": sum(
+                        key.owner == owner
+                        and current in key.wrapped_by
+                        and key.state is not KeyState.DESTROYED
+                        for key in keys
+                    ),
+                    "unreadable_keys": sum(
+                        key.owner == owner
+                        and current not in key.wrapped_by
+                        and key.state is not KeyState.DESTROYED
+                        for key in keys
+                    ),
+                    "proxies": [
+                        self._place(link, now_ms) for link in agent.targets.links if link.owner == owner
+                    ],
+                }
+                for owner in sorted(
+                    {link.owner for link in agent.targets.links if self._is_shown(link, now_ms)}
+                )
+            ],
+            "proxies": [
+                self._proxy_json(proxy) for proxy in agent.targets.proxies.values() if not proxy.removed
+            ],
+        }
+
+    async def diagnosis(self) -> Json:
+        """For `doctor`: the source's own description, the KEK, and a session with every proxy."""
+        agent = self._agent
+        found: Json = {"source": None, "source_error": None}
+        try:
+            found["source"] = await agent.source.describe()
+        except KeyAgentError as error:
+            found["source_error"] = str(error)
+        found["kek"] = await self.kek_status()
+        proxies = [proxy for proxy in agent.targets.proxies.values() if not proxy.removed]
+        found["proxies"] = await asyncio.gather(*(self._probe(proxy) for proxy in proxies))
+        found["links"] = [self._certificate_json(link) for link in agent.targets.links if not link.withdrawn]
+        return found
+
+    async def _probe(self, proxy: Proxy) -> Json:
+        agent = self._agent
+        try:
+            session = await agent.pusher.probe(proxy)
+        except PushError as error:
+            return {
+                "proxy": proxy.id,
+                "url": proxy.url,
+                "reachable": False,
+                "code": error.code,
+                "error": error.detail,
+            }
+        return {
+            "proxy": proxy.id,
+            "url": proxy.url,
+            "reachable": True,
+            "clock_ahead_s": round(session.time_ms / 1000 - agent.clock.wall_s(), 3),
+            "services": {str(held.owner): held.certificate_sha256 for held in session.services},
+        }
+
+    def _certificate_json(self, link: Link) -> Json:
+        agent = self._agent
+        problem = None
+        leaf: x509.Certificate | None = None
+        try:
+            leaf = agent.recipients.check(link.owner, link.certificate_pem, now_s=agent.clock.wall_s())
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a certificate is what doctor tells
+            problem = f"{type(error).__name__}: {error}"
+        return {
+            "service": str(link.owner),
+            "proxy": link.proxy_id,
+            "certificate_sha256": _sha256(link),
+            "not_after": None if leaf is None else leaf.not_valid_after_utc.isoformat(),
+            "problem": problem,
+        }
+
+    # Shared by the above.
+
+    def _owner(self, text: str) -> NetworkService:
+        """`service` or `tenant/service`; the tenant must be ours."""
+        owner = NetworkService.parse(text) if "/" in text else NetworkService(self._agent.tenant, text)
+        if owner.tenant != self._agent.tenant:
+            raise RefusedChangeError(
+                f"{owner} is not of this agent's tenant, {self._agent.tenant}", "use that tenant's agent"
+            )
+        return owner
+
+    async def _usable_kek(self) -> Kek:
+        row = await self._agent.registry.current_kek()
+        if row is None or row.kek is None:
+            raise RefusedChangeError("there is no KEK yet", "`key-agent kek create` makes it in the HSM")
+        if row.state is not KekState.ACTIVE or self._agent.consent.standing.is_withdrawn:
+            raise RefusedChangeError(
+                f"the KEK {row.reference.kek_id} is {row.state}", "`key-agent reinstate` comes first"
+            )
+        return row.kek
+
+    async def _pushed(self, proxies: list[str] | None = None) -> list[Json]:
+        """Push now and tell what became of it; nothing to tell if the agent is not running."""
+        agent = self._agent
+        if not agent.is_running:
+            return []
+        names = [name for name in agent.targets.fed() if proxies is None or name in proxies]
+        before = {name: agent.deliveries.get(name) for name in names}
+        agent.refresh.at_once(names)
+        found = await asyncio.gather(
+            *(
+                agent.wait_for_delivery(name, after=before[name], timeout_s=_DELIVERY_PATIENCE_S)
+                for name in names
+            )
+        )
+        return [
+            {"proxy": name, "outcome": "pending", "error": None}
+            if delivery is None
+            else {"proxy": name, "outcome": delivery.outcome, "error": delivery.error}
+            for name, delivery in zip(names, found, strict=True)
+        ]
+
+    async def _withdraw(self) -> None:
+        self._agent.withdrawals.at_once()
+        await self._agent.wait_for_withdrawals(timeout_s=_WITHDRAWAL_PATIENCE_S)
+
+    def _withdrawn_everywhere(self, only: list[str] | None = None) -> list[Json]:
+        """Per proxy: confirmed, or until when it may hold keys."""
+        agent = self._agent
+        now_ms = agent.now_ms()
+        left: dict[str, int] = {}
+        for link in agent.targets.links:
+            if link.may_hold_keys(now_ms) and (link.withdrawn or agent.consent.standing.is_withdrawn):
+                left[link.proxy_id] = max(left.get(link.proxy_id, 0), link.silent_at_ms)
+        names = sorted({link.proxy_id for link in agent.targets.links} if only is None else set(only))
+        return [
+            {
+                "proxy": name,
+                "outcome": Outcome.FAILED if name in left else Outcome.ACCEPTED,
+                "may_hold_keys_until_ms": left.get(name),
+                "error": seen.error if name in left and (seen := agent.withdrawals_seen.get(name)) else None,
+            }
+            for name in names
+        ]
+
+    def _is_shown(self, link: Link, now_ms: int) -> bool:
+        return not link.withdrawn or link.may_hold_keys(now_ms)
+
+    def _place(self, link: Link, now_ms: int) -> Json:
+        valid_for_s = None
+        if link.valid_until_ms is not None and link.valid_until_ms > now_ms:
+            valid_for_s = round((link.valid_until_ms - now_ms) / 1000, 1)
+        is_withdrawn = link.withdrawn or self._agent.consent.standing.is_withdrawn
+        if is_withdrawn:
+            state = "withdrawing" if link.may_hold_keys(now_ms) else "withdrawn"
+        elif valid_for_s is not None:
+            state = "valid"
+        else:
+            state = "never" if link.accepted_at_ms is None else "expired"
+        return {
+            "proxy": link.proxy_id,
+            "state": state,
+            "acknowledged_at_ms": link.accepted_at_ms,
+            "valid_until_ms": link.valid_until_ms,
+            "valid_for_s": valid_for_s,
+            "withdrawn_at_ms": link.withdrawn_at_ms,
+            "may_hold_keys_until_ms": link.silent_at_ms if link.may_hold_keys(now_ms) else None,
+            "error": link.error,
+            "error_at_ms": link.error_at_ms,
+        }
+
+    def _proxy_json(self, proxy: Proxy) -> Json:
+        agent = self._agent
+        last = agent.deliveries.get(proxy.id)
+        return {
+            "proxy": proxy.id,
+            "url": proxy.url,
+            "last_push_at_ms": None if last is None else last.at_ms,
+            "outcome": None if last is None else last.outcome,
+            "error": None if last is None else last.error,
+            "failures_in_a_row": agent.refresh.schedule.failures(proxy.id),
+        }
+
+
+def _kek_json(row: KekRow) -> Json:
+    return {
+        "id": row.reference.kek_id,
+        "version": row.version,
+        "label": row.reference.label,
+        "object_id": row.reference.object_id.hex(),
+        "state": row.state,
+        "reason": row.reason,
+        "since_ms": row.since_ms,
+        "method": None if row.kek is None else row.kek.method,
+        "token_serial": None if row.kek is None else row.kek.token_serial,
+        "created_at_ms": None if row.kek is None else row.kek.created_at_ms,
+    }
+
+
+def _sha256(link: Link) -> str:
+    return fingerprint(read_chain(link.certificate_pem)[0]).hex()
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    try:
+        port_is_good = parts.port is None or 0 < parts.port < 65536
+    except ValueError:
+        port_is_good = False
+    if parts.scheme != "https" or not parts.hostname or not port_is_good or parts.username is not None:
+        raise FormatError(f"not the URL of a push listener: {url!r} (https://host:port is)")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise FormatError(f"{url!r}: only https://host:port, the paths are the protocol's")

@@ -1,0 +1,306 @@
+"""Fan-out: every proxy at once, each with its own deadlines, its own result, its own second chance.
+
+1. One slow or dead proxy delays nobody: each has a task, each request a deadline.
+2. A challenge is kept and used until the proxy says `nonce` (it restarted, or somebody opened another
+   session); then a new session is opened and what was refused is sealed and sent again at once. The same for
+   `sequence`, which only a push that overtook another one can earn. Once: what is refused twice is a failure.
+3. Nothing with keys leaves once pushing has stopped; `stop` ends what is on its way.
+4. Receipts are values, and kept: memory first, then the registry.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+import structlog
+
+from envelope.certificates import CertificateError, fingerprint
+from envelope.keys import NetworkService
+from key_agent.errors import KeyAgentError
+from key_agent.push.recipients import read_chain
+from key_agent.push.sealing import KeySealing, Sealed, Sealing
+from key_agent.push.targets import Targets
+from key_agent.push.transport import Answer, PushError, Session, Transport
+from key_agent.registry.model import Proxy, Receipt
+from key_agent.registry.store import Registry
+from runtime.clock import Clock
+
+log = structlog.get_logger(__name__)
+
+_AGAIN: Final = frozenset({"nonce", "sequence"})
+_ATTEMPTS: Final = 2
+
+
+class Outcome(StrEnum):
+    ACCEPTED = "accepted"
+    """Every envelope."""
+    PARTIAL = "partial"
+    """Some services were refused, or had no envelope."""
+    FAILED = "failed"
+    """Nothing arrived."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What became of one proxy in one push."""
+
+    proxy_id: str
+    outcome: Outcome
+    accepted: int = 0
+    refused: int = 0
+    """Services whose envelope was refused, never made, or never answered."""
+    code: str | None = None
+    """Of the first failure."""
+    error: str | None = None
+    at_ms: int = 0
+    receipts: tuple[Receipt, ...] = field(default=(), repr=False)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.outcome is Outcome.ACCEPTED
+
+
+type OnDelivery = Callable[[Delivery], None]
+
+
+class Pusher:
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        registry: Registry,
+        targets: Targets,
+        clock: Clock,
+        make_key_sealing: Callable[[], KeySealing],
+        withdrawal_sealing: Sealing,
+        may_push: Callable[[], bool],
+        request_timeout_s: float,
+    ) -> None:
+        self._transport = transport
+        self._registry = registry
+        self._targets = targets
+        self._clock = clock
+        self._make_key_sealing = make_key_sealing
+        self._withdrawal_sealing = withdrawal_sealing
+        self._may_push = may_push
+        self._request_timeout_s = request_timeout_s
+        self._sessions: dict[str, Session] = {}
+        self._running: set[asyncio.Task[Delivery]] = set()
+
+    @property
+    def sessions(self) -> Mapping[str, Session]:
+        """The last session of each proxy: what it said of itself."""
+        return self._sessions
+
+    async def push_keys(self, proxies: Iterable[Proxy], on_delivery: OnDelivery) -> list[Delivery]:
+        """Every key of every service to *proxies*. What proxies, HSM and registry do is never raised."""
+        sealing = self._make_key_sealing()
+        async with asyncio.TaskGroup() as group:
+            sealer = group.create_task(sealing.run(), name="push:seal")
+            tasks = [
+                group.create_task(
+                    self._deliver_keys(
+                        proxy, sealing, frozenset(self._targets.owners_at(proxy.id)), on_delivery
+                    ),
+                    name=f"push:{proxy.id}",
+                )
+                for proxy in proxies
+            ]
+            for task in tasks:
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+            if tasks:
+                await asyncio.wait(tasks)
+            sealer.cancel()
+        return [task.result() for task in tasks if not task.cancelled()]
+
+    async def withdraw(
+        self, proxy: Proxy, owners: frozenset[NetworkService], on_delivery: OnDelivery
+    ) -> Delivery:
+        """Take back the keys of these services at this proxy. Works without HSM and registry."""
+        return await self._deliver(proxy, self._withdrawal_sealing, owners, on_delivery, keys=False)
+
+    def stop(self) -> None:
+        """End the deliveries of keys that are on their way. (`may_push` keeps new ones from beginning.)"""
+        for task in self._running:
+            task.cancel()
+
+    async def probe(self, proxy: Proxy) -> Session:
+        """Open a session, for `doctor` and to learn what a proxy holds. PushError."""
+        return await self._open_session(proxy)
+
+    async def _deliver_keys(
+        self,
+        proxy: Proxy,
+        sealing: Sealing,
+        owners: frozenset[NetworkService],
+        on_delivery: OnDelivery,
+    ) -> Delivery:
+        try:
+            return await self._deliver(proxy, sealing, owners, on_delivery, keys=True)
+        except asyncio.CancelledError:
+            if self._may_push():
+                raise
+            # `stop`: the outcome is told, the group goes on.
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            delivery = Delivery(
+                proxy_id=proxy.id,
+                outcome=Outcome.FAILED,
+                refused=len(owners),
+                code="stopped",
+                error="pushing has stopped",
+                at_ms=int(self._clock.wall_s() * 1000),
+            )
+            on_delivery(delivery)
+            return delivery
+
+    async def _deliver(
+        self,
+        proxy: Proxy,
+        sealing: Sealing,
+        owners: frozenset[NetworkService],
+        on_delivery: OnDelivery,
+        *,
+        keys: bool,
+    ) -> Delivery:
+        receipts: dict[NetworkService, Receipt] = {}
+        failure: PushError | None = None
+        try:
+            wanted = owners
+            for attempt in range(_ATTEMPTS):
+                session = await self._session(proxy, anew=attempt > 0)
+                again: set[NetworkService] = set()
+                async for batch in sealing.batches(session, wanted):
+                    for receipt, code in await self._send(proxy, batch, keys=keys):
+                        receipts[receipt.owner] = receipt
+                        if code in _AGAIN:
+                            again.add(receipt.owner)
+                wanted = frozenset(again)
+                if not wanted:
+                    break
+        except PushError as error:
+            self._sessions.pop(proxy.id, None)
+            failure = error
+        except KeyAgentError as error:
+            failure = PushError(type(error).__name__.removesuffix("Error").lower(), str(error))
+        delivery = self._sum_up(proxy, owners, receipts, failure)
+        self._targets.note_receipts(delivery.receipts)
+        on_delivery(delivery)
+        await self._store(delivery)
+        return delivery
+
+    async def _store(self, delivery: Delivery) -> None:
+        try:
+            await self._registry.record_receipts(delivery.receipts)
+        except KeyAgentError as error:
+            # What is lost is an entry of the status page; the proxy has its keys, or not, all the same.
+            log.error("receipts are not stored", proxy=delivery.proxy_id, error=str(error))  # noqa: TRY400
+
+    def _sum_up(
+        self,
+        proxy: Proxy,
+        owners: frozenset[NetworkService],
+        receipts: Mapping[NetworkService, Receipt],
+        failure: PushError | None,
+    ) -> Delivery:
+        accepted = sum(receipt.accepted for receipt in receipts.values())
+        first = failure or next((r.error for r in receipts.values() if not r.accepted), None)
+        outcome = Outcome.PARTIAL if accepted else Outcome.FAILED
+        if first is None:
+            outcome = Outcome.ACCEPTED
+        return Delivery(
+            proxy_id=proxy.id,
+            outcome=outcome,
+            accepted=accepted,
+            refused=len(receipts) - accepted if failure is None else len(owners) - accepted,
+            code=None if first is None else str(first).partition(":")[0],
+            error=None if first is None else str(first),
+            at_ms=int(self._clock.wall_s() * 1000),
+            receipts=tuple(receipts.values()),
+        )
+
+    async def _session(self, proxy: Proxy, *, anew: bool) -> Session:
+        known = self._sessions.get(proxy.id)
+        return known if known is not None and not anew else await self._open_session(proxy)
+
+    async def _open_session(self, proxy: Proxy) -> Session:
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                session = await self._transport.open_session(proxy)
+        except TimeoutError:
+            raise PushError(
+                "timeout", f"{proxy.url}: no session within {self._request_timeout_s:g} s"
+            ) from None
+        self._sessions[proxy.id] = session
+        self._compare(proxy, session)
+        return session
+
+    def _compare(self, proxy: Proxy, session: Session) -> None:
+        """Tell early what will be refused: what the proxy hosts against what we believe it hosts."""
+        hosted = {service.owner: service.certificate_sha256 for service in session.services}
+        for link in self._targets.links:
+            if link.proxy_id != proxy.id or link.withdrawn:
+                continue
+            try:
+                ours = fingerprint(read_chain(link.certificate_pem)[0]).hex()
+            except CertificateError:
+                ours = "unreadable"
+            if link.owner not in hosted:
+                log.warning("the proxy does not host the service", proxy=proxy.id, service=str(link.owner))
+            elif hosted[link.owner] != ours:
+                log.warning(
+                    "the proxy has another certificate for the service",
+                    proxy=proxy.id,
+                    service=str(link.owner),
+                )
+
+    async def _send(self, proxy: Proxy, batch: list[Sealed], *, keys: bool) -> list[tuple[Receipt, str]]:
+        """Receipts, each with the proxy's refusal code or ""."""
+        ready = [sealed for sealed in batch if sealed.token is not None]
+        answers: list[Answer] = []
+        if ready:
+            if keys and not self._may_push():
+                raise PushError("stopped", "pushing has stopped")
+            try:
+                async with asyncio.timeout(self._request_timeout_s):
+                    answers = await self._transport.send(proxy, [sealed.token or "" for sealed in ready])
+            except TimeoutError:
+                raise PushError(
+                    "timeout", f"{proxy.url}: no answer within {self._request_timeout_s:g} s"
+                ) from None
+        at_ms = int(self._clock.wall_s() * 1000)
+        made = [
+            (self._receipt(proxy, sealed, answer, at_ms), "" if answer.accepted else answer.code)
+            for sealed, answer in zip(ready, answers, strict=True)
+        ]
+        made += [(self._receipt(proxy, sealed, None, at_ms), "") for sealed in batch if sealed.token is None]
+        return made
+
+    def _receipt(self, proxy: Proxy, sealed: Sealed, answer: Answer | None, at_ms: int) -> Receipt:
+        error: str | None = None
+        accepted = False
+        if answer is None:
+            error = sealed.error
+        elif not answer.accepted:
+            error = f"{answer.code}: {answer.detail}"
+        elif answer.owner != sealed.owner or answer.sequence != sealed.sequence or answer.keys != sealed.keys:
+            # It accepted something else than what we sent: believe nothing.
+            error = f"bad-receipt: {answer.owner} sequence {answer.sequence} with {answer.keys} keys"
+        else:
+            accepted = True
+        valid_until_ms = None
+        if accepted and sealed.keys and answer is not None:
+            valid_until_ms = at_ms + int(answer.valid_for_s * 1000)
+        return Receipt(
+            owner=sealed.owner,
+            proxy_id=proxy.id,
+            sequence=sealed.sequence,
+            accepted=accepted,
+            keys=sealed.keys,
+            at_ms=at_ms,
+            valid_until_ms=valid_until_ms,
+            error=error,
+        )

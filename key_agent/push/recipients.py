@@ -1,0 +1,59 @@
+"""The certificates that keys are encrypted to: checked before every use.
+
+1. A certificate must name the very service, hang on the tenant's root, and be a recipient's
+   (envelope/certificates.py).
+2. A chain that verified is not verified again for an hour; its dates are looked at every time.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography import x509
+
+from envelope.certificates import CertificateError, Identity, Role, verify_certificate
+from envelope.keys import NetworkService
+
+_RECHECK_S: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    leaf: x509.Certificate
+    from_s: float
+    until_s: float
+
+
+class Recipients:
+    def __init__(self, root: x509.Certificate, tenant: str) -> None:
+        self._root = root
+        self._tenant = tenant
+        self._checked: dict[tuple[NetworkService, str], _Checked] = {}
+
+    def check(self, owner: NetworkService, chain_pem: str, *, now_s: float) -> x509.Certificate:
+        """The leaf of *chain_pem*, fit to receive keys of *owner*; else CertificateError."""
+        known = self._checked.get((owner, chain_pem))
+        if known is not None and known.from_s <= now_s < known.until_s:
+            return known.leaf
+        self._checked.pop((owner, chain_pem), None)
+        if owner.tenant != self._tenant:
+            raise CertificateError("tenant", f"{owner} is not of tenant {self._tenant}")
+        leaf, *intermediates = read_chain(chain_pem)
+        verify_certificate(
+            leaf,
+            root=self._root,
+            intermediates=intermediates,
+            expected=Identity(owner.tenant, Role.SERVICE, owner.service),
+            now_s=now_s,
+        )
+        chain = [leaf, *intermediates, self._root]
+        ends_s = min(certificate.not_valid_after_utc.timestamp() for certificate in chain)
+        self._checked[owner, chain_pem] = _Checked(leaf, now_s, min(ends_s, now_s + _RECHECK_S))
+        return leaf
+
+
+def read_chain(chain_pem: str) -> list[x509.Certificate]:
+    """Leaf first. CertificateError if there is no certificate in it."""
+    try:
+        return x509.load_pem_x509_certificates(chain_pem.encode())
+    except ValueError as error:
+        raise CertificateError("malformed", f"not a PEM certificate: {error}") from error

@@ -1,0 +1,109 @@
+"""Who gets what, who acknowledged what, and until when: the registry's answer, held in memory too.
+
+1. Each change is written to the registry; memory follows. Only this process writes (the lock in `state_dir`).
+2. A withdrawal works from memory alone: a database that hangs or is gone does not stop it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from envelope.keys import NetworkService
+from key_agent.registry.model import Book, Link, Proxy, Receipt, Reservation
+
+type Place = tuple[NetworkService, str]
+
+
+class Targets:
+    def __init__(self, book: Book) -> None:
+        self._proxies: dict[str, Proxy] = {}
+        self._links: dict[Place, Link] = {}
+        self._sequences: dict[NetworkService, int] = {}
+        self.load(book)
+
+    def load(self, book: Book) -> None:
+        """Take over a fresh reading of the registry."""
+        self._proxies = dict(book.proxies)
+        self._links = {(link.owner, link.proxy_id): link for link in book.links}
+        for owner, sequence in book.sequences.items():
+            # Withdrawals may have used higher ones that the database never got to hear of.
+            self._sequences[owner] = max(sequence, self._sequences.get(owner, 0))
+
+    @property
+    def proxies(self) -> Mapping[str, Proxy]:
+        return self._proxies
+
+    @property
+    def links(self) -> list[Link]:
+        return list(self._links.values())
+
+    def fed(self) -> dict[str, Proxy]:
+        """The proxies that should hold keys: not removed, with at least one service."""
+        wanted = {link.proxy_id for link in self._links.values() if not link.withdrawn}
+        return {name: proxy for name, proxy in self._proxies.items() if name in wanted and not proxy.removed}
+
+    def owners_at(self, proxy_id: str) -> list[NetworkService]:
+        return [
+            link.owner for link in self._links.values() if link.proxy_id == proxy_id and not link.withdrawn
+        ]
+
+    def to_withdraw(self, now_ms: int, *, everything: bool) -> dict[str, list[Link]]:
+        """By proxy: links where keys may be valid though they should not be. All of them, if *everything*."""
+        found: dict[str, list[Link]] = {}
+        for link in self._links.values():
+            if (
+                (everything or link.withdrawn)
+                and link.may_hold_keys(now_ms)
+                and link.proxy_id in self._proxies
+            ):
+                found.setdefault(link.proxy_id, []).append(link)
+        return found
+
+    def next_sequences(self, owners: Iterable[NetworkService], now_ms: int) -> dict[NetworkService, int]:
+        """A sequence above every earlier one for each of *owners*, by the rule of format.md 5."""
+        chosen = {owner: max(self._sequences.get(owner, 0) + 1, now_ms) for owner in owners}
+        self._sequences.update(chosen)
+        return chosen
+
+    def note_issued(self, reservations: Sequence[Reservation], until_ms: int) -> None:
+        """What `Registry.reserve` has committed."""
+        for made in reservations:
+            self._sequences[made.owner] = max(made.sequence, self._sequences.get(made.owner, 0))
+            for link in made.links:
+                place = (link.owner, link.proxy_id)
+                if (known := self._links.get(place)) is not None:
+                    self._links[place] = replace(
+                        known, issued_sequence=made.sequence, issued_until_ms=until_ms
+                    )
+
+    def note_receipts(self, receipts: Iterable[Receipt]) -> None:
+        for receipt in receipts:
+            place = (receipt.owner, receipt.proxy_id)
+            if (link := self._links.get(place)) is not None:
+                self._links[place] = _after(link, receipt)
+
+
+def _after(link: Link, receipt: Receipt) -> Link:
+    """*link* once *receipt* is known; mirrors the registry's update."""
+    if not receipt.accepted:
+        return replace(link, error=receipt.error, error_at_ms=receipt.at_ms)
+    if receipt.keys > 0:
+        if receipt.sequence <= link.accepted_sequence:
+            return link
+        return replace(
+            link,
+            accepted_sequence=receipt.sequence,
+            accepted_at_ms=receipt.at_ms,
+            valid_until_ms=receipt.valid_until_ms,
+            error=None,
+            error_at_ms=None,
+        )
+    if receipt.sequence <= link.withdrawn_sequence:
+        return link
+    return replace(
+        link,
+        withdrawn_sequence=receipt.sequence,
+        withdrawn_at_ms=receipt.at_ms,
+        valid_until_ms=None,
+        error=None,
+        error_at_ms=None,
+    )

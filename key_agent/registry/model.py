@@ -1,0 +1,118 @@
+"""What the registry's rows mean, as frozen values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from envelope.keys import KeyId, KeyState, NetworkService
+from key_agent.registry.states import KekState
+from key_agent.sources.source import Kek, KekReference, WrappedKey
+
+RECEIPT_SLACK_MS: Final = 40_000
+"""By how much a proxy's deadline may be after `exp`: its clock is at most 30 s behind ours, or it refuses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KekRow:
+    reference: KekReference
+    version: int
+    kek: Kek | None
+    """None while the KEK is named but not yet made (`pre-active`)."""
+    state: KekState
+    reason: str | None
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proxy:
+    id: str
+    url: str
+    """https://host:port of its push listener."""
+    ca_pem: str = field(repr=False)
+    """Who vouches for its server certificate."""
+    removed: bool = False
+    """No keys go there any more; withdrawals may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One network service at one proxy: who opens its envelopes there, what became of the last ones."""
+
+    owner: NetworkService
+    proxy_id: str
+    certificate_pem: str = field(repr=False)
+    """The service's certificate at that proxy, intermediates after it."""
+    withdrawn: bool = False
+    issued_sequence: int = 0
+    issued_until_ms: int = 0
+    accepted_sequence: int = 0
+    accepted_at_ms: int | None = None
+    valid_until_ms: int | None = None
+    withdrawn_sequence: int = 0
+    withdrawn_at_ms: int | None = None
+    error: str | None = None
+    error_at_ms: int | None = None
+
+    def may_hold_keys(self, now_ms: int) -> bool:
+        """Keys may be valid there: issued, not withdrawn with a receipt since, and time is not up."""
+        return self.issued_sequence > self.withdrawn_sequence and now_ms < self.silent_at_ms
+
+    @property
+    def silent_at_ms(self) -> int:
+        """From then on nothing that was ever issued to it is valid, whoever can reach it or not."""
+        return self.issued_until_ms + RECEIPT_SLACK_MS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataKeyRow:
+    """One data key without its wraps."""
+
+    owner: NetworkService
+    key_id: KeyId
+    version: int
+    state: KeyState
+    kcv: bytes
+    created_at_ms: int
+    wrapped_by: tuple[str, ...]
+    """Ids of the KEKs that hold a wrap of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A committed licence to send one service's keys to some proxies: its sequence is spent, sent or not."""
+
+    owner: NetworkService
+    sequence: int
+    keys: tuple[tuple[WrappedKey, KeyState], ...]
+    damaged: tuple[KeyId, ...]
+    """Wrapped keys whose checksum does not fit: left out, alarm."""
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """A proxy's answer about one service's envelope, as the registry keeps it."""
+
+    owner: NetworkService
+    proxy_id: str
+    sequence: int
+    accepted: bool
+    keys: int
+    """How many it then held; 0 confirms a withdrawal."""
+    at_ms: int
+    valid_until_ms: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Book:
+    """All that is needed to reach the proxies: one consistent reading of the registry."""
+
+    kek: KekRow | None
+    """The current one: the newest that is neither unfinished nor replaced."""
+    services: tuple[NetworkService, ...]
+    """Those not removed."""
+    proxies: Mapping[str, Proxy]
+    """Removed ones too, as long as a link needs them."""
+    links: tuple[Link, ...]
+    sequences: Mapping[NetworkService, int]

@@ -1,0 +1,54 @@
+"""Life of a KEK in the registry. (The life of a data key is `envelope.keys.TRANSITIONS`.)
+
+1. Only an active KEK's keys are pushed.
+2. `suspended` ends by itself when the token is back; `revoked` and `destroyed` end by `reinstate` alone.
+3. `deactivated` gave way to a newer KEK. Its wraps stay: if the key returns to the HSM, they open again.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+from envelope.errors import MisuseError
+
+
+class KekState(StrEnum):
+    PRE_ACTIVE = "pre-active"
+    """Named, maybe half-made in the HSM; a crash leaves at most this."""
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    """The token was emptied or exchanged: withdrawn, resumes once it is back."""
+    REVOKED = "revoked"
+    """Proven disabled, destroyed, expired or replaced in the HSM, or taken back by an operator: sticky."""
+    DEACTIVATED = "deactivated"
+    DESTROYED = "destroyed"
+    """Destroyed by this agent's own command, and the HSM showed no such key afterwards."""
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """The enterprise took it back: no key under it may be at any proxy."""
+        return self in (KekState.SUSPENDED, KekState.REVOKED, KekState.DESTROYED)
+
+    @property
+    def is_sticky(self) -> bool:
+        """Ends by `reinstate` alone."""
+        return self in (KekState.REVOKED, KekState.DESTROYED)
+
+
+_S = KekState
+TRANSITIONS: Final[Mapping[KekState, frozenset[KekState]]] = {
+    _S.PRE_ACTIVE: frozenset({_S.ACTIVE, _S.DESTROYED}),
+    _S.ACTIVE: frozenset({_S.SUSPENDED, _S.REVOKED, _S.DESTROYED}),
+    # To deactivated: the token will not come back, the operator said `reinstate`.
+    _S.SUSPENDED: frozenset({_S.ACTIVE, _S.REVOKED, _S.DEACTIVATED, _S.DESTROYED}),
+    # To active: the key returned to the HSM, proven, and the operator said `reinstate --restore`.
+    _S.REVOKED: frozenset({_S.ACTIVE, _S.DEACTIVATED, _S.DESTROYED}),
+    _S.DESTROYED: frozenset({_S.ACTIVE, _S.DEACTIVATED}),
+    _S.DEACTIVATED: frozenset(),
+}
+
+
+def check_transition(old: KekState, new: KekState) -> None:
+    """MisuseError if a KEK may not go from *old* to *new*."""
+    if new not in TRANSITIONS[old]:
+        raise MisuseError(f"a KEK does not go from {old} to {new}")

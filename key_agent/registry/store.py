@@ -1,0 +1,759 @@
+"""All SQL of the key agent.
+
+1. Every method is one transaction; when it returns, it is on disk. (`Book` and rows are values, not live
+   objects.)
+2. Sequences are `max(stored + 1, Unix ms)` (format.md 5): rising also after an old backup was restored.
+3. A sequence and what may be held under it are committed *before* an envelope leaves; the keys are read in
+   the same transaction, so the higher sequence always carries the newer set.
+4. Only an active KEK gives a reservation. This is the second lock; the first is `key_agent.consent`.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, Final, Self
+
+from sqlalchemy import Connection, Row, Select, and_, delete, func, insert, select, update
+
+from envelope.keys import TRANSITIONS, KeyId, KeyState, NetworkService
+from key_agent.errors import KeyAgentError
+from key_agent.registry.database import Database
+from key_agent.registry.model import (
+    Book,
+    DataKeyRow,
+    KekRow,
+    Link,
+    Proxy,
+    Receipt,
+    Reservation,
+)
+from key_agent.registry.states import KekState, check_transition
+from key_agent.registry.tables import (
+    dek,
+    dek_wrap,
+    environment,
+    kek,
+    key_ring,
+    network_service,
+    proxy,
+    push_sequence,
+    service_proxy,
+    tenant,
+)
+from key_agent.sources.source import Kek, KekReference, WrapMethod, WrappedKey
+
+EKM_FORMAT: Final = 1
+MAX_SEQUENCE: Final = 2**53 - 1
+_PURPOSE: Final = "km"
+# States that a newer KEK does not share a table with: see the index one_current_kek.
+_NOT_CURRENT: Final = (KekState.PRE_ACTIVE, KekState.DEACTIVATED)
+
+
+class RefusedChangeError(KeyAgentError):
+    """The registry's content forbids this change; the text names the cause, `next_step` the way out."""
+
+    def __init__(self, cause: str, next_step: str) -> None:
+        super().__init__(cause)
+        self.next_step = next_step
+
+
+class Registry:
+    def __init__(self, database: Database, *, tenant_id: str, environment_id: str, agent_id: str) -> None:
+        self._database = database
+        self._tenant = tenant_id
+        self._environment = environment_id
+        self._agent = agent_id
+
+    @classmethod
+    async def open(cls, url: str, *, tenant_id: str, environment_id: str, agent_id: str, now_ms: int) -> Self:
+        """Open, migrate, and check that it is this environment's.
+
+        RegistryError if it cannot be opened durably; RefusedChangeError if it belongs to another one.
+        """
+        registry = cls(
+            await Database.open(url), tenant_id=tenant_id, environment_id=environment_id, agent_id=agent_id
+        )
+        try:
+            await registry._database.transact(lambda c: registry._establish(c, now_ms))
+        except BaseException:
+            await registry.close()
+            raise
+        return registry
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    def _establish(self, c: Connection, now_ms: int) -> None:
+        # Every EKM's binding names tenant and environment: under another name none would open.
+        for table, mine in ((environment, self._environment), (tenant, self._tenant)):
+            found = c.scalars(select(table.c.id)).all()
+            if found and mine not in found:
+                raise RefusedChangeError(
+                    f"this registry belongs to {table.name} {', '.join(found)}, not to {mine}",
+                    "correct agent.tenant and agent.environment_id, or use another registry",
+                )
+        times = {"created_at_ms": now_ms, "updated_at_ms": now_ms}
+        if c.scalar(select(func.count()).select_from(environment)) == 0:
+            c.execute(
+                insert(environment).values(
+                    id=self._environment, kms_type="pkcs11", state="active", state_since_ms=now_ms, **times
+                )
+            )
+        if c.scalar(select(func.count()).select_from(tenant)) == 0:
+            c.execute(insert(tenant).values(id=self._tenant, home_environment_id=self._environment, **times))
+
+    # Reading.
+
+    async def book(self) -> Book:
+        return await self._database.transact(self._book)
+
+    def _book(self, c: Connection) -> Book:
+        services = c.scalars(
+            select(network_service.c.id)
+            .where(network_service.c.removed.is_(False))
+            .order_by(network_service.c.id)
+        )
+        return Book(
+            kek=self._current(c),
+            services=tuple(NetworkService.parse(name) for name in services),
+            proxies={row.id: _proxy(row) for row in c.execute(select(proxy))},
+            links=tuple(_link(row) for row in c.execute(_links())),
+            sequences={
+                NetworkService.parse(row.network_service_id): row.sequence
+                for row in c.execute(select(push_sequence).where(push_sequence.c.issuer == self._agent))
+            },
+        )
+
+    async def current_kek(self) -> KekRow | None:
+        return await self._database.transact(self._current)
+
+    async def keks(self) -> list[KekRow]:
+        """Every KEK this environment ever had, oldest first."""
+        return await self._database.transact(
+            lambda c: [
+                _kek_row(row)
+                for row in c.execute(
+                    select(kek).where(kek.c.environment_id == self._environment).order_by(kek.c.version)
+                )
+            ]
+        )
+
+    async def data_keys(self) -> list[DataKeyRow]:
+        return await self._database.transact(self._data_keys)
+
+    def _data_keys(self, c: Connection) -> list[DataKeyRow]:
+        wraps: dict[str, list[str]] = {}
+        for row in c.execute(select(dek_wrap.c.dek_id, dek_wrap.c.kek_id)):
+            wraps.setdefault(row.dek_id, []).append(row.kek_id)
+        rows = c.execute(
+            select(dek, key_ring.c.network_service_id)
+            .join(key_ring, dek.c.ring_id == key_ring.c.id)
+            .order_by(key_ring.c.network_service_id, dek.c.version)
+        )
+        return [
+            DataKeyRow(
+                owner=NetworkService.parse(row.network_service_id),
+                key_id=KeyId.parse(row.id),
+                version=row.version,
+                state=KeyState(row.state),
+                kcv=row.kcv,
+                created_at_ms=row.created_at_ms,
+                wrapped_by=tuple(sorted(wraps.get(row.id, ()))),
+            )
+            for row in rows
+        ]
+
+    async def wrapped_keys(self, kek_id: str) -> list[WrappedKey]:
+        """Every sound wrap under one KEK."""
+        return await self._database.transact(
+            lambda c: [
+                _wrapped_key(row)
+                for row in c.execute(self._wraps(kek_id).where(dek.c.state != KeyState.DESTROYED))
+                if _is_sound(row)
+            ]
+        )
+
+    # KEKs.
+
+    async def begin_kek(self, reference: KekReference, *, now_ms: int) -> tuple[KekReference, bool]:
+        """Name a KEK before the HSM makes it, by *reference* or by the name of one begun earlier and never
+        finished.
+
+        True with the latter: the HSM may hold it half-made.
+        """
+
+        def work(c: Connection) -> tuple[KekReference, bool]:
+            unfinished = c.execute(self._my_keks().where(kek.c.state == KekState.PRE_ACTIVE)).one_or_none()
+            if unfinished is not None:
+                return _kek_row(unfinished).reference, True
+            version = c.scalar(
+                select(func.max(kek.c.version)).where(kek.c.environment_id == self._environment)
+            )
+            c.execute(
+                insert(kek).values(
+                    id=reference.kek_id,
+                    environment_id=self._environment,
+                    version=(version or 0) + 1,
+                    label=reference.label,
+                    object_id=reference.object_id,
+                    state=KekState.PRE_ACTIVE,
+                    state_since_ms=now_ms,
+                    created_at_ms=now_ms,
+                    updated_at_ms=now_ms,
+                )
+            )
+            return reference, False
+
+        return await self._database.transact(work)
+
+    async def complete_kek(self, made: Kek, keys: Sequence[WrappedKey], *, now_ms: int) -> None:
+        """The KEK is made, and *keys* under it: it becomes the current one and they the active ones.
+
+        A KEK before it is deactivated, and so are the active keys of the same services; their wraps stay.
+        """
+
+        def work(c: Connection) -> None:
+            old = self._current(c)
+            if old is not None:
+                self._set_kek_state(
+                    c, old, KekState.DEACTIVATED, f"replaced by {made.reference.kek_id}", now_ms
+                )
+            row = c.execute(self._my_keks().where(kek.c.id == made.reference.kek_id)).one()
+            check_transition(KekState(row.state), KekState.ACTIVE)
+            c.execute(
+                update(kek)
+                .where(kek.c.id == made.reference.kek_id)
+                .values(
+                    method=made.method,
+                    token_serial=made.token_serial,
+                    canary_ciphertext=made.canary_ciphertext,
+                    canary_sha256=made.canary_sha256,
+                    made_at_ms=made.created_at_ms,
+                    state=KekState.ACTIVE,
+                    state_reason=None,
+                    state_since_ms=now_ms,
+                    updated_at_ms=now_ms,
+                )
+            )
+            for key in keys:
+                self._add_key(c, key, now_ms)
+
+        await self._database.transact(work)
+
+    async def set_kek_state(self, kek_id: str, state: KekState, reason: str | None, *, now_ms: int) -> None:
+        """MisuseError if the KEK may not go there. The state it already has is success."""
+
+        def work(c: Connection) -> None:
+            row = _kek_row(c.execute(self._my_keks().where(kek.c.id == kek_id)).one())
+            if row.state is not state:
+                self._set_kek_state(c, row, state, reason, now_ms)
+
+        await self._database.transact(work)
+
+    def _set_kek_state(
+        self, c: Connection, row: KekRow, state: KekState, reason: str | None, now_ms: int
+    ) -> None:
+        check_transition(row.state, state)
+        c.execute(
+            update(kek)
+            .where(kek.c.id == row.reference.kek_id)
+            .values(state=state, state_reason=reason, state_since_ms=now_ms, updated_at_ms=now_ms)
+        )
+
+    async def add_wraps(self, keys: Sequence[WrappedKey], *, now_ms: int) -> None:
+        """Further wraps of known keys, under another KEK."""
+
+        def work(c: Connection) -> None:
+            for key in keys:
+                c.execute(
+                    delete(dek_wrap).where(
+                        dek_wrap.c.dek_id == str(key.key_id), dek_wrap.c.kek_id == key.kek_id
+                    )
+                )
+                _insert_wrap(c, key, now_ms)
+
+        await self._database.transact(work)
+
+    # Network services and proxies.
+
+    async def add_proxy(self, target: Proxy, *, now_ms: int) -> bool:
+        """Add it, or change the address or authority of a known one. True if it is new."""
+
+        def work(c: Connection) -> bool:
+            values = {"url": target.url, "ca_pem": target.ca_pem, "removed": False, "updated_at_ms": now_ms}
+            known = c.execute(select(proxy).where(proxy.c.id == target.id)).one_or_none()
+            if known is None:
+                c.execute(insert(proxy).values(id=target.id, created_at_ms=now_ms, **values))
+                return True
+            c.execute(update(proxy).where(proxy.c.id == target.id).values(**values))
+            return bool(known.removed)
+
+        return await self._database.transact(work)
+
+    async def remove_proxy(self, proxy_id: str, *, now_ms: int) -> list[NetworkService]:
+        """No more keys go there. The services it hosted. RefusedChangeError if it is unknown."""
+
+        def work(c: Connection) -> list[NetworkService]:
+            self._require_proxy(c, proxy_id)
+            c.execute(update(proxy).where(proxy.c.id == proxy_id).values(removed=True, updated_at_ms=now_ms))
+            mine = and_(service_proxy.c.proxy_id == proxy_id, service_proxy.c.withdrawn.is_(False))
+            hosted = c.scalars(select(service_proxy.c.network_service_id).where(mine)).all()
+            c.execute(update(service_proxy).where(mine).values(withdrawn=True, updated_at_ms=now_ms))
+            return [NetworkService.parse(name) for name in sorted(hosted)]
+
+        return await self._database.transact(work)
+
+    def _require_proxy(self, c: Connection, proxy_id: str) -> Row[Any]:
+        row = c.execute(select(proxy).where(proxy.c.id == proxy_id, proxy.c.removed.is_(False))).one_or_none()
+        if row is None:
+            raise RefusedChangeError(
+                f"no proxy {proxy_id!r}", "`key-agent proxy list` shows them, `key-agent proxy add` adds one"
+            )
+        return row
+
+    async def has_active_key(self, owner: NetworkService) -> bool:
+        """An active key under the current KEK: a further proxy then needs no new one."""
+
+        def work(c: Connection) -> bool:
+            current = self._current(c)
+            if current is None:
+                return False
+            query = self._wraps(current.reference.kek_id).where(
+                key_ring.c.network_service_id == str(owner), dek.c.state == KeyState.ACTIVE
+            )
+            return c.execute(query).first() is not None
+
+        return await self._database.transact(work)
+
+    async def add_service(
+        self,
+        owner: NetworkService,
+        *,
+        proxy_id: str,
+        certificate_pem: str,
+        key: WrappedKey | None,
+        now_ms: int,
+    ) -> None:
+        """The service is hosted by that proxy under that certificate; *key* becomes its active one."""
+
+        def work(c: Connection) -> None:
+            self._require_proxy(c, proxy_id)
+            times = {"created_at_ms": now_ms, "updated_at_ms": now_ms}
+            if c.execute(select(network_service).where(network_service.c.id == str(owner))).first() is None:
+                c.execute(
+                    insert(network_service).values(
+                        id=str(owner), tenant_id=owner.tenant, name=owner.service, removed=False, **times
+                    )
+                )
+            else:
+                c.execute(
+                    update(network_service)
+                    .where(network_service.c.id == str(owner))
+                    .values(removed=False, updated_at_ms=now_ms)
+                )
+            if key is not None:
+                self._add_key(c, key, now_ms)
+            place = and_(
+                service_proxy.c.network_service_id == str(owner), service_proxy.c.proxy_id == proxy_id
+            )
+            values = {"certificate_pem": certificate_pem, "withdrawn": False}
+            if c.execute(select(service_proxy.c.proxy_id).where(place)).first() is None:
+                c.execute(
+                    insert(service_proxy).values(
+                        network_service_id=str(owner),
+                        proxy_id=proxy_id,
+                        issued_sequence=0,
+                        issued_until_ms=0,
+                        accepted_sequence=0,
+                        withdrawn_sequence=0,
+                        **values,
+                        **times,
+                    )
+                )
+            else:
+                c.execute(update(service_proxy).where(place).values(updated_at_ms=now_ms, **values))
+
+        await self._database.transact(work)
+
+    async def remove_service(
+        self, owner: NetworkService, *, proxy_id: str | None = None, now_ms: int
+    ) -> list[str]:
+        """From one proxy; or altogether: its wrapped keys are erased and its objects unreadable for ever.
+
+        The proxies that hosted it. RefusedChangeError if it is unknown.
+        """
+
+        def work(c: Connection) -> list[str]:
+            mine = and_(
+                service_proxy.c.network_service_id == str(owner), service_proxy.c.withdrawn.is_(False)
+            )
+            if proxy_id is not None:
+                mine = and_(mine, service_proxy.c.proxy_id == proxy_id)
+            hosts = sorted(c.scalars(select(service_proxy.c.proxy_id).where(mine)))
+            known = c.execute(
+                select(network_service).where(
+                    network_service.c.id == str(owner), network_service.c.removed.is_(False)
+                )
+            ).first()
+            if known is None or (proxy_id is not None and not hosts):
+                where = "" if proxy_id is None else f" at proxy {proxy_id!r}"
+                raise RefusedChangeError(
+                    f"no network service {owner}{where}", "`key-agent service list` shows them"
+                )
+            c.execute(update(service_proxy).where(mine).values(withdrawn=True, updated_at_ms=now_ms))
+            if proxy_id is None:
+                self._erase_keys(c, owner, now_ms)
+                c.execute(
+                    update(network_service)
+                    .where(network_service.c.id == str(owner))
+                    .values(removed=True, updated_at_ms=now_ms)
+                )
+            return hosts
+
+        return await self._database.transact(work)
+
+    def _erase_keys(self, c: Connection, owner: NetworkService, now_ms: int) -> None:
+        rows = c.execute(
+            select(dek.c.id, dek.c.state)
+            .join(key_ring, dek.c.ring_id == key_ring.c.id)
+            .where(key_ring.c.network_service_id == str(owner), dek.c.state != KeyState.DESTROYED)
+        ).all()
+        for row in rows:
+            if KeyState.DESTROYED not in TRANSITIONS[KeyState(row.state)]:
+                _set_key_state(c, row.id, KeyState(row.state), KeyState.DEACTIVATED, now_ms)
+                _set_key_state(c, row.id, KeyState.DEACTIVATED, KeyState.DESTROYED, now_ms)
+            else:
+                _set_key_state(c, row.id, KeyState(row.state), KeyState.DESTROYED, now_ms)
+            # The row stays as a tombstone: the key id is never used again.
+            c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == row.id))
+
+    # Pushing.
+
+    async def reserve(
+        self,
+        owners: Iterable[NetworkService],
+        proxy_ids: Iterable[str],
+        *,
+        now_ms: int,
+        until_ms: int,
+    ) -> tuple[Kek, list[Reservation]]:
+        """Spend a sequence per service and note what those proxies may hold until *until_ms*; then keys may
+        leave.
+
+        Services without a link to one of the proxies, or without a key, are left out. RefusedChangeError
+        unless the current KEK is active.
+        """
+        names, places = sorted(map(str, owners)), sorted(proxy_ids)
+
+        def work(c: Connection) -> tuple[Kek, list[Reservation]]:
+            current = self._current(c)
+            if current is None or current.kek is None or current.state is not KekState.ACTIVE:
+                state = "missing" if current is None else current.state
+                raise RefusedChangeError(f"no keys leave: the KEK is {state}", "see `key-agent status`")
+            links = self._links_by_owner(c, names, places)
+            rows: dict[str, list[Row[Any]]] = {}
+            for row in c.execute(
+                self._wraps(current.reference.kek_id)
+                .where(key_ring.c.network_service_id.in_(names), dek.c.state != KeyState.DESTROYED)
+                .order_by(dek.c.version)
+            ):
+                rows.setdefault(row.network_service_id, []).append(row)
+            made = [
+                self._reserve_one(
+                    c, name, rows=rows[name], links=links[name], now_ms=now_ms, until_ms=until_ms
+                )
+                for name in names
+                if name in rows and name in links
+            ]
+            return current.kek, made
+
+        return await self._database.transact(work)
+
+    def _links_by_owner(self, c: Connection, names: list[str], places: list[str]) -> dict[str, list[Link]]:
+        links: dict[str, list[Link]] = {}
+        query = (
+            _links()
+            .join(proxy, proxy.c.id == service_proxy.c.proxy_id)
+            .join(network_service, network_service.c.id == service_proxy.c.network_service_id)
+            .where(
+                service_proxy.c.network_service_id.in_(names),
+                service_proxy.c.proxy_id.in_(places),
+                service_proxy.c.withdrawn.is_(False),
+                proxy.c.removed.is_(False),
+                network_service.c.removed.is_(False),
+            )
+        )
+        for row in c.execute(query):
+            links.setdefault(row.network_service_id, []).append(_link(row))
+        return links
+
+    def _reserve_one(
+        self,
+        c: Connection,
+        name: str,
+        *,
+        rows: list[Row[Any]],
+        links: list[Link],
+        now_ms: int,
+        until_ms: int,
+    ) -> Reservation:
+        sequence = self._next_sequence(c, name, now_ms)
+        c.execute(
+            update(service_proxy)
+            .where(
+                service_proxy.c.network_service_id == name,
+                service_proxy.c.proxy_id.in_([link.proxy_id for link in links]),
+            )
+            .values(issued_sequence=sequence, issued_until_ms=until_ms)
+        )
+        return Reservation(
+            owner=NetworkService.parse(name),
+            sequence=sequence,
+            keys=tuple((_wrapped_key(row), KeyState(row.state)) for row in rows if _is_sound(row)),
+            damaged=tuple(KeyId.parse(row.id) for row in rows if not _is_sound(row)),
+            links=tuple(links),
+        )
+
+    async def spend_sequences(self, sequences: Mapping[NetworkService, int], *, now_ms: int) -> None:
+        """Note the sequences of withdrawals. They are above all known ones; a lower one changes nothing."""
+
+        def work(c: Connection) -> None:
+            for owner, sequence in sequences.items():
+                self._next_sequence(c, str(owner), now_ms, at_least=sequence)
+
+        await self._database.transact(work)
+
+    def _next_sequence(self, c: Connection, name: str, now_ms: int, *, at_least: int | None = None) -> int:
+        mine = and_(push_sequence.c.issuer == self._agent, push_sequence.c.network_service_id == name)
+        stored = c.scalar(select(push_sequence.c.sequence).where(mine))
+        sequence = max((stored or 0) + 1, now_ms) if at_least is None else max(stored or 0, at_least)
+        if sequence > MAX_SEQUENCE:
+            raise RefusedChangeError(
+                f"{name}: sequence {sequence} is too high", "set the clock of this machine"
+            )
+        if stored is None:
+            c.execute(
+                insert(push_sequence).values(issuer=self._agent, network_service_id=name, sequence=sequence)
+            )
+        else:
+            c.execute(update(push_sequence).where(mine).values(sequence=sequence))
+        return sequence
+
+    async def record_receipts(self, receipts: Sequence[Receipt]) -> None:
+        """What the proxies answered. An older receipt never overwrites a newer one."""
+
+        def work(c: Connection) -> None:
+            for receipt in receipts:
+                c.execute(_receipt_update(receipt))
+
+        await self._database.transact(work)
+
+    # Shared by the above.
+
+    def _my_keks(self) -> Select[Any]:
+        return select(kek).where(kek.c.environment_id == self._environment)
+
+    def _current(self, c: Connection) -> KekRow | None:
+        row = c.execute(self._my_keks().where(kek.c.state.not_in(_NOT_CURRENT))).one_or_none()
+        return None if row is None else _kek_row(row)
+
+    def _wraps(self, kek_id: str) -> Select[Any]:
+        return (
+            select(
+                dek.c.id,
+                dek.c.state,
+                dek.c.kcv,
+                key_ring.c.network_service_id,
+                kek.c.environment_id,
+                dek_wrap.c.kek_id,
+                dek_wrap.c.format,
+                dek_wrap.c.wrap_alg,
+                dek_wrap.c.wrapped,
+                dek_wrap.c.wrapped_sha256,
+                dek_wrap.c.token_serial,
+                dek_wrap.c.made_at_ms,
+            )
+            .select_from(dek)
+            .join(dek_wrap, dek_wrap.c.dek_id == dek.c.id)
+            .join(kek, kek.c.id == dek_wrap.c.kek_id)
+            .join(key_ring, dek.c.ring_id == key_ring.c.id)
+            .where(dek_wrap.c.kek_id == kek_id)
+        )
+
+    def _add_key(self, c: Connection, key: WrappedKey, now_ms: int) -> None:
+        ring_id = self._ring(c, key.owner, now_ms)
+        previous = c.execute(
+            select(dek.c.id, dek.c.version, dek.c.state)
+            .where(dek.c.ring_id == ring_id)
+            .order_by(dek.c.version)
+        ).all()
+        for row in previous:
+            # First, and flushed: the index one_active cannot be deferred.
+            if row.state in (KeyState.ACTIVE, KeyState.SUSPENDED):
+                _set_key_state(c, row.id, KeyState(row.state), KeyState.DEACTIVATED, now_ms)
+        c.execute(
+            insert(dek).values(
+                id=str(key.key_id),
+                tenant_id=key.owner.tenant,
+                ring_id=ring_id,
+                owner_environment_id=self._environment,
+                generator_environment_id=self._environment,
+                key_type="data",
+                version=previous[-1].version + 1 if previous else 1,
+                state=KeyState.ACTIVE,
+                state_since_ms=now_ms,
+                kcv=key.kcv,
+                predecessor_id=previous[-1].id if previous else None,
+                created_at_ms=now_ms,
+                updated_at_ms=now_ms,
+            )
+        )
+        _insert_wrap(c, key, now_ms)
+
+    def _ring(self, c: Connection, owner: NetworkService, now_ms: int) -> str:
+        found = c.scalar(
+            select(key_ring.c.id).where(
+                key_ring.c.network_service_id == str(owner), key_ring.c.purpose == _PURPOSE
+            )
+        )
+        if found is not None:
+            return str(found)
+        ring_id = os.urandom(16).hex()
+        c.execute(
+            insert(key_ring).values(
+                id=ring_id,
+                tenant_id=owner.tenant,
+                name=owner.service,
+                purpose=_PURPOSE,
+                network_service_id=str(owner),
+                created_at_ms=now_ms,
+                updated_at_ms=now_ms,
+            )
+        )
+        return ring_id
+
+
+def _links() -> Select[Any]:
+    return select(service_proxy).order_by(service_proxy.c.network_service_id, service_proxy.c.proxy_id)
+
+
+def _set_key_state(c: Connection, key_id: str, old: KeyState, new: KeyState, now_ms: int) -> None:
+    if new not in TRANSITIONS[old]:
+        raise RefusedChangeError(f"key {key_id} does not go from {old} to {new}", "see `key-agent status`")
+    c.execute(
+        update(dek).where(dek.c.id == key_id).values(state=new, state_since_ms=now_ms, updated_at_ms=now_ms)
+    )
+
+
+def _insert_wrap(c: Connection, key: WrappedKey, now_ms: int) -> None:
+    c.execute(
+        insert(dek_wrap).values(
+            dek_id=str(key.key_id),
+            kek_id=key.kek_id,
+            format=EKM_FORMAT,
+            route="kms",
+            wrap_alg=key.method,
+            wrapped=key.wrapped,
+            wrapped_sha256=sha256(key.wrapped).digest(),
+            token_serial=key.token_serial,
+            # The source opened it again and compared before it returned it.
+            state="verified",
+            made_at_ms=key.created_at_ms,
+            verified_at_ms=now_ms,
+            created_at_ms=now_ms,
+            updated_at_ms=now_ms,
+        )
+    )
+
+
+def _receipt_update(receipt: Receipt) -> Any:
+    place = and_(
+        service_proxy.c.network_service_id == str(receipt.owner),
+        service_proxy.c.proxy_id == receipt.proxy_id,
+    )
+    values: dict[str, object]
+    if not receipt.accepted:
+        values = {"error": receipt.error, "error_at_ms": receipt.at_ms}
+    elif receipt.keys > 0:
+        place = and_(place, service_proxy.c.accepted_sequence < receipt.sequence)
+        values = {
+            "accepted_sequence": receipt.sequence,
+            "accepted_at_ms": receipt.at_ms,
+            "valid_until_ms": receipt.valid_until_ms,
+            "error": None,
+            "error_at_ms": None,
+        }
+    else:
+        place = and_(place, service_proxy.c.withdrawn_sequence < receipt.sequence)
+        values = {
+            "withdrawn_sequence": receipt.sequence,
+            "withdrawn_at_ms": receipt.at_ms,
+            "valid_until_ms": None,
+            "error": None,
+            "error_at_ms": None,
+        }
+    return update(service_proxy).where(place).values(updated_at_ms=receipt.at_ms, **values)
+
+
+def _proxy(row: Row[Any]) -> Proxy:
+    return Proxy(id=row.id, url=row.url, ca_pem=row.ca_pem, removed=row.removed)
+
+
+def _link(row: Row[Any]) -> Link:
+    return Link(
+        owner=NetworkService.parse(row.network_service_id),
+        proxy_id=row.proxy_id,
+        certificate_pem=row.certificate_pem,
+        withdrawn=row.withdrawn,
+        issued_sequence=row.issued_sequence,
+        issued_until_ms=row.issued_until_ms,
+        accepted_sequence=row.accepted_sequence,
+        accepted_at_ms=row.accepted_at_ms,
+        valid_until_ms=row.valid_until_ms,
+        withdrawn_sequence=row.withdrawn_sequence,
+        withdrawn_at_ms=row.withdrawn_at_ms,
+        error=row.error,
+        error_at_ms=row.error_at_ms,
+    )
+
+
+def _kek_row(row: Row[Any]) -> KekRow:
+    reference = KekReference(
+        kek_id=row.id, label=row.label, object_id=bytes(row.object_id), environment_id=row.environment_id
+    )
+    made = None
+    if row.canary_ciphertext is not None:
+        made = Kek(
+            reference=reference,
+            method=WrapMethod(row.method),
+            token_serial=row.token_serial,
+            canary_ciphertext=bytes(row.canary_ciphertext),
+            canary_sha256=bytes(row.canary_sha256),
+            created_at_ms=row.made_at_ms,
+        )
+    return KekRow(
+        reference=reference,
+        version=row.version,
+        kek=made,
+        state=KekState(row.state),
+        reason=row.state_reason,
+        since_ms=row.state_since_ms,
+    )
+
+
+def _is_sound(row: Row[Any]) -> bool:
+    return bool(sha256(row.wrapped).digest() == row.wrapped_sha256 and row.format == EKM_FORMAT)
+
+
+def _wrapped_key(row: Row[Any]) -> WrappedKey:
+    return WrappedKey(
+        owner=NetworkService.parse(row.network_service_id),
+        key_id=KeyId.parse(row.id),
+        kek_id=row.kek_id,
+        environment_id=row.environment_id,
+        method=WrapMethod(row.wrap_alg),
+        wrapped=bytes(row.wrapped),
+        kcv=bytes(row.kcv),
+        token_serial=row.token_serial,
+        created_at_ms=row.made_at_ms,
+    )

@@ -1,0 +1,208 @@
+"""The registry's tables, as the newest migration leaves them.
+
+1. Nothing here is secret: data keys stand only wrapped by the KEK.
+2. Times are milliseconds since the Unix epoch. Ids are text and immutable.
+3. `environment`, `tenant`, `kek`, `key_ring`, `dek` and `dek_wrap` are the ones that later carry several
+   environments (environments.md section 4); `proxy`, `service_proxy` and `push_sequence` are this agent's
+   own.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _ms(name: str, *, nullable: bool = False) -> Column[int]:
+    return Column(name, BigInteger, nullable=nullable)
+
+
+environment = Table(
+    "environment",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("kms_type", String(32), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("state_reason", Text),
+    _ms("state_since_ms"),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+)
+
+tenant = Table(
+    "tenant",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("home_environment_id", ForeignKey("environment.id"), nullable=False),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+)
+
+kek = Table(
+    "kek",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("environment_id", ForeignKey("environment.id"), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("label", String(64), nullable=False),
+    Column("object_id", LargeBinary, nullable=False),
+    Column("method", String(16)),
+    Column("token_serial", String(64)),
+    Column("canary_ciphertext", LargeBinary),
+    Column("canary_sha256", LargeBinary),
+    _ms("made_at_ms", nullable=True),
+    Column("state", String(16), nullable=False),
+    Column("state_reason", Text),
+    _ms("state_since_ms"),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+    Index("one_kek_version", "environment_id", "version", unique=True),
+    # At most one KEK serves and at most one is being made; `reinstate` changes both in one transaction.
+    Index(
+        "one_current_kek",
+        "environment_id",
+        unique=True,
+        sqlite_where=text("state NOT IN ('pre-active', 'deactivated')"),
+        postgresql_where=text("state NOT IN ('pre-active', 'deactivated')"),
+    ),
+    Index(
+        "one_unfinished_kek",
+        "environment_id",
+        unique=True,
+        sqlite_where=text("state = 'pre-active'"),
+        postgresql_where=text("state = 'pre-active'"),
+    ),
+)
+
+network_service = Table(
+    "network_service",
+    metadata,
+    Column("id", String(127), primary_key=True),  # tenant/service
+    Column("tenant_id", ForeignKey("tenant.id"), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("removed", Boolean, nullable=False),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+)
+
+key_ring = Table(
+    "key_ring",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant_id", ForeignKey("tenant.id"), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("purpose", String(16), nullable=False),
+    Column("network_service_id", ForeignKey("network_service.id"), nullable=False),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+    Index("one_ring", "network_service_id", "purpose", unique=True),
+)
+
+dek = Table(
+    "dek",
+    metadata,
+    Column("id", String(32), primary_key=True),  # the key id in hex
+    Column("tenant_id", ForeignKey("tenant.id"), nullable=False),
+    Column("ring_id", ForeignKey("key_ring.id"), nullable=False),
+    Column("owner_environment_id", ForeignKey("environment.id"), nullable=False),
+    Column("generator_environment_id", ForeignKey("environment.id"), nullable=False),
+    Column("key_type", String(16), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("state_reason", Text),
+    _ms("state_since_ms"),
+    Column("kcv", LargeBinary, nullable=False),
+    Column("predecessor_id", ForeignKey("dek.id")),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+    Index("one_dek_version", "ring_id", "version", unique=True),
+    Index(
+        "one_active",
+        "tenant_id",
+        "ring_id",
+        "owner_environment_id",
+        unique=True,
+        sqlite_where=text("state = 'active'"),
+        postgresql_where=text("state = 'active'"),
+    ),
+)
+
+dek_wrap = Table(
+    "dek_wrap",
+    metadata,
+    Column("dek_id", ForeignKey("dek.id"), primary_key=True),
+    Column("kek_id", ForeignKey("kek.id"), primary_key=True),
+    Column("format", Integer, nullable=False),
+    Column("route", String(16), nullable=False),
+    Column("wrap_alg", String(16), nullable=False),
+    Column("wrapped", LargeBinary, nullable=False),
+    Column("wrapped_sha256", LargeBinary, nullable=False),  # finds bit rot without the HSM
+    Column("token_serial", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    _ms("made_at_ms"),
+    _ms("verified_at_ms"),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+    Index("dek_wrap_by_kek", "kek_id"),
+)
+
+proxy = Table(
+    "proxy",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("ca_pem", Text, nullable=False),
+    Column("removed", Boolean, nullable=False),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+)
+
+service_proxy = Table(
+    "service_proxy",
+    metadata,
+    Column("network_service_id", ForeignKey("network_service.id"), primary_key=True),
+    Column("proxy_id", ForeignKey("proxy.id"), primary_key=True),
+    Column("certificate_pem", Text, nullable=False),
+    # Keys no longer go there; the row stays until nothing can be held there any more.
+    Column("withdrawn", Boolean, nullable=False),
+    # What may be there: written before an envelope with keys leaves.
+    Column("issued_sequence", BigInteger, nullable=False),
+    _ms("issued_until_ms"),
+    # The last receipt for keys, and the last one for a withdrawal.
+    Column("accepted_sequence", BigInteger, nullable=False),
+    _ms("accepted_at_ms", nullable=True),
+    _ms("valid_until_ms", nullable=True),
+    Column("withdrawn_sequence", BigInteger, nullable=False),
+    _ms("withdrawn_at_ms", nullable=True),
+    Column("error", Text),
+    _ms("error_at_ms", nullable=True),
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+)
+
+push_sequence = Table(
+    "push_sequence",
+    metadata,
+    Column("issuer", String(63), primary_key=True),
+    Column("network_service_id", ForeignKey("network_service.id"), primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+)
