@@ -57,7 +57,7 @@ from proxy.profiles import profile_named
 from proxy.refusals import Refusal, RefusedError
 from proxy.routing import Routing, Wanted
 from proxy.tenants.model import LegacyPolicy
-from runtime.audit import AuditLog
+from runtime.audit import AuditLog, AuditUnavailableError
 
 _EXCHANGE: Final = "sealgate.exchange"
 _COUNTED: Final = "sealgate.counted"
@@ -134,6 +134,8 @@ class SealgateAddon:
         self._metrics = metrics
         self._wait_s = wait_s
         self._clients: dict[str, _Client] = {}
+        self.audit_trouble: str | None = None
+        """Why the last event could not be written; None if it was."""
         self.routing: Routing | None = None
         """The current picture; the engine exchanges it. None: nothing is routed."""
 
@@ -172,9 +174,8 @@ class SealgateAddon:
             return
         if routing.tunnels(spec, host=address[0], port=address[1], server_name=data.client_hello.sni):
             tenant = routing.listener(spec).tenant.tenant
-            self._audit.append(
-                "tunnel.open",
-                durable=False,
+            self._record(
+                "tunnel-opened",
                 tenant=tenant,
                 host=address[0],
                 port=address[1],
@@ -264,7 +265,7 @@ class SealgateAddon:
             digests=plan.digests,
             meter=self._metrics.of(exchange.owner).sealed,
         )
-        self._record_use("object.seal", exchange, key, size_bytes=plan.plain_bytes)
+        self._record_use("object-seal", exchange, key, size_bytes=plan.plain_bytes)
         exchange.key = key
         return body
 
@@ -294,7 +295,7 @@ class SealgateAddon:
         plain_bytes = plain_length(begin.stored_bytes)
         key = self._keys.opening_key(exchange.owner, header.key_id)
         span = plan.wanted.resolve(plain_bytes)
-        self._record_use("object.open", exchange, key, size_bytes=begin.stored_bytes, span=span)
+        self._record_use("object-open", exchange, key, size_bytes=begin.stored_bytes, span=span)
         if not await self._prefetch.proven_size(source, begin, key, plain_bytes):
             raise RefusedError(refusals.UPSTREAM_CHANGED)
         if span is None:
@@ -372,7 +373,7 @@ class SealgateAddon:
     ) -> OpenBody:
         def find_key(header: Header) -> DataKey:
             key = self._keys.opening_key(exchange.owner, header.key_id)
-            self._record_use("object.open", exchange, key, size_bytes=plan.stored_bytes)
+            self._record_use("object-open", exchange, key, size_bytes=plan.stored_bytes)
             exchange.key = key
             return key
 
@@ -433,17 +434,15 @@ class SealgateAddon:
         """The gate has ended *flow* (None: a connection). AuditUnavailableError if it is not recorded."""
         if flow is None:
             self._metrics.count(None, "none", refusal.code)
-            self._audit.append("connection.refuse", outcome=refusal.code, durable=False)
+            self._record("connection-refused", outcome=refusal.code)
             return
         exchange = _exchange_of(flow)
         owner = exchange.owner if exchange is not None else None
         self._count(flow, exchange, refusal.code)
-        self._audit.append(
-            "request.refuse",
+        self._record(
+            "request-refused",
             outcome=refusal.code,
-            durable=False,
-            tenant=owner.tenant if owner else None,
-            service=owner.service if owner else None,
+            service=str(owner) if owner else None,
             key_id=str(exchange.key.key_id) if exchange is not None and exchange.key is not None else None,
             method=flow.request.method[:32],
             host=flow.request.host[:255],
@@ -512,11 +511,9 @@ class SealgateAddon:
         )
 
     def _legacy_passed(self, exchange: Exchange) -> None:
-        self._audit.append(
-            "object.pass-legacy",
-            durable=False,
-            tenant=exchange.owner.tenant,
-            service=exchange.owner.service,
+        self._record(
+            "object-passed-unsealed",
+            service=str(exchange.owner),
             method=exchange.method,
             path=_path_of(exchange.target),
             client=exchange.client,
@@ -533,11 +530,9 @@ class SealgateAddon:
         span: tuple[int, int] | None = None,
     ) -> None:
         """*size_bytes*: what is declared, of plaintext going up or of the object coming down."""
-        self._audit.append(
+        self._record(
             action,
-            durable=False,
-            tenant=exchange.owner.tenant,
-            service=exchange.owner.service,
+            service=str(exchange.owner),
             key_id=str(key.key_id),
             method=exchange.method,
             path=_path_of(exchange.target),
@@ -546,6 +541,15 @@ class SealgateAddon:
             start=span[0] if span else None,
             stop=span[1] if span else None,
         )
+
+    def _record(self, action: str, *, outcome: str = OK, **fields: str | int | None) -> None:
+        """One event of the data path. AuditUnavailableError: what it stands for must not happen."""
+        try:
+            self._audit.append(action, outcome=outcome, durable=False, **fields)
+        except AuditUnavailableError as error:
+            self.audit_trouble = str(error)
+            raise
+        self.audit_trouble = None
 
 
 def _exchange_of(flow: HTTPFlow) -> Exchange | None:

@@ -35,6 +35,8 @@ from runtime.clock import Clock
 
 CUT_INTERVAL_S: Final = 0.25
 """How often bodies that do not move are looked at: their keys may have ended. The promise is a second."""
+RETRY_S: Final = 5.0
+"""How often a listener that could not be opened is tried again."""
 _DRAIN_STEP_S: Final = 0.05
 
 log = structlog.get_logger(__name__)
@@ -58,6 +60,9 @@ class Engine:
         self._clock = clock
         self._authorities: dict[str, InterceptionCa] = {}
         self._by_spec: dict[str, InterceptionCa] = {}
+        self._levers = gate.ALL if settings.levers else frozenset[gate.Lever]()
+        self._prepared = False
+        self._directory: Directory | None = None
         self._problems: list[str] = []
         self._master: master.Master | None = None
         self._server: proxyserver.Proxyserver | None = None
@@ -77,14 +82,17 @@ class Engine:
             return []
         return [instance.mode.full_spec for instance in self._server.servers if instance.is_running]
 
-    async def start(self, directory: Directory) -> None:
-        """Open the listeners of *directory*. UnknownEngineError, SelfTestError: nothing is opened."""
-        if self._master is not None:
-            raise MisuseError("the engine has been started")
+    async def prepare(self) -> None:
+        """Put the gate in place and rehearse it. UnknownEngineError, SelfTestError: do not go on."""
         gate.check_versions()
-        levers = gate.ALL if self._settings.levers else frozenset[gate.Lever]()
-        gate.install(levers=levers)
+        gate.install(levers=self._levers)
         await gate.self_test()
+        self._prepared = True
+
+    async def start(self, directory: Directory) -> None:
+        """Open the listeners of *directory*, after `prepare`; `problems` says which could not be."""
+        if self._master is not None or not self._prepared:
+            raise MisuseError("the engine is running, or was not prepared")
         self._master = running = master.Master(options.Options(), asyncio.get_running_loop())
         self._server = proxyserver.Proxyserver()  # type: ignore[no-untyped-call]
         tls = TenantTls(self._authority_of, http2=self._settings.http2)
@@ -93,7 +101,7 @@ class Engine:
         )
         running.options.update(**self._options())  # type: ignore[no-untyped-call]
         gate.on_refused(running, self._addon.on_refused)
-        gate.warmed_up(levers)
+        gate.warmed_up(self._levers)
         await running.running()
         await self.apply(directory)
 
@@ -101,6 +109,7 @@ class Engine:
         """Serve *directory* from now on; `problems` says what could not be done of it."""
         if self._server is None:
             raise MisuseError("the engine is not running")
+        self._directory = directory
         routing = Routing(directory)
         problems: list[str] = []
         self._load_authorities(directory, problems)
@@ -113,6 +122,13 @@ class Engine:
         self._problems = problems
         for problem in problems:
             log.error("not served", cause=problem)
+
+    async def retry_problems(self) -> NoReturn:
+        """Try again what could not be served though the directory says so."""
+        while True:
+            await self._clock.sleep(RETRY_S)
+            if self._problems and self._directory is not None and self._server is not None:
+                await self.apply(self._directory)
 
     async def cut_ended(self) -> NoReturn:
         """Cut clients whose body is under way but does not move, once its key has ended."""

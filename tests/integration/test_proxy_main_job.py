@@ -34,6 +34,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         rig.tenant("acme")
         service = rig.service("acme/files", origin.url)
         rig.push(service.owner)
+        await rig.engine.prepare()
         await rig.engine.start(rig.picture())
         assert rig.engine.problems == []
         async with asyncio.TaskGroup() as group:
