@@ -1,0 +1,441 @@
+"""The push path end to end: a real TLS server, real client certificates, real envelopes."""
+
+import asyncio
+import io
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from certs import pki
+from certs.pki import Credential, certificate_pem
+from envelope.base64url import b64u_decode
+from envelope.certificates import fingerprint
+from envelope.errors import KeyUnavailableError
+from proxy.api import push
+from proxy.api.push import MAX_BODY_BYTES, MAX_ENVELOPES, TokenBucket, make_push_application, openapi_document
+from proxy.keys.cache import KeyCache
+from proxy.keys.receive import Receiver
+from proxy.tenants.model import Directory
+from runtime.audit import AuditLog
+from runtime.serve import serving
+from runtime.tls import ServerTls, client_context
+from tests.fakes.clock import ManualClock
+from tests.pki import (
+    ServiceCredential,
+    issue_server,
+    make_server_ca,
+    make_tenant,
+    write_certificate,
+    write_credential,
+)
+from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directory_of, host_tenant
+
+SESSION = "/push/v1/session"
+ENVELOPES = "/push/v1/envelopes"
+
+
+@dataclass
+class PushEndpoint:
+    """A proxy's push listener, as `sealgate run` sets it up."""
+
+    port: int
+    ca_file: Path
+    path: Path
+    clock: ManualClock
+    cache: KeyCache
+    receiver: Receiver
+    tls: ServerTls
+
+    def apply(self, directory: Directory) -> None:
+        roots = [tenant.root_certificate for tenant in directory.tenants.values()]
+        self.tls.renew(client_roots=roots)
+        self.receiver.apply(directory)
+
+    @asynccontextmanager
+    async def client(
+        self,
+        credential: Credential | ServiceCredential | None = None,
+        *,
+        files: tuple[Path, Path] | None = None,
+    ) -> AsyncIterator["Client"]:
+        if credential is not None:
+            files = write_credential(credential, self.path, f"client-{id(credential)}")
+        context = client_context(self.ca_file, *(files or (None, None)))
+        connector = aiohttp.TCPConnector(ssl=context, limit=1)
+        async with aiohttp.ClientSession(f"https://localhost:{self.port}", connector=connector) as session:
+            yield Client(session, self.clock)
+
+
+@dataclass
+class Client:
+    session: aiohttp.ClientSession
+    clock: ManualClock
+
+    async def post(self, path: str, body: object | bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = {"Content-Type": "application/json", **headers}
+        async with self.session.post(path, data=io.BytesIO(data), headers=fields) as response:
+            answer: dict[str, Any] = await response.json(content_type=None)
+            if response.status != 200:
+                assert response.content_type == "application/problem+json"
+                assert {"code", "detail", "next_step", "status"} <= answer.keys()
+            return response.status, answer
+
+    async def challenge(self, tenant: HostedTenant) -> bytes:
+        pem = certificate_pem(tenant.signing.certificate).decode()
+        status, answer = await self.post(SESSION, {"agent": tenant.agent_id, "signing_certificate": pem})
+        assert status == 200, answer
+        assert answer["proxy"] == PROXY_ID
+        return b64u_decode(answer["challenge"])
+
+    async def push(self, *tokens: str) -> list[str]:
+        status, answer = await self.post(ENVELOPES, {"envelopes": list(tokens)})
+        assert status == 200, answer
+        return [receipt.get("code") or receipt["status"] for receipt in answer["receipts"]]
+
+
+@pytest.fixture
+def acme(tmp_path: Path) -> HostedTenant:
+    return host_tenant(tmp_path)
+
+
+@pytest.fixture
+def rival(tmp_path: Path) -> HostedTenant:
+    return host_tenant(tmp_path, "rival")
+
+
+@asynccontextmanager
+async def serve(
+    path: Path, directory: Directory, *, requests_per_s: float = 1000
+) -> AsyncIterator[PushEndpoint]:
+    ca = make_server_ca()
+    certificate_file, key_file = write_credential(issue_server(ca), path, "push")
+    ca_file = write_certificate(ca.certificate, path / "push-ca.pem")
+    clock = ManualClock()
+    cache = KeyCache(clock)
+    audit = AuditLog.open(path / "audit.jsonl", clock)
+    receiver = Receiver(
+        proxy_id=PROXY_ID, cache=cache, audit=audit, clock=clock, validity_s=VALIDITY_S, directory=directory
+    )
+    roots = [tenant.root_certificate for tenant in directory.tenants.values()]
+    tls = ServerTls(certificate_file, key_file, client_roots=roots)
+    application = make_push_application(receiver, clock=clock, requests_per_s=requests_per_s)
+    try:
+        async with serving(application, host="localhost", port=0, ssl_context=tls.context, grace_s=0) as port:
+            yield PushEndpoint(port, ca_file, path, clock, cache, receiver, tls)
+    finally:
+        audit.close()
+
+
+@pytest.fixture
+async def endpoint(acme: HostedTenant, rival: HostedTenant, tmp_path: Path) -> AsyncIterator[PushEndpoint]:
+    async with serve(tmp_path, directory_of(acme, rival)) as endpoint:
+        yield endpoint
+
+
+async def test_keys_arrive_are_refreshed_and_withdrawn(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    async with endpoint.client(files=acme.tls_files) as agent:
+        challenge = await agent.challenge(acme)
+        key, mail = acme.key(secret=bytes(range(32))), acme.key(service="mail")
+        status, answer = await agent.post(
+            ENVELOPES,
+            {
+                "envelopes": [
+                    acme.seal(endpoint.clock, challenge, key, sequence=5),
+                    acme.seal(endpoint.clock, challenge, mail, service="mail", sequence=5),
+                ]
+            },
+        )
+        assert (status, answer["receipts"][0]) == (
+            200,
+            {"status": "accepted", "service": "acme/drive", "sequence": 5, "keys": 1, "valid_for_s": 330.0},
+        )
+        assert answer["receipts"][1]["service"] == "acme/mail"
+        held = endpoint.cache.sealing_key(acme.owner())
+        endpoint.clock.shift(300)
+        again = acme.key(key_id=key.key_id, secret=bytes(range(32)))
+        assert await agent.push(acme.seal(endpoint.clock, challenge, again)) == ["accepted"]
+        endpoint.clock.shift(300)
+        held.check()
+        assert await agent.push(acme.seal(endpoint.clock, challenge)) == ["accepted"]
+        with pytest.raises(KeyUnavailableError):
+            held.check()
+
+
+async def test_the_session_tells_what_is_here_of_this_tenant_only(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    async with (
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(files=rival.tls_files) as other,
+    ):
+        key = acme.key()
+        await agent.push(acme.seal(endpoint.clock, await agent.challenge(acme), key))
+        endpoint.clock.shift(30)
+        _, answer = await agent.post(SESSION, {"agent": "hq"})
+        assert answer["time_ms"] == int(endpoint.clock.wall_s() * 1000)
+        drive, mail = answer["services"]
+        assert drive["service"] == "acme/drive"
+        assert drive["holds"] == [{"kid": str(key.key_id), "state": "active", "valid_for_s": 300.0}]
+        assert drive["certificate_sha256"] == fingerprint(acme.services["drive"].certificate).hex()
+        assert (mail["service"], mail["holds"]) == ("acme/mail", [])
+        _, answer = await other.post(SESSION, {"agent": "hq"})
+        assert {service["service"] for service in answer["services"]} == {"rival/drive", "rival/mail"}
+
+
+@pytest.mark.parametrize("who", ["nobody", "stranger", "self-made"])
+async def test_strangers_do_not_get_through_tls(endpoint: PushEndpoint, tmp_path: Path, who: str) -> None:
+    stranger = {
+        "nobody": None,
+        "stranger": make_tenant("stranger").agent_tls(),
+        "self-made": make_tenant("acme").agent_tls("hq"),  # the same names under a root of one's own
+    }[who]
+    async with endpoint.client(stranger) as client:
+        with pytest.raises((aiohttp.ClientError, ConnectionError, ssl.SSLError)):
+            await client.post(SESSION, {"agent": "hq"})
+
+
+async def test_only_an_agents_tls_certificate_speaks(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    """Everything below hangs on acme's root, so OpenSSL lets most of it in; the role decides."""
+    for credential in (acme.services["drive"], acme.signing):
+        async with endpoint.client(credential) as client:
+            try:
+                status, answer = await client.post(SESSION, {"agent": "hq"})
+            except (aiohttp.ClientError, ConnectionError, ssl.SSLError):
+                continue  # refused by OpenSSL already: no client purpose
+            assert (status, answer["code"]) == (403, "certificate-role")
+    async with endpoint.client(files=acme.tls_files) as client:
+        status, answer = await client.post(SESSION, {"agent": "branch"})
+        assert (status, answer["code"]) == (403, "agent")
+
+
+async def test_a_root_that_certifies_for_another_tenant_proves_nothing(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    """The rival's root is trusted by OpenSSL here; it must not speak for acme."""
+    forged = _agent_certified_by(rival, "acme")
+    async with endpoint.client(forged) as client:
+        for path, body in ((SESSION, {"agent": "hq"}), (ENVELOPES, {"envelopes": []})):
+            status, answer = await client.post(path, body)
+            assert (status, answer["code"]) == (403, "certificate-chain")
+
+
+async def test_an_envelope_for_another_tenants_service_does_not_exist_here(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    async with (
+        endpoint.client(files=acme.tls_files) as ours,
+        endpoint.client(files=rival.tls_files) as theirs,
+    ):
+        await ours.challenge(acme)
+        genuine = rival.seal(endpoint.clock, await theirs.challenge(rival), rival.key())
+        status, answer = await ours.post(ENVELOPES, {"envelopes": [genuine]})
+        assert status == 200
+        assert answer["receipts"][0]["code"] == "recipient"
+        assert answer["receipts"][0]["service"] is None
+        with pytest.raises(KeyUnavailableError):
+            endpoint.cache.sealing_key(rival.owner())
+        assert await theirs.push(genuine) == ["accepted"]
+
+
+async def test_replays_old_sequences_and_stale_challenges(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    clock = endpoint.clock
+    async with endpoint.client(files=acme.tls_files) as agent:
+        challenge = await agent.challenge(acme)
+        token = acme.seal(clock, challenge, acme.key(), sequence=50)
+        assert await agent.push(token, token) == ["accepted", "sequence"]
+        assert await agent.push(acme.seal(clock, challenge, acme.key(), sequence=49)) == ["sequence"]
+        fresh = await agent.challenge(acme)
+        assert await agent.push(acme.seal(clock, challenge, acme.key())) == ["nonce"]
+        assert await agent.push(acme.seal(clock, fresh, acme.key())) == ["accepted"]
+
+
+async def test_a_restart_forgets_the_challenge(acme: HostedTenant, tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    directory = directory_of(acme)
+    async with (
+        serve(tmp_path / "first", directory) as endpoint,
+        endpoint.client(files=acme.tls_files) as agent,
+    ):
+        token = acme.seal(endpoint.clock, await agent.challenge(acme), acme.key())
+    async with (
+        serve(tmp_path / "second", directory) as endpoint,
+        endpoint.client(files=acme.tls_files) as agent,
+    ):
+        assert await agent.push(token) == ["nonce"]
+        challenge = await agent.challenge(acme)
+        assert await agent.push(token) == ["nonce"]
+        assert await agent.push(acme.seal(endpoint.clock, challenge, acme.key())) == ["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        (SESSION, b"{", 400, "malformed"),
+        (SESSION, b"\xff\xfe", 400, "malformed"),
+        (SESSION, b"[" * 50_000, 400, "malformed"),
+        (SESSION, {}, 400, "malformed"),
+        (SESSION, {"agent": 1}, 400, "malformed"),
+        (SESSION, {"agent": "hq", "tenant": "rival"}, 400, "malformed"),
+        (SESSION, {"agent": "hq", "signing_certificate": "no"}, 400, "malformed"),
+        (SESSION, b" " * 70_000, 413, "too-large"),
+        (ENVELOPES, {"envelopes": "x"}, 400, "malformed"),
+        (ENVELOPES, {"envelopes": [None]}, 400, "malformed"),
+        (ENVELOPES, {"envelopes": ["x"] * (MAX_ENVELOPES + 1)}, 400, "malformed"),
+        (ENVELOPES, b" " * (MAX_BODY_BYTES + 1), 413, "too-large"),
+        ("/push/v2/session", {}, 404, "not-found"),
+    ],
+)
+async def test_bad_requests_are_problems(
+    endpoint: PushEndpoint, acme: HostedTenant, *, path: str, body: object, status: int, code: str
+) -> None:
+    async with endpoint.client(files=acme.tls_files) as agent:
+        got, answer = await agent.post(path, body)
+        assert (got, answer["code"]) == (status, code)
+
+
+async def test_a_body_without_a_declared_length_is_bounded_too(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(2 * MAX_BODY_BYTES // 65_536):
+            yield b" " * 65_536
+
+    async with endpoint.client(files=acme.tls_files) as agent:
+        headers = {"Content-Type": "application/json"}
+        async with agent.session.post(ENVELOPES, data=endless(), headers=headers) as response:
+            assert response.status == 413
+
+
+async def test_other_content_types_and_methods(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    async with endpoint.client(files=acme.tls_files) as agent:
+        status, answer = await agent.post(SESSION, {"agent": "hq"}, **{"Content-Type": "text/plain"})
+        assert (status, answer["code"]) == (415, "unsupported-media-type")
+        async with agent.session.get(SESSION) as response:
+            assert response.status == 405
+
+
+async def test_malformed_envelopes_get_receipts(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    async with endpoint.client(files=acme.tls_files) as agent:
+        challenge = await agent.challenge(acme)
+        good = acme.seal(endpoint.clock, challenge, acme.key())
+        header, _, rest = good.partition(".")
+        outcomes = await agent.push("", "a.b.c.d.e", "x" * 70_000, f"{header}.{rest}x", good)
+        assert outcomes == ["malformed", "malformed", "too-large", "malformed", "accepted"]
+
+
+async def test_rates_are_limited_per_tenant(acme: HostedTenant, rival: HostedTenant, tmp_path: Path) -> None:
+    async with (
+        serve(tmp_path, directory_of(acme, rival), requests_per_s=1) as endpoint,
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(files=rival.tls_files) as other,
+    ):
+        for _ in range(push.BURST_FACTOR):
+            assert (await agent.post(SESSION, {"agent": "hq"}))[0] == 200
+        async with agent.session.post(SESSION, json={"agent": "hq"}) as response:
+            assert response.status == 429
+            assert response.headers["Retry-After"] == "1"
+            assert (await response.json(content_type=None))["code"] == "rate-limited"
+        assert (await other.post(SESSION, {"agent": "hq"}))[0] == 200
+        endpoint.clock.shift(1)
+        assert (await agent.post(SESSION, {"agent": "hq"}))[0] == 200
+
+
+async def test_the_directory_changes_while_serving(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant, tmp_path: Path
+) -> None:
+    newcomer = host_tenant(tmp_path, "newcomer")
+    async with endpoint.client(files=rival.tls_files) as old_connection:
+        await old_connection.challenge(rival)
+        endpoint.apply(directory_of(acme, newcomer, revision=2))
+        async with endpoint.client(files=newcomer.tls_files) as agent:
+            challenge = await agent.challenge(newcomer)
+            assert await agent.push(newcomer.seal(endpoint.clock, challenge, newcomer.key())) == ["accepted"]
+        status, answer = await old_connection.post(SESSION, {"agent": "hq"})
+        assert (status, answer["code"]) == (403, "tenant"), (
+            "a kept connection has no more rights than a new one"
+        )
+    async with endpoint.client(files=rival.tls_files) as removed:
+        with pytest.raises((aiohttp.ClientError, ConnectionError, ssl.SSLError)):
+            await removed.post(SESSION, {"agent": "hq"})
+
+
+async def test_a_large_push_lets_others_through(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    async with (
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(files=rival.tls_files) as other,
+    ):
+        challenge = await agent.challenge(acme)
+        tokens = [acme.seal(endpoint.clock, challenge, acme.key()) for _ in range(60)]
+        large = asyncio.create_task(agent.push(*tokens))
+        await asyncio.sleep(0)
+        assert (await other.post(SESSION, {"agent": "hq"}))[0] == 200
+        outcomes = await large
+        assert set(outcomes[:-1]) == {"sequence"}, "each later envelope overtook the one before"
+        assert outcomes[-1] == "accepted"
+
+
+async def test_openapi_describes_what_is_served(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    application = make_push_application(endpoint.receiver, clock=endpoint.clock, requests_per_s=1)
+    served = {
+        (route.method.lower(), route.resource.canonical)
+        for route in application.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    }
+    document = openapi_document()
+    paths = document["paths"]
+    assert isinstance(paths, dict)
+    assert served == {(method, path) for path, methods in paths.items() for method in methods}
+    async with endpoint.client(files=acme.tls_files) as agent, agent.session.get("/openapi.json") as response:
+        assert await response.json() == document
+
+
+def test_the_token_bucket_refills() -> None:
+    clock = ManualClock()
+    bucket = TokenBucket(clock, rate_per_s=2, burst=2)
+    assert [bucket.take(), bucket.take()] == [0, 0]
+    assert bucket.take() == pytest.approx(0.5)
+    clock.shift(0.5)
+    assert bucket.take() == 0
+    clock.shift(3600)
+    assert [bucket.take(), bucket.take()] == [0, 0]
+    assert bucket.take() > 0
+
+
+def _agent_certified_by(tenant: HostedTenant, claimed: str) -> Credential:
+    """An agent certificate that names *claimed* under *tenant*'s root; `certs.pki` refuses to make it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    genuine = tenant.tls.certificate
+    extensions: list[tuple[x509.ExtensionType, bool]] = [
+        (extension.value, extension.critical)
+        for extension in genuine.extensions
+        if extension.oid
+        not in (
+            x509.SubjectAlternativeName.oid,
+            x509.SubjectKeyIdentifier.oid,
+            x509.AuthorityKeyIdentifier.oid,
+        )
+    ]
+    uri = x509.UniformResourceIdentifier(f"urn:sealgate:{claimed}:agent:hq:tls")
+    certificate = pki.certify(
+        key.public_key(),
+        subject=pki.name("hq", claimed),
+        issuer=tenant.pki.root,
+        valid_from=datetime(2020, 1, 1, tzinfo=UTC),
+        validity=timedelta(days=9000),
+        extensions=[*extensions, (x509.SubjectAlternativeName([uri]), False)],
+    )
+    return Credential(key, certificate)
