@@ -327,8 +327,10 @@ def _check_freshness(claims: dict[str, Any], expected: Expectation) -> None:
 
 def _decode_claims(claims: dict[str, Any], owner: NetworkService) -> Claims:
     """Rule 6 and what is left: every key checked, then all of them returned."""
-    if claims["op"] not in set(Operation):
-        raise EnvelopeError("malformed", "an unknown operation")
+    try:
+        operation = Operation(claims["op"])
+    except ValueError:
+        raise EnvelopeError("malformed", "an unknown operation") from None
     items = claims["keys"]
     if not isinstance(items, list):
         raise EnvelopeError("malformed", "keys are a list")
@@ -349,7 +351,7 @@ def _decode_claims(claims: dict[str, Any], owner: NetworkService) -> Claims:
         sequence=claims["seq"],
         token_id=b64u_decode(claims["jti"]),
         nonce=b64u_decode(claims["nonce"]) if "nonce" in claims else None,
-        operation=Operation(claims["op"]),
+        operation=operation,
         keys=tuple(keys),
     )
 
