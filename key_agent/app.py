@@ -215,6 +215,7 @@ async def opened(
             agent_id=mine.id,
             certificate_file=settings.tls.certificate_file,
             key_file=settings.tls.key_file,
+            signing_certificate_file=settings.signing.certificate_file,
         )
         stack.push_async_callback(transport.close)
         agent = Agent(

@@ -138,15 +138,24 @@ class _Problem(msgspec.Struct):
 
 
 class HttpsTransport(Transport):
-    def __init__(self, *, agent_id: str, certificate_file: Path, key_file: Path) -> None:
+    def __init__(
+        self,
+        *,
+        agent_id: str,
+        certificate_file: Path,
+        key_file: Path,
+        signing_certificate_file: Path | None = None,
+    ) -> None:
+        """*signing_certificate_file*: introduced to each proxy that has not pinned it; it verifies the chain."""
         self._agent_id = agent_id
+        self._signing_certificate_file = signing_certificate_file
         self._certificate_file = certificate_file
         self._key_file = key_file
         self._clients: dict[Proxy, aiohttp.ClientSession] = {}
 
     @override
     async def open_session(self, proxy: Proxy) -> Session:
-        body = msgspec.json.encode({"agent": self._agent_id})
+        body = msgspec.json.encode({"agent": self._agent_id} | self._introduction())
         answer = _decode(await self._post(proxy, "/push/v1/session", body), _SessionAnswer)
         if answer.proxy != proxy.id:
             raise PushError("wrong-proxy", f"{proxy.url} says it is {answer.proxy!r}, not {proxy.id!r}")
@@ -189,6 +198,14 @@ class HttpsTransport(Transport):
         self._clients.clear()
         for client in clients:
             await client.close()
+
+    def _introduction(self) -> dict[str, str]:
+        if self._signing_certificate_file is None:
+            return {}
+        try:
+            return {"signing_certificate": self._signing_certificate_file.read_text(encoding="ascii")}
+        except (OSError, ValueError) as error:
+            raise PushError("signing-certificate", f"own signing certificate: {_reason(error)}") from error
 
     async def _post(self, proxy: Proxy, path: str, body: bytes) -> bytes:
         client = await self._client(proxy)
