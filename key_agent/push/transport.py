@@ -146,7 +146,7 @@ class HttpsTransport(Transport):
         key_file: Path,
         signing_certificate_file: Path | None = None,
     ) -> None:
-        """*signing_certificate_file*: introduced to each proxy that has not pinned it; it verifies the chain."""
+        """*signing_certificate_file*: introduced to each proxy, which verifies its chain."""
         self._agent_id = agent_id
         self._signing_certificate_file = signing_certificate_file
         self._certificate_file = certificate_file
