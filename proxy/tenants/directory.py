@@ -347,18 +347,12 @@ class DirectoryStore:
         key_file = _key_name(owner)
 
         def change(connection: Connection, before: Directory) -> _Draft:
-            entry = _tenant_in(before, owner.tenant)
+            _tenant_in(before, owner.tenant)
             if owner in before.services:
                 raise ChangeRefusedError(
                     f"network service {owner} exists", f"renew its key by `sealgate service renew {owner}`"
                 )
-            same_host = before.service_for_host(owner.tenant, upstream.host, upstream.port)
-            if same_host is not None:
-                raise ChangeRefusedError(
-                    f"{upstream.authority} is {same_host.owner} already",
-                    "give one network service per host and port",
-                )
-            _check_not_tunnelled(upstream, entry.tunnel_hosts)
+            _check_upstream(before, owner, upstream)
             if reverse_listen is not None:
                 _check_listener(before, reverse_listen, reserved)
             now_ms = _ms(self._clock.wall_s())
@@ -391,6 +385,62 @@ class DirectoryStore:
             files.private_key(key_file, key)
             self._change(change, actor)
         return certificates.make_service_csr(owner, key)
+
+    def certificate_request(self, owner: NetworkService) -> x509.CertificateSigningRequest:
+        """The CSR of the newest key of *owner*: the one that waits for its certificate, if there is one."""
+        with self._transaction(self._reader) as connection:
+            _service_in(self._snapshot(connection), owner)
+            row = _service_row(connection, owner)
+        try:
+            key = certificates.read_private_key(self._state_dir / (row.pending_key_file or row.key_file))
+        except CredentialError as error:
+            raise ChangeRefusedError(
+                str(error), f"make a new key by `sealgate service renew {owner}`"
+            ) from None
+        return certificates.make_service_csr(owner, key)
+
+    def update_service(
+        self,
+        owner: NetworkService,
+        *,
+        actor: str,
+        upstream: Upstream | None = None,
+        profile: str | None = None,
+        legacy: LegacyPolicy | None = None,
+        reverse_listen: object = _UNCHANGED,
+        reserved: Iterable[Listen] = (),
+    ) -> ServiceEntry:
+        """Replace what is given; *reverse_listen* is a Listen or None. Keys and certificate stay.
+
+        ChangeRefusedError as for `add_service`.
+        """
+
+        def change(connection: Connection, before: Directory) -> _Draft:
+            entry = _service_in(before, owner)
+            values: dict[str, object] = {"updated_at_ms": _ms(self._clock.wall_s())}
+            detail: dict[str, str] = {}
+            if upstream is not None:
+                _check_upstream(before, owner, upstream)
+                values |= {
+                    "upstream_scheme": upstream.scheme,
+                    "upstream_host": upstream.host,
+                    "upstream_port": upstream.port,
+                }
+                detail["upstream"] = str(upstream)
+            if profile is not None:
+                values["profile"] = detail["profile"] = profile
+            if legacy is not None:
+                values["legacy"] = detail["legacy"] = legacy.value
+            if reverse_listen is not _UNCHANGED:
+                listen = reverse_listen if isinstance(reverse_listen, Listen) else None
+                if listen is not None and listen != entry.reverse_listen:
+                    _check_listener(before, listen, reserved)
+                values["reverse_listen"] = None if listen is None else str(listen)
+                detail["reverse_listen"] = "none" if listen is None else str(listen)
+            connection.execute(_update_service(owner).values(values))
+            return _Draft(action="service-updated", tenant=owner.tenant, service=owner.service, detail=detail)
+
+        return self._change(change, actor).services[owner]
 
     def renew_service(
         self, owner: NetworkService, *, actor: str, key_type: KeyType = KeyType.P256
@@ -662,6 +712,15 @@ def _check_listener(before: Directory, listen: Listen, reserved: Iterable[Listen
             raise ChangeRefusedError(
                 f"{listen} clashes with {taken} of {user}", "choose another address or port"
             )
+
+
+def _check_upstream(before: Directory, owner: NetworkService, upstream: Upstream) -> None:
+    same_host = before.service_for_host(owner.tenant, upstream.host, upstream.port)
+    if same_host is not None and same_host.owner != owner:
+        raise ChangeRefusedError(
+            f"{upstream.authority} is {same_host.owner} already", "give one network service per host and port"
+        )
+    _check_not_tunnelled(upstream, before.tenants[owner.tenant].tunnel_hosts)
 
 
 def _check_other_roots(before: Directory, name: str, root: x509.Certificate) -> None:

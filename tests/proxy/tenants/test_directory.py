@@ -423,3 +423,34 @@ def test_sqlite_is_durable(tmp_path: Path) -> None:
         assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     finally:
         raw.close()
+
+
+def test_a_service_changes_but_keeps_its_keys(store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["sso.example"])
+    certificate = sign(acme, store.add_service(DRIVE, UPSTREAM, actor=ACTOR, legacy=LegacyPolicy.MIGRATE))
+    before = store.import_certificate(DRIVE, certificate, actor=ACTOR)
+    store.add_service(NetworkService("acme", "mail"), Upstream.parse("https://mail.example"), actor=ACTOR)
+    moved = Upstream.parse("https://drive.example.org")
+    listen = Listen("127.0.0.1", 8090)
+    after = store.update_service(
+        DRIVE, actor=ACTOR, upstream=moved, legacy=LegacyPolicy.STRICT, reverse_listen=listen
+    )
+    assert (after.upstream, after.legacy, after.reverse_listen) == (moved, LegacyPolicy.STRICT, listen)
+    assert (after.certificate, after.key_file) == (before.certificate, before.key_file)
+    assert store.update_service(DRIVE, actor=ACTOR, upstream=moved).reverse_listen == listen
+    assert store.update_service(DRIVE, actor=ACTOR, reverse_listen=None).reverse_listen is None
+    for taken in ("https://mail.example", "https://sso.example"):
+        with pytest.raises(ChangeRefusedError):
+            store.update_service(DRIVE, actor=ACTOR, upstream=Upstream.parse(taken))
+    with pytest.raises(NotThereError):
+        store.update_service(NetworkService("acme", "nothing"), actor=ACTOR)
+
+
+def test_the_request_can_be_written_again(store: DirectoryStore, acme: Tenant) -> None:
+    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    csr = store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    assert store.certificate_request(DRIVE).public_key() == csr.public_key()
+    store.import_certificate(DRIVE, sign(acme, csr), actor=ACTOR)
+    assert store.certificate_request(DRIVE).public_key() == csr.public_key()
+    renewed = store.renew_service(DRIVE, actor=ACTOR)
+    assert store.certificate_request(DRIVE).public_key() == renewed.public_key()
