@@ -63,24 +63,30 @@ class PinGate:
         LoginRefusedError: this very file was refused before. KeySourceError: unreadable, or others can.
         """
         try:
-            descriptor = os.open(self._pin_file, os.O_RDONLY | os.O_CLOEXEC)
+            # Non-blocking: a FIFO must not hang the agent.
+            descriptor = os.open(self._pin_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise KeySourceError(f"PIN file {self._pin_file}: {error.strerror}") from None
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - one file for status and content
-            status = os.fstat(file.fileno())
+        try:
+            # Status and content of one and the same file.
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
                 raise KeySourceError(
                     f"PIN file {self._pin_file}: only its owner may read it (chmod 600), a regular file"
                 )
             note = self._note(status)
             self._check(note)
-            content = file.read(PIN_SIZE_LIMIT + 1)
+            content = os.read(descriptor, PIN_SIZE_LIMIT + 1)
+        finally:
+            os.close(descriptor)
         if len(content) > PIN_SIZE_LIMIT:
             raise KeySourceError(f"PIN file {self._pin_file}: longer than {PIN_SIZE_LIMIT} bytes")
         try:
             text = content.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
             raise KeySourceError(f"PIN file {self._pin_file}: not UTF-8") from None
+        if not text:
+            raise KeySourceError(f"PIN file {self._pin_file}: is empty")
         return Pin(text=text, note=note)
 
     def refuse(self, pin: Pin, verdict: Verdict) -> None:

@@ -134,25 +134,23 @@ class Pkcs11Source(KeySource):
 
     @override
     async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
-        reply = await self._ask(
+        reply = await self._administer(
             wire.CreateKek(
                 reference=reference,
                 methods=self._settings.methods,
                 replace_unfinished=replace_unfinished,
                 now_ms=self._now_ms(),
-            ),
-            timeout_s=self._settings.administration_timeout_s,
+            )
         )
         return _expect(reply, wire.KekMade).kek
 
     @override
     async def destroy_kek(self, kek: Kek) -> None:
-        reply = await self._ask(wire.DestroyKek(kek=kek), timeout_s=self._settings.administration_timeout_s)
-        _expect(reply, wire.Done)
+        _expect(await self._administer(wire.DestroyKek(kek=kek)), wire.Done)
 
     @override
     async def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
-        _expect(await self._ask(wire.EnableKek(kek=kek, enabled=enabled)), wire.Done)
+        _expect(await self._administer(wire.EnableKek(kek=kek, enabled=enabled)), wire.Done)
 
     @override
     async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
@@ -214,9 +212,7 @@ class Pkcs11Source(KeySource):
 
     @override
     async def describe(self) -> dict[str, object]:
-        reply = await self._ask(
-            wire.Describe(methods=NEGOTIATED_METHODS), timeout_s=self._settings.administration_timeout_s
-        )
+        reply = await self._administer(wire.Describe(methods=NEGOTIATED_METHODS))
         return _expect(reply, wire.Described).facts
 
     @override
@@ -246,7 +242,7 @@ class Pkcs11Source(KeySource):
         return Diagnosis(found.verdict, found.detail)
 
     async def _ask_about(self, kek: Kek, message: wire.Message) -> wire.Reply:
-        """As `_ask`; a failure that the worker answered is diagnosed: revoked, unreachable, or once more."""
+        """The answer; a failure that the worker answered is diagnosed: revoked, unreachable, or once more."""
         reply = await self._worker.request(message)
         if not isinstance(reply, wire.Failed):
             return reply
@@ -259,8 +255,11 @@ class Pkcs11Source(KeySource):
                 return reply
         raise _unproven(reply)
 
-    async def _ask(self, message: wire.Message, *, timeout_s: float | None = None) -> wire.Reply:
-        reply = await self._worker.request(message, timeout_s=timeout_s)
+    async def _administer(self, message: wire.Message) -> wire.Reply:
+        """An operator's request, in a new worker: modules cache slots and keys until C_Finalize."""
+        reply = await self._worker.request(
+            message, timeout_s=self._settings.administration_timeout_s, fresh=True
+        )
         if isinstance(reply, wire.Failed):
             raise _unproven(reply)
         return reply

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from envelope.derive import ekm_binding, key_check_value
 from envelope.errors import SealgateError
-from envelope.keys import KeyId, KeyMaterial, NetworkService
+from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources.source import (
@@ -201,6 +201,11 @@ class FakeKeySource(KeySource):
         for row, state in request.keys:
             if row.key_id in self._spoiled or row.owner != request.owner:
                 failed_keys[row.key_id] = "does not open"
+                continue
+            if state is KeyState.DESTROYED:
+                opened.append(
+                    KeyMaterial(owner=row.owner, key_id=row.key_id, state=state, secret=bytearray())
+                )
                 continue
             binding = _binding(request.owner, row.key_id, kek)
             try:

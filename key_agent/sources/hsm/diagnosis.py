@@ -60,12 +60,16 @@ def _diagnose(token: Token, kek: Kek, today: date) -> Diagnosis:
 def usable_kek(token: Token, kek: Kek, *, now_s: float) -> Any:
     """The key object of *kek* on the current session, to be used for this call only.
 
-    KeySourceError if it is missing, ambiguous, disabled or past its end; that alone proves nothing yet.
+    It has opened its canary: nothing is ever wrapped by another key of that name. KeySourceError
+    if it is missing, ambiguous, disabled, past its end, or not that key; that alone proves nothing yet.
     """
     found = find_kek(token, kek)
-    state = _state(found, wrapping_of(kek.method), _day(now_s))
+    wrapping = wrapping_of(kek.method)
+    state = _state(found, wrapping, _day(now_s))
     if state is not None:
         raise error_of(state)
+    if not _opens_canary(token, kek, wrapping, found):
+        raise KeySourceError("the KEK does not open its canary")
     return found
 
 
@@ -94,12 +98,21 @@ def _state(found: Any, wrapping: Wrapping, today: date) -> Diagnosis | None:
     if attribute(found, wrapping.opening) is False:
         return Diagnosis(Verdict.KEK_DISABLED, f"{wrapping.opening.name} of the KEK is false")
     # No token enforces these dates (hsm.md 1.9).
-    ends, starts = attribute(found, Attribute.END_DATE), attribute(found, Attribute.START_DATE)
+    ends, starts = _date(found, Attribute.END_DATE), _date(found, Attribute.START_DATE)
     if ends is not None and today > ends:
         return Diagnosis(Verdict.KEK_EXPIRED, f"the KEK ended on {ends}")
     if starts is not None and today < starts:
         return Diagnosis(Verdict.KEK_EXPIRED, f"the KEK begins on {starts} only")
     return None
+
+
+def _date(found: Any, name: Attribute) -> date | None:
+    """None where it is unset or unreadable: SoftHSM2 answers GeneralError for a private key that has one."""
+    try:
+        value = attribute(found, name)
+    except PKCS11Error:
+        return None
+    return value if isinstance(value, date) else None
 
 
 def _opens_canary(token: Token, kek: Kek, wrapping: Wrapping, found: Any) -> bool:
