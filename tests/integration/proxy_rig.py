@@ -180,12 +180,15 @@ class Rig:
         *arguments: str,
         mode: str = "reverse",
         body: bytes | None = None,
+        output: str = "-",
     ) -> Answer:
         """One request by curl; *body* goes in by stdin where an argument names `-` or `@-`."""
-        return await curl(*arguments, *self.curl_arguments(service, mode, path), body=body)
+        return await curl(*arguments, *self.curl_arguments(service, mode, path), body=body, output=output)
 
 
-async def curl(*arguments: str, body: bytes | None = None, timeout_s: float = 60) -> Answer:
+async def curl(
+    *arguments: str, body: bytes | None = None, timeout_s: float = 60, output: str = "-"
+) -> Answer:
     marker = b"\n--curl-head--\n"
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     process = await asyncio.create_subprocess_exec(
@@ -193,7 +196,7 @@ async def curl(*arguments: str, body: bytes | None = None, timeout_s: float = 60
         "--silent",
         "--show-error",
         "--output",
-        "-",
+        output,
         "--max-time",
         str(timeout_s),
         "--write-out",
