@@ -40,6 +40,14 @@ from proxy.refusals import Refusal
 TOP_LAYERS: Final = (modes.HttpProxy, modes.HttpUpstreamProxy, modes.ReverseProxy, modes.TransparentProxy)
 PROTOCOLS: Final = (*TOP_LAYERS, http.HttpLayer, layers.ClientTLSLayer, layers.ServerTLSLayer)
 
+# Options of mitmproxy under which a promise does not hold, whatever the addon does: nobody is served.
+_REQUIRED_OPTIONS: Final[dict[str, object]] = {
+    "connection_strategy": "lazy",  # eager connects before there is a decision
+    "request_client_cert": False,  # would accept any client certificate, unverified
+    "ssl_insecure": False,
+    "store_streamed_bodies": False,  # would keep every body in memory
+}
+
 # They report what has happened already. Any other hook without a flow decides something of the connection.
 _AFTER_THE_FACT: Final = frozenset(
     {
@@ -149,18 +157,26 @@ class GuardedConnectionHandler(BackpressureHandler):
     @override
     async def handle_client(self) -> None:
         try:
-            if self.client.transport_protocol == "tcp" and isinstance(self.layer, TOP_LAYERS):
-                await super().handle_client()
+            if (unsafe := self._unsafe_options()) or self.client.transport_protocol != "tcp":
+                self._deny(unsafe or self.client.transport_protocol)
+            elif not isinstance(self.layer, TOP_LAYERS):
+                self._deny(type(self.layer).__name__)
             else:
-                self._deny(self.layer)
+                await super().handle_client()
         finally:
             for io in self.transports.values():
                 _reset(io.writer)
 
+    def _unsafe_options(self) -> str:
+        """Names of the options that are not as they must be."""
+        given = self.layer.context.options
+        return ", ".join(name for name, wanted in _REQUIRED_OPTIONS.items() if getattr(given, name) != wanted)
+
     @override
     async def handle_connection(self, connection: Connection) -> None:
         try:
-            await super().handle_connection(connection)
+            if not self._aborted:  # else it would wait for somebody to close what is closed
+                await super().handle_connection(connection)
         finally:
             await self._forget(connection)
 
@@ -273,7 +289,7 @@ class GuardedConnectionHandler(BackpressureHandler):
         below = chosen.layer
         while below is not None and not isinstance(below, layer.NextLayer):
             if self.client.transport_protocol != "tcp" or not isinstance(below, PROTOCOLS):
-                self._deny(below)
+                self._deny(type(below).__name__)
                 for given in list(chosen.context.layers):
                     if given is below or given is chosen.layer:
                         chosen.context.layers.remove(given)
@@ -281,8 +297,8 @@ class GuardedConnectionHandler(BackpressureHandler):
                 return
             below = getattr(below, "child_layer", None)
 
-    def _deny(self, refused: layer.Layer) -> None:
-        log.warning("refused the protocol %s", type(refused).__name__)
+    def _deny(self, what: str) -> None:
+        log.warning("refused a connection: %s", what)
         try:
             self.report(None, refusals.UPGRADE, bytes_sent=False)
         except Exception as error:  # noqa: BLE001 - it is refused already, and stays so

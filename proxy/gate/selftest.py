@@ -13,6 +13,7 @@ from typing import Any, Final, override
 
 from mitmproxy import addonmanager, options
 from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.addons.tlsconfig import TlsConfig
 from mitmproxy.connection import ConnectionState
 from mitmproxy.http import HTTPFlow
 from mitmproxy.proxy import commands, events, layer, layers, mode_servers, server
@@ -96,7 +97,8 @@ class _Addon:
 class _Master:
     def __init__(self, addon: _Addon) -> None:
         self.options = options.Options()
-        Proxyserver().load(addonmanager.Loader(self))  # type: ignore[no-untyped-call]
+        for addon_class in (Proxyserver, TlsConfig):
+            addon_class().load(addonmanager.Loader(self))  # type: ignore[no-untyped-call]
         self.options.update(connection_strategy="lazy")  # type: ignore[no-untyped-call]
         self.addons = addonmanager.AddonManager(self)  # type: ignore[no-untyped-call]
         self.addons.chain = [addon]

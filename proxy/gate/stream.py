@@ -6,7 +6,8 @@ pass, or ends the flow. The rules:
 1. A flow begins refused. A request leaves when `permit.request` covers it, judged after `requestheaders`,
    before the connect, after the connect and at every piece; a response when `permit.response` covers it.
 2. The permit and the stream object are compared by identity with what they were at the head, at every piece.
-3. What leaves is framed, once and truly: no more and no fewer bytes than the head declared.
+3. What leaves is framed, once and truly: no more and no fewer bytes than the head declared. The piece that
+   completes a declared length waits until the transform has finished and the hook after it has agreed.
 4. A refused upload is answered at once and not read. The connection lingers LINGER_S, then it is cut.
 5. Before the head of the response has left, a refusal is a proper answer; after that there is only the cut:
    RST on HTTP/1 (a client of a length-less HTTP/1.0 body must see it too), RST_STREAM on HTTP/2.
@@ -56,6 +57,7 @@ from mitmproxy.proxy.layers.http._hooks import (
     HttpErrorHook,
     HttpRequestHeadersHook,
     HttpResponseHeadersHook,
+    HttpResponseHook,
 )
 from mitmproxy.proxy.layers.http._http1 import Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Server
@@ -113,7 +115,7 @@ class _ClientGoneError(Exception):
 class _Leg:
     """One direction of a flow: what was granted for it, and what has left."""
 
-    __slots__ = ("declared_bytes", "ended", "granted", "sent_bytes", "started")
+    __slots__ = ("declared_bytes", "ended", "granted", "last", "sent_bytes", "started")
 
     def __init__(self) -> None:
         self.granted: Clear | Transform | None = None
@@ -121,16 +123,23 @@ class _Leg:
         self.sent_bytes = 0
         self.started = False
         self.ended = False
+        self.last: SendHttp | None = None
+        """The piece that completes the declared length, held back."""
 
     def start(self, granted: Clear | Transform | None, declared_bytes: int | None) -> None:
         self.granted = granted
         self.declared_bytes = declared_bytes
         self.started = True
 
-    def count(self, size_bytes: int) -> None:
-        if self.declared_bytes is not None and self.sent_bytes + size_bytes > self.declared_bytes:
-            raise _VetoError(refusals.INTERNAL, "the body outgrows its declared length")
+    def completes(self, piece: SendHttp, size_bytes: int) -> bool:
+        """Count *piece*; True: it completes the declared length and is held back here."""
         self.sent_bytes += size_bytes
+        if self.declared_bytes is None or self.sent_bytes < self.declared_bytes:
+            return False
+        if self.sent_bytes > self.declared_bytes:
+            raise _VetoError(refusals.INTERNAL, "the body outgrows its declared length")
+        self.last = piece
+        return True
 
     def check_end(self) -> None:
         if isinstance(self.granted, Transform):
@@ -232,10 +241,14 @@ class GuardedStream(http.HttpStream):
                     if self._over:  # abandoned meanwhile
                         stock.close()
                         return
-                    if isinstance(command, commands.StartHook) and self._answers_after(command):
-                        stock.close()
-                        yield from self._answer_at_once()
-                        return
+                    if isinstance(command, commands.StartHook):
+                        if self._answers_after(command):
+                            stock.close()
+                            yield from self._answer_at_once()
+                            return
+                        # An early response must not wait for the end of the request.
+                        if isinstance(command, HttpResponseHook) and self._response.last is not None:
+                            yield from self._release_last(self._response)
                 else:
                     yield command
             except StopIteration:
@@ -339,8 +352,9 @@ class GuardedStream(http.HttpStream):
         granted = permit(self.flow).request
         self._check_grant(self._request, granted, request)
         framed = _check_framing(request, granted)
-        # Towards HTTP/1 the gate frames what came by HTTP/2 without a length; it does not guess for HTTP/1.
-        if self._body_follows and not framed and self.context.client.alpn != b"h2":
+        # HTTP/2 frames by itself; what came by it, the gate frames for HTTP/1. Else it does not guess.
+        speaks_http2 = b"h2" in (self.context.client.alpn, self.context.server.alpn)
+        if self._body_follows and not framed and not speaks_http2:
             raise _VetoError(refusals.INTERNAL, "unframed body")
 
     def _check_response(self, response: Response) -> None:
@@ -411,10 +425,10 @@ class GuardedStream(http.HttpStream):
             if not event.data:
                 return  # would end a chunked body
             self._check_grant(leg, granted, request)
-            leg.count(len(event.data))
+            if leg.completes(command, len(event.data)):
+                return
         elif isinstance(event, RequestEndOfMessage):
-            self._check_grant(leg, granted, request)
-            leg.check_end()
+            yield from self._release_last(leg)
             leg.ended = True
         elif isinstance(event, RequestTrailers):
             self._check_grant(leg, granted, request)
@@ -436,21 +450,38 @@ class GuardedStream(http.HttpStream):
         if isinstance(event, ResponseData):
             if not event.data:
                 return
-            leg.count(len(event.data))
+            if leg.completes(command, len(event.data)):
+                return
         elif isinstance(event, ResponseEndOfMessage):
-            if self._may_have_body(response):
-                leg.check_end()
+            yield from self._release_last(leg)
             leg.ended = True
         elif isinstance(event, ResponseTrailers):
             if leg.granted is not CLEAR:
                 raise _VetoError(refusals.TRAILERS, "trailers")
         else:
             raise _VetoError(refusals.INTERNAL, f"unknown event {type(event).__name__}")
+        yield from self._release_head()
+        yield command
+
+    def _release_head(self) -> Commands:
         if self._held_head is not None:
             head, self._held_head = self._held_head, None
             self._head_left = True
             yield head
-        yield command
+
+    def _release_last(self, leg: _Leg) -> Commands:
+        """The body is whole: check that, and let its last piece go."""
+        message = self.flow.request if leg is self._request else _the(self.flow.response, Response)
+        if self._request.started:  # else it is an addon's own answer
+            granted = permit(self.flow).request if leg is self._request else permit(self.flow).response
+            self._check_grant(leg, granted, message)
+        leg.check_end()
+        last, leg.last = leg.last, None
+        if last is not None:
+            if leg is self._response:
+                yield from self._release_head()
+            if leg is self._response or self._is_connected():
+                yield last
 
     def _judge_response_head(self, command: SendHttp, event: ResponseHeaders) -> Commands:
         response, leg = event.response, self._response
