@@ -250,6 +250,8 @@ class WithdrawalSealing(Sealing):
         self._clock = clock
         self._validity_s = validity_s
         self._batch_size = min(batch_size, MAX_ENVELOPES)
+        # They outlive the push that began them; somebody must hold them.
+        self._commits: set[asyncio.Task[None]] = set()
 
     @override
     async def batches(
@@ -261,7 +263,9 @@ class WithdrawalSealing(Sealing):
         for some in batched(links, self._batch_size):
             now_s = self._clock.wall_s()
             sequences = self._targets.next_sequences((link.owner for link in some), int(now_s * 1000))
-            commit = asyncio.ensure_future(self._commit(sequences, int(now_s * 1000)))
+            commit = asyncio.create_task(self._commit(sequences, int(now_s * 1000)), name="withdraw:commit")
+            self._commits.add(commit)
+            commit.add_done_callback(self._commits.discard)
             # Off the loop: a thousand of them are a quarter of a second of arithmetic.
             sealed = await asyncio.to_thread(self._seal_all, session, some, sequences, now_s)
             await asyncio.wait([commit], timeout=_COMMIT_PATIENCE_S)

@@ -9,7 +9,6 @@
 import asyncio
 import os
 import stat
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +41,7 @@ class Database:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
-        self._closed = threading.Event()
+        self._closed = False
 
     @classmethod
     async def open(cls, url: str) -> Self:
@@ -63,11 +62,11 @@ class Database:
 
         RegistryError for what the database raises; anything else that *work* raises passes, after ROLLBACK.
         """
+        if self._closed:
+            raise RegistryError("the registry is closed")
         return await asyncio.get_running_loop().run_in_executor(self._writer, self._transact, work)
 
     def _transact[T](self, work: Callable[[Connection], T]) -> T:
-        if self._closed.is_set():
-            raise RegistryError("the registry is closed")
         try:
             with self._engine.begin() as connection:
                 return work(connection)
@@ -78,15 +77,12 @@ class Database:
 
     async def close(self) -> None:
         """Idempotent; waits for a transaction that is running."""
-        if self._closed.is_set():
+        if self._closed:
             return
+        self._closed = True
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writer, self._dispose)
+        await loop.run_in_executor(self._writer, self._engine.dispose)
         self._writer.shutdown(wait=False)
-
-    def _dispose(self) -> None:
-        self._closed.set()
-        self._engine.dispose()
 
 
 def _check_directory(url: URL) -> None:
