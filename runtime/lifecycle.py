@@ -113,8 +113,8 @@ def run(main: Main, *, on_hangup: Callable[[], None] | None = None) -> None:
 
 def _may_lock_any_amount() -> bool:
     """Whether CAP_IPC_LOCK is effective: root in a container often lacks it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), "0")
+    status = Path("/proc/self/status").read_bytes().splitlines()
+    effective = next((line.split()[1] for line in status if line.startswith(b"CapEff:")), b"0")
     return bool(int(effective, 16) >> _CAP_IPC_LOCK & 1)
 
 
