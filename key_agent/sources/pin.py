@@ -89,9 +89,9 @@ class PinGate:
             raise KeySourceError(f"PIN file {self._pin_file}: is empty")
         return Pin(text=text, note=note)
 
-    def refuse(self, pin: Pin, verdict: Verdict) -> None:
-        """The token refused *pin*: close the gate, durably."""
-        self._refused = msgspec.structs.replace(pin.note, verdict=verdict)
+    def refuse(self, note: RefusedPin, verdict: Verdict) -> None:
+        """The token refused the PIN of *note*: close the gate, durably."""
+        self._refused = msgspec.structs.replace(note, verdict=verdict)
         try:
             _write_durably(self._note_file, msgspec.json.encode(self._refused))
         except OSError as error:

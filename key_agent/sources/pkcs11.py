@@ -5,7 +5,8 @@
 3. A failure that the worker *answered* is diagnosed before it is reported; a time-out or crash is an
    outage.
 4. A diagnosis takes two passes, the second in a new worker; that one counts (hsm.md 5).
-5. A refused PIN is not tried again before its file changes (pin.py).
+5. Best effort against what Python cannot wipe: a worker that has handled KM does not grow old.
+6. A refused PIN is not tried again before its file changes (pin.py).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import structlog
 from envelope.keys import NetworkService
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources import wire
-from key_agent.sources.pin import Pin, PinGate
+from key_agent.sources.pin import PinGate, RefusedPin
 from key_agent.sources.source import (
     Diagnosis,
     EnvelopeRequest,
@@ -39,6 +40,8 @@ NEGOTIATED_METHODS: Final = (WrapMethod.GCM, WrapMethod.KW)
 # What a batch may weigh, in bytes on the pipe, either way; far below wire.FRAME_LIMIT.
 BATCH_BYTES_LIMIT: Final = 8 * 1024 * 1024
 FIRST_BATCH: Final = 32
+RETIRE_AFTER_S: Final = 10.0
+"""A worker that has handled KM is replaced by the first diagnosis after so long a pause (hsm.md 9)."""
 LARGEST_BATCH: Final = 4096
 _REQUEST_KEY_BYTES: Final = 400
 _ENVELOPE_BYTES: Final = 1600
@@ -116,7 +119,8 @@ class Pkcs11Source(KeySource):
             module_path=settings.module_path,
             token_label=settings.token_label,
         )
-        self._pin: Pin | None = None
+        self._pin_note: RefusedPin | None = None
+        self._last_material_s: float | None = None
         self._batch_size = FIRST_BATCH
         self._worker = Worker(
             self._hello,
@@ -197,7 +201,7 @@ class Pkcs11Source(KeySource):
 
     @override
     async def diagnose(self, kek: Kek) -> Diagnosis:
-        first = await self._one_pass(kek, fresh=False)
+        first = await self._one_pass(kek, fresh=self._is_worker_to_be_retired())
         if first.verdict is Verdict.OK or first.verdict.is_login_refusal:
             return first
         second = await self._one_pass(kek, fresh=True)
@@ -220,12 +224,13 @@ class Pkcs11Source(KeySource):
         await self._worker.close()
 
     def _hello(self) -> wire.Hello:
-        self._pin = self._gate.read()
+        pin = self._gate.read()
+        self._pin_note = pin.note
         return wire.Hello(
             module_path=str(self._settings.module_path),
             token_label=self._settings.token_label,
             token_serial=self._settings.token_serial,
-            pin=self._pin.text,
+            pin=pin.text,
             agent_id=self._agent_id,
             signing_key_file=_absolute(self._signing_key_file),
             signing_certificate_file=_absolute(self._signing_certificate_file),
@@ -243,6 +248,7 @@ class Pkcs11Source(KeySource):
 
     async def _ask_about(self, kek: Kek, message: wire.Message) -> wire.Reply:
         """The answer; a failure that the worker answered is diagnosed: revoked, unreachable, or once more."""
+        self._last_material_s = self._clock.boot_s()
         reply = await self._worker.request(message)
         if not isinstance(reply, wire.Failed):
             return reply
@@ -264,9 +270,16 @@ class Pkcs11Source(KeySource):
             raise _unproven(reply)
         return reply
 
+    def _is_worker_to_be_retired(self) -> bool:
+        """The worker has handled KM and is idle since: what it could not wipe ends with the process."""
+        if self._last_material_s is None or self._clock.boot_s() - self._last_material_s < RETIRE_AFTER_S:
+            return False
+        self._last_material_s = None
+        return True
+
     def _on_refusal(self, verdict: Verdict) -> None:
-        if self._pin is not None:
-            self._gate.refuse(self._pin, verdict)
+        if self._pin_note is not None:
+            self._gate.refuse(self._pin_note, verdict)
             file = str(self._settings.pin_file)
             _log.error("the token refused the PIN", verdict=str(verdict), pin_file=file)
 

@@ -11,7 +11,9 @@
 """
 
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
@@ -133,9 +135,9 @@ class Worker:
                 f"the HSM worker did not {doing} within {limit_s:g} s and was killed"
             ) from None
         except (OSError, EOFError, wire.ProtocolError) as error:
-            detail = await self._fate(error)
+            process = self._process
             self._fail()
-            raise KeySourceError(detail) from error
+            raise KeySourceError(await self._fate(process, error)) from error
         except KeySourceError:
             self._fail()
             raise
@@ -176,15 +178,17 @@ class Worker:
             raise wire.ProtocolError(f"answer {reply.number} to question {self._number}")
         return reply.message
 
-    async def _fate(self, error: Exception) -> str:
+    async def _fate(self, process: Process | None, error: Exception) -> str:
         """What became of the worker, for people."""
-        if self._process is None:
+        if self._closed:
+            return "the key source was closed"
+        if process is None:
             return f"the HSM worker cannot be started: {error}"
         if isinstance(error, wire.ProtocolError):
             return f"the HSM worker does not keep to the protocol: {error}"
         try:
-            async with asyncio.timeout(1):
-                status = await self._process.wait()
+            async with asyncio.timeout(REAP_S):
+                status = await process.wait()
         except TimeoutError:
             return f"the HSM worker closed its stream ({type(error).__name__})"
         return f"the HSM worker died ({_status_text(status)})"
@@ -203,7 +207,9 @@ class Worker:
         if process is None:
             return
         if process.returncode is None:
-            process.kill()
+            # With all that the module may have started: the worker leads a session of its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         if process.stdin is not None:
             process.stdin.close()
 

@@ -69,7 +69,7 @@ def test_an_unusable_pin_file_is_named(pin_file: Path, tmp_path: Path) -> None:
 
 def test_a_refused_pin_is_not_given_out_again_until_its_file_changes(pin_file: Path) -> None:
     first = gate(pin_file)
-    first.refuse(first.read(), Verdict.AUTH_LOCKED)
+    first.refuse(first.read().note, Verdict.AUTH_LOCKED)
     restarted = gate(pin_file)
     for closed in (first, restarted, restarted):
         with pytest.raises(LoginRefusedError) as caught:
@@ -83,20 +83,20 @@ def test_a_refused_pin_is_not_given_out_again_until_its_file_changes(pin_file: P
 def test_the_same_pin_written_anew_counts_as_changed(pin_file: Path) -> None:
     """The operator mended the token and says so by touching the file."""
     first = gate(pin_file)
-    first.refuse(first.read(), Verdict.AUTH_PIN)
+    first.refuse(first.read().note, Verdict.AUTH_PIN)
     os.utime(pin_file, ns=(1, 1))
     assert gate(pin_file).read().text == "4711"
 
 
 def test_a_refusal_by_another_token_says_nothing(pin_file: Path) -> None:
     first = gate(pin_file)
-    first.refuse(first.read(), Verdict.AUTH_PIN)
+    first.refuse(first.read().note, Verdict.AUTH_PIN)
     assert gate(pin_file, label="another").read().text == "4711"
 
 
 def test_the_note_holds_no_pin_and_is_ours_alone(pin_file: Path) -> None:
     first = gate(pin_file)
-    first.refuse(first.read(), Verdict.AUTH_PIN)
+    first.refuse(first.read().note, Verdict.AUTH_PIN)
     note = pin_file.with_name("refused.json")
     assert b"4711" not in note.read_bytes()
     assert note.stat().st_mode & 0o077 == 0
@@ -104,7 +104,7 @@ def test_the_note_holds_no_pin_and_is_ours_alone(pin_file: Path) -> None:
 
 def test_a_note_that_cannot_be_written_closes_the_gate_all_the_same(tmp_path: Path, pin_file: Path) -> None:
     here = PinGate(pin_file, tmp_path / "absent" / "note", module_path=MODULE, token_label="token")
-    here.refuse(here.read(), Verdict.AUTH_PIN)
+    here.refuse(here.read().note, Verdict.AUTH_PIN)
     with pytest.raises(LoginRefusedError):
         here.read()
 

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from key_agent.errors import KeySourceError, UnsupportedError
-from key_agent.sources.pkcs11 import Pkcs11Source
+from key_agent.sources.pkcs11 import RETIRE_AFTER_S, Pkcs11Source
 from key_agent.sources.source import Kek, Verdict, WrappedKey
 from key_agent.sources.worker import LONGEST_PAUSE_S, pause_s
 from tests.fakes.clock import ManualClock
@@ -186,6 +186,44 @@ async def test_starts_are_spaced_after_repeated_failures_and_a_success_ends_that
         await source.close()
 
 
+async def test_a_worker_that_has_handled_keys_does_not_grow_old(
+    hsm: SoftHsm, kek: Kek, clock: ManualClock
+) -> None:
+    source = Pkcs11Source(hsm.settings(), clock=clock)
+    try:
+        assert (await source.diagnose(kek)).verdict is Verdict.OK
+        first = source.worker_pid
+        clock.shift(10 * RETIRE_AFTER_S)
+        await source.diagnose(kek)
+        assert source.worker_pid == first  # it never held a key
+        await source.generate(kek, owners(1))
+        clock.shift(RETIRE_AFTER_S / 2)
+        await source.diagnose(kek)
+        assert source.worker_pid == first
+        clock.shift(RETIRE_AFTER_S / 2)
+        assert (await source.diagnose(kek)).verdict is Verdict.OK
+        second = source.worker_pid
+        assert second != first
+        clock.shift(10 * RETIRE_AFTER_S)
+        await source.diagnose(kek)
+        assert source.worker_pid == second
+    finally:
+        await source.close()
+
+
+async def test_closing_while_a_request_is_under_way_ends_it(
+    make_source: MakeSource, fake: FakeModule, kek: Kek
+) -> None:
+    source = make_source(fake.settings())
+    await source.diagnose(kek)
+    fake.fail(C_Encrypt="hang")
+    task = asyncio.create_task(source.generate(kek, owners(1)), name="generate")
+    await asyncio.sleep(0.05)
+    await source.close()
+    with pytest.raises(KeySourceError, match="closed"):
+        await task
+
+
 def test_pauses_grow_to_a_limit() -> None:
     assert [pause_s(failures) for failures in range(8)] == [0, 0, 0.5, 1, 2, 4, 8, LONGEST_PAUSE_S]
     assert pause_s(10**6) == LONGEST_PAUSE_S
@@ -256,7 +294,7 @@ def test_hang_cancel_and_crash_on_the_loop_of_production(fake: FakeModule) -> No
 AGENT_THAT_WAITS = """
 import asyncio, sys
 from pathlib import Path
-from key_agent.sources.pkcs11 import Pkcs11Source
+from key_agent.sources.pkcs11 import RETIRE_AFTER_S, Pkcs11Source
 from tests.softhsm import SoftHsm
 
 async def main():
