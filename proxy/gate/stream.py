@@ -12,8 +12,8 @@ pass, or ends the flow. The rules:
 5. Before the head of the response has left, a refusal is a proper answer; after that there is only the cut:
    RST on HTTP/1 (a client of a length-less HTTP/1.0 body must see it too), RST_STREAM on HTTP/2.
 6. An aborted body has no end: the upstream socket is reset, or its stream.
-7. Trailers pass for CLEAR alone, between two HTTP/2 peers. Towards HTTP/1 a response's are dropped (RFC 9110,
-   6.5), a request's refused.
+7. Trailers pass for CLEAR alone, between two HTTP/2 peers. With HTTP/1 on either side a response's are
+   dropped (RFC 9110, 6.5), a request's refused.
 8. 101 is never forwarded, 100 never sent to a request that is refused already.
 9. While a hook or a connect of the flow is awaited, its HTTP/1 peers are not read (HTTP/2: see `h2`).
 10. A CONNECT sends nothing upstream and needs no permit: whatever comes through it meets this gate again, or
@@ -187,10 +187,10 @@ class GuardedStream(http.HttpStream):
     def _take_trailers(self, event: RequestTrailers | ResponseTrailers) -> Commands:
         is_request = isinstance(event, RequestTrailers)
         leg = self._request if is_request else self._response
-        peer = self.context.server if is_request else self.context.client
-        if leg.granted is not CLEAR or (is_request and peer.alpn != b"h2"):
+        is_http2 = self.context.client.alpn == self.context.server.alpn == b"h2"
+        if leg.granted is not CLEAR or (is_request and not is_http2):
             raise _VetoError(refusals.TRAILERS, "trailers")
-        if peer.alpn == b"h2":
+        if is_http2:
             yield from super()._handle_event(event)
 
     @override

@@ -208,6 +208,7 @@ class Rig:
     script: Script
     origin: RecordingOrigin
     proxyserver: proxyserver.Proxyserver
+    master: master.Master
     port: int
     protocols: Protocols
 
@@ -304,7 +305,7 @@ async def running(
         await engine.running()
         try:
             port = server.listen_addrs()[0][1]
-            yield Rig(pki, script, origin, server, port, protocols)
+            yield Rig(pki, script, origin, server, engine, port, protocols)
         finally:
             await server.servers.update([])
             gate.abort_all_connections(server)
