@@ -32,6 +32,8 @@ from typing import Any, Final, override
 
 import certifi
 
+from envelope.audit import BrokenChainError, verify
+
 BIN: Final = Path(sys.executable).parent
 SOFTHSM_MODULES: Final = (
     Path("/usr/lib/softhsm/libsofthsm2.so"),
@@ -62,9 +64,9 @@ class Stage:
     def act(self, text: str) -> None:
         print(f"\n{self._paint('1', text)}", flush=True)
 
-    def command(self, words: Iterable[object]) -> None:
+    def command(self, words: Iterable[object], *, end: str = "") -> None:
         text = shlex.join(str(word).removeprefix(f"{BIN}/") for word in words)
-        print(self._paint("2", f"  $ {text}"), flush=True)
+        print(self._paint("2", f"  $ {text}{end}"), flush=True)
 
     def say(self, text: str) -> None:
         for line in text.splitlines():
@@ -197,7 +199,7 @@ class Demo:
 
     def start(self, name: str, *words: object) -> None:
         """Run in the background; its output goes to NAME.log."""
-        self.stage.command([*words, "&"])
+        self.stage.command(words, end=" &")
         log = (self.home / f"{name}.log").open("wb")
         process = subprocess.Popen(
             [str(word) for word in words],
@@ -297,7 +299,8 @@ class Demo:
             root = enterprise.home / "root"
             pki = (BIN / "python", "-m", "certs.pki")
             self.run(*pki, "root", "--tenant", enterprise.name, "--out", root)
-            self.run(*pki, "agent", "--root", root, "--agent", "hq", "--out", enterprise.home / "agent")
+            self.run(*pki, "agent", "--root", root, "--agent", "hq", "--out", enterprise.home)
+            shutil.copy(root / "root.pem", enterprise.home)
         pins = [enterprise.home / "pin" for enterprise in (self.acme, self.globex)]
         self.stage.verify(
             "each token's PIN lies in a file of mode 0600 and in no command line",
@@ -413,14 +416,11 @@ port = {self.health_port}
         for enterprise in (self.acme, self.globex):
             agent = self.agent(enterprise)
             self.run(
-                BIN / "key-agent", "--config", enterprise.config, "init",
-                "--tenant", enterprise.name, "--agent", "hq", "--environment", "main",
-                "--state-dir", enterprise.home / "state",
-                "--root-certificate", enterprise.home / "root" / "root.pem",
-                "--credentials", enterprise.home / "agent",
-                "--module", self.module, "--token-label", enterprise.name, "--pin-file", enterprise.home / "pin",
-                "--admin-port", enterprise.admin_port,
+                *agent, "init", "--tenant", enterprise.name, "--agent", "hq", "--environment", "main",
+                "--module", self.module, "--token-label", enterprise.name,
+                "--state-dir", enterprise.home / "state", "--files-dir", enterprise.home,
             )  # fmt: skip
+            self._set_admin_port(enterprise)
             self.run(*agent, "kek", "create")
             self.run(
                 *agent, "proxy", "add", "proxy-1", "--url", f"https://localhost:{self.push_port}",
@@ -445,6 +445,14 @@ port = {self.health_port}
             all(self._acknowledged(enterprise) for enterprise in (self.acme, self.globex)),
         )
 
+    def _set_admin_port(self, enterprise: Enterprise) -> None:
+        """Two agents on one machine cannot both have the default port."""
+        text = enterprise.config.read_text()
+        changed = text.replace("port = 8320", f"port = {enterprise.admin_port}")
+        if changed == text:
+            raise DemoError(f"{enterprise.config} has no line for the admin port")
+        enterprise.config.write_text(changed)
+
     def agent(self, enterprise: Enterprise) -> tuple[object, ...]:
         return (BIN / "key-agent", "--config", enterprise.config)
 
@@ -454,7 +462,7 @@ port = {self.health_port}
             return False
         status: dict[str, Any] = json.loads(result.stdout)
         return all(
-            proxy["acknowledged"] for service in status["services"] for proxy in service["proxies"]
+            proxy["state"] == "valid" for service in status["services"] for proxy in service["proxies"]
         ) and bool(status["services"])
 
     def _hsm_objects(self, enterprise: Enterprise) -> str:
@@ -490,7 +498,7 @@ port = {self.health_port}
         answer = self.put(self.acme, "/report.txt", self.acme_file)
         self.stage.verify("the upload succeeds", answer.http_status in (200, 201, 204), seen=answer)
         stored = (self.store / "report.txt").read_bytes()
-        self.stage.command(["head", "-c", "96", self.store / "report.txt", "|", "xxd"])
+        self.stage.command(["head", "-c", "96", self.store / "report.txt"], end=" | xxd -c 32")
         self.stage.say("\n".join(f"{stored[i : i + 32].hex(' ', 2)}" for i in range(0, 96, 32)))
         self.stage.verify(
             f"the store holds no {WINDOW_BYTES} bytes of the file in a row",
@@ -607,10 +615,7 @@ port = {self.health_port}
     def reinstate(self) -> None:
         self.stage.act("9. Reinstated: a new KEK and new keys. What the old KEK protected stays unreadable")
         self.run(*self.agent(self.acme), "reinstate", "--yes")
-        self.wait_for(
-            "new keys",
-            lambda: self.get(self.acme, "/report.txt", show=False).refusal not in ("key-withdrawn", ""),
-        )
+        self.wait_for("acme's new keys at the proxy", partial(self._acknowledged, self.acme))
         plain = self.acme_file.read_bytes()
         answer = self.put(self.acme, "/new.txt", self.acme_file)
         self.stage.verify("new uploads succeed", answer.http_status in (200, 201, 204), seen=answer)
@@ -625,14 +630,23 @@ port = {self.health_port}
         self.stage.say(f"{answer}: {answer.body.decode().strip()}")
 
     def audit(self) -> None:
-        self.stage.act("10. What is on disk: no key material, and a log that shows what happened")
-        names = [path for path in self.home.rglob("*.jsonl") if path.is_file()]
-        self.stage.verify(
-            "the proxy and the agents keep hash-chained audit logs", len(names) >= 3, seen=names
-        )
-        for path in names:
-            lines = path.read_text().splitlines()
-            self.stage.say(f"{path.relative_to(self.home)}: {len(lines)} events, the last: {lines[-1][:160]}")
+        self.stage.act("10. What is left on record: a hash-chained audit log at the proxy and at each agent")
+        logs = sorted(self.home.rglob("audit.jsonl"))
+        self.stage.verify("there are three audit logs", len(logs) == 3, seen=logs)
+        for log in logs:
+            lines = log.read_bytes().splitlines(keepends=True)
+            head = verify(lines)
+            self.stage.say(f"{log.relative_to(self.home)}: {head.seq} events, chain intact")
+            self.stage.verify("a changed line breaks its chain", self._shows_a_change(lines))
+
+    def _shows_a_change(self, lines: list[bytes]) -> bool:
+        middle = len(lines) // 2
+        changed = lines[middle].replace(b'"outcome":"', b'"outcome":"not-')
+        try:
+            verify([*lines[:middle], changed, *lines[middle + 1 :]])
+        except BrokenChainError:
+            return True
+        return False
 
     def play(self) -> None:
         self.write_file()
