@@ -7,6 +7,7 @@ Not `mitmdump`, which takes twice as long per request: this is what a careful us
 import argparse
 import asyncio
 import logging
+
 from mitmproxy import http, master, options
 from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
 from mitmproxy.proxy import mode_specs
@@ -29,10 +30,11 @@ async def serve(arguments: argparse.Namespace) -> None:
     opts = options.Options()
     server = proxyserver.Proxyserver()  # type: ignore[no-untyped-call]
     bare = master.Master(opts)
-    bare.addons.add(core.Core(), server, next_layer.NextLayer(), tlsconfig.TlsConfig(), Streaming())
+    addons = (core.Core(), server, next_layer.NextLayer(), tlsconfig.TlsConfig(), Streaming())
+    bare.addons.add(*addons)  # type: ignore[no-untyped-call]
     spec = f"reverse:https://localhost:{arguments.origin_port}@127.0.0.1:{arguments.port}"
-    mode_specs.ProxyMode.parse(spec).transport_protocol = "tcp"
-    opts.update(
+    mode_specs.ProxyMode.parse(spec).transport_protocol = "tcp"  # type: ignore[misc]
+    opts.update(  # type: ignore[no-untyped-call]
         mode=[spec],
         certs=[f"*={arguments.certificate}"],
         ssl_verify_upstream_trusted_ca=arguments.ca,

@@ -31,8 +31,16 @@ class Lab:
         port = free_port()
         both = self.directory / "both.pem"
         both.write_bytes(self.tls.key.read_bytes() + self.tls.certificate.read_bytes())
-        argv = [sys.executable, "-m", "bench.bare", "--port", str(port), "--origin-port", str(self.origin.port)]
-        argv += ["--ca", str(self.tls.ca), "--certificate", str(both), *options]
+        argv = [sys.executable, "-m", "bench.bare", "--port", str(port)]
+        argv += [
+            "--origin-port",
+            str(self.origin.port),
+            "--ca",
+            str(self.tls.ca),
+            "--certificate",
+            str(both),
+            *options,
+        ]
         with (
             (self.directory / f"{name}.log").open("wb") as log,
             serving(name, argv, port=port, core=PROXY_CORE, log=log) as process,
@@ -40,7 +48,9 @@ class Lab:
             yield process
 
     @contextlib.contextmanager
-    def sealgate(self, *, name: str = "sealgate", http2: bool = False, levers: bool = True) -> Iterator[Product]:
+    def sealgate(
+        self, *, name: str = "sealgate", http2: bool = False, levers: bool = True
+    ) -> Iterator[Product]:
         """The product itself, ready to seal."""
         with sealgate(
             self.directory / name, self.tls, self.origin.port, http2=http2, levers=levers

@@ -40,7 +40,8 @@ def transfer(
 ) -> float:
     """Seconds that one transfer took, connection included. BenchError unless the answer is 2xx."""
     argv = ["curl", "-sS", "--http2" if http2 else "--http1.1", "--tlsv1.3", "--cacert", str(ca)]
-    argv += ["-H", "Expect:", "-o", str(into or "/dev/null"), "-w", "%{http_code} %{http_version} %{time_total}"]
+    argv += ["-H", "Expect:", "-o", str(into or "/dev/null")]
+    argv += ["-w", "%{http_code} %{http_version} %{time_total}"]
     if limit_rate is not None:
         argv += ["--limit-rate", limit_rate]
     if method == "PUT":

@@ -83,7 +83,7 @@ def origin(directory: Path, tls: Tls, *, http2: bool = False) -> Iterator[tuple[
     root.mkdir(parents=True)
     port = free_port()
     config = _ORIGIN.format(port=port, root=root, http2="http2" if http2 else "")
-    with _running("origin", directory, tls, config, port, OTHER_CORE) as process:
+    with _running(directory, tls, config, port, OTHER_CORE) as process:
         yield process, root
 
 
@@ -93,19 +93,20 @@ def passing(directory: Path, tls: Tls, origin_port: int) -> Iterator[Process]:
     directory.mkdir()
     port = free_port()
     config = _PASSING.format(port=port, origin_port=origin_port, ca=tls.ca)
-    with _running("nginx", directory, tls, config, port, PROXY_CORE) as process:
+    with _running(directory, tls, config, port, PROXY_CORE) as process:
         yield process
 
 
 @contextlib.contextmanager
-def _running(
-    name: str, directory: Path, tls: Tls, config: str, port: int, core: int
-) -> Iterator[Process]:
+def _running(directory: Path, tls: Tls, config: str, port: int, core: int) -> Iterator[Process]:
     file = directory / "nginx.conf"
     user = "user root;\n" if os.geteuid() == 0 else ""  # Its workers must read and write what is ours.
     file.write_text(
         user + _COMMON.format(directory=directory, certificate=tls.certificate, key=tls.key) + config
     )
     argv = [binary(), "-e", str(directory / "error.log"), "-c", str(file), "-p", str(directory)]
-    with (directory / "nginx.log").open("wb") as log, serving(name, argv, port=port, core=core, log=log) as one:
-        yield one
+    with (
+        (directory / "nginx.log").open("wb") as log,
+        serving(directory.name, argv, port=port, core=core, log=log) as process,
+    ):
+        yield process

@@ -1,4 +1,4 @@
-"""Sealgate as users run it: `sealgate run` with a directory, certificates of a tenant, and an agent that pushes.
+"""Sealgate as users run it: a directory, certificates of a tenant, an agent that pushes, the whole process.
 
 The agent here is this process: it seals the same envelopes to the same endpoint, without an HSM behind it.
 Audit log, key cache, planner and gate are the product's own.

@@ -12,7 +12,7 @@ RESULTS_FILE: Final = Path(__file__).with_name("results.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One result. *ratio* is ours to *baseline*'s, above 1 where we are better; *extra* are fields of its own."""
+    """One result. *ratio*: ours to *baseline*'s, above 1 where we are better. *extra*: fields of its own."""
 
     name: str
     value: float
@@ -53,29 +53,30 @@ def _spread(rounds: Sequence[float]) -> float:
     return max(abs(one - middle) for one in rounds) / middle if middle else 0.0
 
 
-def _round(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def save(rows: Sequence[Row], path: Path = RESULTS_FILE) -> None:
+def save(rows: Sequence[dict[str, Any]], path: Path = RESULTS_FILE) -> None:
     """Replace the rows of the same names in *path*, keep the others, add the new ones."""
     kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    fresh = {row.name: row.as_json() for row in rows}
+    fresh = {row["name"]: row for row in rows}
     merged = [fresh.pop(row["name"], row) for row in kept] + list(fresh.values())
     path.write_text(json.dumps(merged, indent=1) + "\n")
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'name':28} {'value':>10} {'baseline':>10} {'unit':10} {'ratio':>7} {'goal':>6}"]
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for people, the fields of their own below each."""
+    lines = [f"{'name':24} {'value':>10} {'baseline':>10} {'unit':14} {'ratio':>7} {'goal':>6}"]
     for row in rows:
-        baseline = "" if row.baseline is None else f"{row.baseline:.4g}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        goal, verdict = "", ""
-        if row.goal is not None and row.ratio is not None:
-            goal = f"{row.goal:.2f}"
-            verdict = "" if row.ratio >= row.goal else "  missed"
+        known = {name: row.get(name) for name in ("baseline", "ratio", "goal")}
+        baseline, ratio, goal = ("" if value is None else f"{value:.4g}" for value in known.values())
+        missed = known["goal"] is not None and known["ratio"] is not None and known["ratio"] < known["goal"]
         lines.append(
-            f"{row.name:28} {row.value:>10.4g} {baseline:>10} {row.unit:10} {ratio:>7} {goal:>6}{verdict}"
+            f"{row['name']:24} {row['value']:>10.4g} {baseline:>10} {row['unit']:14} {ratio:>7} {goal:>6}"
+            + ("  missed" if missed else "")
         )
-        lines += [f"{'':28} {name}: {_round(value)}" for name, value in row.extra.items()]
+        own = {name: value for name, value in row.items() if name not in {"name", "value", "unit", *known}}
+        if own:
+            lines.append("    " + ", ".join(f"{name} {value}" for name, value in own.items()))
     return "\n".join(lines)
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
