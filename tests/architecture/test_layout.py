@@ -1,0 +1,114 @@
+"""Files are named for what they hold, and every source file has its tests."""
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Final
+
+import pytest
+
+from tests.architecture.tree import PACKAGES, ROOT, Module, modules, parse
+
+BANNED: Final = re.compile(r"(.*_)?(utils?|helpers?|common|misc|managers?|base|stuff|tools)")
+# A word of design.md: the key agent that generates keys for all environments.
+WORDS_OF_THE_DESIGN: Final = {"key_agent/environments/manager.py"}
+# A source file -> the tests that stand for it, and why they are not its mirror.
+TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {}
+
+
+def badly_named(paths: Iterable[str]) -> list[str]:
+    return [
+        path
+        for path in paths
+        if path not in WORDS_OF_THE_DESIGN
+        and any(BANNED.fullmatch(part.removesuffix(".py")) for part in PurePosixPath(path).parts)
+    ]
+
+
+def holds_code(module: Module) -> bool:
+    """Whether there is something to test: more than a docstring, imports and names."""
+    return any(
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        for node in ast.walk(module.tree)
+    )
+
+
+def untested(found: Iterable[Module], tests: set[str], elsewhere: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Source files without `tests/<folder>/test_<name>*.py`."""
+    missing = []
+    for module in found:
+        if not holds_code(module) or "/migrations/" in module.path:  # a migration's test is the store's
+            continue
+        if module.path in elsewhere:
+            if elsewhere[module.path][0] not in tests:
+                missing.append(f"{module.path} (its tests {elsewhere[module.path][0]} are gone)")
+            continue
+        source = PurePosixPath(module.path)
+        name = source.parent.name if source.name == "__init__.py" else source.stem
+        mirror = re.compile(re.escape(f"tests/{source.parent}/test_{name}") + r"(_\w+)?\.py")
+        if not any(mirror.fullmatch(test) for test in tests):
+            missing.append(module.path)
+    return missing
+
+
+def test_files_are_named_for_what_they_hold() -> None:
+    everywhere = [*PACKAGES, "tests", "bench", "certs", "deploy"]
+    assert (
+        badly_named(str(path.relative_to(ROOT)) for top in everywhere for path in (ROOT / top).rglob("*.py"))
+        == []
+    )
+
+
+def test_every_source_file_has_its_tests() -> None:
+    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert untested(modules(*PACKAGES, "certs"), tests, TESTED_BY) == []
+
+
+def test_exceptions_are_needed() -> None:
+    """What is listed exists, and has no mirror after all."""
+    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    listed = [module for module in modules(*PACKAGES, "certs") if module.path in TESTED_BY]
+    assert {module.path for module in listed} == set(TESTED_BY)
+    assert untested(listed, tests, {}) == [module.path for module in listed]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "proxy/utils.py",
+        "proxy/http_utils.py",
+        "proxy/helpers/x.py",
+        "key_agent/key_manager.py",
+        "runtime/common.py",
+    ],
+)
+def test_a_bad_name_is_found(path: str) -> None:
+    assert badly_named([path])
+
+
+def test_a_good_name_is_not_found() -> None:
+    assert badly_named(["proxy/utility.py", "key_agent/environments/manager.py", "envelope/objects.py"]) == []
+
+
+def test_a_file_without_tests_is_found() -> None:
+    code = "def f(): pass"
+    found = [
+        parse("proxy/keys/cache.py", code),
+        parse("proxy/keys/receive.py", code),
+        parse("proxy/plan.py", code),
+        parse("proxy/gate/__init__.py", code),
+        parse("proxy/names.py", "X = 1"),
+        parse("proxy/odd.py", code),
+        parse("proxy/gone.py", code),
+    ]
+    tests = {"tests/proxy/keys/test_cache.py", "tests/proxy/test_plan_edges.py", "tests/proxy/test_x.py"}
+    elsewhere = {
+        "proxy/odd.py": ("tests/proxy/test_x.py", "why"),
+        "proxy/gone.py": ("tests/proxy/test_y.py", "why"),
+    }
+    assert untested(found, tests, elsewhere) == [
+        "proxy/keys/receive.py",
+        "proxy/gate/__init__.py",
+        "proxy/gone.py (its tests tests/proxy/test_y.py are gone)",
+    ]
