@@ -278,18 +278,9 @@ _TLS_PURPOSES: Final = frozenset(
 )
 
 
-def _refuse_ca_in_leaf(
-    _policy: object, _certificate: x509.Certificate, value: x509.BasicConstraints | None
-) -> None:
-    if value is not None and value.ca:
-        raise ValueError("a CA certificate in a leaf's place")
-
-
 # The web-PKI profile is too narrow for leaves: it wants an authority key identifier and, for this verifier,
 # the purpose clientAuth. What it would say of KeyUsage, SAN and purposes, rules 1 and 2 say for each role.
-_LEAF_POLICY: Final = ExtensionPolicy.permit_all().may_be_present(
-    x509.BasicConstraints, Criticality.AGNOSTIC, _refuse_ca_in_leaf
-)
+_LEAF_POLICY: Final = ExtensionPolicy.permit_all()
 # ... and for CAs only in this: not every enterprise root has a subject key identifier.
 _CA_POLICY: Final = ExtensionPolicy.webpki_defaults_ca().may_be_present(
     x509.SubjectKeyIdentifier, Criticality.NON_CRITICAL, None

@@ -65,6 +65,7 @@ class AuditLog:
         AuditUnavailableError: not writable, held by another process, or broken. With *set_aside_broken* a
         broken log is renamed to `<file>.broken-<n>` and a new chain begins.
         """
+        path = path.absolute()  # a change of directory must not make it another file
         log = cls(path, clock, _open_locked(path))
         try:
             log._continue_chain(set_aside_broken=set_aside_broken)

@@ -1,3 +1,6 @@
+import os
+import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -182,6 +185,22 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "root.key").is_file()
+
+
+def test_the_readmes_commands(tmp_path: Path) -> None:
+    readme = (Path(pki.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^\$ (python -m certs\.pki .*?)(?:\s+#.*)?$", readme, re.MULTILINE)
+    assert len(commands) == 6
+    (tmp_path / "s3.csr").write_bytes(make_csr(new_key(), [URI]).public_bytes(Encoding.PEM))
+    for command in commands:
+        words = [sys.executable, *shlex.split(command)[1:]]
+        environment = os.environ | {"PYTHONPATH": str(Path(pki.__file__).parents[1])}
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    for file in ("acme/root/root.key", "s3.pem", "acme/agent/tls.pem", "servers/server.pem"):
+        assert (tmp_path / file).is_file()
 
 
 def test_openssl_agrees(tmp_path: Path) -> None:

@@ -343,6 +343,16 @@ def test_other_kinds_of_keys(acme: Tenant) -> None:
     assert refusal(certificate, acme, SIGNING) == "key"
 
 
+def test_a_key_nobody_can_read(acme: Tenant) -> None:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    der = acme.service().certificate.public_bytes(Encoding.DER)
+    prime256v1 = bytes.fromhex("06082a8648ce3d030107")
+    assert der.count(prime256v1) == 1
+    unknown_curve = der.replace(prime256v1, bytes.fromhex("06082a8648ce3d030163"))
+    assert refusal(x509.load_der_x509_certificate(unknown_curve), acme) == "key"
+
+
 U = pki.key_usage
 
 

@@ -271,7 +271,46 @@ def test_meddling_while_running_refuses_from_then_on(log: AuditLog, path: Path, 
         assert b'"two"' not in path.read_bytes()
 
 
+def test_a_change_of_directory_changes_nothing(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = AuditLog.open(Path("audit.jsonl"), clock)
+    monkeypatch.chdir("/")
+    log.append("x")
+    log.close()
+    assert len(events(tmp_path / "audit.jsonl")) == 1
+
+
 # --- file systems that refuse
+
+
+def test_after_a_failed_sync_nothing_is_believed(log: AuditLog) -> None:
+    """A descriptor whose fdatasync fails for real: a pipe's."""
+    log.append("one")
+    read, write_end = os.pipe()
+    os.dup2(write_end, log._descriptor)
+    with pytest.raises(AuditUnavailableError, match="not synced"):
+        log.append("two")
+    for durable in (False, True):  # sticky, although the write would succeed
+        with pytest.raises(AuditUnavailableError, match="not synced"):
+            log.append("three", durable=durable)
+    os.close(write_end)
+    log.close()
+    assert b'"three"' not in os.read(read, 10_000)
+    os.close(read)
+
+
+def test_half_a_line_that_cannot_be_removed_ends_the_log(log: AuditLog, path: Path) -> None:
+    """A descriptor that neither takes the line nor lets itself be cut: /dev/full's."""
+    log.append("one")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._descriptor)
+    os.close(full)
+    for _ in range(2):
+        with pytest.raises(AuditUnavailableError, match="half a line"):
+            log.append("two", durable=False)
+    assert len(events(path)) == 1
 
 
 def test_no_directory(tmp_path: Path, clock: ManualClock) -> None:
