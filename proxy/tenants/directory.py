@@ -190,6 +190,16 @@ class DirectoryStore:
                 for row in rows
             ]
 
+    def private_keys(self) -> set[Path]:
+        """Every private key file in use: of network services, of renewals under way, of interception CAs."""
+        with self._transaction(self._reader) as connection:
+            services = connection.execute(
+                select(network_service.c.key_file, network_service.c.pending_key_file)
+            )
+            names = {name for row in services for name in row if name is not None}
+            names.update(connection.execute(select(tenant.c.ca_key_file)).scalars())
+        return {self._state_dir / name for name in names}
+
     # Changing tenants.
 
     def add_tenant(

@@ -131,7 +131,9 @@ async def serve(
     tls = ServerTls(certificate_file, key_file, client_roots=roots)
     application = make_push_application(receiver, clock=clock, requests_per_s=requests_per_s)
     try:
-        async with serving(application, host="localhost", port=0, ssl_context=tls.context, grace_s=0.1) as port:
+        # Not 0: aiohttp takes that for no limit at all.
+        server = serving(application, host="localhost", port=0, ssl_context=tls.context, grace_s=0.1)
+        async with server as port:
             yield PushEndpoint(port, ca_file, path, clock, cache, receiver, tls)
     finally:
         audit.close()

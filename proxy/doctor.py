@@ -1,0 +1,413 @@
+"""`sealgate doctor`: what is wrong with an installation, and how to mend it.
+
+1. Checks only look: nothing is created, changed or migrated. Network checks talk to what is configured alone.
+2. A check that another one's failure makes pointless is left out rather than failed.
+3. It works beside a running proxy: listeners that the proxy holds are asked, not opened.
+"""
+
+import asyncio
+import ctypes
+import fcntl
+import os
+import resource
+import socket
+import ssl
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final, Literal
+
+import certifi
+from cryptography import x509
+
+from envelope import audit
+from envelope.audit import BrokenChainError
+from envelope.certificates import CertificateError, Identity, Role, verify_certificate
+from proxy.config import Settings, database_url
+from proxy.profiles import PROFILES
+from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
+from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError
+from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry
+from runtime.clock import Clock
+from runtime.lifecycle import harden_process
+from runtime.settings import SettingsError, read_secret_file
+from runtime.tls import TlsError, load_certificates, server_context
+
+EXPIRY_WARNING: Final = timedelta(days=30)
+CONNECT_TIMEOUT_S: Final = 5.0
+MIN_FREE_BYTES: Final = 256 << 20
+MIN_OPEN_FILES: Final = 4096
+_STA_UNSYNC: Final = 0x40  # <sys/timex.h>: the kernel's clock is not disciplined by anyone
+
+type Outcome = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    name: str
+    outcome: Outcome
+    detail: str
+    mend: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        return {"name": self.name, "outcome": self.outcome, "detail": self.detail, "mend": self.mend}
+
+
+def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> list[Check]:
+    """Every check that makes sense for the installation that *load* describes."""
+    try:
+        settings = load()
+        url = database_url(settings.proxy)
+    except SettingsError as error:
+        return [_failed("configuration", str(error), f"mend {config_file}, then `sealgate --check-config`")]
+    is_running = _is_running(settings.proxy.audit_file)
+    checks = [_ok("configuration", f"{config_file}, proxy {'running' if is_running else 'not running'}")]
+    checks += _process()
+    checks += _engine()
+    checks += _clock()
+    checks += _state_dir(settings.proxy.state_dir)
+    checks += _audit(settings.proxy.audit_file, is_running=is_running)
+    checks += _push_identity(settings, clock)
+    trust, check = _trust(settings.engine.upstream_ca_file or Path(certifi.where()))
+    checks.append(check)
+    listeners = {
+        "push": Listen(settings.push.host, settings.push.port),
+        "health": Listen(settings.health.host, settings.health.port),
+    }
+    try:
+        with DirectoryStore.open(url, settings.proxy.state_dir, clock=clock, migrate=False) as store:
+            directory, in_use = store.snapshot(), store.private_keys()
+    except DirectoryUnavailableError as error:
+        checks.append(_failed("database", str(error), error.next_step))
+        return [*checks, *_listeners(listeners, is_running=is_running)]
+    checks.append(_ok("database", f"revision {directory.revision}"))
+    for tenant in directory.tenants.values():
+        checks += _tenant(tenant, clock)
+        if tenant.forward_listen is not None:
+            listeners[f"forward proxy of {tenant.tenant}"] = tenant.forward_listen
+    for service in directory.services.values():
+        checks += _service(service, directory, clock)
+        if service.reverse_listen is not None:
+            listeners[f"reverse proxy of {service.owner}"] = service.reverse_listen
+    checks += _stray_keys(settings.proxy.state_dir, in_use)
+    checks += _listeners(listeners, is_running=is_running)
+    if trust is not None:
+        checks += asyncio.run(_upstreams(directory.services.values(), trust))
+    return checks
+
+
+def text(checks: Iterable[Check]) -> str:
+    lines = []
+    for check in checks:
+        lines.append(f"{check.outcome:8}{check.name}: {check.detail}")
+        if check.mend and check.outcome != "ok":
+            lines.append(f"        mend: {check.mend}")
+    return "\n".join(lines)
+
+
+def _ok(name: str, detail: str) -> Check:
+    return Check(name=name, outcome="ok", detail=detail)
+
+
+def _warning(name: str, detail: str, mend: str) -> Check:
+    return Check(name=name, outcome="warning", detail=detail, mend=mend)
+
+
+def _failed(name: str, detail: str, mend: str) -> Check:
+    return Check(name=name, outcome="failed", detail=detail, mend=mend)
+
+
+# This machine.
+
+
+def _is_running(audit_file: Path) -> bool:
+    """Whether some process holds the audit log, as `sealgate run` does."""
+    try:
+        descriptor = os.open(audit_file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _process() -> Iterator[Check]:
+    for warning in harden_process():
+        yield _warning("memory", warning, "start it by the systemd unit in deploy/, which sets the limits")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < MIN_OPEN_FILES:
+        mend = f"allow at least {MIN_OPEN_FILES} (LimitNOFILE=): a flow through the proxy needs two"
+        yield _warning("open files", f"at most {hard}", mend)
+
+
+def _engine() -> Iterator[Check]:
+    # Imported here: mitmproxy takes longer to import than most commands take to run.
+    from proxy import gate  # noqa: PLC0415
+
+    try:
+        gate.check_versions()
+    except gate.UnknownEngineError as error:
+        yield _failed("engine", str(error), "install the pinned versions: uv sync, or pip with the lock file")
+    else:
+        yield _ok("engine", "mitmproxy and what it leans on are the versions that were tested")
+
+
+class _Timex(ctypes.Structure):
+    # Only `modes` (0: read) and `status` matter; the rest keeps the kernel's size (<sys/timex.h>).
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("esterror", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_char * 256),
+    )
+
+
+def _clock() -> Iterator[Check]:
+    timex = _Timex()
+    try:
+        state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(timex))
+    except (OSError, AttributeError):
+        state = -1
+    mend = "run an NTP client: envelopes from more than 30 s ahead or behind their end are refused"
+    if state < 0:
+        yield _warning("clock", "the kernel does not say whether it is synchronised", mend)
+    elif timex.status & _STA_UNSYNC:
+        yield _warning(
+            "clock", f"not synchronised; it says {datetime.now(UTC).isoformat(timespec='seconds')}", mend
+        )
+    else:
+        yield _ok("clock", "synchronised")
+
+
+def _state_dir(path: Path) -> Iterator[Check]:
+    try:
+        status = path.stat()
+        space = os.statvfs(path)
+    except OSError as error:
+        yield _failed("state_dir", f"{path}: {error.strerror}", "the first `sealgate tenant add` makes it")
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        yield _failed("state_dir", f"{path} is not a directory", "name a directory in proxy.state_dir")
+    elif status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        yield _failed("state_dir", f"{path} has mode {mode:04o}; it holds private keys", f"chmod 700 {path}")
+    elif status.st_uid != os.geteuid():
+        mend = f"run this command as user {status.st_uid}, or chown {path}"
+        yield _failed("state_dir", f"{path} belongs to user {status.st_uid}, we are {os.geteuid()}", mend)
+    elif (free_bytes := space.f_bavail * space.f_frsize) < MIN_FREE_BYTES:
+        mend = "free space: when the audit log cannot be written, everything is refused"
+        yield _warning("state_dir", f"{path} has {free_bytes >> 20} MiB left", mend)
+    else:
+        yield _ok("state_dir", str(path))
+
+
+def _audit(path: Path, *, is_running: bool) -> Iterator[Check]:
+    try:
+        with path.open("rb") as file:
+            lines = file.readlines()
+    except FileNotFoundError:
+        yield _ok("audit log", f"{path} not begun")
+        return
+    except OSError as error:
+        yield _failed("audit log", f"{path}: {error.strerror}", "make it readable for the proxy's user alone")
+        return
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # being written, or torn by a crash: `run` sets it aside
+    try:
+        head = audit.verify(lines)
+    except BrokenChainError as error:
+        mend = "find out who changed it and keep it as evidence; the proxy does not start on a broken log"
+        yield _failed("audit log", f"{path}: {error}", mend)
+        return
+    state = "in use" if is_running else "closed"
+    yield _ok("audit log", f"{path}: {head.seq} events, chain holds, {state}")
+
+
+def _push_identity(settings: Settings, clock: Clock) -> Iterator[Check]:
+    push = settings.push
+    try:
+        read_secret_file(push.key_file)[:] = b""
+        server_context(push.certificate_file, push.key_file, client_roots=())
+        certificate = load_certificates(push.certificate_file)[0]
+    except (SettingsError, TlsError) as error:
+        mend = getattr(
+            error, "next_step", f"a PEM key that only the proxy's user may read: chmod 600 {push.key_file}"
+        )
+        yield _failed("push certificate", str(error), mend)
+        return
+    yield from _validity(
+        "push certificate", certificate, clock, "have its authority renew it, then send SIGHUP"
+    )
+
+
+def _trust(path: Path) -> tuple[ssl.SSLContext | None, Check]:
+    """The context that services are verified by. OpenSSL reads the roots, as it does for the engine."""
+    try:
+        context = ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        detail = f"{path}: no usable root certificate ({error.strerror or 'not PEM'})"
+        return None, _failed(
+            "upstream roots", detail, "give a file of PEM certificates in engine.upstream_ca_file"
+        )
+    return context, _ok("upstream roots", f"{path}: {context.cert_store_stats()['x509_ca']} certificates")
+
+
+# Tenants and services.
+
+
+def _tenant(tenant: TenantEntry, clock: Clock) -> Iterator[Check]:
+    name = f"tenant {tenant.tenant}"
+    try:
+        check_root(tenant.root_certificate, now_s=clock.wall_s())
+    except CredentialError as error:
+        yield _failed(name, str(error), f"sealgate tenant update {tenant.tenant} --root FILE")
+    else:
+        mend = f"ask the tenant for its next root, then `sealgate tenant update {tenant.tenant} --root FILE`"
+        yield from _validity(f"{name} root", tenant.root_certificate, clock, mend)
+    files = tenant.interception_ca
+    mend = f"restore {files.key_file} and {files.certificate_file} from backup, or remove and add the tenant"
+    try:
+        certificate = read_certificate(files.certificate_file)
+        matches = read_private_key(files.key_file).public_key() == certificate.public_key()
+    except CredentialError as error:
+        yield _failed(f"{name} interception CA", str(error), mend)
+        return
+    if not matches:
+        yield _failed(f"{name} interception CA", "certificate and key do not belong together", mend)
+        return
+    mend = (
+        "remove and add the tenant before it ends, and have clients trust the new one (`sealgate tenant ca`)"
+    )
+    yield from _validity(f"{name} interception CA", certificate, clock, mend)
+
+
+def _service(service: ServiceEntry, directory: Directory, clock: Clock) -> Iterator[Check]:
+    name = f"service {service.owner}"
+    renew = f"sealgate service renew {service.owner} --csr FILE; have it signed; sealgate service import-cert"
+    if service.profile not in PROFILES:
+        known = ", ".join(sorted(PROFILES))
+        yield _failed(name, f"profile {service.profile!r} does not exist here", f"choose one of: {known}")
+    if service.certificate is None:
+        mend = (
+            f"have the tenant's root sign the CSR, then `sealgate service import-cert {service.owner} FILE`"
+        )
+        yield _warning(name, "waits for its certificate; everything is refused until then", mend)
+        return
+    try:
+        verify_certificate(
+            service.certificate,
+            root=directory.tenants[service.owner.tenant].root_certificate,
+            expected=Identity(service.owner.tenant, Role.SERVICE, service.owner.service),
+            now_s=clock.wall_s(),
+        )
+        matches = read_private_key(service.key_file).public_key() == service.certificate.public_key()
+    except (CertificateError, CredentialError) as error:
+        yield _failed(name, str(error), renew)
+        return
+    if not matches:
+        yield _failed(name, f"{service.key_file} is not the key of the certificate", renew)
+        return
+    yield from _validity(name, service.certificate, clock, renew)
+
+
+def _stray_keys(state_dir: Path, in_use: set[Path]) -> Iterator[Check]:
+    """What an interrupted change may leave."""
+    stray = sorted({*(state_dir / "keys").glob("*/*.key"), *(state_dir / "ca").glob("*.key")} - in_use)
+    if stray:
+        names = ", ".join(str(path) for path in stray[:5])
+        yield _warning("private keys", f"{len(stray)} file(s) that nothing uses: {names}", "remove them")
+
+
+def _validity(name: str, certificate: x509.Certificate, clock: Clock, mend: str) -> Iterator[Check]:
+    now = datetime.fromtimestamp(clock.wall_s(), UTC)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > end:
+        yield _failed(name, f"expired on {end.date()}", mend)
+    elif now < begin:
+        yield _failed(name, f"valid from {begin.isoformat()} on", "check this machine's clock")
+    elif end - now < EXPIRY_WARNING:
+        yield _warning(name, f"expires on {end.date()}", mend)
+    else:
+        yield _ok(name, f"valid until {end.date()}")
+
+
+# The network.
+
+
+def _listeners(listeners: dict[str, Listen], *, is_running: bool) -> Iterator[Check]:
+    for name, listen in listeners.items():
+        if listen.port == 0:
+            yield _ok(name, f"{listen.host}, any free port")
+        elif is_running:
+            yield _asked(name, listen)
+        else:
+            yield _bindable(name, listen)
+
+
+def _asked(name: str, listen: Listen) -> Check:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host)
+    try:
+        socket.create_connection((host, listen.port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        mend = "see /readyz and the log of the running proxy"
+        return _failed(name, f"{listen} does not answer: {error.strerror or error}", mend)
+    return _ok(name, f"{listen} answers")
+
+
+def _bindable(name: str, listen: Listen) -> Check:
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((listen.host, listen.port))
+            listener.listen(1)
+        except OSError as error:
+            mend = (
+                "stop what uses it, choose another address, or (ports below 1024) grant CAP_NET_BIND_SERVICE"
+            )
+            return _failed(name, f"{listen} cannot be opened: {error.strerror}", mend)
+    return _ok(name, f"{listen} is free")
+
+
+async def _upstreams(services: Iterable[ServiceEntry], context: ssl.SSLContext) -> list[Check]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(_upstream(service, context), name=f"doctor:{service.owner}")
+            for service in services
+        ]
+    return [task.result() for task in tasks]
+
+
+async def _upstream(service: ServiceEntry, context: ssl.SSLContext) -> Check:
+    name, upstream = f"upstream of {service.owner}", service.upstream
+    is_tls = upstream.scheme == "https"
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(
+                upstream.host, upstream.port, ssl=context if is_tls else None
+            )
+            writer.close()
+    except TimeoutError:
+        detail = f"{upstream} does not answer within {CONNECT_TIMEOUT_S:g} s"
+        return _failed(name, detail, "check the route and the firewall")
+    except ssl.SSLCertVerificationError as error:
+        mend = "if the service has a private authority, name its roots in engine.upstream_ca_file"
+        return _failed(name, f"{upstream}: certificate not verified ({error.verify_message})", mend)
+    except OSError as error:
+        return _failed(
+            name,
+            f"{upstream}: {error.strerror or type(error).__name__}",
+            "check the address, DNS, the route and the firewall",
+        )
+    return _ok(
+        name, f"{upstream} " + ("answers, certificate verified" if is_tls else "answers (plain, loopback)")
+    )
