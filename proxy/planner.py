@@ -243,5 +243,5 @@ def _our_address(reference: str, route: Route) -> str | None:
     if default is None or host.lower() != upstream.host or (port or default) != upstream.port:
         return None
     rest = url._replace(scheme="", netloc="").geturl()
-    # `//x` would be another host; an empty path is the root.
-    return "/" + rest.lstrip("/") if not rest.startswith(("?", "#")) else "/" + rest
+    # To a browser `//x` and `/\\x` are other hosts; an empty path is the root.
+    return "/" + rest.lstrip("/\\")

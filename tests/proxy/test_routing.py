@@ -1,0 +1,204 @@
+"""Whose connection is it, and where may it go."""
+
+from pathlib import Path
+
+import pytest
+
+from envelope.keys import NetworkService
+from proxy import refusals
+from proxy.plan import Mode, Route
+from proxy.refusals import Refusal, RefusedError
+from proxy.routing import Routing, Wanted
+from proxy.tenants.model import (
+    CertificateFiles,
+    Directory,
+    LegacyPolicy,
+    Listen,
+    ServiceEntry,
+    TenantEntry,
+    Upstream,
+)
+from tests import pki
+
+ACME, BETA = "regular@127.0.0.1:8001", "regular@::1:8002"
+FILES = "reverse:https://files.example:443@127.0.0.1:8003"
+SIDECAR = "reverse:http://127.0.0.1:9000@127.0.0.1:8004"
+
+
+def tenant(name: str, listen: Listen, tunnels: frozenset[str] = frozenset()) -> TenantEntry:
+    return TenantEntry(
+        tenant=name,
+        root_certificate=pki.make_tenant(name).root.certificate,
+        forward_listen=listen,
+        tunnel_hosts=tunnels,
+        interception_ca=CertificateFiles(certificate_file=Path("/unused"), key_file=Path("/unused")),
+    )
+
+
+def service(owner: str, upstream: str, listen: Listen | None) -> ServiceEntry:
+    return ServiceEntry(
+        owner=NetworkService.parse(owner),
+        upstream=Upstream.parse(upstream),
+        profile="generic",
+        legacy=LegacyPolicy.STRICT,
+        reverse_listen=listen,
+        certificate=None,
+        key_file=Path("/unused"),
+    )
+
+
+@pytest.fixture(scope="module")
+def routing() -> Routing:
+    return Routing(
+        Directory.of(
+            1,
+            [
+                tenant("acme", Listen("127.0.0.1", 8001), frozenset({"*.news.example", "files.example"})),
+                tenant("beta", Listen("::1", 8002)),
+            ],
+            [
+                service("acme/files", "https://files.example", Listen("127.0.0.1", 8003)),
+                service("acme/sidecar", "http://127.0.0.1:9000", Listen("127.0.0.1", 8004)),
+                service("beta/files", "https://files.example:8443", None),
+            ],
+        )
+    )
+
+
+def wanted(
+    host: str = "files.example",
+    port: int = 443,
+    *,
+    scheme: str = "https",
+    names: tuple[str, ...] = ("files.example",),
+    server_name: str | None = "files.example",
+    connected: tuple[str, int] | None = ("files.example", 443),
+) -> Wanted:
+    return Wanted(
+        scheme=scheme, host=host, port=port, names=names, server_name=server_name, connected=connected
+    )
+
+
+def refused(routing: Routing, spec: str, what: Wanted) -> Refusal:
+    with pytest.raises(RefusedError) as caught:
+        routing.route(spec, what)
+    return caught.value.refusal
+
+
+def test_listeners_are_spelt_for_the_engine(routing: Routing) -> None:
+    assert set(routing.listeners) == {ACME, BETA, FILES, SIDECAR}
+    assert routing.listener(BETA).tenant.tenant == "beta"
+    with pytest.raises(RefusedError):
+        routing.listener("regular@127.0.0.1:1")
+
+
+def test_forward_by_connect(routing: Routing) -> None:
+    expected = Route(service=routing.directory.services[NetworkService("acme", "files")], mode=Mode.FORWARD)
+    assert routing.route(ACME, wanted()) == expected
+    assert routing.route(ACME, wanted(names=("FILES.example.", "files.example:443"))) == expected
+    assert routing.route(ACME, wanted(server_name=None)) == expected
+    assert routing.route(ACME, wanted(names=())) == expected
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        wanted(names=("other.example",)),
+        wanted(names=("files.example:8443",)),
+        wanted(names=("files.example", "other.example")),
+        wanted(server_name="other.example"),
+        wanted(connected=("other.example", 443)),
+        wanted(connected=("files.example", 444)),
+    ],
+)
+def test_names_that_disagree(routing: Routing, what: Wanted) -> None:
+    assert refused(routing, ACME, what) is refusals.HOST_MISMATCH
+
+
+@pytest.mark.parametrize(
+    "name", ["fi les.example", "files.example:", "files.example:+443", "[::1", "a" * 300]
+)
+def test_names_that_are_none(routing: Routing, name: str) -> None:
+    assert refused(routing, ACME, wanted(names=(name,))) is refusals.BAD_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        (ACME, wanted("other.example")),
+        (ACME, wanted(port=8443)),  # the other tenant's
+        (ACME, wanted(scheme="http")),
+        (ACME, wanted(connected=None)),  # absolute form, in the clear to us
+        (BETA, wanted()),
+        ("regular@127.0.0.1:1", wanted()),
+    ],
+)
+def test_what_is_not_this_tenants(routing: Routing, spec: str, what: Wanted) -> None:
+    assert refused(routing, spec, what) is refusals.UNMANAGED_HOST
+
+
+def test_plain_http_in_absolute_form_to_a_sidecar(routing: Routing) -> None:
+    what = wanted(
+        "127.0.0.1", 9000, scheme="http", names=("127.0.0.1:9000",), server_name=None, connected=None
+    )
+    assert routing.route(ACME, what).service.owner.service == "sidecar"
+    what = wanted("127.0.0.1", 9000, scheme="http", names=("127.0.0.1",), server_name=None, connected=None)
+    assert refused(routing, ACME, what) is refusals.HOST_MISMATCH
+
+
+def test_reverse_goes_where_the_listener_leads_whatever_the_names(routing: Routing) -> None:
+    got = routing.route(FILES, wanted(names=("public.example",), server_name=None, connected=None))
+    assert (got.service.owner.service, got.mode) == ("files", Mode.REVERSE)
+    assert refused(routing, FILES, wanted("127.0.0.1", 9000)) is refusals.INTERNAL
+
+
+def test_connect(routing: Routing) -> None:
+    routing.check_connect(ACME, "files.example", 443)
+    routing.check_connect(ACME, "www.news.example", 443)
+    routing.check_connect(BETA, "files.example", 8443)
+    for spec, host, port in (
+        (ACME, "files.example", 444),  # a managed host at another port, though on the list
+        (ACME, "news.example", 443),
+        (ACME, "evil.example", 443),
+        (ACME, "bad host", 443),
+        (BETA, "files.example", 443),
+        (BETA, "www.news.example", 443),
+        (FILES, "files.example", 443),
+    ):
+        with pytest.raises(RefusedError):
+            routing.check_connect(spec, host, port)
+
+
+def test_only_what_is_listed_is_tunnelled(routing: Routing) -> None:
+    def tunnels(spec: str, host: str, server_name: str | None, port: int = 443) -> bool:
+        return routing.tunnels(spec, host=host, port=port, server_name=server_name)
+
+    assert tunnels(ACME, "www.news.example", "www.news.example")
+    assert tunnels(ACME, "www.news.example", "img.news.example")
+    assert not tunnels(ACME, "www.news.example", None)
+    assert not tunnels(ACME, "www.news.example", "evil.example")
+    assert not tunnels(ACME, "www.news.example", "files.example")
+    assert not tunnels(ACME, "evil.example", "www.news.example")
+    assert not tunnels(ACME, "files.example", "files.example")
+    assert not tunnels(ACME, "files.example", "files.example", port=444)
+    assert not tunnels(BETA, "www.news.example", "www.news.example")
+    assert not tunnels(FILES, "files.example", "www.news.example")
+
+
+def test_sockets_are_opened_to_known_addresses_only(routing: Routing) -> None:
+    for spec, host, port in (
+        (ACME, "files.example", 443),
+        (ACME, "127.0.0.1", 9000),
+        (ACME, "www.news.example", 443),
+        (FILES, "files.example", 443),
+    ):
+        assert routing.may_connect(spec, host, port)
+    for spec, host, port in (
+        (ACME, "files.example", 8443),
+        (ACME, "evil.example", 443),
+        (ACME, "bad host", 443),
+        (FILES, "127.0.0.1", 9000),
+        (BETA, "files.example", 443),
+        ("regular@127.0.0.1:1", "files.example", 443),
+    ):
+        assert not routing.may_connect(spec, host, port)
