@@ -102,7 +102,8 @@ class Stream(ABC):
         if self._over is not None:
             raise self._over.with_traceback(None)
         try:
-            return self._update(memoryview(piece).cast("B"))
+            view = memoryview(piece)
+            return self._update(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
         except BaseException as error:
             self._fail(error)
             raise
@@ -141,9 +142,9 @@ class Stream(ABC):
 class _Chunks(Stream):
     """What sealing and opening share: the staged piece of a chunk and the running number."""
 
-    def __init__(self, keys: MessageKeys, *, stage_size: int, number: int) -> None:
+    def __init__(self, keys: MessageKeys | None, *, stage_size: int, number: int) -> None:
         super().__init__()
-        self._keys: MessageKeys | None = keys
+        self._keys = keys
         self._stage = bytearray(stage_size)
         self._staged = 0
         self._number = number
@@ -175,34 +176,37 @@ class MessageSealer(_Chunks):
         keys = derive_message_keys(key, salt, context)
         super().__init__(keys, stage_size=CHUNK_SIZE, number=0)
         self.commitment: Final = keys.commitment
+        """Names this very message: a manifest lists it (docs/format.md 3.5)."""
         self._lead = lead + salt + keys.commitment
 
     @override
     def _update(self, piece: memoryview) -> bytearray:
         stage, staged = self._stage, self._staged
         count, rest = divmod(staged + len(piece), CHUNK_SIZE)
-        lead, self._lead = self._lead, b""
-        put, took = len(lead), 0
+        lead, put, took = self._lead, len(self._lead), 0
         out = bytearray(put + count * RECORD_SIZE)
-        out[:put] = lead
+        if lead:
+            out[:put] = lead
+            self._lead = b""
         if count:
             keys, number = self._take(count)
             base, seal = keys.base_nonce, keys.aead.encrypt_into
-            with memoryview(out) as target:
-                if staged:
-                    took = CHUNK_SIZE - staged
-                    stage[staged:] = piece[:took]
-                    seal((base ^ number).to_bytes(12), stage, None, target[put : put + RECORD_SIZE])
-                    put += RECORD_SIZE
-                    number += 1
-                    staged = 0
-                while put < len(out):
-                    nonce = (base ^ number).to_bytes(12)
-                    seal(nonce, piece[took : took + CHUNK_SIZE], None, target[put : put + RECORD_SIZE])
-                    took += CHUNK_SIZE
-                    put += RECORD_SIZE
-                    number += 1
-        stage[staged:rest] = piece[took:]
+            target = memoryview(out)
+            if staged:
+                took = CHUNK_SIZE - staged
+                stage[staged:] = piece[:took]
+                seal((base ^ number).to_bytes(12), stage, None, target[put : put + RECORD_SIZE])
+                put += RECORD_SIZE
+                number += 1
+                staged = 0
+            # The hot loop: every name is local, and one chunk costs one call.
+            for at in range(put, len(out), RECORD_SIZE):
+                nonce = (base ^ number).to_bytes(12)
+                seal(nonce, piece[took : took + CHUNK_SIZE], None, target[at : at + RECORD_SIZE])
+                took += CHUNK_SIZE
+                number += 1
+        if rest:
+            stage[staged:rest] = piece[took:]
         self._staged = rest
         return out
 
@@ -221,7 +225,7 @@ class ChunkOpener(_Chunks):
     IntegrityError, TruncatedError; FormatError beyond the chunk limit.
     """
 
-    def __init__(self, keys: MessageKeys, *, first: int = 0) -> None:
+    def __init__(self, keys: MessageKeys | None, *, first: int = 0) -> None:
         super().__init__(keys, stage_size=RECORD_SIZE, number=first)
 
     @override
@@ -233,26 +237,25 @@ class ChunkOpener(_Chunks):
         if count:
             keys, number = self._take(count)
             base, open_into = keys.base_nonce, keys.aead.decrypt_into
-            with memoryview(out) as target:
-                try:
-                    if staged:
-                        took = RECORD_SIZE - staged
-                        stage[staged:] = piece[:took]
-                        open_into((base ^ number).to_bytes(12), stage, None, target[:CHUNK_SIZE])
-                        put = CHUNK_SIZE
-                        number += 1
-                        staged = 0
-                    while put < len(out):
-                        nonce = (base ^ number).to_bytes(12)
-                        record = piece[took : took + RECORD_SIZE]
-                        open_into(nonce, record, None, target[put : put + CHUNK_SIZE])
-                        took += RECORD_SIZE
-                        put += CHUNK_SIZE
-                        number += 1
-                except InvalidTag:
-                    target[:] = bytes(len(target))
-                    _refuse()
-        stage[staged:rest] = piece[took:]
+            target = memoryview(out)
+            try:
+                if staged:
+                    took = RECORD_SIZE - staged
+                    stage[staged:] = piece[:took]
+                    open_into((base ^ number).to_bytes(12), stage, None, target[:CHUNK_SIZE])
+                    put = CHUNK_SIZE
+                    number += 1
+                    staged = 0
+                for at in range(put, len(out), CHUNK_SIZE):
+                    nonce = (base ^ number).to_bytes(12)
+                    open_into(nonce, piece[took : took + RECORD_SIZE], None, target[at : at + CHUNK_SIZE])
+                    took += RECORD_SIZE
+                    number += 1
+            except InvalidTag:
+                target[:] = bytes(len(target))
+                _refuse()
+        if rest:
+            stage[staged:rest] = piece[took:]
         self._staged = rest
         return out
 
@@ -269,7 +272,7 @@ class ChunkOpener(_Chunks):
             _refuse()
 
 
-class MessageOpener(Stream):
+class MessageOpener(ChunkOpener):
     """Opens one message under the one of *keys* it commits to, if bound to *context*.
 
     *keys*: 32 bytes each, MisuseError otherwise; several only where trial is allowed (docs/format.md 6.4).
@@ -277,34 +280,33 @@ class MessageOpener(Stream):
     """
 
     def __init__(self, keys: Sequence[Buffer], context: bytes) -> None:
-        super().__init__()
+        super().__init__(None)
         self._candidates: Sequence[Buffer] = keys
         self._context = context
         self._head = bytearray()
-        self._chunks: ChunkOpener | None = None
 
     @override
     def _update(self, piece: memoryview) -> bytearray:
-        if self._chunks is None:
+        if self._keys is None:
             missing = HEAD_SIZE - len(self._head)
             self._head += piece[:missing]
             if len(self._head) < HEAD_SIZE:
                 return bytearray()
             piece = piece[missing:]
-            self._chunks = ChunkOpener(unlock(self._candidates, self._context, self._head))
+            self._keys = unlock(self._candidates, self._context, self._head)
             self._candidates = ()
-        return self._chunks.update(piece)
+        return super()._update(piece)
 
     @override
     def _finalize(self) -> bytes:
-        if self._chunks is None:
+        if self._keys is None:
             raise truncated()
-        return self._chunks.finalize()
+        return super()._finalize()
 
     @override
     def _forget(self) -> None:
+        super()._forget()
         self._candidates = ()
-        self._chunks = None
 
 
 def _refuse() -> Never:

@@ -19,7 +19,6 @@ from envelope.cobblestone import (
     RECORD_SIZE,
     TAG_SIZE,
     ChunkOpener,
-    MessageOpener,
     MessageSealer,
     Stream,
     invalid,
@@ -148,7 +147,7 @@ def sealed_range(start: int, stop: int, *, plain_bytes: int) -> tuple[int, int]:
     )
 
 
-class Sealer(Stream):
+class Sealer(MessageSealer):
     """Seals one object.
 
     *object_key*: K_obj, 32 bytes (`derive.object_key`). *name* is what *bind* says, empty for Bind.NOTHING.
@@ -164,29 +163,12 @@ class Sealer(Stream):
         bind: Bind = Bind.NOTHING,
         name: bytes = b"",
     ) -> None:
-        super().__init__()
         self.header: Final = Header(key_id, bind)
         raw = self.header.encode()
-        self._message: MessageSealer | None = MessageSealer(
-            object_key, _context(raw, owner, _checked(bind, name)), lead=raw
-        )
-        self.commitment: Final = self._message.commitment
-        """Names this very message: a manifest lists it (3.5)."""
-
-    @override
-    def _update(self, piece: memoryview) -> bytearray:
-        return _present(self._message).update(piece)
-
-    @override
-    def _finalize(self) -> bytes:
-        return _present(self._message).finalize()
-
-    @override
-    def _forget(self) -> None:
-        self._message = None
+        super().__init__(object_key, _context(raw, owner, _checked(bind, name)), lead=raw)
 
 
-class Opener(Stream):
+class Opener(ChunkOpener):
     """Opens one object of *owner*, read from its first byte.
 
     *find_key* is asked once, as soon as the header is known, and may raise KeyUnavailableError.
@@ -205,40 +187,45 @@ class Opener(Stream):
         name: bytes = b"",
         candidates: Callable[[], Sequence[Buffer]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(None)
         self.header: Header | None = None
         self._owner = owner
         self._find_key = find_key
         self._candidates = candidates
         self._bind = bind
         self._name = _checked(bind, name)
-        self._head = bytearray()
-        self._message: MessageOpener | None = None
+        self._prefix = bytearray()
+        self._found: Sequence[Buffer] = ()
 
     @override
     def _update(self, piece: memoryview) -> bytearray:
-        if self._message is None:
-            missing = HEADER_SIZE - len(self._head)
-            self._head += piece[:missing]
-            if len(self._head) < HEADER_SIZE:
-                return bytearray()
+        if self._keys is None:
+            missing = PREFIX_SIZE - len(self._prefix)
+            self._prefix += piece[:missing]
             piece = piece[missing:]
-            self.header = Header.parse(self._head)
-            keys = _find_keys(self.header, self._bind, self._find_key, self._candidates)
-            context = _context(bytes(self._head), self._owner, self._name)
-            self._message = MessageOpener(keys, context)
-        return self._message.update(piece)
+            if self.header is None and len(self._prefix) >= HEADER_SIZE:
+                # Before the salt is here: a reader without the key learns it at once.
+                self.header = Header.parse(self._prefix)
+                self._found = _find_keys(self.header, self._bind, self._find_key, self._candidates)
+            if len(self._prefix) < PREFIX_SIZE:
+                return bytearray()
+            context = _context(bytes(self._prefix[:HEADER_SIZE]), self._owner, self._name)
+            self._keys = unlock(self._found, context, self._prefix[HEADER_SIZE:])
+            self._found = ()
+        return super()._update(piece)
 
     @override
     def _finalize(self) -> bytes:
-        if self._message is None:
+        if self._keys is None:
             # Says why: another magic is "no object", a good beginning is "truncated".
-            Header.parse(self._head)
-        return _present(self._message).finalize()
+            Header.parse(self._prefix)
+            raise truncated()
+        return super()._finalize()
 
     @override
     def _forget(self) -> None:
-        self._message = None
+        super()._forget()
+        self._found = ()
 
 
 class RangeOpener(Stream):

@@ -371,9 +371,7 @@ def test_an_object_beyond_4_gib() -> None:
     size = 5 * 2**30 + 123
     sealer = Sealer(OBJECT_KEY, OWNER, KEY_ID)
     prefix = bytes(sealer.update(b""))
-    message = sealer._message
-    assert message is not None
-    message._number = size // CHUNK_SIZE - 1
+    sealer._number = size // CHUNK_SIZE - 1
     tail = bytes(sealer.update(pattern(CHUNK_SIZE + size % CHUNK_SIZE))) + sealer.finalize()
     start, stop = size - size % CHUNK_SIZE - 10, size
     begin, end = sealed_range(start, stop, plain_bytes=size)
