@@ -158,4 +158,4 @@ def _segments(module: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(f'    "{name}":\n    "{digest}",' for name, digest in sorted(sources().items())))  # noqa: T201
+    print("\n".join(f'    "{name}": "{digest}",' for name, digest in sorted(sources().items())))  # noqa: T201
