@@ -14,7 +14,82 @@ BANNED: Final = re.compile(r"(.*_)?(utils?|helpers?|common|misc|managers?|base|s
 # A word of design.md: the key agent that generates keys for all environments.
 WORDS_OF_THE_DESIGN: Final = {"key_agent/environments/manager.py"}
 # A source file -> the tests that stand for it, and why they are not its mirror.
-TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {}
+_AGENT: Final = (
+    "tests/key_agent/test_agent.py",
+    "a part of the agent, which is tested whole: real parts, fake HSM and proxies",
+)
+_PROCESS: Final = (
+    "tests/key_agent/test_agent_softhsm.py",
+    "only a real process with a real HSM shows that it is right",
+)
+_WORKER: Final = (
+    "tests/key_agent/sources/test_pkcs11.py",
+    "runs in the worker process only, seen through its answers",
+)
+_STORE: Final = ("tests/key_agent/registry/test_store.py", "seen through the store, on both databases")
+_ROWS: Final = (
+    "tests/proxy/gate/test_rows.py",
+    "a patch is right when the engine behaves: a test per row of the table",
+)
+_JOB: Final = (
+    "tests/integration/test_proxy_main_job.py",
+    "an adapter of mitmproxy, right when real clients and services are served",
+)
+_PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
+TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
+    "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
+    "key_agent/app.py": _PROCESS,
+    "key_agent/cli.py": _PROCESS,
+    "key_agent/doctor.py": _PROCESS,
+    "key_agent/errors.py": (
+        "tests/key_agent/sources/test_contract.py",
+        "declarations; who raises them is tested",
+    ),
+    "key_agent/journal.py": _AGENT,
+    "key_agent/operations.py": _AGENT,
+    "key_agent/push/pusher.py": _AGENT,
+    "key_agent/push/recipients.py": _AGENT,
+    "key_agent/push/sealing.py": _AGENT,
+    "key_agent/push/targets.py": _AGENT,
+    "key_agent/registry/database.py": _STORE,
+    "key_agent/registry/model.py": _STORE,
+    "key_agent/registry/states.py": _STORE,
+    "key_agent/registry/tables.py": _STORE,
+    "key_agent/setup.py": ("tests/key_agent/test_config.py", "what it sets up is what the settings say"),
+    "key_agent/sources/hsm/diagnosis.py": ("tests/key_agent/sources/test_diagnosis.py", _WORKER[1]),
+    "key_agent/sources/hsm/keks.py": _WORKER,
+    "key_agent/sources/hsm/material.py": _WORKER,
+    "key_agent/sources/hsm/module.py": _WORKER,
+    "key_agent/sources/hsm/session.py": _WORKER,
+    "key_agent/sources/hsm/wrapping.py": _WORKER,
+    "key_agent/sources/source.py": (
+        "tests/key_agent/sources/test_contract.py",
+        "an interface: one contract for all sources",
+    ),
+    "key_agent/sources/verdict.py": ("tests/key_agent/sources/test_diagnosis.py", "the words of a diagnosis"),
+    "key_agent/sources/worker_main.py": _WORKER,
+    "proxy/addon.py": _JOB,
+    "proxy/app.py": ("tests/integration/test_proxy_process.py", "the composition, seen as a process"),
+    "proxy/engine.py": _JOB,
+    "proxy/gate/__init__.py": _ROWS,
+    "proxy/gate/handler.py": _ROWS,
+    "proxy/gate/http1.py": _ROWS,
+    "proxy/gate/selftest.py": ("tests/proxy/gate/test_pins.py", "what the engine refuses to start with"),
+    "proxy/gate/stream.py": _ROWS,
+    "proxy/metrics.py": _JOB,
+    "proxy/plan.py": _PLANS,
+    "proxy/prefetch.py": (
+        "tests/integration/test_proxy_ranges.py",
+        "asks a real service for the head of an object",
+    ),
+    "proxy/profiles/__init__.py": _PLANS,
+    "proxy/profiles/generic.py": _PLANS,
+    "proxy/profiles/profile.py": _PLANS,
+    "proxy/refusals.py": (
+        "tests/integration/test_proxy_refusals.py",
+        "a table: each row is answered on a real socket",
+    ),
+}
 
 
 def badly_named(paths: Iterable[str]) -> list[str]:
