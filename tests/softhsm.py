@@ -130,18 +130,7 @@ class SoftHsm:
         name = {} if reference is None else {"label": reference.label, "id": reference.object_id.hex()}
         access = {"module": str(self.module), "token": self.label, "pin": self.pin}
         request = access | name | (arguments or {})
-        done = subprocess.run(
-            [sys.executable, "-I", str(Path(__file__).resolve()), action],
-            input=json.dumps(request),
-            env=os.environ | self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise AssertionError(f"{action} in another process failed: {done.stderr}")
-        return json.loads(done.stdout)
+        return in_another_process(action, request, self.environment)
 
     def _softhsm2_util(self, *arguments: str) -> None:
         subprocess.run(
@@ -154,13 +143,30 @@ class SoftHsm:
         )
 
 
+def in_another_process(action: str, request: dict[str, Any], environment: dict[str, str]) -> Any:
+    """The answer of `_do_<action>(request)`, run by a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-I", str(Path(__file__).resolve()), action],
+        input=json.dumps(request),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise AssertionError(f"{action} in another process failed: {done.stderr}")
+    return json.loads(done.stdout)
+
+
 # --- the other process ---
 
 
 def _session(request: dict[str, Any]) -> Any:
-    import pkcs11
+    from key_agent.sources.hsm.module import load_module
 
-    tokens = [slot.get_token() for slot in pkcs11.lib(request["module"]).get_slots(token_present=True)]
+    library = load_module(request["module"], request.get("module_arguments", ""))
+    tokens = [slot.get_token() for slot in library.get_slots(token_present=True)]
     [token] = [token for token in tokens if token.label == request["token"]]
     return token.open(rw=True, user_pin=request["pin"])
 
@@ -244,6 +250,22 @@ def _do_unwrap_gcm(request: dict[str, Any]) -> str:
         wrapped[12:], mechanism=Mechanism.AES_GCM, mechanism_param=GCMParams(wrapped[:12], binding, 128)
     )
     return opened.hex()
+
+
+def _do_init_nss(request: dict[str, Any]) -> str:
+    """Give a new NSS database its password; what certutil -N does."""
+    from key_agent.sources.hsm.module import load_module
+
+    library = load_module(request["module"], request["module_arguments"])
+    [token] = [
+        token
+        for slot in library.get_slots(token_present=True)
+        if (token := slot.get_token()).label == request["token"]
+    ]
+    session = token.open(rw=True, so_pin="")
+    session.init_pin(request["pin"])
+    session.close()
+    return "done"
 
 
 def _do_set_pin(request: dict[str, Any]) -> str:

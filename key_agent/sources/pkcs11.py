@@ -55,6 +55,8 @@ class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     module_path: Path
     """The vendor's PKCS#11 library."""
+    module_arguments: str = ""
+    """pReserved of C_Initialize, for modules that are configured so (NSS: configdir='sql:DIR')."""
     token_label: str
     token_serial: str | None = None
     """Needed where two tokens have one label. Every KEK pins the serial of its token anyway."""
@@ -228,6 +230,7 @@ class Pkcs11Source(KeySource):
         self._pin_note = pin.note
         return wire.Hello(
             module_path=str(self._settings.module_path),
+            module_arguments=self._settings.module_arguments,
             token_label=self._settings.token_label,
             token_serial=self._settings.token_serial,
             pin=pin.text,

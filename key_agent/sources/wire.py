@@ -32,6 +32,7 @@ class Hello(Message, tag="hello"):
     """The first frame: load the module. Everything else follows."""
 
     module_path: str
+    module_arguments: str
     token_label: str
     token_serial: str | None
     pin: str

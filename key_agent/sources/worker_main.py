@@ -74,7 +74,9 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 class _Worker:
     def __init__(self, hello: wire.Hello) -> None:
-        self._token = Token(hello.module_path, hello.token_label, hello.token_serial, hello.pin)
+        self._token = Token(
+            hello.module_path, hello.token_label, hello.token_serial, hello.pin, hello.module_arguments
+        )
         self._agent_id = hello.agent_id
         self._signing_files = (hello.signing_key_file, hello.signing_certificate_file)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import pkcs11
 from pkcs11 import Attribute, ObjectClass, PKCS11Error, TokenFlag
 from pkcs11.exceptions import (
     AttributeSensitive,
@@ -27,6 +26,7 @@ from pkcs11.exceptions import (
 )
 
 from key_agent.errors import KeySourceError, LoginRefusedError
+from key_agent.sources.hsm.module import load_module
 from key_agent.sources.verdict import Verdict
 
 CANARY_KEY_LABEL: Final = "sealgate-canary"
@@ -45,6 +45,7 @@ class Token:
     label: str
     serial: str | None
     pin: str = field(repr=False)
+    module_arguments: str = ""
     _library: Any = field(default=None, init=False)
     _session: Any = field(default=None, init=False)
     _held_serial: str = field(default="", init=False)
@@ -52,7 +53,7 @@ class Token:
 
     def load(self) -> None:
         """Load the module and call C_Initialize. Once per process."""
-        self._library = pkcs11.lib(self.module_path)
+        self._library = load_module(self.module_path, self.module_arguments)
 
     def session(self, *, serial: str | None = None) -> Any:
         """The open session, or a new one on the token whose serial is *serial* (or the settings')."""

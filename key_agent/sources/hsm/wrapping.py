@@ -182,8 +182,9 @@ def check_attributes(kek: Any, wrapping: Wrapping) -> None:
         Attribute.UNWRAP: MechanismFlag.UNWRAP,
     }
     demanded |= {name: bool(flag & wrapping.capabilities) for name, flag in flags.items()}
-    # Not every token has these; one that has them must not deny them.
-    welcome = {Attribute.LOCAL: True, Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
+    # Not every token has these; one that has them must not deny them. (CKA_LOCAL is not among them: NSS says
+    # false of keys that it has just generated.)
+    welcome = {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
     wrong = [name.name for name, value in demanded.items() if attribute(kek, name) != value]
     wrong += [name.name for name, value in welcome.items() if attribute(kek, name) not in (None, value)]
     if wrong:

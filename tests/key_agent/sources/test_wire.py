@@ -14,6 +14,7 @@ from tests.key_agent.sources.conftest import REFERENCE, owners
 PIN = "a guessable PIN"
 HELLO = wire.Hello(
     module_path="/module.so",
+    module_arguments="",
     token_label="sealgate",
     token_serial=None,
     pin=PIN,

@@ -1,0 +1,152 @@
+"""A second module, NSS softokn: one alone teaches its habits as the standard (hsm.md 7).
+
+Its GCM encryption fails, so `kw` is negotiated; a failed operation stays alive in its session; its serial is
+the same for everybody; its configuration comes as an argument of C_Initialize.
+"""
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from key_agent.errors import KekRevokedError, LoginRefusedError
+from key_agent.sources.pkcs11 import Pkcs11Settings, Pkcs11Source
+from key_agent.sources.source import KekReference, Verdict, WrapMethod
+from tests.key_agent.sources.conftest import REFERENCE, owners, request_for
+from tests.pki import Tenant, write_credential
+from tests.softhsm import in_another_process
+
+LABEL = "NSS Certificate DB"
+PIN = "nss password 12"
+MODULES = [
+    Path(f"/usr/lib/{os.uname().machine}-linux-gnu/libsoftokn3.so"),
+    Path(f"/usr/lib/{os.uname().machine}-linux-gnu/nss/libsoftokn3.so"),
+]
+
+
+@dataclass
+class Nss:
+    module: Path
+    directory: Path
+
+    @property
+    def arguments(self) -> str:
+        return f"configdir='sql:{self.directory}'"
+
+    def run(self, action: str, reference: KekReference, **arguments: Any) -> Any:
+        request = {
+            "module": str(self.module),
+            "module_arguments": self.arguments,
+            "token": LABEL,
+            "pin": PIN,
+            "label": reference.label,
+            "id": reference.object_id.hex(),
+        }
+        return in_another_process(action, request | arguments, {})
+
+    def settings(self) -> Pkcs11Settings:
+        return Pkcs11Settings(
+            module_path=self.module,
+            module_arguments=self.arguments,
+            token_label=LABEL,
+            pin_file=self.directory / "pin",
+            request_timeout_s=30.0,
+            start_timeout_s=60.0,
+        )
+
+
+@pytest.fixture
+def nss(tmp_path: Path) -> Nss:
+    module = next((path for path in MODULES if path.exists()), None)
+    if module is None:
+        pytest.skip("NSS softokn is not installed (apt-get install libnss3)")
+    directory = tmp_path / "nss"
+    directory.mkdir(mode=0o700)
+    pin_file = directory / "pin"
+    pin_file.touch(mode=0o600)
+    pin_file.write_text(PIN)
+    nss = Nss(module, directory)
+    nss.run("init-nss", REFERENCE)
+    return nss
+
+
+@pytest.fixture
+async def source(nss: Nss, acme: Tenant) -> AsyncIterator[Pkcs11Source]:
+    certificate_file, key_file = write_credential(acme.agent_signing("hq"), nss.directory, "signing")
+    source = Pkcs11Source(nss.settings(), key_file, certificate_file, "hq")
+    yield source
+    await source.close()
+
+
+async def test_what_it_can_is_found_out_by_doing(source: Pkcs11Source) -> None:
+    facts = await source.describe()
+    methods = facts["methods"]
+    assert isinstance(methods, dict)
+    assert methods["kw"] == "ok"
+    assert methods["gcm"].startswith("gcm: ")
+    assert (await source.create_kek(REFERENCE)).method is WrapMethod.KW
+
+
+async def test_keys_travel_and_bad_ones_are_left_out(source: Pkcs11Source, acme: Tenant) -> None:
+    kek = await source.create_kek(REFERENCE)
+    good, flipped, moved = await source.generate(kek, owners(1) * 3)
+    flipped = replace(flipped, wrapped=bytes([flipped.wrapped[0] ^ 1]) + flipped.wrapped[1:])
+    moved = replace(moved, wrapped=good.wrapped)
+    # The bad ones first: a session that NSS left with a dead operation must not spoil the good one.
+    request = request_for([flipped, moved, good], acme.service("service-0"))
+    again = request_for(good, acme.service("service-0"))
+    first, second = await source.seal_envelopes(kek, [request, again])
+    assert set(first.failed_keys) == {flipped.key_id, moved.key_id}
+    assert set(first.tokens) == {"proxy-0"}
+    assert not second.failed_keys
+
+
+@pytest.mark.parametrize(
+    ("hand", "verdict"),
+    [
+        ([("destroy", {})], Verdict.KEK_DESTROYED),
+        ([("set", {"name": "UNWRAP", "value": False})], Verdict.KEK_DISABLED),
+        ([("destroy", {}), ("make", {"capabilities": 0x60000})], Verdict.KEK_REPLACED),
+    ],
+    ids=["destroyed", "disabled", "replaced"],
+)
+async def test_revocations(
+    source: Pkcs11Source, nss: Nss, hand: list[tuple[str, dict[str, Any]]], verdict: Verdict
+) -> None:
+    kek = await source.create_kek(REFERENCE)
+    [key] = await source.generate(kek, owners(1))
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+    for action, arguments in hand:
+        nss.run(action, REFERENCE, **arguments)
+    assert (await source.diagnose(kek)).verdict is verdict
+    with pytest.raises(KekRevokedError):
+        await source.seal_envelopes(kek, [request_for(key)])
+
+
+async def test_an_emptied_database_is_a_changed_token(source: Pkcs11Source, nss: Nss) -> None:
+    """Its serial says nothing: only the canary key tells a kill switch from an outage."""
+    kek = await source.create_kek(REFERENCE)
+    nss.run("destroy", REFERENCE)
+    nss.run("destroy", replace(REFERENCE, label="sealgate-canary", object_id=b"sealgate-canary"))
+    assert (await source.diagnose(kek)).verdict is Verdict.TOKEN_CHANGED
+
+
+async def test_a_wrong_password_is_a_refused_pin(source: Pkcs11Source, nss: Nss) -> None:
+    (nss.directory / "pin").write_text("another one")
+    with pytest.raises(LoginRefusedError):
+        await source.create_kek(REFERENCE)
+    (nss.directory / "pin").write_text(PIN)
+    assert (await source.create_kek(REFERENCE)).method is WrapMethod.KW
+
+
+async def test_disabling_and_destroying_by_our_own_hand(source: Pkcs11Source, nss: Nss) -> None:
+    kek = await source.create_kek(REFERENCE)
+    await source.set_kek_enabled(kek, enabled=False)
+    assert (await source.diagnose(kek)).verdict is Verdict.KEK_DISABLED
+    await source.set_kek_enabled(kek, enabled=True)
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+    await source.destroy_kek(kek)
+    assert nss.run("count", REFERENCE) == 0
