@@ -110,7 +110,6 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """HTTP/2 towards clients."""
     upstream_ca_file: Path | None = None
     """PEM roots that services must be verified by; default: the Mozilla roots of certifi."""
-    max_header_bytes: int = 65_536
     drain_s: float = 20.0
     """On SIGTERM: how long bodies in flight may go on."""
     levers: bool = True
@@ -118,7 +117,6 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         _check_range("engine.drain_s", self.drain_s, 0, 600)
-        _check_range("engine.max_header_bytes", self.max_header_bytes, 4096, 1 << 20)
 
 
 class HealthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@
 import asyncio
 import base64
 import binascii
+import io
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -221,7 +222,8 @@ class HttpsTransport(Transport):
             raise PushError("unreachable", f"{proxy.url}: {_reason(error)}") from error
 
     async def _exchange(self, client: aiohttp.ClientSession, path: str, body: bytes) -> bytes:
-        async with client.post(path, data=body, allow_redirects=False) as response:
+        # As a stream: aiohttp warns of large `bytes`.
+        async with client.post(path, data=io.BytesIO(body), allow_redirects=False) as response:
             answer = await _read_bounded(response)
             if response.status != 200:
                 raise _problem(response.status, answer)

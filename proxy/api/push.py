@@ -39,7 +39,7 @@ MAX_BODY_BYTES: Final = 8 << 20
 MAX_SESSION_BODY_BYTES: Final = 64 << 10
 BODY_TIMEOUT_S: Final = 30.0
 BURST_FACTOR: Final = 5
-CONCURRENT_PER_TENANT: Final = 8
+CONCURRENT_PER_TENANT: Final = 4
 
 _PEER: Final = web.RequestKey("sealgate.peer", Identity)
 _log: Final = structlog.get_logger("push")
@@ -182,10 +182,9 @@ class _PushApi:
 
 
 def _service_json(service: HostedService) -> dict[str, object]:
-    digest = service.certificate_sha256
     return {
         "service": str(service.owner),
-        "certificate_sha256": None if digest is None else digest.hex(),
+        "certificate_sha256": service.certificate_sha256.hex(),
         "holds": [
             {"kid": str(held.key_id), "state": held.state.value, "valid_for_s": round(held.valid_for_s, 3)}
             for held in service.status.holds

@@ -101,7 +101,7 @@ class HostedService:
     """A network service of the agent's tenant on this proxy, with what it holds."""
 
     owner: NetworkService
-    certificate_sha256: bytes | None
+    certificate_sha256: bytes
     status: ServiceStatus
 
 
@@ -222,7 +222,12 @@ class Receiver:
         return Session(
             challenge=challenge,
             time_ms=int(self._clock.wall_s() * 1000),
-            services=tuple(self._hosted(service) for service in self._directory.services_of(tenant)),
+            # One that waits for its certificate can receive nothing yet.
+            services=tuple(
+                self._hosted(service.owner, service.certificate)
+                for service in self._directory.services_of(tenant)
+                if service.certificate is not None
+            ),
         )
 
     async def receive(self, tenant: str, agent_id: str, tokens: Sequence[str]) -> list[Receipt]:
@@ -470,10 +475,6 @@ class Receiver:
             _log.error("audit log cannot be written", reason=str(unwritten))  # it is refused already
         return Receipt(status="refused", service=service, code=error.code, detail=str(error))
 
-    def _hosted(self, entry: ServiceEntry) -> HostedService:
-        (status,) = self._cache.status([entry.owner])
-        return HostedService(
-            owner=entry.owner,
-            certificate_sha256=None if entry.certificate is None else fingerprint(entry.certificate),
-            status=status,
-        )
+    def _hosted(self, owner: NetworkService, certificate: x509.Certificate) -> HostedService:
+        (status,) = self._cache.status([owner])
+        return HostedService(owner=owner, certificate_sha256=fingerprint(certificate), status=status)
