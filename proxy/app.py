@@ -25,7 +25,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from envelope.derive import object_key
-from envelope.errors import IntegrityError, MisuseError, SealgateError
+from envelope.errors import FormatError, IntegrityError, MisuseError, SealgateError
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer
 from proxy import gate
@@ -67,14 +67,17 @@ class SelfCheckError(SealgateError):
 
 def check_formats() -> None:
     """Known answer: open the vector, seal and open again, and be refused with another key. SelfCheckError."""
-    key = object_key(_KAT_MATERIAL, _KAT_OWNER, _KAT_KEY_ID)
-    foreign = object_key(os.urandom(32), _KAT_OWNER, _KAT_KEY_ID)
-    if _opened(_KAT_OBJECT, key) != _KAT_PLAIN:
-        raise SelfCheckError("the known object does not open to the known plaintext")
-    sealer = Sealer(key, _KAT_OWNER, _KAT_KEY_ID)
-    sealed = bytes(sealer.update(_KAT_PLAIN)) + sealer.finalize()
-    if _opened(sealed, key) != _KAT_PLAIN or _KAT_PLAIN in sealed:
-        raise SelfCheckError("what was sealed does not open again")
+    try:
+        key = object_key(_KAT_MATERIAL, _KAT_OWNER, _KAT_KEY_ID)
+        foreign = object_key(os.urandom(32), _KAT_OWNER, _KAT_KEY_ID)
+        if _opened(_KAT_OBJECT, key) != _KAT_PLAIN:
+            raise SelfCheckError("the known object does not open to the known plaintext")
+        sealer = Sealer(key, _KAT_OWNER, _KAT_KEY_ID)
+        sealed = bytes(sealer.update(_KAT_PLAIN)) + sealer.finalize()
+        if _opened(sealed, key) != _KAT_PLAIN or _KAT_PLAIN in sealed:
+            raise SelfCheckError("what was sealed does not open again")
+    except (FormatError, IntegrityError) as error:
+        raise SelfCheckError(f"the known answer was not reached: {error}") from error
     with contextlib.suppress(IntegrityError):
         _opened(sealed, foreign)
         raise SelfCheckError("a foreign key opens what was sealed")
