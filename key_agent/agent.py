@@ -173,6 +173,7 @@ class Agent:
                 self.is_running = False
                 for task in tasks:
                     task.cancel()
+        await self.pusher.settle()
         if failure is not None:
             raise failure
 
@@ -312,7 +313,7 @@ class Agent:
 
     def _report(self, action: str, delivery: Delivery) -> None:
         self._delivered.set()
-        report = log.info if delivery.is_complete else log.error
+        report = log.info if delivery.is_complete or delivery.code == "stopped" else log.error
         report(
             action,
             proxy=delivery.proxy_id,

@@ -88,6 +88,7 @@ class Pusher:
         self._request_timeout_s = request_timeout_s
         self._sessions: dict[str, Session] = {}
         self._running: set[asyncio.Task[Delivery]] = set()
+        self._storing: set[asyncio.Task[None]] = set()
 
     @property
     def sessions(self) -> Mapping[str, Session]:
@@ -126,6 +127,11 @@ class Pusher:
         """End the deliveries of keys that are on their way. (`may_push` keeps new ones from beginning.)"""
         for task in self._running:
             task.cancel()
+
+    async def settle(self) -> None:
+        """Return when the receipts so far are stored, or could not be."""
+        if self._storing:
+            await asyncio.wait(self._storing)
 
     async def probe(self, proxy: Proxy) -> Session:
         """Open a session, for `doctor` and to learn what a proxy holds. PushError."""
@@ -189,7 +195,10 @@ class Pusher:
         delivery = self._sum_up(proxy, owners, receipts, failure)
         self._targets.note_receipts(delivery.receipts)
         on_delivery(delivery)
-        await self._store(delivery)
+        # Beside: what is told must not be cut off, nor wait for the disk.
+        task = asyncio.create_task(self._store(delivery), name=f"receipts:{proxy.id}")
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
         return delivery
 
     async def _store(self, delivery: Delivery) -> None:

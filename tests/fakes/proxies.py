@@ -113,9 +113,9 @@ class FakeProxy:
         try:
             owner, credential = self._recipient(token)
             if (code := self.refuse.get(owner)) is not None:
-                raise EnvelopeError(code, "told to refuse it")
+                return Answer(accepted=False, owner=owner, code=code, detail="told to refuse it")
             if self._challenge is None:
-                raise EnvelopeError("nonce", "no session")
+                return Answer(accepted=False, owner=owner, code="nonce", detail="no session")
             claims = open_envelope(
                 token,
                 Expectation(

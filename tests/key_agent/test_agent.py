@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -447,7 +448,7 @@ def _root(bench: Bench) -> str:
     return pem(bench.tenant.root.certificate)
 
 
-def _rows(value: object) -> list[dict[str, object]]:
+def _rows(value: Any) -> list[dict[str, Any]]:
     assert isinstance(value, list)
     return value
 

@@ -1,6 +1,6 @@
-"""`key-agent` as its administrator meets it: real commands, a real process, a real HSM module, TLS to a proxy.
+"""`key-agent` as its administrator meets it: real commands, a real process, a real HSM module, TLS.
 
-What the proxy (tests/fakes/proxies.py) holds is looked at from outside; the KEK is destroyed by another process.
+What the proxy (tests/fakes/proxies.py) holds is looked at from outside; another process destroys the KEK.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from envelope.keys import NetworkService
 from envelope.material import Signer
 from runtime.clock import SystemClock
 from runtime.tls import server_context
-from tests.fakes.proxies import FakeProxy, FakeProxyServer, pem
+from tests.fakes.proxies import FakeProxy, FakeProxyServer
 from tests.pki import Tenant, issue_server, make_server_ca, write_certificate, write_credential
 from tests.softhsm import SoftHsm
 
@@ -321,8 +321,8 @@ async def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(site: Site
         await agent.wait()
         # Nobody runs now: the command finds the lock free and does it itself, was cut off, or had its answer.
         await asyncio.wait_for(adding.communicate(), 60)
-        for owner, held in site.proxy.held.items():
-            acknowledged.setdefault(str(owner), set()).update(str(key.key_id) for key in held.claims.keys)
+        for service, held in site.proxy.held.items():
+            acknowledged.setdefault(str(service), set()).update(str(key.key_id) for key in held.claims.keys)
         listed = await site.command("service", "list")
         known = {key["kid"] for row in listed["services"] for key in row["keys"]}
         for kids in acknowledged.values():
@@ -341,6 +341,8 @@ async def test_kill_9_during_reinstate_leaves_one_kek_and_no_lost_key(site: Site
     await _init(site)
     await site.command("kek", "create")
     await _provision(site)
+    labels: list[str] = []
+    keks: list[str] = []
     for delay_s in (0.05, 0.5, 0.9, 1.3):
         await site.command("kek", "revoke", "--yes")
         reinstating = await site.start("reinstate", "--yes")

@@ -1,0 +1,211 @@
+"""HTTPS to a proxy: who is spoken to, who is believed, and what becomes of answers that are none."""
+
+import asyncio
+import base64
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from envelope.keys import NetworkService
+from key_agent.push.transport import HttpsTransport, PushError
+from key_agent.registry.model import Proxy
+from runtime.clock import SystemClock
+from runtime.tls import server_context
+from tests.fakes.proxies import FakeProxy, FakeProxyServer, pem
+from tests.pki import Tenant, issue_server, make_server_ca, write_credential
+
+AUTHORITY = make_server_ca()
+
+
+@asynccontextmanager
+async def _served(
+    tmp_path: Path,
+    acme: Tenant,
+    *,
+    name: str = "localhost",
+    change: Callable[[ssl.SSLContext], None] | None = None,
+) -> AsyncIterator[tuple[FakeProxyServer, HttpsTransport, Proxy]]:
+    files = write_credential(issue_server(AUTHORITY, [name]), tmp_path, "server")
+    context = server_context(*files, client_roots=[acme.root.certificate])
+    if change is not None:
+        change(context)
+    server = FakeProxyServer(
+        FakeProxy(
+            id="p1",
+            clock=SystemClock(),
+            signers={},
+            services={NetworkService("acme", "s3"): acme.service("s3")},
+        )
+    )
+    tls = write_credential(acme.agent_tls("hq"), tmp_path, "tls")
+    async with (
+        server.serving(context),
+        HttpsTransport(agent_id="hq", certificate_file=tls[0], key_file=tls[1]) as transport,
+    ):
+        yield server, transport, Proxy(id="p1", url=server.url, ca_pem=pem(AUTHORITY.certificate))
+
+
+async def test_a_session_and_a_push_over_one_connection(tmp_path: Path, acme: Tenant) -> None:
+    async with _served(tmp_path, acme) as (server, transport, proxy):
+        session = await transport.open_session(proxy)
+        assert len(session.challenge) == 16
+        assert [str(held.owner) for held in session.services] == ["acme/s3"]
+        answers = await transport.send(proxy, ["not.an.envelope.at.all"])
+        assert [(answer.accepted, answer.code) for answer in answers] == [(False, "malformed")]
+        assert server.connections == 1
+        certificate = (tmp_path / "tls.pem").read_text()
+        der = ssl.PEM_cert_to_DER_cert(certificate)
+        assert set(server.clients) == {sha256(der).digest()}
+
+
+async def test_a_connection_that_the_proxy_closed_is_replaced(tmp_path: Path, acme: Tenant) -> None:
+    files = write_credential(issue_server(AUTHORITY), tmp_path, "server")
+    tls = write_credential(acme.agent_tls("hq"), tmp_path, "tls")
+    server = FakeProxyServer(FakeProxy(id="p1", clock=SystemClock(), signers={}))
+    async with HttpsTransport(agent_id="hq", certificate_file=tls[0], key_file=tls[1]) as transport:
+        context = server_context(*files, client_roots=[acme.root.certificate])
+        async with server.serving(context):
+            proxy = Proxy(id="p1", url=server.url, ca_pem=pem(AUTHORITY.certificate))
+            await transport.open_session(proxy)
+        with pytest.raises(PushError) as caught:
+            await transport.open_session(proxy)
+        assert caught.value.code == "unreachable"
+        async with server.serving(context, port=server.port):
+            await transport.open_session(proxy)
+
+
+async def test_a_proxy_of_another_name_is_refused(tmp_path: Path, acme: Tenant) -> None:
+    async with _served(tmp_path, acme) as (_, transport, proxy):
+        with pytest.raises(PushError) as caught:
+            await transport.open_session(replace(proxy, id="p2"))
+        assert caught.value.code == "wrong-proxy"
+
+
+async def test_another_authority_or_host_name_is_refused(tmp_path: Path, acme: Tenant) -> None:
+    async with _served(tmp_path, acme, name="proxy.example") as (_, transport, proxy):
+        with pytest.raises(PushError) as caught:
+            await transport.open_session(proxy)
+        assert caught.value.code == "tls"
+    (tmp_path / "other").mkdir()
+    async with _served(tmp_path / "other", acme) as (server, transport, proxy):
+        with pytest.raises(PushError) as caught:
+            await transport.open_session(replace(proxy, ca_pem=pem(make_server_ca().certificate)))
+        assert caught.value.code == "tls"
+        assert server.proxy.sessions == 0
+
+
+async def test_tls_1_2_is_refused(tmp_path: Path, acme: Tenant) -> None:
+    def old(context: ssl.SSLContext) -> None:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    async with _served(tmp_path, acme, change=old) as (server, transport, proxy):
+        with pytest.raises(PushError):
+            await transport.open_session(proxy)
+        assert server.connections == 0
+
+
+async def test_without_our_certificate_there_is_no_session(
+    tmp_path: Path, acme: Tenant, globex: Tenant
+) -> None:
+    async with _served(tmp_path, acme) as (server, _, proxy):
+        foreign = write_credential(globex.agent_tls("hq"), tmp_path, "foreign")
+        async with HttpsTransport(
+            agent_id="hq", certificate_file=foreign[0], key_file=foreign[1]
+        ) as transport:
+            with pytest.raises(PushError):
+                await transport.open_session(proxy)
+        assert server.proxy.sessions == 0
+
+
+async def test_unusable_files_are_a_push_error_that_names_no_secret(tmp_path: Path, acme: Tenant) -> None:
+    async with _served(tmp_path, acme) as (_, _, proxy):
+        gone = tmp_path / "gone.pem"
+        async with HttpsTransport(agent_id="hq", certificate_file=gone, key_file=gone) as transport:
+            with pytest.raises(PushError) as caught:
+                await transport.open_session(proxy)
+        assert caught.value.code == "tls"
+
+
+def _session(**changes: object) -> dict[str, object]:
+    good = {
+        "proxy": "p1",
+        "challenge": base64.urlsafe_b64encode(bytes(16)).decode().rstrip("="),
+        "time_ms": 1,
+    }
+    return good | changes
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (_session(challenge="AAAA"), "bad-answer"),
+        (_session(challenge="!" * 22), "bad-answer"),
+        (_session(time_ms="soon"), "bad-answer"),
+        (_session(services=[{"service": "no slash", "certificate_sha256": "00"}]), "bad-answer"),
+        ({"challenge": "x"}, "bad-answer"),
+        (["p1"], "bad-answer"),
+    ],
+)
+async def test_sessions_that_are_none(tmp_path: Path, acme: Tenant, answer: Any, code: str) -> None:
+    async with _served(tmp_path, acme) as (server, transport, proxy):
+        server.fault = web.json_response(answer)
+        with pytest.raises(PushError) as caught:
+            await transport.open_session(proxy)
+        assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("response", "code"),
+    [
+        (lambda: web.json_response({"receipts": []}), "bad-answer"),
+        (lambda: web.json_response({"receipts": [{"status": "perhaps"}]}), "bad-answer"),
+        (lambda: web.Response(text="<html>"), "bad-answer"),
+        (lambda: web.Response(status=302, headers={"Location": "https://evil.example/"}), "http-302"),
+        (lambda: web.Response(status=500, text="oops"), "http-500"),
+        (
+            lambda: web.json_response(
+                {"code": "unknown-agent", "detail": "no"}, status=403, content_type="application/problem+json"
+            ),
+            "unknown-agent",
+        ),
+        (lambda: web.Response(body=bytes(17 << 20)), "bad-answer"),
+    ],
+)
+async def test_receipts_that_are_none(
+    tmp_path: Path, acme: Tenant, response: Callable[[], web.Response], code: str
+) -> None:
+    async with _served(tmp_path, acme) as (server, transport, proxy):
+        server.fault = response()
+        with pytest.raises(PushError) as caught:
+            await transport.send(proxy, ["a.b.c.d.e"])
+        assert caught.value.code == code
+
+
+async def test_nobody_listens(tmp_path: Path, acme: Tenant) -> None:
+    async with _served(tmp_path, acme) as (_, transport, proxy):
+        nowhere = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        port = nowhere.sockets[0].getsockname()[1]
+        nowhere.close()
+        await nowhere.wait_closed()
+        with pytest.raises(PushError) as caught:
+            await transport.open_session(replace(proxy, url=f"https://localhost:{port}"))
+        assert caught.value.code == "unreachable"
+
+
+async def test_a_changed_address_is_used_from_the_next_request_on(tmp_path: Path, acme: Tenant) -> None:
+    (tmp_path / "two").mkdir()
+    async with (
+        _served(tmp_path, acme) as (one, transport, proxy),
+        _served(tmp_path / "two", acme) as (two, _, moved),
+    ):
+        await transport.open_session(proxy)
+        await transport.open_session(moved)
+        assert (one.proxy.sessions, two.proxy.sessions) == (1, 1)
