@@ -69,7 +69,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/verdict.py": ("tests/key_agent/sources/test_diagnosis.py", "the words of a diagnosis"),
     "key_agent/sources/worker_main.py": _WORKER,
     "proxy/addon.py": _JOB,
-    "proxy/app.py": ("tests/integration/test_proxy_process.py", "the composition, seen as a process"),
     "proxy/engine.py": _JOB,
     "proxy/gate/__init__.py": _ROWS,
     "proxy/gate/handler.py": _ROWS,
