@@ -175,6 +175,16 @@ def test_tampering_is_located(tamper: Callable[[list[bytes]], list[bytes]], line
     assert caught.value.line_number == line_number
 
 
+@pytest.mark.parametrize("seq", [1, 3, 0, -1])
+def test_numbers_have_no_gap_though_hashes_fit(seq: int) -> None:
+    first, second = chain(2)
+    body = json.loads(second)
+    del body["hash"]
+    body["seq"] = seq
+    with pytest.raises(BrokenChainError, match=f"event {seq} stands where 2 should"):
+        verify([first, rehash(body)])
+
+
 def test_a_cut_end_shows_only_against_a_recorded_head() -> None:
     lines = chain(4)
     recorded = verify(lines[:3])
