@@ -44,6 +44,7 @@ _INNER_TYPE: Final = "sealgate-km+jws"
 _CLAIMS: Final = frozenset({"iss", "aud", "sub", "iat", "nbf", "exp", "jti", "seq", "x5t#S256", "op", "keys"})
 _ALGORITHM: Final = re.compile(r"[A-Za-z0-9+-]{1,32}")
 _MAX_AUDIENCE: Final = 255
+_COMPACT: Final = json.JSONEncoder(separators=(",", ":"))
 
 type RecipientKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -124,6 +125,15 @@ class _Recipient:
         return listed if self.curve is None else listed | {"epk"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Signing:
+    """What a signing certificate fixes."""
+
+    identity: Identity
+    thumbprint: str
+    public_key: ECKey
+
+
 def recipient_thumbprint(token: str) -> bytes:
     """SHA-256 of the certificate that *token* says it is for: finds the network service, proves nothing.
 
@@ -160,18 +170,23 @@ def seal_envelope(
     """The compact JWE of *claims* for *recipient*, signed by *signing_key*.
 
     The caller has verified *recipient* (chain, validity, role). MisuseError if the claims break a rule of the
-    format, or recipient, signer and claims do not belong together. EnvelopeError "too-large" beyond 64 KiB.
+    format, or recipient, signer and claims do not belong together; CertificateError if the signing
+    certificate states no role. EnvelopeError "too-large" beyond 64 KiB, "recipient" for a certificate that
+    cannot receive.
     """
     to = _recipient(recipient)
     if to.identity != Identity(claims.owner.tenant, Role.SERVICE, claims.owner.service):
         raise MisuseError(f"keys of {claims.owner} are not for {to.identity}")
-    _check_signing(claims, signing_key, signing_certificate)
-    body = json.dumps(_encode_claims(claims, to.thumbprint), separators=(",", ":")).encode()
-    signer = b64u_encode(fingerprint(signing_certificate))
+    by = _signing(signing_certificate)
+    if by.identity != Identity(claims.owner.tenant, Role.AGENT_SIGNING, claims.issuer):
+        raise MisuseError(f"{by.identity} does not sign for agent {claims.issuer} of {claims.owner.tenant}")
+    if signing_key.public_key() != by.public_key.public_key:
+        raise MisuseError("the signing key is not the signing certificate's")
+    body = _COMPACT.encode(_encode_claims(claims, to.thumbprint)).encode()
     signed = jws.serialize_compact(
-        {"alg": _SIGNATURE, "kid": signer, "typ": _INNER_TYPE},
+        {"alg": _SIGNATURE, "kid": by.thumbprint, "typ": _INNER_TYPE},
         body,
-        _signing_key(signing_key, signing_certificate),
+        ECKey(signing_key, by.public_key.as_dict(private=False)),
         registry=_jws_registry(),
     )
     outer = {
@@ -249,11 +264,9 @@ def _verify(signed: str, expected: Expectation) -> tuple[Signer, dict[str, Any]]
     signer = expected.signers.get(_bytes_member(header, "kid", 32, "header"))
     if signer is None:
         raise EnvelopeError("signer", "signed by none of this tenant's agents")
-    _check_signer(signer, expected)
+    by = _check_signer(signer, expected)
     try:
-        verified = jws.deserialize_compact(
-            signed, _verification_key(signer.certificate), registry=_jws_registry()
-        ).payload
+        verified = jws.deserialize_compact(signed, by.public_key, registry=_jws_registry()).payload
     except Exception:  # noqa: BLE001 - as above
         verified = None
     if verified is None:
@@ -264,18 +277,19 @@ def _verify(signed: str, expected: Expectation) -> tuple[Signer, dict[str, Any]]
     return signer, claims
 
 
-def _check_signer(signer: Signer, expected: Expectation) -> None:
+def _check_signer(signer: Signer, expected: Expectation) -> _Signing:
     """The caller verified the chain when it learned of the certificate; that may be long ago."""
     certificate = signer.certificate
     try:
-        identity = read_identity(certificate)
-    except CertificateError:
-        raise EnvelopeError("signer", "the signer's certificate states no role") from None
-    if identity != Identity(expected.owner.tenant, Role.AGENT_SIGNING, signer.agent_id):
+        by = _signing(certificate)
+    except (CertificateError, MisuseError):
+        raise EnvelopeError("signer", "the signer's certificate is not for signing envelopes") from None
+    if by.identity != Identity(expected.owner.tenant, Role.AGENT_SIGNING, signer.agent_id):
         raise EnvelopeError("signer", "the signer's certificate is not that of an agent of this tenant")
     begin_s = certificate.not_valid_before_utc.timestamp()
     if not begin_s <= expected.now_s <= certificate.not_valid_after_utc.timestamp():
         raise EnvelopeError("signer", "the signer's certificate is not valid now")
+    return by
 
 
 def _check_parties(claims: dict[str, Any], ours: _Recipient, signer: Signer, expected: Expectation) -> None:
@@ -472,19 +486,6 @@ def _check_ephemeral_key(epk: object, curve: str) -> None:
 # --- writing ---
 
 
-def _check_signing(
-    claims: Claims, signing_key: ec.EllipticCurvePrivateKey, signing_certificate: x509.Certificate
-) -> None:
-    try:
-        identity = read_identity(signing_certificate)
-    except CertificateError as error:
-        raise MisuseError(f"the signing certificate states no role: {error}") from error
-    if identity != Identity(claims.owner.tenant, Role.AGENT_SIGNING, claims.issuer):
-        raise MisuseError(f"{identity} does not sign for agent {claims.issuer} of {claims.owner.tenant}")
-    if signing_key.public_key() != signing_certificate.public_key():
-        raise MisuseError("the signing key is not the signing certificate's")
-
-
 def _encode_claims(claims: Claims, thumbprint: str) -> dict[str, Any]:
     check_name("agent", claims.issuer)
     if not 0 < len(claims.audience) <= _MAX_AUDIENCE:
@@ -569,16 +570,13 @@ def _recipient_key(key: RecipientKey, ours: _Recipient) -> RSAKey | ECKey:
     return RSAKey(key, public) if isinstance(key, rsa.RSAPrivateKey) else ECKey(key, public)
 
 
-def _signing_key(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> ECKey:
-    return ECKey(key, _verification_key(certificate).as_dict(private=False))
-
-
 @functools.lru_cache(maxsize=1024)
-def _verification_key(certificate: x509.Certificate) -> ECKey:
+def _signing(certificate: x509.Certificate) -> _Signing:
+    """Cached, as `_recipient`. CertificateError if it states no role, MisuseError if it is not for ES256."""
     public = certificate.public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
         raise MisuseError("a signing certificate has a P-256 key")
-    return ECKey(public, public)
+    return _Signing(read_identity(certificate), b64u_encode(fingerprint(certificate)), ECKey(public, public))
 
 
 @functools.cache
