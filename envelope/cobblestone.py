@@ -145,7 +145,8 @@ class _Chunks(Stream):
     def __init__(self, keys: MessageKeys | None, *, stage_size: int, number: int) -> None:
         super().__init__()
         self._keys = keys
-        self._stage = bytearray(stage_size)
+        # A view: assigning to a slice of a bytearray would copy the piece twice.
+        self._stage = memoryview(bytearray(stage_size))
         self._staged = 0
         self._number = number
 
@@ -215,8 +216,7 @@ class MessageSealer(_Chunks):
         keys, number = self._take(1)
         nonce = (keys.base_nonce ^ number).to_bytes(12)
         lead, self._lead = self._lead, b""
-        with memoryview(self._stage) as stage:
-            return lead + keys.aead.encrypt(nonce, stage[: self._staged], None)
+        return lead + keys.aead.encrypt(nonce, self._stage[: self._staged], None)
 
 
 class ChunkOpener(_Chunks):
@@ -266,8 +266,7 @@ class ChunkOpener(_Chunks):
         keys, number = self._take(1)
         nonce = (keys.base_nonce ^ number).to_bytes(12)
         try:
-            with memoryview(self._stage) as stage:
-                return keys.aead.decrypt(nonce, stage[: self._staged], None)
+            return keys.aead.decrypt(nonce, self._stage[: self._staged], None)
         except InvalidTag:
             _refuse()
 

@@ -164,7 +164,7 @@ def test_staged_plaintext_is_wiped() -> None:
     sealer = MessageSealer(KEY, CONTEXT)
     sealer.update(b"secret")
     stage = sealer._stage
-    assert stage.startswith(b"secret")
+    assert bytes(stage).startswith(b"secret")
     sealer.finalize()
     assert not any(stage)
 
