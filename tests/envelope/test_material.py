@@ -13,6 +13,7 @@ import secrets
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Final
 
 import pytest
@@ -31,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import certs.pki
 from envelope.base64url import b64u_decode, b64u_encode
 from envelope.certificates import fingerprint
 from envelope.errors import EnvelopeError, MisuseError
@@ -266,9 +268,41 @@ def test_the_sealer_refuses_keys_no_reader_would_take() -> None:
 def test_the_sealer_says_when_keys_do_not_fit() -> None:
     fits = _seal(_claims(*(_data_key(KeyState.DEACTIVATED) for _ in range(150))))
     assert len(open_envelope(fits, _expectation()).keys) == 150
-    with pytest.raises(EnvelopeError) as refusal:
-        _seal(_claims(*(_data_key(KeyState.DEACTIVATED) for _ in range(300))))
-    assert refusal.value.code == "too-large"
+    for count in (300, 500):  # the encrypted token is too large; the signed one is already
+        with pytest.raises(EnvelopeError) as refusal:
+            _seal(_claims(*(_data_key(KeyState.DEACTIVATED) for _ in range(count))))
+        assert refusal.value.code == "too-large"
+
+
+@pytest.mark.parametrize(
+    "public_key",
+    [
+        ec.generate_private_key(ec.SECP521R1()).public_key(),
+        rsa.generate_private_key(65537, 1024).public_key(),
+        ed25519.Ed25519PrivateKey.generate().public_key(),
+    ],
+)
+def test_recipients_whose_key_cannot_receive(public_key: Any) -> None:
+    uri = x509.UniformResourceIdentifier("urn:sealgate:acme:service:s3")
+    certificate = certs.pki.certify(
+        public_key,
+        subject=certs.pki.name("s3"),
+        extensions=[(x509.SubjectAlternativeName([uri]), False)],
+        issuer=ACME.root,
+        validity=timedelta(days=1),
+    )
+    for act in (
+        lambda: _seal(_claims(), certificate),
+        lambda: open_envelope(_seal(_claims()), _expectation(recipient_certificate=certificate)),
+    ):
+        with pytest.raises(EnvelopeError) as refusal:
+            act()
+        assert refusal.value.code == "recipient"
+
+
+def test_an_envelope_for_a_broker_has_no_nonce() -> None:
+    token = _seal(replace(_claims(_data_key()), nonce=None))
+    assert open_envelope(token, _expectation(nonce=None)).nonce is None
 
 
 # --- forgeries ---
@@ -461,6 +495,10 @@ def test_other_spellings_of_a_token() -> None:
 )
 def test_outer_headers_that_are_no_json_object(header: bytes) -> None:
     assert _code(".".join([b64u_encode(header), *_seal(_claims()).split(".")[1:]])) == "malformed"
+
+
+def test_an_inner_token_that_is_no_text() -> None:
+    assert _code(_Forge(signed=lambda text: "é" + text).write()) == "malformed"
 
 
 def test_a_member_given_twice() -> None:
@@ -676,6 +714,10 @@ def test_signed_by_keys_that_may_not() -> None:
         # nor let in by a proxy that keeps a wrong list.
         listed = {fingerprint(credential.certificate): Signer(credential.certificate, "hq")}
         assert _code(forge.write(), _expectation(signers=listed)) == "signer"
+    roleless = pki.issue_server(pki.make_server_ca())
+    for certificate in (roleless.certificate, RSA_SERVICE.certificate):
+        listed = {fingerprint(certificate): Signer(certificate, "hq")}
+        assert _code(_Forge(signer=certificate).write(), _expectation(signers=listed)) == "signer"
     assert _code(_Forge(inner=_set("kid", "AAAA")).write()) == "header"
     assert _code(_Forge(inner=_set("kid", None)).write()) == "header"
 
