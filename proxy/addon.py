@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 
 import structlog
 from mitmproxy import connection, tls
-from mitmproxy.http import Headers, HTTPFlow, Message, Response
+from mitmproxy.http import Headers, HTTPFlow, Message
 from mitmproxy.proxy import server_hooks
 
 from envelope.errors import KeyUnavailableError, SealgateError
@@ -200,13 +200,9 @@ class SealgateAddon:
         request = flow.request
         if request.is_http2 and "transfer-encoding" in request.headers:
             raise RefusedError(refusals.BAD_MESSAGE)
-        route = self._route(flow, client)
-        head = RequestHead(
-            method=request.method,
-            target=request.path,
-            fields=Fields(request.headers.fields),
-            http2=request.is_http2,
-        )
+        fields = Fields(request.headers.fields)
+        route = self._route(flow, client, fields)
+        head = RequestHead(method=request.method, target=request.path, fields=fields, http2=request.is_http2)
         plan = plan_request(head, route, profile_named(route.service.profile))
         exchange = Exchange(route, plan, request.method, request.path, _peer(flow.client_conn))
         flow.metadata[_EXCHANGE] = exchange
@@ -240,14 +236,13 @@ class SealgateAddon:
         _stream(flow.request, nothing)
         return nothing
 
-    def _route(self, flow: HTTPFlow, client: _Client) -> Route:
+    def _route(self, flow: HTTPFlow, client: _Client, fields: Fields) -> Route:
         request = flow.request
-        names = (request.host_header, request.authority, *request.headers.get_all("host"))
         wanted = Wanted(
             scheme=request.scheme,
             host=request.host,
             port=request.port,
-            names=tuple(name for name in names if name),
+            names=tuple(name for name in (request.authority, *fields.all("host")) if name),
             server_name=flow.client_conn.sni,
             connected=client.connected,
         )
@@ -255,9 +250,9 @@ class SealgateAddon:
 
     async def _sealing(self, exchange: Exchange, plan: Seal) -> SealBody:
         try:
-            key = await self._keys.wait_for_sealing_key(exchange.owner, timeout_s=self._wait_s)
-        except KeyUnavailableError as error:
-            raise RefusedError(sealing_refusal(error)) from error
+            key = self._keys.sealing_key(exchange.owner)
+        except KeyUnavailableError:
+            key = await self._late_key(exchange.owner)
         body = SealBody(
             key,
             plain_bytes=plan.plain_bytes,
@@ -268,6 +263,13 @@ class SealgateAddon:
         self._record_use("object-seal", exchange, key, size_bytes=plan.plain_bytes)
         exchange.key = key
         return body
+
+    async def _late_key(self, owner: NetworkService) -> DataKey:
+        """A push may be on its way. The gate reads nothing of the body meanwhile."""
+        try:
+            return await self._keys.wait_for_sealing_key(owner, timeout_s=self._wait_s)
+        except KeyUnavailableError as error:
+            raise RefusedError(sealing_refusal(error)) from error
 
     # ---- ranges: docs/profiles.md tells what is asked of the service
 
@@ -353,8 +355,7 @@ class SealgateAddon:
                 _edit(response.headers, plan.edits)
             case OpenWhole():
                 granted = await self._open_whole(flow, exchange, plan, answer)
-                _edit(response.headers, plan.edits)
-                _declare(response, granted.expected_out_bytes)
+                _edit(response.headers, _declared(plan.edits, answer, granted.expected_out_bytes))
         if isinstance(granted, Transform):
             _stream(response, granted)
             self._client_of(flow).flows.setdefault(flow.id, []).append(granted)
@@ -573,17 +574,20 @@ def _stream(message: Message, transform: Transform) -> None:
 
 
 def _edit(headers: Headers, edits: Edits) -> None:
-    for name in edits.drop:
-        headers.pop(name, None)
-    for name, value in edits.put:
-        headers[name] = value
+    """In one pass: mitmproxy's mapping looks through all fields for each name."""
+    gone = edits.drop.union(name for name, _ in edits.put)
+    kept = [field for field in headers.fields if field[0].decode("latin-1").lower() not in gone]
+    kept += [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in edits.put]
+    headers.fields = tuple(kept)
 
 
-def _declare(response: Response, out_bytes: int | None) -> None:
+def _declared(edits: Edits, answer: AnswerHead, out_bytes: int | None) -> Edits:
+    """*edits*, and the length of what will leave in place of what came."""
+    if "content-length" not in answer.fields:
+        return edits
     if out_bytes is None:
-        response.headers.pop("content-length", None)
-    elif "content-length" in response.headers:
-        response.headers["content-length"] = str(out_bytes)
+        return edits.also(drop=("content-length",))
+    return edits.also(put=(("content-length", str(out_bytes)),))
 
 
 def _same_version(if_range: str | None, begin: Beginning) -> bool:

@@ -7,6 +7,7 @@
 4. Nothing a client or a service sends makes a planner raise: it becomes a plan to refuse.
 """
 
+import re
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -58,6 +59,11 @@ _WANTED_DIGESTS: Final = frozenset(
     {"want-content-digest", "want-digest", "want-repr-digest", "x-ms-range-get-content-md5"}
 )
 
+# Origin form (RFC 9112 3.2.1). HTTP/2 carries any text here: `@other.example/` after our scheme and host
+# would name another host, a line end would begin another request towards HTTP/1.
+_TARGET: Final = re.compile(r"/[^\x00-\x20\x7f#]*")
+_LINE_END: Final = re.compile(r"[\r\n\x00]")
+
 _BODILESS_STATUS: Final = frozenset({204, 205, 304})
 
 
@@ -74,6 +80,10 @@ def plan_request(head: RequestHead, route: Route, profile: Profile) -> RequestPl
 def _request_edits(head: RequestHead) -> Edits:
     """Changes that every request to a managed service needs. RefusedError for what must not go on."""
     fields = head.fields
+    if not _TARGET.fullmatch(head.target) and (head.method, head.target) != ("OPTIONS", "*"):
+        raise RefusedError(refusals.BAD_MESSAGE)
+    if any(_LINE_END.search(value) for name in fields for value in fields.all(name)):
+        raise RefusedError(refusals.BAD_MESSAGE)
     upgrades = fields.tokens("upgrade")
     if "upgrade" in fields and upgrades != ["h2c"]:  # an offer of h2c may be ignored by anyone (RFC 9110 7.8)
         raise RefusedError(refusals.UPGRADE)

@@ -162,6 +162,9 @@ class Prefetch:
         wanted = stop - start
         if not 0 < wanted <= max(PREFIX_SIZE, RECORD_SIZE):
             raise PrefetchError(f"{wanted} bytes are not read ahead")
+        if not source.target.startswith("/"):
+            # It would go on in the authority, and the client's credentials with it to whom it names there.
+            raise PrefetchError("the target is no path")
         url = URL(f"{source.service.upstream}{source.target}", encoded=True)
         headers = _own_fields(source.fields)
         headers[hdrs.HOST] = _host_field(source.service)

@@ -77,10 +77,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/gate/stream.py": _ROWS,
     "proxy/metrics.py": _JOB,
     "proxy/plan.py": _PLANS,
-    "proxy/prefetch.py": (
-        "tests/integration/test_proxy_ranges.py",
-        "asks a real service for the head of an object",
-    ),
     "proxy/profiles/__init__.py": _PLANS,
     "proxy/profiles/generic.py": _PLANS,
     "proxy/profiles/profile.py": _PLANS,

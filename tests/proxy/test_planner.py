@@ -149,6 +149,37 @@ def test_heads_that_are_refused(pairs: list[tuple[str, str]], refusal: Refusal) 
     assert refused(plan("PUT", *pairs)) is refusal
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "",
+        "x",
+        "@evil.example/",
+        "https://evil.example/",
+        ".evil.example/",
+        "/a b",
+        "/a\r\nX: y",
+        "/a#b",
+        "*",
+        "/\x00",
+    ],
+)
+def test_targets_that_are_no_path_are_refused(target: str) -> None:
+    for http2 in (True, False):
+        head = RequestHead(method="GET", target=target, fields=fields(), http2=http2)
+        assert refused(plan_request(head, route(), GENERIC)) is refusals.BAD_MESSAGE
+
+
+def test_a_line_end_in_a_field_is_refused() -> None:
+    for value in ("a\r\nTransfer-Encoding: chunked", "a\nb", "a\x00"):
+        assert refused(plan("GET", ("X", value), http2=True)) is refusals.BAD_MESSAGE
+
+
+def test_a_server_wide_options_passes() -> None:
+    head = RequestHead(method="OPTIONS", target="*", fields=fields())
+    assert isinstance(plan_request(head, route(), GENERIC), Forward)
+
+
 def test_fields_of_the_hop_and_digests_do_not_go_on() -> None:
     got = plan(
         "PUT",
