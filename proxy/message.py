@@ -108,7 +108,7 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerHead:
-    """A service's answer without its body. `bodiless`: HEAD, 1xx, 204, 304, or a declared length of 0."""
+    """A service's answer without its body."""
 
     status: int
     fields: Fields

@@ -5,7 +5,7 @@ Keys are installed into the cache as the receiver does it. Everything else is th
 
 import asyncio
 import contextlib
-import dataclasses
+import json
 import os
 import socket
 import sys
@@ -223,8 +223,6 @@ async def curl(
 
 
 def _headers(text: str) -> dict[str, str]:
-    import json
-
     try:
         raw: dict[str, list[str]] = json.loads(text)
     except ValueError:
@@ -278,7 +276,7 @@ async def webdav(directory: Path, certificate_file: Path, key_file: Path) -> Asy
 
 @contextlib.asynccontextmanager
 async def proxy(
-    directory: Path, ca_file: Path | None, *, http2: bool = True, wait_s: float = 0.2, **settings: object
+    directory: Path, ca_file: Path | None, *, http2: bool = True, wait_s: float = 0.2
 ) -> AsyncIterator[Rig]:
     """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`."""
     clock = SystemClock()
@@ -297,7 +295,3 @@ async def proxy(
             await engine.stop(grace_s=0)
             keys.close()
             audit.close()
-
-
-def without_listener(service: ServiceEntry) -> ServiceEntry:
-    return dataclasses.replace(service, reverse_listen=None)

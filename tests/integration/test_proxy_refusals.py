@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -460,8 +461,6 @@ async def test_a_download_is_cut_when_its_key_ends(
 def full_disk() -> Iterator[None]:
     """No file of this process may grow: what a full disk is to the audit log."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
     try:
