@@ -164,6 +164,8 @@ class GuardedConnectionHandler(BackpressureHandler):
             else:
                 await super().handle_client()
         finally:
+            for timer in self.wakeup_timer:
+                timer.cancel()
             for io in self.transports.values():
                 _reset(io.writer)
 
@@ -237,8 +239,10 @@ class GuardedConnectionHandler(BackpressureHandler):
         try:
             await super().hook_task(hook)
         except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
             self._crash(f"the hook {hook.name}", error)
-            if isinstance(error, (KeyboardInterrupt, SystemExit)) or _is_being_cancelled():
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
 
     @override
@@ -248,10 +252,11 @@ class GuardedConnectionHandler(BackpressureHandler):
             try:
                 failure = await self._call_addons(hook, data)
             except BaseException as error:
-                if isinstance(error, (KeyboardInterrupt, SystemExit)) or _is_being_cancelled():
-                    self._crash(f"the hook {hook.name}", error)
-                    raise
+                if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                    raise  # the connection is going away, and this task with it
                 self._crash(f"the hook {hook.name}", error)
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
                 return
             if isinstance(data, Flow):
                 await data.wait_for_resume()  # type: ignore[no-untyped-call]

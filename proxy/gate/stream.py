@@ -32,7 +32,7 @@ from typing import Any, Final, Protocol, override
 from h2.errors import ErrorCodes
 from h2.stream import StreamState
 from mitmproxy import flow as flows
-from mitmproxy.connection import Connection
+from mitmproxy.connection import Connection, ConnectionState
 from mitmproxy.http import Headers, HTTPFlow, Message, Response
 from mitmproxy.net.http import status_codes, validate
 from mitmproxy.proxy import commands, events
@@ -205,6 +205,8 @@ class GuardedStream(http.HttpStream):
     @override
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> Commands:
         if isinstance(event, ResponseProtocolError):
+            if self._is_client_gone():
+                raise _ClientGoneError  # the connect was cancelled because of that
             if self.server_state != self.state_done:
                 # Messages of HTTP errors quote what the peer sent; those of connects are mitmproxy's own.
                 detail = event.message if event.code is ErrorCode.CONNECT_FAILED else event.code.name
@@ -548,7 +550,7 @@ class GuardedStream(http.HttpStream):
         if self._request.started and not (self._request.ended and self._response_received):
             cancel = RequestProtocolError(self.stream_id, "aborted by the gate", ErrorCode.CANCEL)
             yield from self._cut_upstream(cancel)
-        if told is None:
+        if told is None or self._is_client_gone():
             pass
         elif self._head_left:
             yield from self._cut_client()
@@ -668,6 +670,9 @@ class GuardedStream(http.HttpStream):
     def _client_connection(self) -> Http1Server | Http2Server | None:
         connection = self._http_layer().connections.get(self.context.client)
         return connection if isinstance(connection, Http1Server | Http2Server) else None
+
+    def _is_client_gone(self) -> bool:
+        return not self.context.client.state & ConnectionState.CAN_WRITE
 
     def _is_connected(self) -> bool:
         """The upstream connection is still known: it is forgotten once it has closed."""

@@ -505,6 +505,22 @@ async def test_a_client_that_leaves_is_no_refusal(pki: Pki, protocols: Protocols
         assert script.refused == []
 
 
+async def test_a_client_that_leaves_during_the_connect_is_no_refusal(pki: Pki) -> None:
+    entered = asyncio.Event()
+
+    async def server_connect(_: Any) -> None:
+        entered.set()
+        await asyncio.sleep(0.2)
+
+    script = Script(server_connect=server_connect)
+    async with running(pki, script) as rig:
+        async with rig.http1_client() as client:
+            await client.send(b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            await entered.wait()
+        await rig.tidy()
+        assert script.refused == []
+
+
 # ---- CONNECT
 
 
