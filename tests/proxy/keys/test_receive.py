@@ -383,3 +383,25 @@ async def test_no_event_and_no_receipt_holds_a_secret(proxy: Proxy, acme: Hosted
     said = repr(receipts) + proxy.events() + repr(proxy.receiver.__dict__)
     assert secret.hex() not in said
     assert repr(secret)[2:-1] not in said
+
+
+async def test_within_one_push_the_later_envelope_counts(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    older, newer = acme.key(), acme.key()
+    tokens = [
+        acme.seal(proxy.clock, challenge, older, sequence=10),
+        acme.seal(proxy.clock, challenge, newer, sequence=11),
+    ]
+    assert await proxy.push(acme, *tokens) == ["sequence", "accepted"]
+    assert proxy.cache.sealing_key(acme.owner()).key_id == newer.key_id
+
+
+async def test_an_agent_delivers_its_own_envelopes_only(proxy: Proxy, acme: HostedTenant) -> None:
+    """Both agents are pinned; what one signs does not count on the other's connection."""
+    branch = acme.pki.agent_signing("branch")
+    pinned = acme.entry(signers=(acme.signing.certificate, branch.certificate))
+    proxy.receiver.apply(replace(directory_of(acme, revision=2), tenants={acme.name: pinned}))
+    challenge = proxy.receiver.open_session(acme.name, acme.agent_id).challenge
+    theirs = replace(acme, agent_id="branch").seal(proxy.clock, challenge, acme.key(), signing=branch)
+    assert await proxy.push(acme, theirs) == ["signer"]
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
