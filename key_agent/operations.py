@@ -23,7 +23,7 @@ from envelope.keys import KeyState, NetworkService, check_name
 from key_agent.agent import Agent
 from key_agent.errors import KeyAgentError
 from key_agent.push.pusher import Outcome
-from key_agent.push.recipients import read_chain
+from key_agent.push.recipients import leaf_sha256, read_chain
 from key_agent.push.transport import PushError
 from key_agent.registry.model import KekRow, Link, Proxy
 from key_agent.registry.states import KekState
@@ -548,7 +548,7 @@ def _kek_json(row: KekRow) -> Json:
 
 
 def _sha256(link: Link) -> str:
-    return fingerprint(read_chain(link.certificate_pem)[0]).hex()
+    return leaf_sha256(link.certificate_pem)
 
 
 def _check_url(url: str) -> None:

@@ -16,10 +16,10 @@ from typing import Final
 
 import structlog
 
-from envelope.certificates import CertificateError, fingerprint
+from envelope.certificates import CertificateError
 from envelope.keys import NetworkService
 from key_agent.errors import KeyAgentError
-from key_agent.push.recipients import read_chain
+from key_agent.push.recipients import leaf_sha256
 from key_agent.push.sealing import KeySealing, Sealed, Sealing
 from key_agent.push.targets import Targets
 from key_agent.push.transport import Answer, PushError, Session, Transport
@@ -254,7 +254,7 @@ class Pusher:
             if link.proxy_id != proxy.id or link.withdrawn:
                 continue
             try:
-                ours = fingerprint(read_chain(link.certificate_pem)[0]).hex()
+                ours = leaf_sha256(link.certificate_pem)
             except CertificateError:
                 ours = "unreadable"
             if link.owner not in hosted:

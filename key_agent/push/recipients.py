@@ -5,12 +5,13 @@
 2. A chain that verified is not verified again for an hour; its dates are looked at every time.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
 from cryptography import x509
 
-from envelope.certificates import CertificateError, Identity, Role, verify_certificate
+from envelope.certificates import CertificateError, Identity, Role, fingerprint, verify_certificate
 from envelope.keys import NetworkService
 
 _RECHECK_S: Final = 3600.0
@@ -49,6 +50,12 @@ class Recipients:
         ends_s = min(certificate.not_valid_after_utc.timestamp() for certificate in chain)
         self._checked[owner, chain_pem] = _Checked(leaf, now_s, min(ends_s, now_s + _RECHECK_S))
         return leaf
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def leaf_sha256(chain_pem: str) -> str:
+    """Hex SHA-256 of the leaf's DER form. CertificateError if there is no certificate in *chain_pem*."""
+    return fingerprint(read_chain(chain_pem)[0]).hex()
 
 
 def read_chain(chain_pem: str) -> list[x509.Certificate]:

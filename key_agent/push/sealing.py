@@ -10,6 +10,7 @@
 import asyncio
 import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import batched
@@ -260,20 +261,34 @@ class WithdrawalSealing(Sealing):
         links = [
             link for link in self._targets.links if link.proxy_id == session.proxy_id and link.owner in owners
         ]
-        for some in batched(links, self._batch_size):
-            now_s = self._clock.wall_s()
-            sequences = self._targets.next_sequences((link.owner for link in some), int(now_s * 1000))
-            commit = asyncio.create_task(self._commit(sequences, int(now_s * 1000)), name="withdraw:commit")
-            self._commits.add(commit)
-            commit.add_done_callback(self._commits.discard)
-            # Off the loop: a thousand of them are a quarter of a second of arithmetic.
-            sealed = await asyncio.to_thread(self._seal_all, session, some, sequences, now_s)
-            await asyncio.wait([commit], timeout=_COMMIT_PATIENCE_S)
-            yield sealed
-
-    async def _commit(self, sequences: Mapping[NetworkService, int], now_ms: int) -> None:
+        # The next batch is made while this one travels.
+        ahead: deque[asyncio.Task[list[Sealed]]] = deque()
         try:
-            await self._registry.spend_sequences(sequences, now_ms=now_ms)
+            for some in batched(links, self._batch_size):
+                ahead.append(asyncio.create_task(self._make(session, some), name="withdraw:seal"))
+                if len(ahead) > 1:
+                    yield await ahead.popleft()
+            while ahead:
+                yield await ahead.popleft()
+        finally:
+            for task in ahead:
+                task.cancel()
+
+    async def _make(self, session: Session, links: Sequence[Link]) -> list[Sealed]:
+        now_s = self._clock.wall_s()
+        sequences = self._targets.next_sequences((link.owner for link in links), int(now_s * 1000))
+        commit = asyncio.create_task(self._commit(sequences), name="withdraw:commit")
+        self._commits.add(commit)
+        commit.add_done_callback(self._commits.discard)
+        # Off the loop: a thousand of them are a quarter of a second of arithmetic.
+        sealed = await asyncio.to_thread(self._seal_all, session, links, sequences, now_s)
+        if len(self._commits) == 1:  # else one is late already, and nobody waits for a late database twice
+            await asyncio.wait([commit], timeout=_COMMIT_PATIENCE_S)
+        return sealed
+
+    async def _commit(self, sequences: Mapping[NetworkService, int]) -> None:
+        try:
+            await self._registry.spend_sequences(sequences)
         except KeyAgentError as error:
             # The next ones follow the clock, so they still rise.
             log.error("withdrawal sequences are not stored", error=str(error))  # noqa: TRY400

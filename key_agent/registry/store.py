@@ -9,11 +9,11 @@
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final, Self
 
-from sqlalchemy import Connection, Row, Select, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, func, insert, select, update
 
 from envelope.keys import TRANSITIONS, KeyId, KeyState, NetworkService
 from key_agent.errors import KeyAgentError
@@ -458,12 +458,17 @@ class Registry:
                 .order_by(dek.c.version)
             ):
                 rows.setdefault(row.network_service_id, []).append(row)
+            wanted = [name for name in names if name in rows and name in links]
+            sequences = self._spend_sequences(c, wanted, lambda _, stored: max(stored + 1, now_ms))
+            issued = [
+                {"b_service": name, "b_proxy": link.proxy_id, "b_sequence": sequences[name]}
+                for name in wanted
+                for link in links[name]
+            ]
+            if issued:
+                c.execute(_ISSUED, [row | {"b_until_ms": until_ms} for row in issued])
             made = [
-                self._reserve_one(
-                    c, name, rows=rows[name], links=links[name], now_ms=now_ms, until_ms=until_ms
-                )
-                for name in names
-                if name in rows and name in links
+                _reservation(name, sequences[name], rows=rows[name], links=links[name]) for name in wanted
             ]
             return current.kek, made
 
@@ -487,64 +492,50 @@ class Registry:
             links.setdefault(row.network_service_id, []).append(_link(row))
         return links
 
-    def _reserve_one(
-        self,
-        c: Connection,
-        name: str,
-        *,
-        rows: list[Row[Any]],
-        links: list[Link],
-        now_ms: int,
-        until_ms: int,
-    ) -> Reservation:
-        sequence = self._next_sequence(c, name, now_ms)
-        c.execute(
-            update(service_proxy)
-            .where(
-                service_proxy.c.network_service_id == name,
-                service_proxy.c.proxy_id.in_([link.proxy_id for link in links]),
-            )
-            .values(issued_sequence=sequence, issued_until_ms=until_ms)
-        )
-        return Reservation(
-            owner=NetworkService.parse(name),
-            sequence=sequence,
-            keys=tuple((_wrapped_key(row), KeyState(row.state)) for row in rows if _is_sound(row)),
-            damaged=tuple(KeyId.parse(row.id) for row in rows if not _is_sound(row)),
-            links=tuple(links),
-        )
-
-    async def spend_sequences(self, sequences: Mapping[NetworkService, int], *, now_ms: int) -> None:
+    async def spend_sequences(self, sequences: Mapping[NetworkService, int]) -> None:
         """Note the sequences of withdrawals. They are above all known ones; a lower one changes nothing."""
+        wanted = {str(owner): sequence for owner, sequence in sequences.items()}
+        await self._database.transact(
+            lambda c: self._spend_sequences(c, list(wanted), lambda name, stored: max(stored, wanted[name]))
+        )
 
-        def work(c: Connection) -> None:
-            for owner, sequence in sequences.items():
-                self._next_sequence(c, str(owner), now_ms, at_least=sequence)
-
-        await self._database.transact(work)
-
-    def _next_sequence(self, c: Connection, name: str, now_ms: int, *, at_least: int | None = None) -> int:
-        mine = and_(push_sequence.c.issuer == self._agent, push_sequence.c.network_service_id == name)
-        stored = c.scalar(select(push_sequence.c.sequence).where(mine))
-        sequence = max((stored or 0) + 1, now_ms) if at_least is None else max(stored or 0, at_least)
-        if sequence > MAX_SEQUENCE:
-            raise RefusedChangeError(
-                f"{name}: sequence {sequence} is too high", "set the clock of this machine"
-            )
-        if stored is None:
-            c.execute(
-                insert(push_sequence).values(issuer=self._agent, network_service_id=name, sequence=sequence)
-            )
-        else:
-            c.execute(update(push_sequence).where(mine).values(sequence=sequence))
-        return sequence
+    def _spend_sequences(
+        self, c: Connection, names: Sequence[str], choose: Callable[[str, int], int]
+    ) -> dict[str, int]:
+        """Store what *choose* makes of each name and the sequence stored for it (0 for none)."""
+        mine = and_(push_sequence.c.issuer == self._agent, push_sequence.c.network_service_id.in_(names))
+        stored = {
+            row.network_service_id: row.sequence for row in c.execute(select(push_sequence).where(mine))
+        }
+        chosen = {name: choose(name, stored.get(name, 0)) for name in names}
+        for name, sequence in chosen.items():
+            if sequence > MAX_SEQUENCE:
+                raise RefusedChangeError(
+                    f"{name}: sequence {sequence} is too high", "set the clock of this machine"
+                )
+        rows = [
+            {"b_issuer": self._agent, "b_service": name, "b_sequence": sequence}
+            for name, sequence in chosen.items()
+        ]
+        for statement, part in (
+            (_SEQUENCE_UPDATE, [row for row in rows if row["b_service"] in stored]),
+            (_SEQUENCE_INSERT, [row for row in rows if row["b_service"] not in stored]),
+        ):
+            if part:
+                c.execute(statement, part)
+        return chosen
 
     async def record_receipts(self, receipts: Sequence[Receipt]) -> None:
         """What the proxies answered. An older receipt never overwrites a newer one."""
 
         def work(c: Connection) -> None:
-            for receipt in receipts:
-                c.execute(_receipt_update(receipt))
+            for statement, part in (
+                (_REFUSED, [receipt for receipt in receipts if not receipt.accepted]),
+                (_KEYS_ACCEPTED, [receipt for receipt in receipts if receipt.accepted and receipt.keys]),
+                (_WITHDRAWAL_ACCEPTED, [r for r in receipts if r.accepted and not r.keys]),
+            ):
+                if part:
+                    c.execute(statement, [_receipt_row(receipt) for receipt in part])
 
         await self._database.transact(work)
 
@@ -666,33 +657,79 @@ def _insert_wrap(c: Connection, key: WrappedKey, now_ms: int) -> None:
     )
 
 
-def _receipt_update(receipt: Receipt) -> Any:
-    place = and_(
-        service_proxy.c.network_service_id == str(receipt.owner),
-        service_proxy.c.proxy_id == receipt.proxy_id,
+def _reservation(name: str, sequence: int, *, rows: list[Row[Any]], links: list[Link]) -> Reservation:
+    return Reservation(
+        owner=NetworkService.parse(name),
+        sequence=sequence,
+        keys=tuple((_wrapped_key(row), KeyState(row.state)) for row in rows if _is_sound(row)),
+        damaged=tuple(KeyId.parse(row.id) for row in rows if not _is_sound(row)),
+        links=tuple(links),
     )
-    values: dict[str, object]
-    if not receipt.accepted:
-        values = {"error": receipt.error, "error_at_ms": receipt.at_ms}
-    elif receipt.keys > 0:
-        place = and_(place, service_proxy.c.accepted_sequence < receipt.sequence)
-        values = {
-            "accepted_sequence": receipt.sequence,
-            "accepted_at_ms": receipt.at_ms,
-            "valid_until_ms": receipt.valid_until_ms,
-            "error": None,
-            "error_at_ms": None,
-        }
-    else:
-        place = and_(place, service_proxy.c.withdrawn_sequence < receipt.sequence)
-        values = {
-            "withdrawn_sequence": receipt.sequence,
-            "withdrawn_at_ms": receipt.at_ms,
-            "valid_until_ms": None,
-            "error": None,
-            "error_at_ms": None,
-        }
-    return update(service_proxy).where(place).values(updated_at_ms=receipt.at_ms, **values)
+
+
+# Statements for many rows at once; their parameters are `b_...`.
+
+_PLACE: Final = and_(
+    service_proxy.c.network_service_id == bindparam("b_service"),
+    service_proxy.c.proxy_id == bindparam("b_proxy"),
+)
+_ISSUED: Final = (
+    update(service_proxy)
+    .where(_PLACE)
+    .values(issued_sequence=bindparam("b_sequence"), issued_until_ms=bindparam("b_until_ms"))
+)
+_SEQUENCE_UPDATE: Final = (
+    update(push_sequence)
+    .where(
+        push_sequence.c.issuer == bindparam("b_issuer"),
+        push_sequence.c.network_service_id == bindparam("b_service"),
+    )
+    .values(sequence=bindparam("b_sequence"))
+)
+_SEQUENCE_INSERT: Final = insert(push_sequence).values(
+    issuer=bindparam("b_issuer"),
+    network_service_id=bindparam("b_service"),
+    sequence=bindparam("b_sequence"),
+)
+_NO_ERROR: Final = {"error": None, "error_at_ms": None}
+_REFUSED: Final = (
+    update(service_proxy)
+    .where(_PLACE)
+    .values(error=bindparam("b_error"), error_at_ms=bindparam("b_at_ms"), updated_at_ms=bindparam("b_at_ms"))
+)
+_KEYS_ACCEPTED: Final = (
+    update(service_proxy)
+    .where(_PLACE, service_proxy.c.accepted_sequence < bindparam("b_sequence"))
+    .values(
+        accepted_sequence=bindparam("b_sequence"),
+        accepted_at_ms=bindparam("b_at_ms"),
+        valid_until_ms=bindparam("b_until_ms"),
+        updated_at_ms=bindparam("b_at_ms"),
+        **_NO_ERROR,
+    )
+)
+_WITHDRAWAL_ACCEPTED: Final = (
+    update(service_proxy)
+    .where(_PLACE, service_proxy.c.withdrawn_sequence < bindparam("b_sequence"))
+    .values(
+        withdrawn_sequence=bindparam("b_sequence"),
+        withdrawn_at_ms=bindparam("b_at_ms"),
+        valid_until_ms=None,
+        updated_at_ms=bindparam("b_at_ms"),
+        **_NO_ERROR,
+    )
+)
+
+
+def _receipt_row(receipt: Receipt) -> dict[str, object]:
+    return {
+        "b_service": str(receipt.owner),
+        "b_proxy": receipt.proxy_id,
+        "b_sequence": receipt.sequence,
+        "b_at_ms": receipt.at_ms,
+        "b_until_ms": receipt.valid_until_ms,
+        "b_error": receipt.error,
+    }
 
 
 def _proxy(row: Row[Any]) -> Proxy:

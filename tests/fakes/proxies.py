@@ -61,6 +61,7 @@ class FakeProxy:
     refuse: dict[NetworkService, str] = field(default_factory=dict)
     _challenge: bytes | None = None
     _sequences: dict[NetworkService, int] = field(default_factory=dict)
+    _by_thumbprint: dict[bytes, NetworkService] = field(default_factory=dict)
 
     def restart(self) -> None:
         """All that is in memory is gone."""
@@ -150,9 +151,12 @@ class FakeProxy:
 
     def _recipient(self, token: str) -> tuple[NetworkService, ServiceCredential]:
         thumbprint = recipient_thumbprint(token)
-        for owner, credential in self.services.items():
-            if fingerprint(credential.certificate) == thumbprint:
-                return owner, credential
+        if len(self._by_thumbprint) != len(self.services) or thumbprint not in self._by_thumbprint:
+            self._by_thumbprint = {
+                fingerprint(credential.certificate): owner for owner, credential in self.services.items()
+            }
+        if (owner := self._by_thumbprint.get(thumbprint)) is not None:
+            return owner, self.services[owner]
         raise EnvelopeError("recipient", "no network service here has that certificate")
 
 

@@ -1,6 +1,7 @@
 """The agent as a whole, on fakes: who gets keys when, and who loses them when consent ends."""
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -275,6 +276,24 @@ async def test_no_database_stops_a_revocation(bench: Bench) -> None:
         await bench.clock.advance(5)
         await until(lambda: not bench.proxy().valid_keys(S3))
         assert any("registry" in reason for reason in agent.reasons_not_ready())
+
+
+async def test_no_hanging_disk_stops_a_revocation(bench: Bench) -> None:
+    """Neither the registry's nor the audit log's thread ever comes back, and the event loop does not wait."""
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations)
+        await agent.pusher.settle()
+        mended = threading.Event()
+        for writer in (agent.registry._database._writer, agent.journal._writer):
+            writer.submit(mended.wait)
+        try:
+            bench.source.destroy(_kek_of(agent.consent.kek))
+            await bench.clock.advance(5)
+            await until(lambda: not bench.proxy().valid_keys(S3), timeout_s=10)
+            assert bench.proxy().accepted[-1].keys == ()
+        finally:
+            mended.set()
+        await _wait_for_state(agent.registry, KekState.REVOKED)
 
 
 async def test_no_audit_log_stops_a_revocation_but_every_refresh(bench: Bench) -> None:

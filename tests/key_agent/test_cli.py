@@ -1,0 +1,170 @@
+"""The command line: exit codes and answers that scripts rely on. (With a real HSM: test_agent_softhsm.py.)"""
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from key_agent import doctor
+from key_agent.cli import program, status_text
+from runtime import cli
+from tests.key_agent.conftest import Bench
+from tests.pki import Tenant, write_certificate, write_credential
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    path = tmp_path / "key-agent.toml"
+    code = _run(
+        *(
+            "--config",
+            path,
+            "init",
+            "--tenant",
+            "acme",
+            "--agent",
+            "hq",
+            "--module",
+            "/nonexistent/module.so",
+        ),
+        *("--token-label", "t", "--state-dir", tmp_path / "state", "--files-dir", tmp_path / "files"),
+    )
+    assert code == 0
+    assert "signing.key" in capsys.readouterr().out
+    return path
+
+
+def _run(*words: object) -> int:
+    return cli.main(program, [str(word) for word in words])
+
+
+def test_check_config(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--config", config_file, "--json", "--check-config") == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    config_file.write_text(config_file.read_text().replace("watch_s = 5 ", "watch = 5 "))
+    assert _run("--config", config_file, "--check-config") == 2
+    error = capsys.readouterr().err
+    assert "refresh.watch" in error
+    assert "watch_s" in error
+
+
+def test_a_missing_configuration_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--config", tmp_path / "none.toml", "--json", "status") == 2
+    told = json.loads(capsys.readouterr().err)["error"]
+    assert "does not exist" in told["cause"]
+
+
+@pytest.mark.parametrize("words", [(), ("unknown",), ("kek",), ("service", "add", "s3"), ("proxy", "add")])
+def test_usage_errors(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*words) == 2
+    assert "next:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("kek", "revoke"), ("service", "remove", "s3"), ("reinstate",), ("run",)])
+def test_every_command_explains_itself(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*words, "--help") == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_what_erases_keys_is_not_done_without_a_yes(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--config", config_file, "--json", "service", "remove", "s3") == 3
+    told = json.loads(capsys.readouterr().err)["error"]
+    assert told["code"] == "not-confirmed"
+    assert "unreadable" in told["cause"]
+    assert "--yes" in told["next_step"]
+
+
+def test_doctor_names_every_missing_file_and_how_to_mend_it(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--config", config_file, "--json", "doctor") == 1
+    captured = capsys.readouterr()
+    checks = {check["name"]: check for check in json.loads(captured.out)["checks"]}
+    assert checks["state_dir"]["outcome"] == "ok"
+    for name in ("signing.key_file", "tls.key_file", "pkcs11.pin_file", "pkcs11.module_path",
+                 "agent.root_certificate_file"):  # fmt: skip
+        assert checks[name]["outcome"] == "failed", name
+        assert checks[name]["mend"], name
+    assert "checks failed" in captured.err
+
+
+def test_doctor_sees_open_modes_and_foreign_certificates(
+    config_file: Path, tmp_path: Path, acme: Tenant, globex: Tenant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = tmp_path / "files"
+    write_certificate(acme.root.certificate, files / "root.pem")
+    write_credential(globex.agent_signing("hq"), files, "signing")
+    write_credential(acme.agent_signing("hq"), files, "tls")
+    (files / "pin").touch(mode=0o600)
+    (files / "pin").write_text("1234\n")
+    (files / "pin").chmod(0o640)
+    (tmp_path / "state").chmod(0o755)
+    assert _run("--config", config_file, "--json", "doctor") == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert "chmod 600" in checks["pkcs11.pin_file"]["mend"]
+    assert "chmod 700" in checks["state_dir"]["mend"]
+    assert checks["signing.certificate_file"]["detail"].startswith("tenant:")
+    assert checks["tls.certificate_file"]["detail"].startswith("role:")
+    assert checks["agent.root_certificate_file"]["outcome"] == "ok"
+    assert "1234" not in json.dumps(checks)
+
+
+async def test_doctor_reads_the_agents_diagnosis(bench: Bench) -> None:
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations, "s3")
+        checks = _diagnosed(await operations.diagnosis())
+        assert {check.outcome for check in checks} == {"ok"}, doctor.text(checks)
+        # Another certificate at the proxy, another service unknown there, a clock that is off, a dead proxy.
+        bench.host("s3")
+        proxy = bench.proxy()
+        found = {check.name: check for check in _diagnosed(await operations.diagnosis())}
+        assert found["acme/s3 at p1"].outcome == "failed"
+        assert "another certificate" in found["acme/s3 at p1"].detail
+        proxy.services.clear()
+        found = {check.name: check for check in _diagnosed(await operations.diagnosis())}
+        assert "does not host" in found["acme/s3 at p1"].detail
+        proxy.down = True
+        found = {check.name: check for check in _diagnosed(await operations.diagnosis())}
+        assert found["proxy p1"].outcome == "failed"
+        assert "unreachable" in found["proxy p1"].detail
+        kek = operations._agent.consent.kek
+        assert kek is not None
+        bench.source.disable(kek)
+        found = {check.name: check for check in _diagnosed(await operations.diagnosis())}
+        assert "reinstate --restore" in str(found["kek"].mend)
+
+
+def _diagnosed(found: Any) -> list[doctor.Check]:
+    return [*doctor._hsm(found), *doctor._certificates(found), *doctor._proxies(found)]
+
+
+async def test_the_status_page_tells_what_matters(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations)
+        text = status_text(await operations.status())
+        assert "consent: consented" in text
+        assert re.search(r"p1: valid for 3[23]\d s, acknowledged 2027-", text)
+        await bench.clock.advance(100)
+        assert re.search(r"p1: valid for 2[23]\d s", status_text(await operations.status())), "a countdown"
+        kek = agent.consent.kek
+        assert kek is not None
+        bench.proxy().down = True
+        bench.source.destroy(kek)
+        await bench.clock.advance(5)
+        text = status_text(await operations.status())
+        assert "consent: revoked" in text
+        assert "kek_destroyed" in text
+        assert "WITHDRAWING, unconfirmed; silent from" in text
+        assert "problem: no keys are pushed: revoked" in text
+
+
+def test_times_are_in_utc() -> None:
+    from key_agent.cli import _time
+
+    assert _time(0) == "1970-01-01 00:00:00Z"
+    assert _time(int(datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC).timestamp() * 1000)) == "2026-05-04 03:02:01Z"
