@@ -26,6 +26,7 @@ from key_agent.errors import KeySourceError
 from key_agent.operations import Json, Operations
 from key_agent.registry.database import RegistryError
 from key_agent.registry.store import RefusedChangeError
+from key_agent.state_dir import StateLockedError
 from runtime.cli import CommandError, ExitCode, explain
 from runtime.observe import REGISTRY
 from runtime.serve import ProblemError, health_routes, make_application, openapi_route, problem_response
@@ -159,6 +160,8 @@ def explain_agent(error: Exception) -> CommandError:
                 ExitCode.REFUSED if withdrawn else ExitCode.UNAVAILABLE,
                 code=str(error.verdict).replace("_", "-"),
             )
+        case StateLockedError():
+            return CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="locked")
         case RegistryError():
             return CommandError(
                 str(error), "mend the database, then try again", ExitCode.UNAVAILABLE, code="registry"

@@ -1,19 +1,16 @@
 """Composition root: from settings to a working agent, in this process or in the one that already runs.
 
-1. `state_dir` has one user at a time: who holds its lock may open registry, audit log and HSM.
+1. Who holds the lock of `state_dir` opens registry, audit log and HSM, and nobody else.
 2. A command goes to the running agent through the socket in `state_dir`; if none runs, the command takes the
    lock and does the work itself. Both ways end in the same `Operations`.
 """
 
 import asyncio
-import fcntl
 import os
 import random
-import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import structlog
@@ -25,7 +22,6 @@ from envelope.certificates import Identity, Role, verify_certificate
 from key_agent import api, config
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.config import Settings
-from key_agent.errors import KeyAgentError
 from key_agent.journal import Journal
 from key_agent.operations import Operations
 from key_agent.push.recipients import read_chain
@@ -34,65 +30,13 @@ from key_agent.push.transport import HttpsTransport, Transport
 from key_agent.registry.store import Registry
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import KeySource
+from key_agent.state_dir import AUDIT_NAME, REFUSED_PIN_NAME, SOCKET_NAME, state_lock
 from runtime.audit import AuditLog
 from runtime.clock import Clock, SystemClock
 from runtime.serve import serving
 from runtime.settings import SettingsError, read_secret_file
 
 log = structlog.get_logger(__name__)
-
-LOCK_NAME: Final = "lock"
-SOCKET_NAME: Final = "control.sock"
-AUDIT_NAME: Final = "audit.jsonl"
-REFUSED_PIN_NAME: Final = "refused-pin.json"
-
-
-class StateLockedError(KeyAgentError):
-    """Another process works in this `state_dir`."""
-
-    def __init__(self, state_dir: Path) -> None:
-        super().__init__(f"{state_dir} is in use by another key-agent process")
-        self.next_step = "wait for it to end, or stop it"
-
-
-class StateDirError(KeyAgentError):
-    """`state_dir` is missing or open to others."""
-
-    def __init__(self, cause: str, next_step: str) -> None:
-        super().__init__(cause)
-        self.next_step = next_step
-
-
-@contextmanager
-def state_lock(state_dir: Path) -> Iterator[None]:
-    """Alone in *state_dir*.
-
-    StateLockedError if somebody else is there; StateDirError if it is no place to work in.
-    """
-    check_state_dir(state_dir)
-    descriptor = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateLockedError(state_dir) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def check_state_dir(state_dir: Path) -> None:
-    try:
-        status = state_dir.stat()
-    except OSError as error:
-        raise StateDirError(f"{state_dir}: {error.strerror}", "`key-agent init` makes it") from None
-    if not stat.S_ISDIR(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
-        raise StateDirError(f"{state_dir} is open to others, or no directory", f"chmod 700 {state_dir}")
-    if status.st_uid != os.geteuid():
-        raise StateDirError(
-            f"{state_dir} belongs to user {status.st_uid}, this is user {os.geteuid()}",
-            "run the command as the agent's user",
-        )
 
 
 def load_root(settings: Settings) -> x509.Certificate:

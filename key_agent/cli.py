@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import errno
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ import typer
 from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, setup
 from key_agent.operations import Json, Operations
+from key_agent.state_dir import SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
 from runtime.cli import CommandError, ExitCode, JsonFlag, emit
 
@@ -95,14 +97,14 @@ def perform(options: Options, operation: str, **arguments: object) -> Json:
 
 
 async def _perform(settings: config.Settings, operation: str, arguments: dict[str, object]) -> Json:
-    socket = settings.agent.state_dir / app.SOCKET_NAME
+    socket = settings.agent.state_dir / SOCKET_NAME
     give_up_s = time.monotonic() + _LOCK_PATIENCE_S
     while True:
         if (answer := await api.call(socket, operation, arguments)) is not None:
             return answer
         try:
             return await _perform_here(settings, operation, arguments)
-        except app.StateLockedError:
+        except StateLockedError:
             # Another command is at work, or the agent is starting or stopping.
             if time.monotonic() > give_up_s:
                 raise
@@ -184,19 +186,22 @@ def run(context: typer.Context) -> None:
 
     try:
         lifecycle.run(serve)
-    except* SealgateError as group:
-        raise api.explain_agent(_first(group)) from group
-    except* OSError as group:
-        raise CommandError(
-            f"{settings.admin.host}:{settings.admin.port}: {_first(group)}", "choose another admin.port"
-        ) from group
+    except Exception as error:
+        cause = _first(error)
+        if isinstance(cause, SealgateError):
+            raise api.explain_agent(cause) from error
+        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+            raise CommandError(
+                f"{settings.admin.host}:{settings.admin.port} is in use", "choose another admin.port"
+            ) from error
+        raise
 
 
-def _first(group: BaseExceptionGroup[Any]) -> Exception:
-    error: Any = group
-    while isinstance(error, BaseExceptionGroup):
+def _first(error: Exception) -> Exception:
+    """What ended the agent: its loops' errors come in groups."""
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    return cast("Exception", error)
+    return error
 
 
 @program.command()

@@ -18,6 +18,7 @@ from envelope.certificates import CertificateError
 from key_agent import app, config
 from key_agent.config import Settings
 from key_agent.errors import KeyAgentError
+from key_agent.state_dir import StateDirError, check_state_dir
 from runtime.cli import CommandError
 from runtime.lifecycle import harden_process
 from runtime.settings import SettingsError, read_secret_file
@@ -90,8 +91,8 @@ def _memory() -> Iterator[Check]:
 
 def _state_dir(settings: Settings) -> Iterator[Check]:
     try:
-        app.check_state_dir(settings.agent.state_dir)
-    except app.StateDirError as error:
+        check_state_dir(settings.agent.state_dir)
+    except StateDirError as error:
         yield _failed("state_dir", str(error), error.next_step)
     else:
         yield _ok("state_dir", str(settings.agent.state_dir))

@@ -22,7 +22,7 @@ from envelope.errors import FormatError
 from envelope.keys import KeyState, NetworkService, check_name
 from key_agent.agent import Agent
 from key_agent.errors import KeyAgentError
-from key_agent.push.pusher import Outcome
+from key_agent.push.pusher import Delivery, Outcome
 from key_agent.push.recipients import leaf_sha256, read_chain
 from key_agent.push.transport import PushError
 from key_agent.registry.model import KekRow, Link, Proxy
@@ -455,20 +455,25 @@ class Operations:
         if not agent.is_running:
             return []
         names = [name for name in agent.targets.fed() if proxies is None or name in proxies]
+        # What is on its way already carries what was true before: it does not count.
+        rounds = {name: 1 + agent.refresh.schedule.is_in_flight(name) for name in names}
         before = {name: agent.deliveries.get(name) for name in names}
         agent.refresh.at_once(names)
-        found = await asyncio.gather(
-            *(
-                agent.wait_for_delivery(name, after=before[name], timeout_s=_DELIVERY_PATIENCE_S)
-                for name in names
-            )
-        )
+        found = await asyncio.gather(*(self._delivered(name, before[name], rounds[name]) for name in names))
         return [
             {"proxy": name, "outcome": "pending", "error": None}
             if delivery is None
             else {"proxy": name, "outcome": delivery.outcome, "error": delivery.error}
             for name, delivery in zip(names, found, strict=True)
         ]
+
+    async def _delivered(self, proxy: str, last: Delivery | None, rounds: int) -> Delivery | None:
+        for _ in range(rounds):
+            found = await self._agent.wait_for_delivery(proxy, after=last, timeout_s=_DELIVERY_PATIENCE_S)
+            if found is None:
+                return None
+            last = found
+        return last
 
     async def _withdraw(self) -> None:
         self._agent.withdrawals.at_once()

@@ -86,6 +86,9 @@ class Schedule:
             if name in self._in_flight:
                 self._again.add(name)
 
+    def is_in_flight(self, name: str) -> bool:
+        return name in self._in_flight
+
     def failures(self, name: str) -> int:
         return self._failures.get(name, 0)
 

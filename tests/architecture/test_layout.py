@@ -39,7 +39,6 @@ _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answe
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
     "key_agent/app.py": _PROCESS,
-    "key_agent/cli.py": _PROCESS,
     "key_agent/doctor.py": _PROCESS,
     "key_agent/errors.py": (
         "tests/key_agent/sources/test_contract.py",

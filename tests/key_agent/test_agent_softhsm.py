@@ -70,7 +70,7 @@ class Site:
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if words != ("run",) else None,
+            stderr=subprocess.PIPE if words != ("run",) or self.processes_running() else None,
         )
         self.processes.append(process)
         return process
@@ -103,6 +103,9 @@ class Site:
         kek = await self.kek()
         done = await asyncio.to_thread(self.hsm.run, "destroy", _reference(kek))
         assert done == 1
+
+    def processes_running(self) -> bool:
+        return any(process.returncode is None for process in self.processes)
 
     async def kill_all(self) -> None:
         for process in self.processes:
@@ -230,6 +233,8 @@ async def test_from_init_to_revocation_and_back(site: Site) -> None:
     async with site.running():
         await until(lambda: site.proxy.valid_keys(S3))
         [old] = site.proxy.valid_keys(S3)
+        second = await site.command("run", exit_code=4)
+        assert second["code"] == "locked"
         doctor = await site.command("doctor")
         assert doctor["ok"], doctor
         status = await site.command("status")
