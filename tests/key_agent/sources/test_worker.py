@@ -1,6 +1,7 @@
 """The worker process: hangs, crashes, time-outs, cancellation, and what it may not inherit."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -292,31 +293,44 @@ def test_hang_cancel_and_crash_on_the_loop_of_production(fake: FakeModule) -> No
 
 
 AGENT_THAT_WAITS = """
-import asyncio, sys
+import asyncio, json, sys
 from pathlib import Path
-from key_agent.sources.pkcs11 import RETIRE_AFTER_S, Pkcs11Source
+from key_agent.sources.pkcs11 import Pkcs11Source
 from tests.softhsm import SoftHsm
 
 async def main():
-    source = Pkcs11Source(SoftHsm(directory=Path(sys.argv[1])).settings())
-    await source.describe()
+    directory, module, environment = sys.argv[1:]
+    settings = SoftHsm(directory=Path(directory)).settings(
+        module_path=Path(module), environment=json.loads(environment), administration_timeout_s=600
+    )
+    source = Pkcs11Source(settings)
+    asking = asyncio.create_task(source.describe(), name="describe")
+    while source.worker_pid is None:
+        await asyncio.sleep(0.01)
     print(source.worker_pid, flush=True)
-    await asyncio.Event().wait()
+    await asking
 
 asyncio.run(main())
 """
 
 
-def test_the_worker_dies_with_the_agent(hsm: SoftHsm) -> None:
+def test_a_worker_that_hangs_dies_with_the_agent(fake: FakeModule) -> None:
+    """It reads no more and would not see the end of its input: the kernel has to end it."""
+    fake.fail(C_Login="hang")
+    settings = fake.settings()
+    arguments = [str(fake.hsm.directory), str(settings.module_path), json.dumps(settings.environment)]
     agent = subprocess.Popen(
-        [sys.executable, "-c", AGENT_THAT_WAITS, str(hsm.directory)], stdout=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-c", AGENT_THAT_WAITS, *arguments], stdout=subprocess.PIPE, cwd=ROOT
     )
     assert agent.stdout is not None
+    deadline_s = time.monotonic() + 60
     with agent:
         worker = int(agent.stdout.readline())
+        while fake.logins == 0:  # from here on it is in the module, for ever
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
         assert not is_gone(worker)
         agent.kill()
-    deadline_s = time.monotonic() + 30
     while not is_gone(worker):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
