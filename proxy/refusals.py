@@ -1,9 +1,9 @@
 """Everything the proxy may answer in place of forwarding: one table, code -> status, cause, next step.
 
 1. A code is stable: it stands in the `Sealgate-Error` header, the JSON body, the audit event and the metric.
-2. All authentication failures of an object share one code: the outside learns nothing of which check failed.
-3. Once a body's first byte has left there is no answer any more, only the cut connection; the code then stands in
-   audit and metric alone.
+2. All authentication failures of an object share one code: nobody outside learns which check failed.
+3. Once a body's first byte has left there is no answer any more, only the cut connection; the code then
+   stands in audit and metric alone.
 """
 
 import json
@@ -45,7 +45,9 @@ class RefusedError(Exception):
         self.refusal = refusal
 
 
-def _refusal(status: int, code: str, cause: str, next_step: str, *, retry_after_s: int | None = None) -> Refusal:
+def _refusal(
+    status: int, code: str, cause: str, next_step: str, *, retry_after_s: int | None = None
+) -> Refusal:
     return Refusal(code=code, status=status, cause=cause, next_step=next_step, retry_after_s=retry_after_s)
 
 
@@ -53,7 +55,10 @@ _ADMIN = "Ask the administrator of this proxy"
 
 # What the client may mend.
 BAD_LENGTH: Final = _refusal(
-    400, "bad-length", "The body is shorter or longer than its declared length.", "Send the body again, whole."
+    400,
+    "bad-length",
+    "The body is shorter or longer than its declared length.",
+    "Send the body again, whole.",
 )
 BAD_DIGEST: Final = _refusal(
     400, "bad-digest", "The body does not match the digest in the request.", "Send the body again."
@@ -62,22 +67,31 @@ BAD_MESSAGE: Final = _refusal(
     400, "bad-message", "The request is malformed or ambiguous.", "Mend the client; retrying will not help."
 )
 HOST_MISMATCH: Final = _refusal(
-    421, "host-mismatch", "CONNECT host, TLS server name and Host header name different hosts.",
+    421,
+    "host-mismatch",
+    "CONNECT host, TLS server name and Host header name different hosts.",
     "Use one host name for the whole connection.",
 )
 PARTIAL_WRITE: Final = _refusal(
     501, "partial-write", "Writing a part of an object in place cannot be sealed.", "Upload the whole object."
 )
 UNKNOWN_ROUTE: Final = _refusal(
-    501, "unknown-route", "The service profile has no rule for this method or body, so nothing was sent.",
+    501,
+    "unknown-route",
+    "The service profile has no rule for this method or body, so nothing was sent.",
     _ADMIN + " for a profile that knows this operation.",
 )
 UPGRADE: Final = _refusal(
-    501, "upgrade-refused", "Protocol upgrades could carry plaintext and are refused on managed hosts.",
+    501,
+    "upgrade-refused",
+    "Protocol upgrades could carry plaintext and are refused on managed hosts.",
     _ADMIN + " whether the application works without WebSockets.",
 )
 TRAILERS: Final = _refusal(
-    501, "trailers-refused", "Trailers would travel in the clear beside a sealed body.", "Send them as headers."
+    501,
+    "trailers-refused",
+    "Trailers would travel in the clear beside a sealed body.",
+    "Send them as headers.",
 )
 RANGE_NOT_SATISFIABLE: Final = _refusal(
     416, "range-not-satisfiable", "The requested range lies outside the object.", "Ask for a range inside it."
@@ -85,61 +99,94 @@ RANGE_NOT_SATISFIABLE: Final = _refusal(
 
 # What the administrator of the proxy may mend.
 UNMANAGED_HOST: Final = _refusal(
-    403, "unmanaged-host", "This host is not a managed service of this tenant and is not tunnelled.",
+    403,
+    "unmanaged-host",
+    "This host is not a managed service of this tenant and is not tunnelled.",
     _ADMIN + " to add the service, or the host to the tunnelled ones.",
 )
 NO_PERMIT: Final = _refusal(
     502, "no-permit", "Nothing permitted this message, so it was not forwarded.", _ADMIN + ": see the log."
 )
 INTERNAL: Final = _refusal(
-    502, "internal", "The proxy failed while handling this message; nothing more was forwarded.",
+    502,
+    "internal",
+    "The proxy failed while handling this message; nothing more was forwarded.",
     _ADMIN + ": see the log.",
 )
 UPSTREAM: Final = _refusal(
-    502, "upstream-failed", "The service could not be reached or its certificate did not verify.",
-    "Try again later; if it persists ask the administrator of this proxy.", retry_after_s=5,
+    502,
+    "upstream-failed",
+    "The service could not be reached or its certificate did not verify.",
+    "Try again later; if it persists ask the administrator of this proxy.",
+    retry_after_s=5,
 )
 UPSTREAM_CHANGED: Final = _refusal(
-    502, "upstream-changed", "The object changed while it was being read, or the service answered another range.",
-    "Try again.", retry_after_s=1,
+    502,
+    "upstream-changed",
+    "The object changed while it was being read, or the service answered another range.",
+    "Try again.",
+    retry_after_s=1,
 )
 AUDIT_UNAVAILABLE: Final = _refusal(
-    503, "audit-unavailable", "The audit log cannot be written, so the operation was refused.",
-    _ADMIN + ": free the disk that holds the audit log.", retry_after_s=30,
+    503,
+    "audit-unavailable",
+    "The audit log cannot be written, so the operation was refused.",
+    _ADMIN + ": free the disk that holds the audit log.",
+    retry_after_s=30,
 )
 
 # What the enterprise's key administrator may mend.
 KEY_UNKNOWN: Final = _refusal(
-    503, "key-unknown", "The key of this object is not known here.",
-    "Try again in a minute; then ask the enterprise's key administrator.", retry_after_s=60,
+    503,
+    "key-unknown",
+    "The key of this object is not known here.",
+    "Try again in a minute; then ask the enterprise's key administrator.",
+    retry_after_s=60,
 )
 KEY_EXPIRED: Final = _refusal(
-    503, "key-expired", "The key's validity has ended and the key agent has not renewed it.",
-    "Try again in a minute; then ask the enterprise's key administrator about the key agent.", retry_after_s=60,
+    503,
+    "key-expired",
+    "The key's validity has ended and the key agent has not renewed it.",
+    "Try again in a minute; then ask the enterprise's key administrator about the key agent.",
+    retry_after_s=60,
 )
 KEY_WITHDRAWN: Final = _refusal(
-    503, "key-withdrawn", "The enterprise has withdrawn this key.",
-    "Ask the enterprise's key administrator.", retry_after_s=300,
+    503,
+    "key-withdrawn",
+    "The enterprise has withdrawn this key.",
+    "Ask the enterprise's key administrator.",
+    retry_after_s=300,
 )
 NO_ACTIVE_KEY: Final = _refusal(
-    503, "no-active-key", "No active key is present to seal this upload; nothing was sent.",
-    "Try again in a minute; then ask the enterprise's key administrator.", retry_after_s=60,
+    503,
+    "no-active-key",
+    "No active key is present to seal this upload; nothing was sent.",
+    "Try again in a minute; then ask the enterprise's key administrator.",
+    retry_after_s=60,
 )
 KEY_DESTROYED: Final = _refusal(
-    410, "key-destroyed", "The key of this object was destroyed; the object cannot be read any more.",
+    410,
+    "key-destroyed",
+    "The key of this object was destroyed; the object cannot be read any more.",
     "Restore the content from another source.",
 )
 KEY_SUSPENDED: Final = _refusal(
-    423, "key-suspended", "The key of this object is suspended or compromised.",
+    423,
+    "key-suspended",
+    "The key of this object is suspended or compromised.",
     "Ask the enterprise's key administrator.",
 )
 
 # What nobody may mend but by restoring the object.
 OBJECT_INVALID: Final = _refusal(
-    502, "object-invalid", "The stored object is damaged, incomplete, or was sealed for someone else.",
+    502,
+    "object-invalid",
+    "The stored object is damaged, incomplete, or was sealed for someone else.",
     "Restore the object from a good copy.",
 )
 NOT_SEALED: Final = _refusal(
-    409, "not-sealed", "The stored object is not sealed and this service accepts sealed objects only.",
+    409,
+    "not-sealed",
+    "The stored object is not sealed and this service accepts sealed objects only.",
     "Upload it again through the proxy, or ask for a migration policy.",
 )

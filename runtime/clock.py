@@ -1,7 +1,9 @@
 """Time is an argument.
 
-1. Deadlines live on the boot clock, which counts on while a machine is suspended: a key must not outlive its end.
-2. The wall clock is for what crosses machines (`iat`, `exp`, certificates, audit), never alone for a deadline.
+1. Deadlines live on the boot clock, which counts on while a machine is suspended: a key must not outlive its
+   end.
+2. The wall clock is for what crosses machines (`iat`, `exp`, certificates, audit), never a deadline's only
+   measure.
 """
 
 import asyncio
