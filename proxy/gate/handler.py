@@ -11,7 +11,6 @@
 """
 
 import asyncio
-import collections
 import contextlib
 import inspect
 import logging
@@ -95,7 +94,7 @@ class GuardedConnectionHandler(BackpressureHandler):
         self._aborted = False
         self._crashed = False
         self._cut: set[Connection] = set()
-        self._held: collections.Counter[Connection] = collections.Counter()
+        self._held: dict[str, int] = {}  # by id: hashing a Connection is a call of Python
         self._released = asyncio.Event()
         self._streams: weakref.WeakSet[stream.GuardedStream] = weakref.WeakSet()
         stream.keep(self.client.id, self)
@@ -106,12 +105,12 @@ class GuardedConnectionHandler(BackpressureHandler):
         self._streams.add(guarded)
 
     def hold(self, connection: Connection) -> None:
-        self._held[connection] += 1
+        self._held[connection.id] = self._held.get(connection.id, 0) + 1
 
     def release(self, connection: Connection) -> None:
-        self._held[connection] -= 1
-        if self._held[connection] <= 0:
-            del self._held[connection]
+        if (left := self._held.pop(connection.id) - 1) > 0:
+            self._held[connection.id] = left
+        else:
             self._released.set()
 
     def cut_on_close(self, connection: Connection) -> None:
@@ -228,7 +227,7 @@ class GuardedConnectionHandler(BackpressureHandler):
             return
         task = asyncio.current_task()
         source = next((c for c, io in self.transports.items() if io.handler is task), None)
-        while source is not None and self._held[source] and source in self.transports:
+        while source is not None and source.id in self._held and source in self.transports:
             self._released.clear()
             await self._released.wait()
 

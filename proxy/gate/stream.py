@@ -624,7 +624,9 @@ class GuardedStream(http.HttpStream):
             # RFC 9113, 8.1: the response stands, only the rest of the request is not wanted.
             client.h2_conn.reset_stream(self.stream_id, ErrorCodes.NO_ERROR)
             client.streams.pop(self.stream_id, None)
-            yield commands.SendData(self.context.client, client.h2_conn.data_to_send())
+            # The stream is closed by now: this sends the frame, and settles what is owed for the stream.
+            done = ResponseProtocolError(self.stream_id, "not wanted any more", ErrorCode.CANCEL)
+            yield SendHttp(done, self.context.client)
         else:
             yield commands.RequestWakeup(LINGER_S)
 
