@@ -15,6 +15,8 @@
 import contextlib
 import json
 import secrets
+import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -860,13 +862,25 @@ def _sqlite_connected(connection: Any) -> None:
         return row[0] if row else None
 
     pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
-    mode = pragma("journal_mode = WAL")
+    mode = _when_free(lambda: pragma("journal_mode = WAL"))
     pragma("synchronous = FULL")
     pragma("foreign_keys = ON")
     if mode != "wal":
         raise DirectoryUnavailableError(f"SQLite answers journal_mode={mode}, not wal; is it a local disk?")
     if (found := pragma("synchronous")) != _SYNCHRONOUS_FULL:
         raise DirectoryUnavailableError(f"SQLite answers synchronous={found}, not 2 (FULL)")
+
+
+def _when_free[T](work: Callable[[], T]) -> T:
+    """What *work* returns. The change of journal mode, unlike the rest of SQLite, heeds no busy timeout."""
+    give_up_s = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            return work()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_s:
+                raise
+            time.sleep(0.02)
 
 
 def _sqlite_begin(connection: Connection) -> None:
