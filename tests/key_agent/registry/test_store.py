@@ -369,3 +369,29 @@ async def test_a_full_disk_refuses_and_keeps_the_old_rows(directory: Path) -> No
     check = sqlite3.connect(tmp_path / "registry.db")
     assert check.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     check.close()
+
+
+@needs_postgres
+async def test_a_postgres_that_would_lose_commits_is_refused() -> None:
+    assert POSTGRES_URL is not None
+    with pytest.raises(RegistryError, match="synchronous_commit=off"):
+        await Database.open(f"{POSTGRES_URL}?options=-csynchronous_commit%3Doff")
+
+
+@needs_postgres
+async def test_a_postgres_that_cut_the_connection_is_found_again() -> None:
+    assert POSTGRES_URL is not None
+    url = POSTGRES_URL
+    database = await Database.open(url)
+    pid = await database.transact(lambda c: c.exec_driver_sql("SELECT pg_backend_pid()").scalar())
+
+    def cut() -> None:
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        engine.dispose()
+
+    await asyncio.to_thread(cut)
+    again = await database.transact(lambda c: c.exec_driver_sql("SELECT pg_backend_pid()").scalar())
+    assert again != pid
+    await database.close()
