@@ -40,7 +40,7 @@ demo: environment
 
 test: environment native-environment
 	@deploy/system-packages test
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m tests.postgres $(PY) -m pytest $(ARGS)
 
 check: environment
 	@$(VENV)/bin/ruff check $(SOURCES)
