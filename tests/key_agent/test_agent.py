@@ -349,6 +349,8 @@ async def test_kek_revoke_destroys_withdraws_and_reinstate_starts_anew(bench: Be
         states = {str(key.key_id): key.state for key in await agent.registry.data_keys()}
         assert states == {old: KeyState.DEACTIVATED, new: KeyState.ACTIVE}
         assert all(str(key.key_id) != old for key in bench.proxy().accepted[-1].keys)
+        with pytest.raises(RefusedChangeError, match="before a new one is made"):
+            await operations.reinstate(restore=True)
 
 
 async def test_kek_revoke_withdraws_though_the_hsm_does_not_answer(bench: Bench) -> None:
