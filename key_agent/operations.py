@@ -135,8 +135,8 @@ class Operations:
                 raise RefusedChangeError("there never was a KEK", "`key-agent kek create` makes the first")
             if restore and not row.state.is_withdrawn and row.version > 1:
                 raise RefusedChangeError(
-                    f"the KEK {row.reference.kek_id} is {row.state}: an earlier one can be restored only before "
-                    "a new one is made",
+                    f"the KEK {row.reference.kek_id} is {row.state}: an earlier one can be restored only "
+                    "before a new one is made",
                     "`key-agent kek status` lists them all",
                 )
             if not row.state.is_withdrawn:
