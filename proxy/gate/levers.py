@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import gc
+import logging
 import ssl
 import types
 from collections.abc import Awaitable, Callable, Generator
@@ -19,9 +20,11 @@ from typing import Any, Final, Never, cast, override
 
 from h11._readers import ContentLengthReader
 from mitmproxy import connection, http
+from mitmproxy.coretypes import multidict
 from mitmproxy.proxy import commands, events, mode_servers, server
 from mitmproxy.proxy.layers import tls
 from mitmproxy.proxy.layers.http import _base, _http1
+from mitmproxy.utils import asyncio_utils
 from OpenSSL import SSL
 
 READ_BYTES: Final = 256 * 1024
@@ -41,6 +44,8 @@ class Lever(StrEnum):
     DIRECT_TLS = "direct-tls"
     HTTP1_BODY = "http1-body"
     TRUSTED_MESSAGES = "trusted-messages"
+    PROMPT_HOOKS = "prompt-hooks"
+    DIRECT_HEADERS = "direct-headers"
     FROZEN_HEAP = "frozen-heap"
 
 
@@ -61,6 +66,10 @@ PINNED: Final[tuple[object, ...]] = (
     _http1.Http1Connection._handle_event,  # noqa: SLF001
     _http1.Http1Connection.read_body,
     ContentLengthReader,
+    server.ConnectionHandler.server_event,
+    server.ConnectionHandler.hook_task,
+    http.Headers,
+    multidict._MultiDict,  # noqa: SLF001
     http.MessageData,
     http.RequestData,
     http.ResponseData,
@@ -89,7 +98,21 @@ def install(
         _replace(undo, _http1.Http1Connection, "_handle_event", _http1_handle_event)
     if Lever.TRUSTED_MESSAGES in enabled:
         _replace(undo, http.MessageData, "__post_init__", _trust)
+    if Lever.DIRECT_HEADERS in enabled:
+        _replace(undo, http.Headers, "get_all", _headers_get_all)
+        for name, ours in (("__getitem__", _headers_getitem), ("__contains__", _headers_contains)):
+            _add(undo, http.Headers, name, ours)
+        _add(undo, http.Headers, "get", _headers_get)
+    _replace(undo, PromptHandler, "is_prompt", Lever.PROMPT_HOOKS in enabled)
     return undo
+
+
+def _add(undo: contextlib.ExitStack, owner: type, name: str, ours: object) -> None:
+    """Define what *owner* inherits; `_replace` would leave the inherited function in it afterwards."""
+    if name in vars(owner):
+        raise RuntimeError(f"{owner.__name__}.{name} is there already")
+    undo.callback(delattr, owner, name)
+    setattr(owner, name, ours)
 
 
 def _replace(undo: contextlib.ExitStack, owner: Any, name: str, ours: object) -> None:
@@ -349,3 +372,136 @@ def _http1_handle_event(self: _http1.Http1Connection, event: events.Event) -> Co
 
 def _trust(_: http.MessageData) -> None:
     """Replaces a check of each field's type in each message: assertions, which `python -O` drops as well."""
+
+
+# --- PROMPT_HOOKS: small requests ---------------------------------------------------------------------------
+#
+# mitmproxy starts a task for each hook, four to each request, and lets the loop come round before it walks
+# through the layers again to say that it is done. Nearly all of them have nothing to wait for. Here a hook
+# starts at once (an eager task, Python >= 3.12); one that is done by then is told to the layers right after
+# the present event. One that waits goes on as a task, as before.
+
+
+class PromptHandler(mode_servers.ProxyConnectionHandler):
+    """A connection handler whose events queue up behind each other instead of behind a lock."""
+
+    is_prompt = False
+    """Set by `install`. Without it everything is mitmproxy's own."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)  # type: ignore[no-untyped-call]
+        self._aborted = False  # set by the gate: nothing is handled any more
+        self._queue: collections.deque[events.Event] = collections.deque()
+        self._is_handling = False
+        self._waiting_hooks: set[asyncio.Task[None]] = set()
+
+    @override
+    async def server_event(self, event: events.Event) -> None:
+        if not self.is_prompt:
+            await super().server_event(event)
+            return
+        self._queue.append(event)
+        if self._is_handling:
+            return  # We are inside the loop below, called by a hook that has ended at once.
+        self._is_handling = True
+        try:
+            while self._queue and not self._aborted:
+                self._handle(self._queue.popleft())
+        except Exception:  # noqa: BLE001 - as mitmproxy does; the gate aborts when it sees this
+            self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
+        finally:
+            self._is_handling = False
+            self._queue.clear()
+
+    def _handle(self, event: events.Event) -> None:
+        """One event and the commands it leads to: `ConnectionHandler.server_event` but for the hooks."""
+        self.timeout_watchdog.register_activity()  # type: ignore[no-untyped-call]
+        for command in self.layer.handle_event(event):
+            if isinstance(command, commands.StartHook):
+                self._start(command)
+            elif isinstance(command, commands.OpenConnection):
+                if command.connection in self.transports:
+                    raise RuntimeError("this connection is open already")
+                handler = asyncio_utils.create_task(
+                    self.open_connection(command),
+                    name=f"server connection handler {command.connection.address}",
+                    keep_ref=False,
+                    client=self.client.peername,
+                )
+                self.transports[command.connection] = server.ConnectionIO(handler=handler)
+            elif isinstance(command, commands.RequestWakeup):
+                self.wakeup_timer.add(
+                    asyncio_utils.create_task(
+                        self.wakeup(command),
+                        name=f"wakeup timer ({command.delay:.1f}s)",
+                        keep_ref=False,
+                        client=self.client.peername,
+                    )
+                )
+            elif isinstance(command, commands.Log):
+                self.log(command.message, command.level)
+            elif not isinstance(command, commands.ConnectionCommand):
+                raise TypeError(f"unexpected command: {type(command).__name__}")
+            elif command.connection in self.transports:  # or else it has been closed meanwhile
+                self._obey(command)
+
+    def _obey(self, command: commands.ConnectionCommand) -> None:
+        match command:
+            case commands.SendData():
+                writer = self.transports[command.connection].writer
+                if writer is None:
+                    raise RuntimeError("this connection is not open yet")
+                if not writer.is_closing():
+                    writer.write(command.data)
+            case commands.CloseTcpConnection():
+                self.close_connection(command.connection, command.half_close)
+            case commands.CloseConnection():
+                self.close_connection(command.connection, False)
+            case _:
+                raise TypeError(f"unexpected command: {type(command).__name__}")
+
+    def _start(self, hook: commands.StartHook) -> None:
+        task = asyncio.Task(
+            self.hook_task(hook),
+            loop=asyncio.get_running_loop(),
+            name=f"handle_hook({hook.name})",
+            eager_start=True,
+        )
+        if not task.done():
+            self._waiting_hooks.add(task)
+            task.add_done_callback(self._waiting_hooks.discard)
+
+
+# --- DIRECT_HEADERS: small requests -------------------------------------------------------------------------
+#
+# mitmproxy looks a header up by five calls, two of them for every header there is, and by an exception where
+# it is missing. Some forty look-ups are made for each request.
+
+
+def _values(headers: http.Headers, name: str | bytes) -> list[bytes]:
+    wanted = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+    wanted = wanted.lower()
+    return [value for field, value in headers.fields if field.lower() == wanted]
+
+
+def _text(values: list[bytes]) -> str:
+    return ", ".join([value.decode("utf-8", "surrogateescape") for value in values])
+
+
+def _headers_get_all(self: http.Headers, name: str | bytes) -> list[str]:
+    return [value.decode("utf-8", "surrogateescape") for value in _values(self, name)]
+
+
+def _headers_getitem(self: http.Headers, name: str | bytes) -> str:
+    if values := _values(self, name):
+        return _text(values)
+    raise KeyError(name)
+
+
+def _headers_contains(self: http.Headers, name: str | bytes) -> bool:
+    return bool(_values(self, name))
+
+
+def _headers_get(self: http.Headers, name: str | bytes, default: Any = None) -> Any:
+    values = _values(self, name)
+    return _text(values) if values else default
