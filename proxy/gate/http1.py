@@ -3,8 +3,12 @@
 1. Trailers reach the stream, which decides (`stream`, rule 7); mitmproxy raises NotImplementedError.
 2. Interim responses of an origin (100, 102, 103) are dropped, as mitmproxy does for HTTP/2; on HTTP/1 it
    takes the first for the response and loses the real one. 101 goes to the stream, which refuses it.
-3. A message head is at most MAX_HEAD_BYTES; mitmproxy collects it for as long as it grows.
+3. A message head is at most MAX_HEAD_BYTES, and so are a chunk's header line and the trailers; mitmproxy
+   collects them for as long as they grow.
 4. A request that does not parse is answered by `refusals.BAD_MESSAGE`, not by mitmproxy's page.
+5. What a client sends after its request is for the next one. Of that MAX_HEAD_BYTES are kept, then the client
+   is not read until the response is complete; mitmproxy keeps all of it.
+6. A field value on several lines (obs-fold) is a bad message: not every reader sees one field there.
 """
 
 from collections.abc import Generator
@@ -15,6 +19,7 @@ from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
+    RequestHeaders,
     RequestTrailers,
     ResponseHeaders,
     ResponseProtocolError,
@@ -23,6 +28,7 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 
 from proxy import refusals
+from proxy.gate import stream
 
 MAX_HEAD_BYTES: Final = 256 * 1024
 """nginx allows a quarter of it; cookies and signed URLs grow."""
@@ -41,13 +47,22 @@ def bad_message_response(_status_code: int, _message: str = "") -> bytes:
 class GuardedHttp1Server(Http1Server):
     """The client's connection."""
 
+    _is_held = False
+
     @override
     def read_headers(self, event: events.ConnectionEvent) -> Commands:
-        yield from super().read_headers(event)
+        for command in super().read_headers(event):
+            if isinstance(command, ReceiveHttp) and _is_folded(command.event):
+                yield from self._refuse_head()
+                return
+            yield command
         if self.state == self.read_headers and len(self.buf) > MAX_HEAD_BYTES:
-            yield commands.SendData(self.conn, bad_message_response(400))
-            yield commands.CloseConnection(self.conn)
-            self.state = self.done
+            yield from self._refuse_head()
+
+    def _refuse_head(self) -> Commands:
+        yield commands.SendData(self.conn, bad_message_response(400))
+        yield commands.CloseConnection(self.conn)
+        self.state = self.done
 
     @override
     def read_body(self, event: events.Event) -> Commands:
@@ -57,6 +72,29 @@ class GuardedHttp1Server(Http1Server):
             yield ReceiveHttp(RequestTrailers(self.stream_id, Headers()))
             yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
             yield from self.mark_done(request=True)
+        yield from _bound_lines(self)
+
+    @override
+    def wait(self, event: events.Event) -> Commands:
+        yield from super().wait(event)
+        self._hold_back()
+
+    def _hold_back(self) -> None:
+        if self.state == self.wait and not self._is_held and len(self.buf) > MAX_HEAD_BYTES:
+            keeper = stream.keeper_of(self.conn.id)
+            if keeper is not None:
+                keeper.hold(self.conn)
+                self._is_held = True
+
+    @override
+    def mark_done(self, *, request: bool = False, response: bool = False) -> Commands:
+        if response and self._is_held:
+            self._is_held = False
+            keeper = stream.keeper_of(self.conn.id)
+            if keeper is not None:
+                keeper.release(self.conn)
+        yield from super().mark_done(request=request, response=response)
+        self._hold_back()  # it may have come together with the end of the body
 
 
 class GuardedHttp1Client(Http1Client):
@@ -89,6 +127,23 @@ class GuardedHttp1Client(Http1Client):
                 yield ReceiveHttp(ResponseTrailers(self.stream_id, Headers()))
                 yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
             yield from self.mark_done(response=True)
+        yield from _bound_lines(self)
+
+
+def _bound_lines(connection: Http1Server | Http1Client) -> Commands:
+    """Inside a body only unfinished lines are left over: of a chunk's header, or of trailers."""
+    if connection.state == connection.read_body and len(connection.buf) > MAX_HEAD_BYTES:
+        yield commands.CloseConnection(connection.conn)
+        connection.state = connection.done
+        if connection.stream_id is not None:
+            kind = connection.ReceiveProtocolError
+            yield ReceiveHttp(kind(connection.stream_id, "a line without an end", code=kind.code))
+
+
+def _is_folded(event: events.Event) -> bool:
+    return isinstance(event, RequestHeaders) and any(
+        b"\r" in value or b"\n" in value for _, value in event.request.headers.fields
+    )
 
 
 def _is_interim(event: events.Event) -> bool:

@@ -100,6 +100,10 @@ def keep(client_id: str, keeper: Keeper) -> None:
     _keepers[client_id] = keeper
 
 
+def keeper_of(client_id: str) -> Keeper | None:
+    return _keepers.get(client_id)
+
+
 class _VetoError(RefusedError):
     """The gate itself refuses; *cause* goes to the log only."""
 
@@ -664,7 +668,7 @@ class GuardedStream(http.HttpStream):
                 keeper.release(connection)
 
     def _keeper(self) -> Keeper | None:
-        return _keepers.get(self.context.client.id)
+        return keeper_of(self.context.client.id)
 
     def _http_layer(self) -> http.HttpLayer:
         return _the(self.context.layers[self.context.layers.index(self) - 1], http.HttpLayer)
