@@ -1,6 +1,7 @@
 """Fan-out: every proxy at once, each with its own deadlines, its own result, its own second chance.
 
-1. One slow or dead proxy delays nobody: each has a task, each request a deadline.
+1. One slow, dead or hostile proxy delays nobody: each has a task, each request a deadline, and whatever goes
+   wrong there is that proxy's failure, even what nobody thought of: these loops are the kill switch.
 2. A challenge is kept and used until the proxy says `nonce` (it restarted, or somebody opened another
    session); then a new session is opened and what was refused is sealed and sent again at once. The same for
    `sequence`, which only a push that overtook another one can earn. Once: what is refused twice is a failure.
@@ -23,7 +24,7 @@ from key_agent.push.recipients import leaf_sha256
 from key_agent.push.sealing import KeySealing, Sealed, Sealing
 from key_agent.push.targets import Targets
 from key_agent.push.transport import Answer, PushError, Session, Transport
-from key_agent.registry.model import Proxy, Receipt
+from key_agent.registry.model import RECEIPT_SLACK_MS, Proxy, Receipt
 from key_agent.registry.store import Registry
 from runtime.clock import Clock
 
@@ -192,6 +193,10 @@ class Pusher:
             failure = error
         except KeyAgentError as error:
             failure = PushError(type(error).__name__.removesuffix("Error").lower(), str(error))
+        except Exception as error:
+            log.exception("a delivery failed unexpectedly", proxy=proxy.id)
+            self._sessions.pop(proxy.id, None)
+            failure = PushError("internal", type(error).__name__)
         delivery = self._sum_up(proxy, owners, receipts, failure)
         self._targets.note_receipts(delivery.receipts)
         on_delivery(delivery)
@@ -302,7 +307,10 @@ class Pusher:
             accepted = True
         valid_until_ms = None
         if accepted and sealed.keys and answer is not None:
-            valid_until_ms = at_ms + int(answer.valid_for_s * 1000)
+            # What we issued ends then, whatever it says.
+            valid_until_ms = min(
+                at_ms + int(answer.valid_for_s * 1000), sealed.expires_at_s * 1000 + RECEIPT_SLACK_MS
+            )
         return Receipt(
             owner=sealed.owner,
             proxy_id=proxy.id,

@@ -3,20 +3,24 @@
 1. The proxy proves its name to the certificate authority that the administrator gave for it, and to nobody
    else's.
 2. A proxy that answers under another id than asked for is refused: envelopes name their audience.
-3. Answers are bounded and parsed strictly; what cannot be understood is a failed push, never a success.
+3. Answers are bounded and parsed strictly; what cannot be understood is a failed push, never a success. No
+   text of a proxy reaches log, registry or terminal but cut and printable, and nothing is unpacked for it.
+4. A kept connection that has died is found out before it is needed, or replaced at once: the withdrawal is
+   often the first to use it.
 """
 
 import asyncio
 import base64
 import binascii
 import io
+import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self, override
+from typing import Annotated, Final, Literal, Self, override
 
 import aiohttp
 import msgspec
@@ -34,6 +38,9 @@ _MAX_ANSWER_BYTES: Final = 16 << 20
 _CONNECTIONS_PER_PROXY: Final = 2
 # Longer than the refresh interval, so that a withdrawal finds a connection open.
 _KEEPALIVE_S: Final = 420
+# Middle boxes forget connections that are silent for minutes, and tell nobody (the shortest known: 240 s).
+_PROBE_AFTER_S: Final = 30
+_MAX_TEXT: Final = 300
 
 
 class PushError(KeyAgentError):
@@ -101,30 +108,36 @@ class Transport(ABC):
         await self.close()
 
 
+_Name = Annotated[str, msgspec.Meta(max_length=127)]
+_Code = Annotated[str, msgspec.Meta(max_length=63, pattern="^[a-z0-9-]*$")]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**31)]
+
+
 class _Held(msgspec.Struct):
-    kid: str
+    kid: _Name
 
 
 class _Service(msgspec.Struct):
-    service: str
-    certificate_sha256: str
+    service: _Name
+    certificate_sha256: _Name
     holds: list[_Held] = []
 
 
 class _SessionAnswer(msgspec.Struct):
-    proxy: str
-    challenge: str
-    time_ms: int
+    proxy: _Name
+    challenge: _Name
+    time_ms: _Count
     services: list[_Service] = []
 
 
 class _Receipt(msgspec.Struct):
     status: Literal["accepted", "refused"]
-    service: str | None = None
-    sequence: int = 0
-    keys: int = 0
-    valid_for_s: float = 0.0
-    code: str = ""
+    service: _Name | None = None
+    sequence: _Count = 0
+    keys: _Count = 0
+    valid_for_s: _Seconds = 0.0
+    code: _Code = ""
     detail: str = ""
 
 
@@ -133,7 +146,7 @@ class _Receipts(msgspec.Struct):
 
 
 class _Problem(msgspec.Struct):
-    code: str = ""
+    code: _Code = ""
     detail: str = ""
     title: str = ""
 
@@ -188,7 +201,7 @@ class HttpsTransport(Transport):
                 keys=receipt.keys,
                 valid_for_s=receipt.valid_for_s,
                 code=receipt.code,
-                detail=receipt.detail[:300],
+                detail=_printable(receipt.detail),
             )
             for receipt in answer.receipts
         ]
@@ -213,8 +226,12 @@ class HttpsTransport(Transport):
         try:
             try:
                 return await self._exchange(client, path, body)
-            except (aiohttp.ServerDisconnectedError, ConnectionResetError):
-                # A kept connection that the proxy had closed: once more, on a new one.
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError):
+                # A kept connection that the proxy or somebody between had given up: once more, on a new one.
+                if client.closed:  # the proxy's address has changed meanwhile
+                    raise
                 return await self._exchange(client, path, body)
         except aiohttp.ClientSSLError as error:
             raise PushError("tls", f"{proxy.url}: {_reason(error)}") from error
@@ -241,10 +258,18 @@ class HttpsTransport(Transport):
         client = aiohttp.ClientSession(
             base_url=proxy.url,
             connector=aiohttp.TCPConnector(
-                ssl=context, limit=_CONNECTIONS_PER_PROXY, keepalive_timeout=_KEEPALIVE_S
+                ssl=context,
+                limit=_CONNECTIONS_PER_PROXY,
+                keepalive_timeout=_KEEPALIVE_S,
+                socket_factory=_probing_socket,
             ),
+            auto_decompress=False,  # a bomb in it would unpack before it is counted
             timeout=aiohttp.ClientTimeout(total=None),  # the caller's deadline counts
-            headers={"Content-Type": "application/json", "User-Agent": "sealgate-key-agent"},
+            headers={
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+                "User-Agent": "sealgate-key-agent",
+            },
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
         )
@@ -262,6 +287,16 @@ def client_context(ca_pem: str, certificate_file: Path, key_file: Path) -> ssl.S
     return context
 
 
+def _probing_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return made
+
+
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     answer = bytearray()
     async for piece in response.content.iter_chunked(1 << 16):
@@ -274,18 +309,31 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
 
 def _problem(status: int, answer: bytes) -> PushError:
     try:
-        problem = msgspec.json.decode(answer, type=_Problem)
-    except msgspec.DecodeError:
+        problem = _parsed(answer, _Problem)
+    except ValueError:
         problem = _Problem()
-    text = problem.detail or problem.title
-    return PushError(problem.code or f"http-{status}", f"HTTP {status} {text}".strip()[:300])
+    text = _printable(problem.detail or problem.title)
+    return PushError(problem.code or f"http-{status}", f"HTTP {status} {text}".strip())
 
 
 def _decode[T](answer: bytes, shape: type[T]) -> T:
     try:
+        return _parsed(answer, shape)
+    except ValueError as error:
+        raise PushError("bad-answer", _printable(str(error))) from None
+
+
+def _parsed[T](answer: bytes, shape: type[T]) -> T:
+    """*answer* as *shape*; ValueError for whatever else it is."""
+    try:
         return msgspec.json.decode(answer, type=shape)
-    except msgspec.DecodeError as error:
-        raise PushError("bad-answer", str(error)[:300]) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _printable(text: str) -> str:
+    """A stranger's text, fit for logs and terminals."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_TEXT])
 
 
 def _challenge(text: str) -> bytes:
@@ -302,11 +350,11 @@ def _owner(text: str) -> NetworkService:
     try:
         return NetworkService.parse(text)
     except FormatError as error:
-        raise PushError("bad-answer", str(error)[:300]) from error
+        raise PushError("bad-answer", _printable(str(error))) from None
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
+    return _printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 async def within[T](timeout_s: float, what: str, work: "asyncio.Future[T] | asyncio.Task[T]") -> T:

@@ -1,10 +1,12 @@
 """HTTPS to a proxy: who is spoken to, who is believed, and what becomes of answers that are none."""
 
 import asyncio
-import base64
+import contextlib
+import json
+import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import struct
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,47 +15,17 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from envelope.keys import NetworkService
 from key_agent.push.transport import HttpsTransport, PushError
 from key_agent.registry.model import Proxy
 from runtime.clock import SystemClock
 from runtime.tls import server_context
 from tests.fakes.proxies import FakeProxy, FakeProxyServer, pem
+from tests.key_agent.push.serving import AUTHORITY, served, session_answer
 from tests.pki import Tenant, issue_server, make_server_ca, write_credential
-
-AUTHORITY = make_server_ca()
-
-
-@asynccontextmanager
-async def _served(
-    tmp_path: Path,
-    acme: Tenant,
-    *,
-    name: str = "localhost",
-    change: Callable[[ssl.SSLContext], None] | None = None,
-) -> AsyncIterator[tuple[FakeProxyServer, HttpsTransport, Proxy]]:
-    files = write_credential(issue_server(AUTHORITY, [name]), tmp_path, "server")
-    context = server_context(*files, client_roots=[acme.root.certificate])
-    if change is not None:
-        change(context)
-    server = FakeProxyServer(
-        FakeProxy(
-            id="p1",
-            clock=SystemClock(),
-            signers={},
-            services={NetworkService("acme", "s3"): acme.service("s3")},
-        )
-    )
-    tls = write_credential(acme.agent_tls("hq"), tmp_path, "tls")
-    async with (
-        server.serving(context),
-        HttpsTransport(agent_id="hq", certificate_file=tls[0], key_file=tls[1]) as transport,
-    ):
-        yield server, transport, Proxy(id="p1", url=server.url, ca_pem=pem(AUTHORITY.certificate))
 
 
 async def test_a_session_and_a_push_over_one_connection(tmp_path: Path, acme: Tenant) -> None:
-    async with _served(tmp_path, acme) as (server, transport, proxy):
+    async with served(tmp_path, acme) as (server, transport, proxy):
         session = await transport.open_session(proxy)
         assert len(session.challenge) == 16
         assert [str(held.owner) for held in session.services] == ["acme/s3"]
@@ -82,19 +54,19 @@ async def test_a_connection_that_the_proxy_closed_is_replaced(tmp_path: Path, ac
 
 
 async def test_a_proxy_of_another_name_is_refused(tmp_path: Path, acme: Tenant) -> None:
-    async with _served(tmp_path, acme) as (_, transport, proxy):
+    async with served(tmp_path, acme) as (_, transport, proxy):
         with pytest.raises(PushError) as caught:
             await transport.open_session(replace(proxy, id="p2"))
         assert caught.value.code == "wrong-proxy"
 
 
 async def test_another_authority_or_host_name_is_refused(tmp_path: Path, acme: Tenant) -> None:
-    async with _served(tmp_path, acme, name="proxy.example") as (_, transport, proxy):
+    async with served(tmp_path, acme, name="proxy.example") as (_, transport, proxy):
         with pytest.raises(PushError) as caught:
             await transport.open_session(proxy)
         assert caught.value.code == "tls"
     (tmp_path / "other").mkdir()
-    async with _served(tmp_path / "other", acme) as (server, transport, proxy):
+    async with served(tmp_path / "other", acme) as (server, transport, proxy):
         with pytest.raises(PushError) as caught:
             await transport.open_session(replace(proxy, ca_pem=pem(make_server_ca().certificate)))
         assert caught.value.code == "tls"
@@ -106,7 +78,7 @@ async def test_tls_1_2_is_refused(tmp_path: Path, acme: Tenant) -> None:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.maximum_version = ssl.TLSVersion.TLSv1_2
 
-    async with _served(tmp_path, acme, change=old) as (server, transport, proxy):
+    async with served(tmp_path, acme, change=old) as (server, transport, proxy):
         with pytest.raises(PushError):
             await transport.open_session(proxy)
         assert server.connections == 0
@@ -115,7 +87,7 @@ async def test_tls_1_2_is_refused(tmp_path: Path, acme: Tenant) -> None:
 async def test_without_our_certificate_there_is_no_session(
     tmp_path: Path, acme: Tenant, globex: Tenant
 ) -> None:
-    async with _served(tmp_path, acme) as (server, _, proxy):
+    async with served(tmp_path, acme) as (server, _, proxy):
         foreign = write_credential(globex.agent_tls("hq"), tmp_path, "foreign")
         async with HttpsTransport(
             agent_id="hq", certificate_file=foreign[0], key_file=foreign[1]
@@ -126,7 +98,7 @@ async def test_without_our_certificate_there_is_no_session(
 
 
 async def test_unusable_files_are_a_push_error_that_names_no_secret(tmp_path: Path, acme: Tenant) -> None:
-    async with _served(tmp_path, acme) as (_, _, proxy):
+    async with served(tmp_path, acme) as (_, _, proxy):
         gone = tmp_path / "gone.pem"
         async with HttpsTransport(agent_id="hq", certificate_file=gone, key_file=gone) as transport:
             with pytest.raises(PushError) as caught:
@@ -134,28 +106,19 @@ async def test_unusable_files_are_a_push_error_that_names_no_secret(tmp_path: Pa
         assert caught.value.code == "tls"
 
 
-def _session(**changes: object) -> dict[str, object]:
-    good = {
-        "proxy": "p1",
-        "challenge": base64.urlsafe_b64encode(bytes(16)).decode().rstrip("="),
-        "time_ms": 1,
-    }
-    return good | changes
-
-
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        (_session(challenge="AAAA"), "bad-answer"),
-        (_session(challenge="!" * 22), "bad-answer"),
-        (_session(time_ms="soon"), "bad-answer"),
-        (_session(services=[{"service": "no slash", "certificate_sha256": "00"}]), "bad-answer"),
+        (session_answer(challenge="AAAA"), "bad-answer"),
+        (session_answer(challenge="!" * 22), "bad-answer"),
+        (session_answer(time_ms="soon"), "bad-answer"),
+        (session_answer(services=[{"service": "no slash", "certificate_sha256": "00"}]), "bad-answer"),
         ({"challenge": "x"}, "bad-answer"),
         (["p1"], "bad-answer"),
     ],
 )
 async def test_sessions_that_are_none(tmp_path: Path, acme: Tenant, answer: Any, code: str) -> None:
-    async with _served(tmp_path, acme) as (server, transport, proxy):
+    async with served(tmp_path, acme) as (server, transport, proxy):
         server.fault = web.json_response(answer)
         with pytest.raises(PushError) as caught:
             await transport.open_session(proxy)
@@ -182,7 +145,7 @@ async def test_sessions_that_are_none(tmp_path: Path, acme: Tenant, answer: Any,
 async def test_receipts_that_are_none(
     tmp_path: Path, acme: Tenant, response: Callable[[], web.Response], code: str
 ) -> None:
-    async with _served(tmp_path, acme) as (server, transport, proxy):
+    async with served(tmp_path, acme) as (server, transport, proxy):
         server.fault = response()
         with pytest.raises(PushError) as caught:
             await transport.send(proxy, ["a.b.c.d.e"])
@@ -190,7 +153,7 @@ async def test_receipts_that_are_none(
 
 
 async def test_nobody_listens(tmp_path: Path, acme: Tenant) -> None:
-    async with _served(tmp_path, acme) as (_, transport, proxy):
+    async with served(tmp_path, acme) as (_, transport, proxy):
         nowhere = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
         port = nowhere.sockets[0].getsockname()[1]
         nowhere.close()
@@ -203,9 +166,58 @@ async def test_nobody_listens(tmp_path: Path, acme: Tenant) -> None:
 async def test_a_changed_address_is_used_from_the_next_request_on(tmp_path: Path, acme: Tenant) -> None:
     (tmp_path / "two").mkdir()
     async with (
-        _served(tmp_path, acme) as (one, transport, proxy),
-        _served(tmp_path / "two", acme) as (two, _, moved),
+        served(tmp_path, acme) as (one, transport, proxy),
+        served(tmp_path / "two", acme) as (two, _, moved),
     ):
         await transport.open_session(proxy)
         await transport.open_session(moved)
         assert (one.proxy.sessions, two.proxy.sessions) == (1, 1)
+
+
+async def test_a_kept_connection_that_is_reset_under_a_request_is_replaced(
+    tmp_path: Path, acme: Tenant
+) -> None:
+    """A load balancer that has forgotten the connection answers the first packet with RST."""
+    context = server_context(
+        *write_credential(issue_server(AUTHORITY), tmp_path, "server"), client_roots=[acme.root.certificate]
+    )
+    tls = write_credential(acme.agent_tls("hq"), tmp_path, "tls")
+    body = json.dumps(session_answer()).encode()
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        requests = 0
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                requests += 1
+                if requests == 2:
+                    raw = writer.get_extra_info("socket")
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    writer.transport.abort()
+                    break
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+                writer.write(head.encode() + body)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server, HttpsTransport(agent_id="hq", certificate_file=tls[0], key_file=tls[1]) as transport:
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        proxy = Proxy(id="p1", url=url, ca_pem=pem(AUTHORITY.certificate))
+        await transport.open_session(proxy)
+        await transport.open_session(proxy)
+        assert connections == 2
+
+
+async def test_a_kept_connection_is_probed_while_it_is_silent(tmp_path: Path, acme: Tenant) -> None:
+    async with served(tmp_path, acme) as (_, transport, proxy):
+        await transport.open_session(proxy)
+        [client] = transport._clients.values()
+        assert client.connector is not None
+        [pool] = client.connector._conns.values()
+        assert pool[0][0].transport is not None
+        raw = pool[0][0].transport.get_extra_info("socket")
+        assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
