@@ -4,7 +4,8 @@
 2. Every hook that can let something through is guarded: what it raises refuses the flow.
 3. Every use of a key is in the audit log before a byte it changes moves on; if it cannot be, it is not used.
 4. The head of a message is edited after everything that may refuse it, right before the permit.
-5. It holds no policy: where to is routing.py's, what may be the planner's, how bodies change bodies.py's.
+5. A connection is the tenant's at whose listener it came in; if that becomes another's, it is no one's.
+6. It holds no policy: where to is routing.py's, what may be the planner's, how bodies change bodies.py's.
 """
 
 import functools
@@ -55,7 +56,7 @@ from proxy.planner import plan_answer, plan_request
 from proxy.prefetch import Beginning, Prefetch, PrefetchError, Source
 from proxy.profiles import profile_named
 from proxy.refusals import Refusal, RefusedError
-from proxy.routing import Routing, Wanted
+from proxy.routing import Holder, Routing, Wanted
 from proxy.tenants.model import LegacyPolicy
 from runtime.audit import AuditLog, AuditUnavailableError
 
@@ -87,10 +88,14 @@ class Exchange:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """One client connection: what CONNECT asked for, and the bodies under way."""
+    """One client connection: whose it is, what CONNECT asked for, and the bodies under way."""
 
     connection: connection.Client
+    holder: Holder | None
+    """Whose the listener was when the client came; None: nobody's."""
     connected: tuple[str, int] | None = None
+    tunnel: tuple[str, int, str | None] | None = None
+    """Host, port and server name of what is passed through unread."""
     flows: dict[str, list[SealBody | OpenBody | OpenRangeBody]] = field(default_factory=dict)
 
     def bodies(self) -> Iterator[SealBody | OpenBody | OpenRangeBody]:
@@ -142,7 +147,7 @@ class SealgateAddon:
     # ---- connections
 
     def client_connected(self, client: connection.Client) -> None:
-        self._clients[client.id] = _Client(client)
+        self._clients[client.id] = _Client(client, self._holder(client))
 
     def client_disconnected(self, client: connection.Client) -> None:
         gone = self._clients.pop(client.id, None)
@@ -170,9 +175,11 @@ class SealgateAddon:
         client = data.context.client
         spec = client.proxy_mode.full_spec
         routing = self.routing
-        if routing is None or spec not in routing.listeners:
+        known = self._clients.get(client.id)
+        if routing is None or known is None or known.holder is None or known.holder != self._holder(client):
             return
-        if routing.tunnels(spec, host=address[0], port=address[1], server_name=data.client_hello.sni):
+        tunnel = (address[0], address[1], data.client_hello.sni)
+        if routing.tunnels(spec, *tunnel):
             tenant = routing.listener(spec).tenant.tenant
             self._record(
                 "tunnel-opened",
@@ -182,6 +189,7 @@ class SealgateAddon:
                 client=_peer(client),
             )
             self._metrics.tunnelled.labels(tenant).inc()
+            known.tunnel = tunnel
             data.ignore_connection = True
 
     @fail_closed
@@ -469,13 +477,24 @@ class SealgateAddon:
     def count_cut(self) -> None:
         self._metrics.cut.inc()
 
-    def clients_of(self, wanted: Callable[[str], bool]) -> list[connection.Client]:
-        """The client connections whose listener spec is *wanted*."""
-        return [
-            client.connection
-            for client in self._clients.values()
-            if wanted(client.connection.proxy_mode.full_spec)
-        ]
+    def strays(self) -> list[connection.Client]:
+        """The clients that the current picture has no place for: whose listener is gone or is another's by
+        now, or who are passed through unread to where that is no longer permitted."""
+        return [client.connection for client in self._clients.values() if self._is_stray(client)]
+
+    def _is_stray(self, client: _Client) -> bool:
+        if client.holder is None or client.holder != self._holder(client.connection):
+            return True
+        if client.tunnel is None:
+            return False
+        spec = client.connection.proxy_mode.full_spec
+        return self.routing is None or not self.routing.tunnels(spec, *client.tunnel)
+
+    def _holder(self, client: connection.Client) -> Holder | None:
+        listener = (
+            self.routing.listeners.get(client.proxy_mode.full_spec) if self.routing is not None else None
+        )
+        return listener.holder if listener is not None else None
 
     def _end(self, flow: HTTPFlow, outcome: str) -> None:
         client = self._clients.get(flow.client_conn.id)
@@ -504,6 +523,8 @@ class SealgateAddon:
         client = self._clients.get(flow.client_conn.id)
         if client is None:
             raise RefusedError(refusals.INTERNAL)
+        if client.holder is None or client.holder != self._holder(client.connection):
+            raise RefusedError(refusals.UNMANAGED_HOST)
         return client
 
     def _source(self, flow: HTTPFlow, exchange: Exchange) -> Source:

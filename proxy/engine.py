@@ -4,8 +4,8 @@
 2. No `Master.run()`: it would take over the loop's task factory and exception handler, and it ends processes.
 3. Only the addons it needs: each further one is called at every hook.
 4. A picture of the directory is applied as a whole: routes first, so that what is gone is refused before its
-   listener has closed, then listeners. What cannot be opened is a problem that is told and tried again; it
-   takes nobody else down.
+   listener has closed, then connections it has no place for are reset, then listeners. What cannot be opened
+   is a problem that is told and tried again; it takes nobody else down.
 5. Stopping: no new connections, bodies in flight may end within the grace, what is left is reset. A body that
    was cut has no proper end on either side.
 """
@@ -116,9 +116,9 @@ class Engine:
         wanted = [listener for listener in routing.listeners.values() if self._can_serve(listener, problems)]
         self._by_spec = {listener.spec: self._authorities[listener.tenant.tenant] for listener in wanted}
         self._addon.routing = routing
+        self._abort_strays()
         await self._listen([listener.spec for listener in wanted], problems)
-        for client in self._addon.clients_of(lambda spec: spec not in routing.listeners):
-            self._abort(client, refusals.UNMANAGED_HOST)
+        self._abort_strays()  # who came in the meantime
         self._problems = problems
         for problem in problems:
             log.error("not served", cause=problem)
@@ -235,6 +235,10 @@ class Engine:
         if isinstance(handler, GuardedConnectionHandler):
             self._addon.count_cut()
             handler.abort_all(refusal)
+
+    def _abort_strays(self) -> None:
+        for client in self._addon.strays():
+            self._abort(client, refusals.UNMANAGED_HOST)
 
     def _close_idle(self, server: proxyserver.Proxyserver) -> None:
         """Close, properly, the connections without a request in flight."""

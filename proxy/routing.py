@@ -11,13 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from cryptography import x509
+
 from envelope.errors import FormatError
+from envelope.keys import NetworkService
 from proxy import refusals
 from proxy.plan import Mode, Route
 from proxy.refusals import RefusedError
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry, Upstream, normal_host
 
 _DEFAULT_PORT: Final = {"https": 443, "http": 80}
+
+type Holder = tuple[str, x509.Certificate, NetworkService | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,12 @@ class Listener:
     listen: Listen
     tenant: TenantEntry
     service: ServiceEntry | None
+
+    @property
+    def holder(self) -> "Holder":
+        """Whose it is: an address can pass from one to another while connections made there live on."""
+        owner = self.service.owner if self.service is not None else None
+        return (self.tenant.tenant, self.tenant.root_certificate, owner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +85,7 @@ class Routing:
         if listener.service is not None or (managed is None and not self._on_list(listener, host)):
             raise RefusedError(refusals.UNMANAGED_HOST)
 
-    def tunnels(self, spec: str, *, host: str, port: int, server_name: str | None) -> bool:
+    def tunnels(self, spec: str, host: str, port: int, server_name: str | None) -> bool:
         """Whether the TLS connection to *host* that names *server_name* is passed through unread."""
         listener = self.listener(spec)
         if listener.service is not None or server_name is None:
