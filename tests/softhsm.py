@@ -105,6 +105,12 @@ class SoftHsm:
             "--init-token", *where, "--label", self.label, "--so-pin", SO_PIN, "--pin", self.pin
         )
 
+    def add_token(self) -> None:
+        """One more token of the same label, beside the others: another serial."""
+        self._softhsm2_util(
+            "--init-token", "--free", "--label", self.label, "--so-pin", SO_PIN, "--pin", self.pin
+        )
+
     def replace_token(self) -> None:
         """Another token under the same label: another serial."""
         shutil.rmtree(self.tokens)
@@ -232,6 +238,15 @@ def _do_attributes(request: dict[str, Any]) -> dict[str, bool]:
     [key] = _keys(_session(request), request)
     names = ("SENSITIVE", "EXTRACTABLE", "TOKEN", "PRIVATE", "ENCRYPT", "DECRYPT", "WRAP", "UNWRAP", "DERIVE")
     return {name: bool(key[Attribute[name]]) for name in names}
+
+
+def _do_serials(request: dict[str, Any]) -> list[str]:
+    """Of the tokens with that label."""
+    from key_agent.sources.hsm.module import load_module
+
+    library = load_module(request["module"], request.get("module_arguments", ""))
+    tokens = [slot.get_token() for slot in library.get_slots(token_present=True)]
+    return sorted(token.serial.decode() for token in tokens if token.label == request["token"])
 
 
 def _do_list(request: dict[str, Any]) -> list[str]:

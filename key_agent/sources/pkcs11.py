@@ -16,7 +16,7 @@ from typing import Final, Literal, override
 import msgspec
 import structlog
 
-from envelope.keys import NetworkService
+from envelope.keys import KeyId, NetworkService
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources import wire
 from key_agent.sources.pin import PinGate, RefusedPin
@@ -27,6 +27,7 @@ from key_agent.sources.source import (
     Kek,
     KekReference,
     KeySource,
+    Rewrapped,
     Verdict,
     WrapMethod,
     WrappedKey,
@@ -165,7 +166,7 @@ class Pkcs11Source(KeySource):
             batch = tuple(owners[len(made) : len(made) + self._batch_size])
             began_s = self._clock.boot_s()
             reply = await self._ask_about(
-                kek,
+                (kek,),
                 wire.Generate(kek=kek, owners=batch, now_ms=self._now_ms(), budget_s=self._settings.batch_s),
             )
             keys = _expect(reply, wire.Generated).keys
@@ -176,13 +177,34 @@ class Pkcs11Source(KeySource):
         return made
 
     @override
+    async def rewrap(self, old: Kek, new: Kek, keys: Sequence[WrappedKey]) -> Rewrapped:
+        made: list[WrappedKey] = []
+        failed: dict[KeyId, str] = {}
+        while (done := len(made) + len(failed)) < len(keys):
+            batch = tuple(keys[done : done + self._batch_size])
+            began_s = self._clock.boot_s()
+            reply = await self._ask_about(
+                (old, new),
+                wire.Rewrap(
+                    old=old, new=new, keys=batch, now_ms=self._now_ms(), budget_s=self._settings.batch_s
+                ),
+            )
+            answer = _expect(reply, wire.RewrapDone)
+            _check_rewrapped(answer, batch, new)
+            made += answer.keys
+            failed |= dict(answer.failed_keys)
+            count = len(answer.keys) + len(answer.failed_keys)
+            self._adapt(count, self._clock.boot_s() - began_s)
+        return Rewrapped(keys=tuple(made), failed_keys=failed)
+
+    @override
     async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:
         sealed: list[EnvelopeResult] = []
         while len(sealed) < len(requests):
             batch = _batch(requests, len(sealed), self._batch_size)
             began_s = self._clock.boot_s()
             reply = await self._ask_about(
-                kek, wire.SealEnvelopes(kek=kek, requests=batch, budget_s=self._settings.batch_s)
+                (kek,), wire.SealEnvelopes(kek=kek, requests=batch, budget_s=self._settings.batch_s)
             )
             results = _expect(reply, wire.Sealed).results
             if [result.owner for result in results] != [
@@ -249,16 +271,17 @@ class Pkcs11Source(KeySource):
             return error.diagnosis
         return Diagnosis(found.verdict, found.detail)
 
-    async def _ask_about(self, kek: Kek, message: wire.Message) -> wire.Reply:
+    async def _ask_about(self, keks: Sequence[Kek], message: wire.Message) -> wire.Reply:
         """The answer; a failure that the worker answered is diagnosed: revoked, unreachable, or once more."""
         self._last_material_s = self._clock.boot_s()
         reply = await self._worker.request(message)
         if not isinstance(reply, wire.Failed):
             return reply
         if not reply.verdict.is_login_refusal:
-            diagnosis = await self.diagnose(kek)
-            if diagnosis.verdict is not Verdict.OK:
-                raise error_of(diagnosis)
+            for kek in keks:
+                diagnosis = await self.diagnose(kek)
+                if diagnosis.verdict is not Verdict.OK:
+                    raise error_of(diagnosis)
             reply = await self._worker.request(message)
             if not isinstance(reply, wire.Failed):
                 return reply
@@ -307,6 +330,21 @@ def _batch(requests: Sequence[EnvelopeRequest], start: int, count: int) -> tuple
             break
         batch.append(request)
     return tuple(batch)
+
+
+def _check_rewrapped(answer: wire.RewrapDone, batch: Sequence[WrappedKey], new: Kek) -> None:
+    """KeySourceError unless *answer* is about the first of *batch*, each once, and under *new*."""
+    count = len(answer.keys) + len(answer.failed_keys)
+    asked = {key.key_id: key for key in batch[:count]}
+    answered = [key.key_id for key in answer.keys] + [key_id for key_id, _ in answer.failed_keys]
+    if not answered or len(asked) != count or set(answered) != asked.keys():
+        raise KeySourceError("the HSM worker answered for other keys than it was asked about")
+    for key in answer.keys:
+        place = (key.owner, key.kcv, key.kek_id, key.environment_id, key.method, key.token_serial)
+        was = asked[key.key_id]
+        wanted = (was.owner, was.kcv, new.reference.kek_id, new.reference.environment_id)
+        if place != (*wanted, new.method, new.token_serial):
+            raise KeySourceError("the HSM worker wrapped a key for another place than it was asked to")
 
 
 def _expect[T: wire.Message](reply: wire.Reply, kind: type[T]) -> T:

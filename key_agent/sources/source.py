@@ -22,6 +22,7 @@ __all__ = [
     "KekReference",
     "KeySource",
     "Recipient",
+    "Rewrapped",
     "Verdict",
     "WrapMethod",
     "WrappedKey",
@@ -122,6 +123,16 @@ class EnvelopeResult:
     """Audience -> why there is no envelope for it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrapped:
+    """What became of wrapped keys that were to change their KEK. A failed one is left as it was."""
+
+    keys: tuple[WrappedKey, ...]
+    """Under the new KEK: same owner, key id and kcv."""
+    failed_keys: Mapping[KeyId, str]
+    """Key id -> why it is not among them (damaged, exchanged, kcv)."""
+
+
 class KeySource(ABC):
     """An HSM or key server. Each method raises `KeySourceError` (or a child) and nothing else on failure."""
 
@@ -150,6 +161,15 @@ class KeySource(ABC):
         """One new wrapped key per owner, in that order, with a new key id each.
 
         KM comes from the HSM's generator, is wrapped, opened again and compared, and dropped.
+        """
+
+    @abstractmethod
+    async def rewrap(self, old: Kek, new: Kek, keys: Sequence[WrappedKey]) -> Rewrapped:
+        """The same KM under another KEK: opened under *old*, sealed under *new* with the binding of its new
+        place, opened again there, compared with what it was and with its kcv, and dropped.
+
+        Both KEKs open their canaries first. KekRevokedError: a diagnosis proved one of them revoked; nothing
+        was made that the caller has to keep.
         """
 
     @abstractmethod

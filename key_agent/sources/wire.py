@@ -70,6 +70,14 @@ class Generate(Message, tag="generate"):
     """Stop after so long and answer for the first ones (at least one): the KEK watch wants its turn."""
 
 
+class Rewrap(Message, tag="rewrap"):
+    old: Kek
+    new: Kek
+    keys: tuple[WrappedKey, ...]
+    now_ms: int
+    budget_s: float
+
+
 class SealEnvelopes(Message, tag="seal"):
     kek: Kek
     requests: tuple[EnvelopeRequest, ...]
@@ -85,7 +93,7 @@ class Describe(Message, tag="describe"):
     methods: tuple[WrapMethod, ...]
 
 
-Request = Hello | CreateKek | DestroyKek | EnableKek | Generate | SealEnvelopes | Diagnose | Describe
+Request = Hello | CreateKek | DestroyKek | EnableKek | Generate | Rewrap | SealEnvelopes | Diagnose | Describe
 
 
 class Done(Message, tag="done"):
@@ -103,6 +111,13 @@ class KekMade(Message, tag="kek-made"):
 
 class Generated(Message, tag="generated"):
     keys: tuple[WrappedKey, ...]
+
+
+class RewrapDone(Message, tag="rewrapped"):
+    """For the first keys of the request, as many as fitted: each is in one of the two."""
+
+    keys: tuple[WrappedKey, ...]
+    failed_keys: tuple[tuple[KeyId, str], ...]
 
 
 class SealedEnvelopes(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +142,7 @@ class Described(Message, tag="described"):
     facts: dict[str, Any]
 
 
-Reply = Done | Failed | KekMade | Generated | Sealed | Diagnosed | Described
+Reply = Done | Failed | KekMade | Generated | RewrapDone | Sealed | Diagnosed | Described
 
 
 class Numbered[T](msgspec.Struct, frozen=True):

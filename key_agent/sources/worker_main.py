@@ -116,6 +116,16 @@ class _Worker:
                     token, request.kek, request.owners, now_ms=request.now_ms, budget_s=request.budget_s
                 )
                 return wire.Generated(keys=keys)
+            case wire.Rewrap():
+                made, failed = material.rewrap(
+                    token,
+                    request.old,
+                    request.new,
+                    request.keys,
+                    now_ms=request.now_ms,
+                    budget_s=request.budget_s,
+                )
+                return wire.RewrapDone(keys=made, failed_keys=failed)
             case wire.SealEnvelopes():
                 results = material.seal_envelopes(
                     token, self._signer(), request.kek, request.requests, budget_s=request.budget_s

@@ -29,6 +29,7 @@ from key_agent.sources.source import (
     KekReference,
     KeySource,
     Recipient,
+    Rewrapped,
     Verdict,
     WrapMethod,
     WrappedKey,
@@ -54,6 +55,8 @@ class FakeKeySource(KeySource):
     clock: Clock = field(default_factory=SystemClock)
 
     keks: dict[tuple[str, bytes], _TokenKey] = field(default_factory=dict, repr=False)
+    backup: dict[tuple[str, bytes], _TokenKey] = field(default_factory=dict, repr=False)
+    """Every KEK ever made: what somebody may bring back."""
     calls: list[str] = field(default_factory=list)
     """Names of the methods called, in order."""
     closed: bool = False
@@ -66,6 +69,10 @@ class FakeKeySource(KeySource):
     def destroy(self, kek: Kek) -> None:
         """As another process would: the key is gone from the token."""
         del self.keks[_name(kek.reference)]
+
+    def bring_back(self, kek: Kek) -> None:
+        """A backup of the HSM is put in: the KEK is there again."""
+        self.keks[_name(kek.reference)] = self.backup[_name(kek.reference)]
 
     def disable(self, kek: Kek, *, enabled: bool = False) -> None:
         self.keks[_name(kek.reference)].enabled = enabled
@@ -100,7 +107,7 @@ class FakeKeySource(KeySource):
         if _name(reference) in self.keks and not replace_unfinished:
             raise KeySourceError(f"a key named {reference.label!r} exists in the token")
         key = AESGCM(AESGCM.generate_key(256))
-        self.keks[_name(reference)] = _TokenKey(key)
+        self.keks[_name(reference)] = self.backup[_name(reference)] = _TokenKey(key)
         canary, iv = os.urandom(32), os.urandom(12)
         return Kek(
             reference=reference,
@@ -127,24 +134,21 @@ class FakeKeySource(KeySource):
     async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
         await self._enter("generate")
         key = self._usable(kek)
-        made = []
-        for owner in owners:
-            key_id, material, iv = KeyId.random(), os.urandom(32), os.urandom(12)
-            wrapped = iv + key.encrypt(iv, material, _binding(owner, key_id, kek))
-            made.append(
-                WrappedKey(
-                    owner=owner,
-                    key_id=key_id,
-                    kek_id=kek.reference.kek_id,
-                    environment_id=kek.reference.environment_id,
-                    method=kek.method,
-                    wrapped=wrapped,
-                    kcv=key_check_value(material, owner, key_id),
-                    token_serial=SERIAL,
-                    created_at_ms=int(self.clock.wall_s() * 1000),
-                )
-            )
-        return made
+        return [self._wrap(kek, key, owner, KeyId.random(), os.urandom(32)) for owner in owners]
+
+    @override
+    async def rewrap(self, old: Kek, new: Kek, keys: Sequence[WrappedKey]) -> Rewrapped:
+        await self._enter("rewrap")
+        opening, sealing = self._usable(old), self._usable(new)
+        made: list[WrappedKey] = []
+        failed: dict[KeyId, str] = {}
+        for row in keys:
+            material = self._unwrap(old, opening, row.owner, row)
+            if material is None:
+                failed[row.key_id] = "does not open"
+            else:
+                made.append(self._wrap(new, sealing, row.owner, row.key_id, material))
+        return Rewrapped(keys=tuple(made), failed_keys=failed)
 
     @override
     async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:
@@ -195,22 +199,42 @@ class FakeKeySource(KeySource):
             raise error_of(found)
         return self.keks[_name(kek.reference)].key
 
+    def _wrap(
+        self, kek: Kek, key: AESGCM, owner: NetworkService, key_id: KeyId, material: bytes
+    ) -> WrappedKey:
+        iv = os.urandom(12)
+        return WrappedKey(
+            owner=owner,
+            key_id=key_id,
+            kek_id=kek.reference.kek_id,
+            environment_id=kek.reference.environment_id,
+            method=kek.method,
+            wrapped=iv + key.encrypt(iv, material, _binding(owner, key_id, kek)),
+            kcv=key_check_value(material, owner, key_id),
+            token_serial=SERIAL,
+            created_at_ms=int(self.clock.wall_s() * 1000),
+        )
+
+    def _unwrap(self, kek: Kek, key: AESGCM, owner: NetworkService, row: WrappedKey) -> bytes | None:
+        if row.key_id in self._spoiled or row.owner != owner or row.kek_id != kek.reference.kek_id:
+            return None
+        try:
+            material = key.decrypt(row.wrapped[:12], row.wrapped[12:], _binding(owner, row.key_id, kek))
+        except InvalidTag:
+            return None
+        return material if key_check_value(material, owner, row.key_id) == row.kcv else None
+
     def _seal(self, kek: Kek, key: AESGCM, request: EnvelopeRequest) -> EnvelopeResult:
         opened: list[KeyMaterial] = []
         failed_keys: dict[KeyId, str] = {}
         for row, state in request.keys:
-            if row.key_id in self._spoiled or row.owner != request.owner:
-                failed_keys[row.key_id] = "does not open"
-                continue
             if state is KeyState.DESTROYED:
                 opened.append(
                     KeyMaterial(owner=row.owner, key_id=row.key_id, state=state, secret=bytearray())
                 )
                 continue
-            binding = _binding(request.owner, row.key_id, kek)
-            try:
-                material = key.decrypt(row.wrapped[:12], row.wrapped[12:], binding)
-            except InvalidTag:
+            material = self._unwrap(kek, key, request.owner, row)
+            if material is None:
                 failed_keys[row.key_id] = "does not open"
                 continue
             opened.append(

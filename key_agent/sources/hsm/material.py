@@ -78,24 +78,43 @@ def generate(
 
 
 def _generate_one(token: Token, kek: Kek, key: Any, owner: NetworkService, now_ms: int) -> WrappedKey:
-    session = token.session(serial=kek.token_serial)
-    wrapping = wrapping_of(kek.method)
     key_id = KeyId.random()
-    binding = _binding(owner, key_id, kek)
-    material: bytes = session.generate_random(8 * KEY_MATERIAL_SIZE)
+    material: bytes = token.session(serial=kek.token_serial).generate_random(8 * KEY_MATERIAL_SIZE)
     try:
         # A dead generator's zeros are refused here (envelope/derive.py, rule 3).
         kcv = key_check_value(material, owner, key_id)
-        wrapped = wrapping.seal(session, key, material, binding)
-        if len(wrapped) != wrapping.sealed_size:
-            raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {wrapping.sealed_size}")
-        opened = wrapping.open(session, key, wrapped, binding)
-        same = hmac.compare_digest(opened, material)
-        wipe(opened)
-        if not same:
-            raise KeySourceError("the new key did not come back from its wrapping as it went in")
+        return _wrap(token, kek, key, material, owner=owner, key_id=key_id, kcv=kcv, now_ms=now_ms)
     finally:
         wipe(material)
+
+
+def _wrap(
+    token: Token,
+    kek: Kek,
+    key: Any,
+    material: bytes,
+    *,
+    owner: NetworkService,
+    key_id: KeyId,
+    kcv: bytes,
+    now_ms: int,
+) -> WrappedKey:
+    """*material* under *kek*: sealed, opened again, compared. The caller wipes *material*."""
+    session = token.session(serial=kek.token_serial)
+    wrapping = wrapping_of(kek.method)
+    binding = _binding(owner, key_id, kek)
+    wrapped = wrapping.seal(session, key, material, binding)
+    if len(wrapped) != wrapping.sealed_size:
+        raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {wrapping.sealed_size}")
+    opened = wrapping.open(session, key, wrapped, binding)
+    try:
+        same = hmac.compare_digest(opened, material) and hmac.compare_digest(
+            key_check_value(opened, owner, key_id), kcv
+        )
+    finally:
+        wipe(opened)
+    if not same:
+        raise KeySourceError("a key did not come back from its wrapping as it went in")
     return WrappedKey(
         owner=owner,
         key_id=key_id,
@@ -107,6 +126,37 @@ def _generate_one(token: Token, kek: Kek, key: Any, owner: NetworkService, now_m
         token_serial=kek.token_serial,
         created_at_ms=now_ms,
     )
+
+
+def rewrap(
+    token: Token, old: Kek, new: Kek, keys: Sequence[WrappedKey], *, now_ms: int, budget_s: float
+) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+    """The first *keys*, as many as fit the budget, at least one: those under *new*, and those that failed.
+
+    First all are opened, then all sealed: the KEKs may be in two tokens, and a session is in one.
+    """
+    now_s = now_ms / 1000
+    opened: list[tuple[WrappedKey, bytes]] = []
+    failed: list[tuple[KeyId, str]] = []
+    try:
+        opener = _Opener(token, old, now_s=now_s)
+        deadline = time.monotonic() + budget_s / 2
+        for row in keys:
+            try:
+                opened.append((row, opener.reveal(row.owner, row)))
+            except WrappedKeyError as error:
+                failed.append((row.key_id, str(error)))
+            if time.monotonic() >= deadline:
+                break
+        key = usable_kek(token, new, now_s=now_s)
+        made = tuple(
+            _wrap(token, new, key, material, owner=row.owner, key_id=row.key_id, kcv=row.kcv, now_ms=now_ms)
+            for row, material in opened
+        )
+    finally:
+        for _, material in opened:
+            wipe(material)
+    return made, tuple(failed)
 
 
 def seal_envelopes(
@@ -188,21 +238,27 @@ class _Opener:
         self._key = usable_kek(token, kek, now_s=now_s)
 
     def open(self, owner: NetworkService, row: WrappedKey, state: KeyState) -> KeyMaterial:
-        """The key in the clear. WrappedKeyError: this one is bad. KeySourceError: the KEK or the token is."""
+        """The key in the clear. Raises as `reveal` does."""
         if state is KeyState.DESTROYED:
             return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray())
+        material = self.reveal(owner, row)
+        try:
+            return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray(material))
+        finally:
+            wipe(material)
+
+    def reveal(self, owner: NetworkService, row: WrappedKey) -> bytes:
+        """KM, for the caller to wipe. WrappedKeyError: this one is bad. KeySourceError: KEK or token is."""
         self._check_place(owner, row)
         # Bound to *our* owner, key id, KEK and environment, not to what the row claims.
         binding = _binding(owner, row.key_id, self._kek)
         material = self._unwrap(row.wrapped, binding)
         try:
-            if len(material) != KEY_MATERIAL_SIZE:
-                raise WrappedKeyError(f"opened to {len(material)} bytes")
-            if not hmac.compare_digest(key_check_value(material, owner, row.key_id), row.kcv):
-                raise WrappedKeyError("the key check value differs")
-            return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray(material))
-        finally:
+            _check_material(material, owner, row)
+        except BaseException:
             wipe(material)
+            raise
+        return material
 
     def _check_place(self, owner: NetworkService, row: WrappedKey) -> None:
         if row.owner != owner:
@@ -239,6 +295,13 @@ class _Opener:
     def _renew(self) -> None:
         self._token.renew(serial=self._kek.token_serial)
         self._key = usable_kek(self._token, self._kek, now_s=self._now_s)
+
+
+def _check_material(material: bytes, owner: NetworkService, row: WrappedKey) -> None:
+    if len(material) != KEY_MATERIAL_SIZE:
+        raise WrappedKeyError(f"opened to {len(material)} bytes")
+    if not hmac.compare_digest(key_check_value(material, owner, row.key_id), row.kcv):
+        raise WrappedKeyError("the key check value differs")
 
 
 def _binding(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from envelope.keys import KeyState, NetworkService
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import EnvelopeRequest, KekReference, Recipient, WrappedKey
+from tests.nss import MISSING, Nss
 from tests.pki import ServiceCredential, Tenant, write_credential
 from tests.softhsm import SoftHsm
 
@@ -24,10 +25,22 @@ REFERENCE = KekReference(
     kek_id="kek-1", label="sealgate-kek", object_id=b"sealgate-kek\0\0\0\1", environment_id="env-1"
 )
 
+ANOTHER_REFERENCE = KekReference(
+    kek_id="kek-2", label="sealgate-kek", object_id=b"sealgate-kek\0\0\0\2", environment_id="env-1"
+)
+
 
 @pytest.fixture
 def hsm(tmp_path: Path) -> SoftHsm:
     return SoftHsm.create(tmp_path / "hsm")
+
+
+@pytest.fixture
+def nss(tmp_path: Path) -> Nss:
+    made = Nss.create(tmp_path / "nss")
+    if made is None:
+        pytest.skip(MISSING)
+    return made
 
 
 @dataclass

@@ -6,6 +6,7 @@
  *   device-error    CKR_DEVICE_ERROR         session-gone    CKR_SESSION_HANDLE_INVALID
  *   unsupported     CKR_MECHANISM_INVALID    lie             CKR_OK and nothing done
  *   zeros           CKR_OK and zeros         locked          CKR_PIN_LOCKED
+ *   garble          CKR_OK, one bit wrong
  *   weaken          EXTRACTABLE reads true   once            fails once, then deletes the faults
  *   ended, ends, begins, began               END_DATE in 2000, 2999; START_DATE in 2999, 2000
  * $FAKE_HSM/logins gets a line per C_Login: what reaches the token can be counted.
@@ -114,6 +115,7 @@ static ulong_t encrypt_init(ulong_t s, void *mechanism, ulong_t key) {
 static ulong_t transform(int index, const char *f, ulong_t s, void *in, ulong_t in_n, unsigned char *out, ulong_t *out_n) {
     ulong_t rv = REAL(index, ulong_t, void *, ulong_t, void *, ulong_t *)(s, in, in_n, out, out_n);
     if (is(f, "zeros") && out) { *out_n = 32; memset(out, 0, 32); return OK; }
+    if (is(f, "garble") && out && rv == OK) out[0] ^= 1;
     return rv;
 }
 

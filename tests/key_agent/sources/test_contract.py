@@ -7,12 +7,21 @@ import pytest
 from cryptography import x509
 
 from envelope.certificates import fingerprint
-from envelope.keys import KeyId
+from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Expectation, Signer, open_envelope
 from key_agent.errors import KekRevokedError, KeySourceError
-from key_agent.sources.source import Kek, KeySource, Verdict
+from key_agent.sources.source import Kek, KeySource, Verdict, WrappedKey
 from tests.fakes.key_source import FakeKeySource
-from tests.key_agent.sources.conftest import AGENT, NONCE, REFERENCE, MakeSource, owners, request_for
+from tests.key_agent.sources.conftest import (
+    AGENT,
+    ANOTHER_REFERENCE,
+    NONCE,
+    REFERENCE,
+    MakeSource,
+    owners,
+    request_for,
+)
+from tests.nss import WRAP_AND_UNWRAP, Nss
 from tests.pki import Tenant
 from tests.softhsm import SoftHsm
 
@@ -27,7 +36,7 @@ class Subject:
     replace: Callable[[Kek], object]
 
 
-@pytest.fixture(params=["fake", "softhsm"])
+@pytest.fixture(params=["fake", "softhsm", "nss"])
 def subject(request: pytest.FixtureRequest, make_source: MakeSource, hsm: SoftHsm, acme: Tenant) -> Subject:
     if request.param == "softhsm":
         return Subject(
@@ -36,26 +45,43 @@ def subject(request: pytest.FixtureRequest, make_source: MakeSource, hsm: SoftHs
             disable=lambda kek: hsm.run("set", kek.reference, arguments={"name": "DECRYPT", "value": False}),
             replace=lambda kek: (hsm.run("destroy", kek.reference), hsm.run("make", kek.reference)),
         )
+    if request.param == "nss":
+        nss: Nss = request.getfixturevalue("nss")
+        return Subject(
+            make_source(nss.settings()),
+            destroy=lambda kek: nss.run("destroy", kek.reference),
+            disable=lambda kek: nss.run("set", kek.reference, name="UNWRAP", value=False),
+            replace=lambda kek: (
+                nss.run("destroy", kek.reference),
+                nss.run("make", kek.reference, capabilities=WRAP_AND_UNWRAP),
+            ),
+        )
     signing = acme.agent_signing(AGENT)
     fake = FakeKeySource(agent_id=AGENT, signing_key=signing.key, signing_certificate=signing.certificate)
     return Subject(fake, destroy=fake.destroy, disable=fake.disable, replace=fake.replace)
 
 
-async def test_keys_arrive(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
-    kek = await subject.source.create_kek(REFERENCE)
-    first, second = await subject.source.generate(kek, owners(2))
-    service = acme.service(first.owner.service)
-    [result] = await subject.source.seal_envelopes(kek, [request_for(first, service)])
-    assert result.owner == first.owner
+async def _arrived(
+    subject: Subject,
+    kek: Kek,
+    key: WrappedKey,
+    acme: Tenant,
+    hsm: SoftHsm,
+    *,
+    state: KeyState = KeyState.ACTIVE,
+) -> KeyMaterial:
+    """*key* as the proxy gets it."""
+    service = acme.service(key.owner.service)
+    [result] = await subject.source.seal_envelopes(kek, [request_for(key, service, state=state)])
+    assert result.owner == key.owner
     assert not result.failed_keys
-    token = result.tokens["proxy-0"]
     signing = getattr(subject.source, "signing_certificate", None)
     if signing is None:
         signing = x509.load_pem_x509_certificate((hsm.directory / "signing.pem").read_bytes())
     claims = open_envelope(
-        token,
+        result.tokens["proxy-0"],
         Expectation(
-            owner=first.owner,
+            owner=key.owner,
             audience="proxy-0",
             recipient_certificate=service.certificate,
             recipient_key=service.key,
@@ -67,9 +93,76 @@ async def test_keys_arrive(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None
             seen_token_ids=(),
         ),
     )
-    assert [key.key_id for key in claims.keys] == [first.key_id]
+    [arrived] = claims.keys
+    assert (arrived.key_id, arrived.state) == (key.key_id, state)
+    return arrived
+
+
+async def test_keys_arrive(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
+    kek = await subject.source.create_kek(REFERENCE)
+    first, second = await subject.source.generate(kek, owners(2))
+    await _arrived(subject, kek, first, acme, hsm)
     assert first.kek_id == second.kek_id == REFERENCE.kek_id
     assert first.token_serial == kek.token_serial
+
+
+async def test_keys_move_to_another_kek(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
+    old = await subject.source.create_kek(REFERENCE)
+    new = await subject.source.create_kek(ANOTHER_REFERENCE)
+    keys = await subject.source.generate(old, owners(3))
+    before = await _arrived(subject, old, keys[0], acme, hsm)
+    moved = await subject.source.rewrap(old, new, keys)
+    assert not moved.failed_keys
+    for was, now in zip(keys, moved.keys, strict=True):
+        assert (now.owner, now.key_id, now.kcv) == (was.owner, was.key_id, was.kcv)
+        assert (now.kek_id, now.method, now.token_serial) == ("kek-2", new.method, new.token_serial)
+        assert now.wrapped != was.wrapped
+    # The old KEK is needed no more, and the old wrapping means nothing to the new one.
+    subject.destroy(old)
+    after = await _arrived(subject, new, moved.keys[0], acme, hsm, state=KeyState.DEACTIVATED)
+    assert bytes(after.secret) == bytes(before.secret)
+    disguised = replace(keys[1], kek_id="kek-2")
+    [result] = await subject.source.seal_envelopes(new, [request_for(disguised)])
+    assert set(result.failed_keys) == {disguised.key_id}
+    assert not (await subject.source.rewrap(new, new, [])).keys
+
+
+async def test_a_key_that_does_not_move_is_left_alone(subject: Subject) -> None:
+    old = await subject.source.create_kek(REFERENCE)
+    new = await subject.source.create_kek(ANOTHER_REFERENCE)
+    good, exchanged, cut, wrong_kcv, elsewhere, other = await subject.source.generate(old, owners(1) * 6)
+    bad = [
+        replace(exchanged, wrapped=good.wrapped),
+        replace(cut, wrapped=cut.wrapped[:-8]),
+        replace(wrong_kcv, kcv=good.kcv),
+        replace(elsewhere, kek_id="kek-2"),
+        replace(other, owner=NetworkService("acme", "other")),
+    ]
+    moved = await subject.source.rewrap(old, new, [*bad, good])
+    assert [key.key_id for key in moved.keys] == [good.key_id]
+    assert set(moved.failed_keys) == {key.key_id for key in bad}
+    assert all(moved.failed_keys.values())
+
+
+@pytest.mark.parametrize(
+    ("hand", "verdict"),
+    [
+        ("destroy", Verdict.KEK_DESTROYED),
+        ("disable", Verdict.KEK_DISABLED),
+        ("replace", Verdict.KEK_REPLACED),
+    ],
+)
+@pytest.mark.parametrize("which", ["old", "new"])
+async def test_nothing_moves_from_or_to_a_revoked_kek(
+    subject: Subject, hand: str, verdict: Verdict, which: str
+) -> None:
+    old = await subject.source.create_kek(REFERENCE)
+    new = await subject.source.create_kek(ANOTHER_REFERENCE)
+    keys = await subject.source.generate(old, owners(1))
+    getattr(subject, hand)(old if which == "old" else new)
+    with pytest.raises(KekRevokedError) as caught:
+        await subject.source.rewrap(old, new, keys)
+    assert caught.value.verdict is verdict
 
 
 @pytest.mark.parametrize(

@@ -4,73 +4,18 @@ Its GCM encryption fails, so `kw` is negotiated; a failed operation stays alive 
 the same for everybody; its configuration comes as an argument of C_Initialize.
 """
 
-import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from key_agent.errors import KekRevokedError, LoginRefusedError
-from key_agent.sources.pkcs11 import Pkcs11Settings, Pkcs11Source
-from key_agent.sources.source import KekReference, Verdict, WrapMethod
+from key_agent.sources.pkcs11 import Pkcs11Source
+from key_agent.sources.source import Verdict, WrapMethod
 from tests.key_agent.sources.conftest import REFERENCE, owners, request_for
+from tests.nss import PIN, WRAP_AND_UNWRAP, Nss
 from tests.pki import Tenant, write_credential
-from tests.softhsm import in_another_process
-
-LABEL = "NSS Certificate DB"
-PIN = "nss password 12"
-MODULES = [
-    Path(f"/usr/lib/{os.uname().machine}-linux-gnu/libsoftokn3.so"),
-    Path(f"/usr/lib/{os.uname().machine}-linux-gnu/nss/libsoftokn3.so"),
-]
-
-
-@dataclass
-class Nss:
-    module: Path
-    directory: Path
-
-    @property
-    def arguments(self) -> str:
-        return f"configdir='sql:{self.directory}'"
-
-    def run(self, action: str, reference: KekReference, **arguments: Any) -> Any:
-        request = {
-            "module": str(self.module),
-            "module_arguments": self.arguments,
-            "token": LABEL,
-            "pin": PIN,
-            "label": reference.label,
-            "id": reference.object_id.hex(),
-        }
-        return in_another_process(action, request | arguments, {})
-
-    def settings(self) -> Pkcs11Settings:
-        return Pkcs11Settings(
-            module_path=self.module,
-            module_arguments=self.arguments,
-            token_label=LABEL,
-            pin_file=self.directory / "pin",
-            request_timeout_s=30.0,
-            start_timeout_s=60.0,
-        )
-
-
-@pytest.fixture
-def nss(tmp_path: Path) -> Nss:
-    module = next((path for path in MODULES if path.exists()), None)
-    if module is None:
-        pytest.skip("NSS softokn is not installed (apt-get install libnss3)")
-    directory = tmp_path / "nss"
-    directory.mkdir(mode=0o700)
-    pin_file = directory / "pin"
-    pin_file.touch(mode=0o600)
-    pin_file.write_text(PIN)
-    nss = Nss(module, directory)
-    nss.run("init-nss", REFERENCE)
-    return nss
 
 
 @pytest.fixture
@@ -109,7 +54,7 @@ async def test_keys_travel_and_bad_ones_are_left_out(source: Pkcs11Source, acme:
     [
         ([("destroy", {})], Verdict.KEK_DESTROYED),
         ([("set", {"name": "UNWRAP", "value": False})], Verdict.KEK_DISABLED),
-        ([("destroy", {}), ("make", {"capabilities": 0x60000})], Verdict.KEK_REPLACED),
+        ([("destroy", {}), ("make", {"capabilities": WRAP_AND_UNWRAP})], Verdict.KEK_REPLACED),
     ],
     ids=["destroyed", "disabled", "replaced"],
 )
