@@ -18,7 +18,7 @@ ROUNDS: Final = 5
 
 # What each lever is for: bulk (CPU seconds per GB), or small requests (CPU milliseconds, and p99 of latency).
 _BULK: Final = (Lever.BIG_READS, Lever.DIRECT_TLS, Lever.HTTP1_BODY)
-_SMALL: Final = (Lever.TRUSTED_MESSAGES, Lever.FROZEN_HEAP)
+_SMALL: Final = (Lever.TRUSTED_MESSAGES, Lever.PROMPT_HOOKS, Lever.DIRECT_HEADERS, Lever.FROZEN_HEAP)
 NAMES: Final = tuple(f"lever_{lever.replace('-', '_')}" for lever in (*_BULK, *_SMALL))
 
 

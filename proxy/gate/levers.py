@@ -379,7 +379,8 @@ def _trust(_: http.MessageData) -> None:
 # mitmproxy starts a task for each hook, four to each request, and lets the loop come round before it walks
 # through the layers again to say that it is done. Nearly all of them have nothing to wait for. Here a hook
 # starts at once (an eager task, Python >= 3.12); one that is done by then is told to the layers right after
-# the present event. One that waits goes on as a task, as before.
+# the present event. One that waits goes on as a task, as before. What is sent meanwhile (a head, a body, an
+# end) goes to each socket in one piece.
 
 
 class PromptHandler(mode_servers.ProxyConnectionHandler):
@@ -393,6 +394,7 @@ class PromptHandler(mode_servers.ProxyConnectionHandler):
         self._aborted = False  # set by the gate: nothing is handled any more
         self._queue: collections.deque[events.Event] = collections.deque()
         self._is_handling = False
+        self._unsent: dict[connection.Connection, list[bytes]] = {}
         self._waiting_hooks: set[asyncio.Task[None]] = set()
 
     @override
@@ -407,11 +409,14 @@ class PromptHandler(mode_servers.ProxyConnectionHandler):
         try:
             while self._queue and not self._aborted:
                 self._handle(self._queue.popleft())
+            for receiver in list(self._unsent):
+                self._send(receiver)
         except Exception:  # noqa: BLE001 - as mitmproxy does; the gate aborts when it sees this
             self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
         finally:
             self._is_handling = False
             self._queue.clear()
+            self._unsent.clear()
 
     def _handle(self, event: events.Event) -> None:
         """One event and the commands it leads to: `ConnectionHandler.server_event` but for the hooks."""
@@ -448,17 +453,25 @@ class PromptHandler(mode_servers.ProxyConnectionHandler):
     def _obey(self, command: commands.ConnectionCommand) -> None:
         match command:
             case commands.SendData():
-                writer = self.transports[command.connection].writer
-                if writer is None:
-                    raise RuntimeError("this connection is not open yet")
-                if not writer.is_closing():
-                    writer.write(command.data)
+                self._unsent.setdefault(command.connection, []).append(command.data)
             case commands.CloseTcpConnection():
+                self._send(command.connection)
                 self.close_connection(command.connection, command.half_close)
             case commands.CloseConnection():
+                self._send(command.connection)
                 self.close_connection(command.connection, False)
             case _:
                 raise TypeError(f"unexpected command: {type(command).__name__}")
+
+    def _send(self, receiver: connection.Connection) -> None:
+        pieces = self._unsent.pop(receiver, None)
+        if not pieces or receiver not in self.transports or self._aborted:
+            return
+        writer = self.transports[receiver].writer
+        if writer is None:
+            raise RuntimeError("this connection is not open yet")
+        if not writer.is_closing():
+            writer.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _start(self, hook: commands.StartHook) -> None:
         task = asyncio.Task(
@@ -475,13 +488,24 @@ class PromptHandler(mode_servers.ProxyConnectionHandler):
 # --- DIRECT_HEADERS: small requests -------------------------------------------------------------------------
 #
 # mitmproxy looks a header up by five calls, two of them for every header there is, and by an exception where
-# it is missing. Some forty look-ups are made for each request.
+# it is missing. Some forty look-ups are made for each request, in three sets of headers that hardly change.
+
+type _Index = dict[bytes, list[bytes]]
 
 
 def _values(headers: http.Headers, name: str | bytes) -> list[bytes]:
+    """The values of *name*, from an index that is good for as long as `fields` is the same tuple."""
+    fields = headers.fields
+    known: tuple[tuple[tuple[bytes, bytes], ...], _Index] | None = headers.__dict__.get("_sealgate_index")
+    if known is not None and known[0] is fields and type(fields) is tuple:
+        index = known[1]
+    else:
+        index = {}
+        for field, value in fields:
+            index.setdefault(field.lower(), []).append(value)
+        headers.__dict__["_sealgate_index"] = (fields, index)
     wanted = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
-    wanted = wanted.lower()
-    return [value for field, value in headers.fields if field.lower() == wanted]
+    return index.get(wanted.lower(), [])
 
 
 def _text(values: list[bytes]) -> str:
