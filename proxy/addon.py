@@ -20,9 +20,10 @@ from mitmproxy.proxy import server_hooks
 
 from envelope.errors import KeyUnavailableError, SealgateError
 from envelope.keys import NetworkService
-from envelope.objects import Bind, Header, has_magic, plain_length, sealed_range
+from envelope.objects import MAGIC, Bind, Header, has_magic, plain_length, sealed_range
 from proxy import refusals
 from proxy.bodies import (
+    CODINGS,
     NoBody,
     OpenBody,
     OpenRangeBody,
@@ -32,14 +33,14 @@ from proxy.bodies import (
 )
 from proxy.gate.permit import CLEAR, Clear, Transform, permit
 from proxy.keys.cache import DataKey, KeyCache
-from proxy.message import AnswerHead, Fields, RequestHead
+from proxy.message import AnswerHead, Fields, RequestHead, declared_length
 from proxy.metrics import OK, ProxyMetrics
 from proxy.plan import (
-    NO_EDITS,
     AskedRange,
     Edits,
     Forward,
     HeadSize,
+    LegacyRange,
     MapSize,
     Open,
     OpenPart,
@@ -79,7 +80,6 @@ class Exchange:
     asked: AskedRange | None = None
     beginning: Beginning | None = None
     key: DataKey | None = None
-    legacy_pinned: bool = False
 
     @property
     def owner(self) -> NetworkService:
@@ -235,7 +235,7 @@ class SealgateAddon:
                 return body
             case OpenRange():
                 _edit(flow.request.headers, await self._range(flow, exchange, plan))
-            case Forward() | Open() | HeadSize():
+            case Forward() | Open() | LegacyRange() | HeadSize():
                 _edit(flow.request.headers, plan.edits)
         if not plan.body_may_come:
             return CLEAR
@@ -332,8 +332,9 @@ class SealgateAddon:
         if not pin:
             return plan.edits
         self._legacy_passed(exchange)
-        exchange.legacy_pinned = "if-match" not in flow.request.headers
-        exchange.plan = Forward(edits=NO_EDITS)
+        exchange.plan = LegacyRange(
+            edits=plan.edits, etag=pin[0][1], pinned="if-match" not in flow.request.headers
+        )
         wanted = flow.request.headers["range"]
         return plan.edits.also(put=(("range", wanted), *pin))
 
@@ -346,14 +347,16 @@ class SealgateAddon:
         if exchange is None or response is None:
             raise RefusedError(refusals.NO_PERMIT)
         answer = AnswerHead(status=response.status_code, fields=Fields(response.headers.fields))
+        if isinstance(exchange.plan, Seal) and 200 <= answer.status < 300 and not _has_left(flow):
+            raise RefusedError(refusals.ANSWER_REFUSED)
         plan = plan_answer(exchange.plan, answer, exchange.route, asked=exchange.asked)
         granted: Clear | OpenBody | OpenRangeBody = CLEAR
         match plan:
             case Refuse():
                 raise RefusedError(plan.refusal)
             case Pass():
-                if exchange.legacy_pinned and answer.status == 412:
-                    raise RefusedError(refusals.UPSTREAM_CHANGED)
+                if not plan.may_be_sealed:
+                    granted = self._not_sealed(exchange, answer)
                 _edit(response.headers, plan.edits)
             case MapSize():
                 await self._map_size(flow, exchange, plan, answer)
@@ -371,6 +374,20 @@ class SealgateAddon:
             response.stream = True
         permit(flow).response = granted
 
+    def _not_sealed(self, exchange: Exchange, answer: AnswerHead) -> Clear | OpenBody:
+        """Passes anything but what begins like an object."""
+        length = declared_length(answer.fields)
+        if answer.status == 204 or (length is not None and length < len(MAGIC)):
+            return CLEAR
+        return OpenBody(
+            exchange.owner,
+            lambda header: self._keys.opening_key(exchange.owner, header.key_id),
+            out_bytes=length,
+            may_be_sealed=False,
+            may_be_legacy=True,
+            meter=self._metrics.of(exchange.owner).opened,
+        )
+
     def _open_part(self, exchange: Exchange) -> OpenRangeBody:
         asked, begin, key = exchange.asked, exchange.beginning, exchange.key
         if asked is None or begin is None or key is None:
@@ -386,6 +403,7 @@ class SealgateAddon:
             exchange.key = key
             return key
 
+        codings = [coding for coding in answer.fields.tokens("content-encoding") if coding != "identity"]
         out_bytes = plan.plain_bytes
         may_be_sealed, may_be_legacy = plan.stored_bytes is None or plan.plain_bytes is not None, False
         if exchange.route.service.legacy is LegacyPolicy.MIGRATE:
@@ -395,7 +413,8 @@ class SealgateAddon:
                 if may_be_sealed and out_bytes is not None
                 else None
             )
-            may_be_legacy = not known
+            # A coding that cannot be looked through may hide what is sealed.
+            may_be_legacy = not known and CODINGS.issuperset(codings) and len(codings) <= 1
             may_be_sealed = may_be_sealed and known is not False
             if may_be_legacy:
                 out_bytes = None if may_be_sealed else plan.stored_bytes
@@ -406,6 +425,7 @@ class SealgateAddon:
             may_be_sealed=may_be_sealed,
             may_be_legacy=may_be_legacy,
             on_legacy=lambda: self._legacy_passed(exchange),
+            coding=codings[0] if codings else None,
             meter=self._metrics.of(exchange.owner).opened,
         )
 
@@ -587,6 +607,12 @@ def _ended(body: SealBody | OpenBody | OpenRangeBody) -> Refusal | None:
     except KeyUnavailableError as error:
         return refusal_for(error)
     return None
+
+
+def _has_left(flow: HTTPFlow) -> bool:
+    """Whether the last of the upload is on its way: before that no service can have it."""
+    upload = permit(flow).request
+    return isinstance(upload, Transform) and upload.finished
 
 
 def _stream(message: Message, transform: Transform) -> None:

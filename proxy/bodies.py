@@ -4,10 +4,12 @@
 2. A digest or length that does not fit is found before the last chunk goes up: nothing valid is stored then.
 3. Every failure becomes a refusal of the table; which check of an object failed is told to nobody.
 4. An answer's head waits until its object has begun to verify.
+5. What passes unopened is looked at first, through a coding too: it must not begin like an object of ours.
 """
 
 import hashlib
 import hmac
+import zlib
 from collections.abc import Callable
 from typing import Final, NoReturn, override
 
@@ -32,6 +34,10 @@ type FindKey = Callable[[Header], DataKey]
 """The key an object names. KeyUnavailableError; AuditUnavailableError if its use could not be recorded."""
 type Meter = Callable[[int], None]
 """Told the plaintext bytes of every piece that went through."""
+
+CODINGS: Final = frozenset({"gzip", "x-gzip", "deflate"})
+"""Content codings that can be looked through."""
+_MAX_LOOK_BYTES: Final = 16 * 1024
 
 _KEY_REFUSALS: Final = {
     Unavailable.UNKNOWN: refusals.KEY_UNKNOWN,
@@ -144,6 +150,7 @@ class OpenBody(Transform):
     *out_bytes*: what the head will declare, None where it will not. *may_be_sealed*, *may_be_legacy*: what
     the body can be, by its length and the service's policy; the first bytes tell which it is. *on_legacy*:
     called once, before anything comes out, when the body passes as it is; what it raises refuses the body.
+    *coding*: one of CODINGS that the answer names; a service may have coded what it stores.
     """
 
     holds_head = True
@@ -157,6 +164,7 @@ class OpenBody(Transform):
         may_be_sealed: bool = True,
         may_be_legacy: bool = False,
         on_legacy: Callable[[], None] | None = None,
+        coding: str | None = None,
         meter: Meter,
     ) -> None:
         self._find_key = find_key
@@ -165,6 +173,7 @@ class OpenBody(Transform):
         self._may_be_sealed = may_be_sealed
         self._may_be_legacy = may_be_legacy
         self._on_legacy = on_legacy
+        self._coding = coding
         self._meter = meter
         self._begin: bytearray | None = bytearray()
         self._passes = False
@@ -178,9 +187,8 @@ class OpenBody(Transform):
     def feed(self, piece: bytes) -> list[Piece]:
         if self._begin is not None:
             self._begin += piece
-            if len(self._begin) < len(MAGIC):
+            if len(self._begin) < len(MAGIC) or not self._decide(more_may_come=True):
                 return []
-            self._decide()
             piece, self._begin = bytes(self._begin), None
         return self._pass_on(piece)
 
@@ -188,7 +196,7 @@ class OpenBody(Transform):
     def finish(self) -> list[Piece]:
         rest: list[Piece] = []
         if self._begin is not None:
-            self._decide()
+            self._decide(more_may_come=False)
             rest = self._pass_on(bytes(self._begin))
         if self._passes:
             return rest
@@ -201,21 +209,29 @@ class OpenBody(Transform):
         self._meter(len(last))
         return [*rest, last]
 
-    def _decide(self) -> None:
-        """By the first bytes: an object of ours, or what was there before us."""
+    def _decide(self, *, more_may_come: bool) -> bool:
+        """By the first bytes: an object of ours, or what was there before us. False: too few to tell."""
         begin = self._begin or b""
         if has_magic(begin):
             if not self._may_be_sealed:
                 raise RefusedError(refusals.OBJECT_INVALID)
-            return
+            return True
         if not self._may_be_legacy:
             raise RefusedError(refusals.NOT_SEALED if begin else refusals.OBJECT_INVALID)
+        decoded = _decoded(begin, self._coding) if self._coding is not None else None
+        if decoded is not None:
+            is_short = len(decoded) < len(MAGIC)
+            if has_magic(decoded) or (is_short and len(begin) > _MAX_LOOK_BYTES):
+                raise RefusedError(refusals.OBJECT_INVALID)
+            if is_short and more_may_come:
+                return False
         self._passes = True
         if self._on_legacy is not None:
             try:
                 self._on_legacy()
             except SealgateError as error:
                 _refuse(error)
+        return True
 
     def _pass_on(self, piece: bytes) -> list[Piece]:
         if self._passes:
@@ -228,6 +244,17 @@ class OpenBody(Transform):
             _refuse(error)
         self._meter(len(opened))
         return [opened]
+
+
+def _decoded(begin: bytes | bytearray, coding: str) -> bytes | None:
+    """The first bytes that *begin* decodes to, as far as it goes; None if it is not coded so."""
+    windows = [zlib.MAX_WBITS | 32, -zlib.MAX_WBITS] if coding == "deflate" else [zlib.MAX_WBITS | 16]
+    for window_bits in windows:  # many send deflate without its zlib frame (RFC 9110 8.4.1.2)
+        try:
+            return zlib.decompressobj(window_bits).decompress(begin, len(MAGIC))
+        except zlib.error:
+            continue
+    return None
 
 
 class OpenRangeBody(Transform):

@@ -102,6 +102,17 @@ class OpenRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LegacyRange:
+    """A read of one range of what was there before us, of the version that was looked at: *etag*."""
+
+    edits: Edits
+    etag: str
+    pinned: bool
+    """We added the If-Match: a 412 is about our asking, not about the client's."""
+    body_may_come: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSize:
     """The answer's Content-Length is that of the plaintext."""
 
@@ -109,7 +120,7 @@ class HeadSize:
     body_may_come: bool = False
 
 
-type RequestPlan = Refuse | Forward | Seal | Open | OpenRange | HeadSize
+type RequestPlan = Refuse | Forward | Seal | Open | OpenRange | LegacyRange | HeadSize
 
 
 # Plans of answers.
@@ -120,6 +131,8 @@ class Pass:
     """The answer passes as it is, but for the head."""
 
     edits: Edits
+    may_be_sealed: bool = True
+    """False: a body that begins like a sealed object is refused. It would be taken for plaintext."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,9 @@
    method means is the profile's.
 2. A digest of plaintext never goes up, a digest of ciphertext never comes down.
 3. An answer that should be an object and is none is refused, unless the service's policy is to migrate.
-4. Nothing a client or a service sends makes a planner raise: it becomes a plan to refuse.
+4. A service is believed nothing that would make a client take ciphertext for plaintext, take an upload for
+   stored that is not, or send it again to where it is not sealed.
+5. Nothing a client or a service sends makes a planner raise: it becomes a plan to refuse.
 """
 
 import re
@@ -29,6 +31,7 @@ from proxy.plan import (
     Edits,
     Forward,
     HeadSize,
+    LegacyRange,
     MapSize,
     Mode,
     Open,
@@ -64,7 +67,14 @@ _WANTED_DIGESTS: Final = frozenset(
 _TARGET: Final = re.compile(r"/[^\x00-\x20\x7f#]*")
 _LINE_END: Final = re.compile(r"[\r\n\x00]")
 
-_BODILESS_STATUS: Final = frozenset({204, 205, 304})
+_BODILESS_STATUS: Final = frozenset({204, 304})
+
+# A reference that stays at the host it came from, whoever reads it: a path, or what follows on one. Browsers
+# take `\\` for `/`, and skip white space and control characters.
+_OWN_REFERENCE: Final = re.compile(
+    r"(?:/(?![/\\])|[^:/?#\\\x00-\x20\x7f]+(?:[/?#]|\Z)|[?#]|\Z)[^\\\x00-\x20\x7f]*"
+)
+_ABSOLUTE: Final = re.compile(r"([A-Za-z]+)://[^@/?#\\\x00-\x20\x7f]+(?:[/?#][^\\\x00-\x20\x7f]*)?")
 
 
 def plan_request(head: RequestHead, route: Route, profile: Profile) -> RequestPlan:
@@ -118,8 +128,12 @@ def plan_answer(
     match plan:
         case Refuse():
             return Refuse(refusal=plan.refusal)
+        case Seal() if 300 <= status < 400 and status not in (303, 304) and not _stays(answer, route):
+            return Refuse(refusal=refusals.ANSWER_REFUSED)
         case Forward() | Seal():
-            return Pass(edits=edits)
+            return Pass(edits=edits, may_be_sealed=not 200 <= status < 300)
+        case LegacyRange():
+            return _plan_legacy_range(plan, answer, route, edits)
         case HeadSize():
             return _plan_head(answer, route, edits)
         case Open() | OpenRange():
@@ -132,6 +146,31 @@ def plan_answer(
             if not 200 <= status < 300 or status in _BODILESS_STATUS:
                 return Pass(edits=edits.also(drop=_stored_size(answer)))
             return _plan_whole(answer, route, edits)
+
+
+def _stays(answer: AnswerHead, route: Route) -> bool:
+    """Whether a client that follows this redirect comes to this service by us again."""
+    for reference in answer.fields.all("location"):
+        if _OWN_REFERENCE.fullmatch(reference):
+            continue
+        absolute = _ABSOLUTE.fullmatch(reference)
+        if absolute is None or absolute[1].lower() != route.service.upstream.scheme:
+            return False
+        if not _names_service(reference, route):
+            return False
+    return True
+
+
+def _plan_legacy_range(plan: LegacyRange, answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
+    if answer.status == 206:
+        if strong_etag(answer.fields) != plan.etag:
+            return Refuse(refusal=refusals.UPSTREAM_CHANGED)
+        return Pass(edits=_opened_edits(answer, edits), may_be_sealed=False)
+    if answer.status == 412 and plan.pinned:
+        return Refuse(refusal=refusals.UPSTREAM_CHANGED)
+    if not 200 <= answer.status < 300 or answer.status in _BODILESS_STATUS:
+        return Pass(edits=edits.also(drop=_stored_size(answer)))
+    return _plan_whole(answer, route, edits)
 
 
 def _stored_size(answer: AnswerHead) -> tuple[str, ...]:
@@ -228,8 +267,8 @@ def _plan_head(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
 
 
 def _answer_edits(answer: AnswerHead, route: Route) -> Edits:
-    """Changes that every answer needs: no way round the proxy, and our address for the service's."""
-    drop = frozenset({"alt-svc", "proxy-connection"}).intersection(answer.fields)
+    """Changes that every answer needs: no way round the proxy, our words and our address for us alone."""
+    drop = frozenset({"alt-svc", "proxy-connection", "sealgate-error"}).intersection(answer.fields)
     put: list[tuple[str, str]] = []
     if route.mode is Mode.REVERSE:
         for name in ("location", "content-location"):
@@ -241,17 +280,22 @@ def _answer_edits(answer: AnswerHead, route: Route) -> Edits:
 
 def _our_address(reference: str, route: Route) -> str | None:
     """*reference* without the service's scheme and host, if it names that host: then it means us."""
+    if not _names_service(reference, route):
+        return None
+    rest = urlsplit(reference)._replace(scheme="", netloc="").geturl()
+    # To a browser `//x` and `/\\x` are other hosts; an empty path is the root.
+    return "/" + rest.lstrip("/\\")
+
+
+def _names_service(reference: str, route: Route) -> bool:
+    """Whether *reference* is absolute, and to the service's host and port."""
     upstream = route.service.upstream
     try:
         url = urlsplit(reference)
         host, port = url.hostname, url.port
     except ValueError:
-        return None
+        return False
     if host is None:
-        return None
+        return False
     default = {"http": 80, "https": 443, "": upstream.port}.get(url.scheme)
-    if default is None or host.lower() != upstream.host or (port or default) != upstream.port:
-        return None
-    rest = url._replace(scheme="", netloc="").geturl()
-    # To a browser `//x` and `/\\x` are other hosts; an empty path is the root.
-    return "/" + rest.lstrip("/\\")
+    return default is not None and host.lower() == upstream.host and (port or default) == upstream.port

@@ -127,6 +127,11 @@ UPSTREAM_CHANGED: Final = _refusal(
     "Try again.",
     retry_after_s=1,
 )
+ANSWER_REFUSED: Final = _refusal(
+    502, "answer-refused",
+    "The service acknowledged an upload before its end, or sends it on to where it would not be sealed.",
+    _ADMIN + " whether another host of the service must be managed.",
+)
 AUDIT_UNAVAILABLE: Final = _refusal(
     503,
     "audit-unavailable",
