@@ -77,6 +77,7 @@ ROUTES: Final = (
     Route("service_list", "GET", "/v1/services", Nothing, "Network services and their keys", changes=False),
     Route("proxy_list", "GET", "/v1/proxies", Nothing, "Proxies and their services", changes=False),
     Route("diagnosis", "GET", "/v1/diagnosis", Nothing, "HSM, KEK, certificates and proxies, looked at now"),
+    Route("restorable", "GET", "/v1/kek/restorable", Nothing, "What a restore would make readable"),
     Route("kek_create", "POST", "/v1/kek", Nothing, "Make the first KEK in the HSM"),
     Route("kek_revoke", "POST", "/v1/kek/revoke", Nothing, "Take every key back and destroy the KEK"),
     Route("reinstate", "POST", "/v1/kek/reinstate", Reinstate, "New KEK and keys, or the old KEK restored"),

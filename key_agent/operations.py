@@ -29,6 +29,7 @@ from key_agent.registry.model import KekRow, Link, Proxy
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.source import Kek, KekReference, Verdict
+from key_agent.restoration import Restoration
 from runtime.audit import AuditUnavailableError
 
 log = structlog.get_logger(__name__)
@@ -128,44 +129,46 @@ class Operations:
             problems.append(str(error))
 
     async def reinstate(self, *, restore: bool = False) -> Json:
-        """After a revocation: a new KEK and new keys; or, with *restore*, the old KEK, proven to be back."""
+        """After a revocation: a new KEK and new keys. With *restore* the old KEK, proven to be back, and the
+        keys of earlier ones that are.
+        """
         async with self._one_at_a_time:
+            if restore:
+                return await self._restore()
             row = await self._agent.registry.current_kek()
             if row is None or row.kek is None:
                 raise RefusedChangeError("there never was a KEK", "`key-agent kek create` makes the first")
-            if restore and not row.state.is_withdrawn and row.version > 1:
-                raise RefusedChangeError(
-                    f"the KEK {row.reference.kek_id} is {row.state}: an earlier one can be restored only "
-                    "before a new one is made",
-                    "`key-agent kek status` lists them all",
-                )
             if not row.state.is_withdrawn:
                 raise RefusedChangeError(
                     f"the KEK {row.reference.kek_id} is {row.state}: nothing to reinstate",
                     "`key-agent status` shows what the proxies hold",
                 )
-            if restore:
-                return await self._restore(row, row.kek)
             return {"replaced": row.reference.kek_id, **await self._make_kek("kek.reinstate")}
 
-    async def _restore(self, row: KekRow, kek: Kek) -> Json:
+    async def restorable(self) -> Json:
+        """What `reinstate --restore` would make readable, looked at now. Refused if that is nothing."""
+        return (await Restoration(self._agent).plan()).as_json()
+
+    async def _restore(self) -> Json:
         agent = self._agent
-        diagnosis = await agent.source.diagnose(kek)
-        if diagnosis.verdict is not Verdict.OK:
-            raise RefusedChangeError(
-                f"the KEK {row.reference.kek_id} is not back: {diagnosis.verdict}: {diagnosis.detail}",
-                "bring it back in the HSM first, or `key-agent reinstate` without --restore for a new one",
+        restoration = Restoration(agent)
+        plan = await restoration.plan()
+        kek_id = plan.current.reference.kek_id
+        if plan.restores_current:
+            await agent.journal.record("kek.restore", outcome="begun", kek=kek_id, proof=plan.proof.detail)
+            await agent.registry.set_kek_state(
+                kek_id, KekState.ACTIVE, "restored by the administrator", now_ms=agent.now_ms()
             )
-        await agent.journal.record(
-            "kek.restore", outcome="begun", kek=row.reference.kek_id, proof=diagnosis.detail
-        )
-        await agent.registry.set_kek_state(
-            row.reference.kek_id, KekState.ACTIVE, "restored by the administrator", now_ms=agent.now_ms()
-        )
-        await agent.reload(kek_changed=True)
-        await agent.watch.look()
-        await agent.journal.record("kek.restore", kek=row.reference.kek_id)
-        return {"kek": row.reference.kek_id, "restored": True, "proxies": await self._pushed()}
+            await agent.reload(kek_changed=True)
+            await agent.watch.look()
+            await agent.journal.record("kek.restore", kek=kek_id)
+        earlier = await restoration.restore_earlier(plan)
+        return {
+            "kek": kek_id,
+            "restored": plan.restores_current,
+            "earlier": earlier,
+            "proxies": await self._pushed(),
+        }
 
     async def _make_kek(self, action: str) -> Json:
         agent = self._agent
@@ -221,13 +224,15 @@ class Operations:
             )
             await agent.reload()
             kid = None if new_key is None else str(new_key.key_id)
+            # A new key goes to every proxy that hosts the service, at once: one that has it seals with it.
+            hosts = [name for name in agent.targets.fed() if owner in agent.targets.owners_at(name)]
             await agent.journal.record("service.add", service=str(owner), proxy=proxy, kid=kid)
             return {
                 "service": str(owner),
                 "proxy": proxy,
                 "certificate_sha256": sha256,
                 "new_key": kid,
-                "proxies": await self._pushed([proxy]),
+                "proxies": await self._pushed([proxy] if new_key is None else hosts),
             }
 
     async def service_remove(self, *, service: str, proxy: str | None = None) -> Json:

@@ -2,7 +2,9 @@
 
 1. Only an active KEK's keys are pushed.
 2. `suspended` ends by itself when the token is back; `revoked` and `destroyed` end by `reinstate` alone.
-3. `deactivated` gave way to a newer KEK. Its wraps stay: if the key returns to the HSM, they open again.
+3. `deactivated` gave way to a newer KEK. Its wraps stay: if the key returns to the HSM, `reinstate
+   --restore` moves them to the KEK of today.
+4. `retired` came back, gave its keys to the KEK of today, and is gone from the HSM for good.
 """
 
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ class KekState(StrEnum):
     REVOKED = "revoked"
     """Proven disabled, destroyed, expired or replaced in the HSM, or taken back by an operator: sticky."""
     DEACTIVATED = "deactivated"
+    RETIRED = "retired"
+    """Nothing is wrapped by it any more, and the HSM showed no such key: the end."""
     DESTROYED = "destroyed"
     """Destroyed by this agent's own command, and the HSM showed no such key afterwards."""
 
@@ -44,7 +48,8 @@ TRANSITIONS: Final[Mapping[KekState, frozenset[KekState]]] = {
     # To active: the key returned to the HSM, proven, and the operator said `reinstate --restore`.
     _S.REVOKED: frozenset({_S.ACTIVE, _S.DEACTIVATED, _S.DESTROYED}),
     _S.DESTROYED: frozenset({_S.ACTIVE, _S.DEACTIVATED}),
-    _S.DEACTIVATED: frozenset(),
+    _S.DEACTIVATED: frozenset({_S.RETIRED}),
+    _S.RETIRED: frozenset(),
 }
 
 

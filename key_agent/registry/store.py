@@ -46,7 +46,7 @@ EKM_FORMAT: Final = 1
 MAX_SEQUENCE: Final = 2**53 - 1
 _PURPOSE: Final = "km"
 # States that a newer KEK does not share a table with: see the index one_current_kek.
-_NOT_CURRENT: Final = (KekState.PRE_ACTIVE, KekState.DEACTIVATED)
+_NOT_CURRENT: Final = (KekState.PRE_ACTIVE, KekState.DEACTIVATED, KekState.RETIRED)
 
 
 class RefusedChangeError(KeyAgentError):
@@ -260,17 +260,66 @@ class Registry:
             .values(state=state, state_reason=reason, state_since_ms=now_ms, updated_at_ms=now_ms)
         )
 
-    async def add_wraps(self, keys: Sequence[WrappedKey], *, now_ms: int) -> None:
-        """Further wraps of known keys, under another KEK."""
+    async def move_wraps(self, old_kek_id: str, keys: Sequence[WrappedKey], *, now_ms: int) -> int:
+        """*keys* are wrapped anew, under the current KEK: their wraps under *old_kek_id* are erased.
 
-        def work(c: Connection) -> None:
-            for key in keys:
+        They open and seal nothing: one that could still seal is deactivated. A key whose old wrap is gone
+        meanwhile is left out. How many moved. RefusedChangeError unless the current KEK is active and theirs.
+        """
+
+        def work(c: Connection) -> int:
+            current = self._current(c)
+            if current is None or current.state is not KekState.ACTIVE:
+                state = "missing" if current is None else current.state
+                raise RefusedChangeError(f"nothing is restored: the KEK is {state}", "see `key-agent status`")
+            if any(key.kek_id != current.reference.kek_id for key in keys):
+                raise RefusedChangeError("nothing is restored: the KEK is another one now", "start again")
+            old = {
+                row.id: KeyState(row.state)
+                for row in c.execute(
+                    select(dek.c.id, dek.c.state)
+                    .join(dek_wrap, dek_wrap.c.dek_id == dek.c.id)
+                    .where(dek_wrap.c.kek_id == old_kek_id, dek.c.id.in_([str(key.key_id) for key in keys]))
+                )
+            }
+            moved = [key for key in keys if str(key.key_id) in old]
+            for key in moved:
+                key_id = str(key.key_id)
+                if old[key_id] in (KeyState.ACTIVE, KeyState.SUSPENDED):
+                    _set_key_state(c, key_id, old[key_id], KeyState.DEACTIVATED, now_ms)
                 c.execute(
                     delete(dek_wrap).where(
-                        dek_wrap.c.dek_id == str(key.key_id), dek_wrap.c.kek_id == key.kek_id
+                        dek_wrap.c.dek_id == key_id, dek_wrap.c.kek_id.in_((old_kek_id, key.kek_id))
                     )
                 )
                 _insert_wrap(c, key, now_ms)
+            return len(moved)
+
+        return await self._database.transact(work)
+
+    async def wraps_under(self, kek_id: str) -> int:
+        """How many wraps there are under one KEK, damaged ones included."""
+
+        def work(c: Connection) -> int:
+            return self._wraps_under(c, kek_id)
+
+        return await self._database.transact(work)
+
+    def _wraps_under(self, c: Connection, kek_id: str) -> int:
+        count = c.scalar(select(func.count()).select_from(dek_wrap).where(dek_wrap.c.kek_id == kek_id))
+        return count or 0
+
+    async def retire_kek(self, kek_id: str, reason: str, *, now_ms: int) -> None:
+        """The HSM has it no more, and nothing here needs it. RefusedChangeError if something does."""
+
+        def work(c: Connection) -> None:
+            if left := self._wraps_under(c, kek_id):
+                raise RefusedChangeError(
+                    f"{left} keys are still wrapped by KEK {kek_id}", "see `key-agent service list`"
+                )
+            row = _kek_row(c.execute(self._my_keks().where(kek.c.id == kek_id)).one())
+            if row.state is not KekState.RETIRED:
+                self._set_kek_state(c, row, KekState.RETIRED, reason, now_ms)
 
         await self._database.transact(work)
 

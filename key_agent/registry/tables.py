@@ -81,8 +81,8 @@ kek = Table(
         "one_current_kek",
         "environment_id",
         unique=True,
-        sqlite_where=text("state NOT IN ('pre-active', 'deactivated')"),
-        postgresql_where=text("state NOT IN ('pre-active', 'deactivated')"),
+        sqlite_where=text("state NOT IN ('pre-active', 'deactivated', 'retired')"),
+        postgresql_where=text("state NOT IN ('pre-active', 'deactivated', 'retired')"),
     ),
     Index(
         "one_unfinished_kek",

@@ -6,7 +6,7 @@ scripted answers: what `diagnose` and `seal_envelopes` say follows from the stat
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import override
@@ -60,6 +60,10 @@ class FakeKeySource(KeySource):
     calls: list[str] = field(default_factory=list)
     """Names of the methods called, in order."""
     closed: bool = False
+    on_call: Callable[[str], None] | None = None
+    """Hears of every call before it does anything."""
+    indestructible: bool = False
+    """The token does not let its keys be destroyed."""
     _failure: Diagnosis | None = None
     _hanging: asyncio.Event | None = None
     _spoiled: set[KeyId] = field(default_factory=set)
@@ -99,6 +103,9 @@ class FakeKeySource(KeySource):
         """This one wrapped key does not open any more."""
         self._spoiled.add(key_id)
 
+    def unspoil(self, key_id: KeyId) -> None:
+        self._spoiled.discard(key_id)
+
     # The production interface.
 
     @override
@@ -121,6 +128,8 @@ class FakeKeySource(KeySource):
     @override
     async def destroy_kek(self, kek: Kek) -> None:
         await self._enter("destroy_kek")
+        if self.indestructible:
+            raise KeySourceError("the token does not let its keys be destroyed")
         self.keks.pop(_name(kek.reference), None)
 
     @override
@@ -175,6 +184,8 @@ class FakeKeySource(KeySource):
 
     async def _enter(self, name: str) -> None:
         self.calls.append(name)
+        if self.on_call is not None:
+            self.on_call(name)
         if self._hanging is not None:
             await self._hanging.wait()
         if self._failure is not None:

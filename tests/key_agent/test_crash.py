@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from envelope.keys import KeyState, NetworkService
+from key_agent import restoration
 from key_agent.operations import Operations
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
+from key_agent.sources.source import Verdict
 from tests.fakes.proxies import pem
 from tests.key_agent.conftest import Bench, until
 
-S3 = NetworkService("acme", "s3")
+S3, BOX = NetworkService("acme", "s3"), NetworkService("acme", "box")
 MOST_STEPS = 15  # one more than the longest command has, and its test asserts so
+MOST_RESTORING_STEPS = 27  # the same of `reinstate --restore`
 
 
 class Crash(BaseException):
@@ -122,6 +125,36 @@ async def test_reinstate(bench: Bench, fatal: int) -> None:
         assert len(bench.source.keks) == 1
         states = [(str(key.key_id), key.state) for key in await agent.registry.data_keys()]
         assert states == [(old, KeyState.DEACTIVATED), (bench.proxy().valid_keys(S3)[0], KeyState.ACTIVE)]
+
+
+@pytest.mark.parametrize("fatal", range(MOST_RESTORING_STEPS))
+async def test_restore_of_a_kek_that_had_been_replaced(
+    bench: Bench, fatal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two keys in two batches: at every moment each is under exactly one of the two KEKs."""
+    monkeypatch.setattr(restoration, "BATCH_SIZE", 1)
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations, "s3")
+        await bench.provision(operations, "box")
+        old = agent.consent.kek
+        assert old is not None
+        await operations.kek_revoke()
+        await operations.reinstate()
+    bench.source.bring_back(old)
+    died_at = await _dies(bench, fatal, lambda operations: operations.reinstate(restore=True))
+    assert (died_at is None) == (fatal == MOST_RESTORING_STEPS - 1), "every step is tried"
+    async with bench.agent() as (agent, operations):
+        keys = await agent.registry.data_keys()
+        assert [len(key.wrapped_by) for key in keys] == [1] * 4
+        if any(old.reference.kek_id in key.wrapped_by for key in keys):
+            assert (await bench.source.diagnose(old)).verdict is Verdict.OK, "the old KEK is still needed"
+        try:
+            await operations.reinstate(restore=True)
+        except RefusedChangeError as error:
+            assert "nothing to restore" in str(error)  # noqa: PT017 - it may have been done already
+        await until(lambda: len(bench.proxy().valid_keys(S3)) == len(bench.proxy().valid_keys(BOX)) == 2)
+        assert [row.state for row in await agent.registry.keks()] == [KekState.RETIRED, KekState.ACTIVE]
+        assert len(bench.source.keks) == 1
 
 
 @pytest.mark.parametrize("fatal", range(12))

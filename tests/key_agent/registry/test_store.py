@@ -329,12 +329,15 @@ async def test_a_second_key_never_is_active_beside_the_first(registry: Registry)
     assert states == [KeyState.DEACTIVATED, KeyState.ACTIVE]
 
 
-async def test_further_wraps_make_an_old_key_travel_again(registry: Registry) -> None:
+async def test_moved_wraps_make_an_old_key_travel_again(registry: Registry) -> None:
     [old] = await _with_service(registry, S3)
     await registry.set_kek_state("k1", KekState.REVOKED, "why", now_ms=NOW_MS)
     new = _key(S3, "k2")
     await _with_kek(registry, "k2", new)
-    await registry.add_wraps([replace(old, kek_id="k2", wrapped=os.urandom(60))], now_ms=NOW_MS)
+    moved = replace(old, kek_id="k2", wrapped=os.urandom(60))
+    assert await registry.move_wraps("k1", [moved], now_ms=NOW_MS) == 1
+    assert await registry.move_wraps("k1", [moved], now_ms=NOW_MS) == 0, "the old wrap is gone: done before"
+    assert {key.key_id: key.wrapped_by for key in await registry.data_keys()}[old.key_id] == ("k2",)
     _, [reservation] = await _reserve(registry, S3)
     assert {(key.key_id, state) for key, state in reservation.keys} == {
         (old.key_id, KeyState.DEACTIVATED),
