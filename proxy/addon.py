@@ -253,6 +253,7 @@ class SealgateAddon:
             names=tuple(name for name in (request.authority, *fields.all("host")) if name),
             server_name=flow.client_conn.sni,
             connected=client.connected,
+            in_clear=not flow.client_conn.tls_established,
         )
         return self._routing().route(flow.client_conn.proxy_mode.full_spec, wanted)
 

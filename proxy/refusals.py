@@ -72,6 +72,9 @@ HOST_MISMATCH: Final = _refusal(
     "CONNECT host, TLS server name and Host header name different hosts.",
     "Use one host name for the whole connection.",
 )
+TLS_REQUIRED: Final = _refusal(
+    403, "tls-required", "The request came in the clear, and not from this machine.", "Use https."
+)
 PARTIAL_WRITE: Final = _refusal(
     501, "partial-write", "Writing a part of an object in place cannot be sealed.", "Upload the whole object."
 )

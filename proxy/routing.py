@@ -5,6 +5,7 @@
 3. In reverse mode the listener decides the service too; the names the client uses are its own affair.
 4. What is tunnelled unread is on the tenant's list by CONNECT host and server name, and no managed host.
 5. A connection is opened to an address of this picture only, whatever led to it.
+6. Content in the clear is taken on the loopback interface only: from a TLS terminator beside us.
 """
 
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,8 @@ class Wanted:
     """Host field and authority, as far as present: `host[:port]`."""
     server_name: str | None
     connected: tuple[str, int] | None
+    in_clear: bool = False
+    """The client speaks without TLS."""
 
 
 class Routing:
@@ -111,6 +114,8 @@ class Routing:
     def route(self, spec: str, wanted: Wanted) -> Route:
         """The service a request goes to. RefusedError if there is none, or if its names disagree."""
         listener = self.listener(spec)
+        if wanted.in_clear and not listener.listen.is_loopback:
+            raise RefusedError(refusals.TLS_REQUIRED)
         if listener.service is not None:
             upstream = listener.service.upstream
             if (wanted.scheme, wanted.host, wanted.port) != (upstream.scheme, upstream.host, upstream.port):

@@ -80,6 +80,11 @@ class Listen:
                 raise FormatError(f"a listener needs an IP address, not {host!r}") from None
         return cls(host, port)
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return _is_loopback(self.host)
+
     def clashes_with(self, other: "Listen") -> bool:
         """Whether both cannot listen at once: the same port at the same or at every address."""
         anywhere = {"0.0.0.0", "::"}

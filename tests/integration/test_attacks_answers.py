@@ -94,11 +94,10 @@ async def test_an_upload_is_not_sent_on_to_where_it_is_not_sealed(siege: Siege, 
 
 
 async def test_an_upload_is_not_acknowledged_before_its_end(siege: Siege) -> None:
+    unfinished = b"PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n" + CANARY
     siege.origin.reply = Reply(201, early=True)
     async with siege.reverse() as stream:
-        got = await answers(
-            stream, b"PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n" + CANARY, within_s=1
-        )
+        got = await answers(stream, unfinished, within_s=1)
     assert got.startswith(b"HTTP/1.1 502 ")
     assert b"answer-refused" in got
     assert b"HTTP/1.1 201" not in got
@@ -106,9 +105,7 @@ async def test_an_upload_is_not_acknowledged_before_its_end(siege: Siege) -> Non
     assert siege.nothing_left()
     siege.origin.reply = Reply(413, early=True)
     async with siege.reverse() as stream:
-        got = await answers(
-            stream, b"PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n" + CANARY, within_s=1
-        )
+        got = await answers(stream, unfinished, within_s=1)
     assert got.startswith(b"HTTP/1.1 413 ")
 
 

@@ -1,5 +1,6 @@
 """Attacks on whose a connection is: listeners that pass to another tenant, tunnels to what became managed."""
 
+import asyncio
 import dataclasses
 import ssl
 from collections.abc import AsyncIterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.tenants.model import Listen
 from tests.integration.attack_rig import CANARY, Http2Client, Siege, answers, besieged
 
 UPLOAD = b"PUT /x HTTP/1.1\r\nHost: localhost:%d\r\nContent-Length: %d\r\n\r\n"
@@ -135,3 +137,28 @@ async def test_names_of_other_hosts_inside_a_managed_connection(siege: Siege) ->
             )
             assert got.startswith((b"HTTP/1.1 403", b"HTTP/1.1 400")), wanted
     assert siege.origin.connections == 0
+
+
+async def test_content_in_the_clear_is_taken_on_the_loopback_interface_only(siege: Siege) -> None:
+    rig = siege.rig
+    assert siege.service.reverse_listen is not None
+    port = siege.service.reverse_listen.port
+
+    async def clear() -> bytes:
+        stream = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            return await answers(stream, upload(siege), within_s=1)
+        finally:
+            stream[1].transport.abort()
+
+    assert (await clear()).startswith(b"HTTP/1.1 200")
+    everywhere = dataclasses.replace(siege.service, reverse_listen=Listen("0.0.0.0", port))
+    rig.services[siege.owner] = everywhere
+    await rig.engine.apply(rig.picture())
+    count = len(siege.origin.exchanges)
+    got = await clear()
+    assert got.startswith(b"HTTP/1.1 403")
+    assert b"tls-required" in got
+    assert len(siege.origin.exchanges) == count
+    for mode in ("forward", "reverse"):
+        assert (await rig.ask(everywhere, "/x", "-T", "-", mode=mode, body=CANARY)).status == 200
