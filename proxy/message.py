@@ -7,6 +7,7 @@
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,21 +26,15 @@ _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,
 _DICTIONARY_MEMBER: Final = re.compile(r"([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/=]*):")
 _BEYOND: Final = 1 << 62
 
-_DIGEST_FIELDS: Final = frozenset(
-    {
-        "content-digest",
-        "content-md5",
-        "digest",
-        "oc-checksum",
-        "repr-digest",
-        "upload-checksum",
-        "x-bz-content-sha1",
-        "x-goog-hash",
-        "x-ms-blob-content-md5",
-        "x-ms-content-crc64",
-    }
+# By the words of the name, whatever product made it up: metadata too, which clients like rclone use.
+_DIGEST_NAME: Final = re.compile(
+    r"(?:.*[-_.])?(?:md5|sha(?:1|224|256|384|512)?|crc[0-9][a-z0-9]*"
+    r"|(?:content)?(?:md5|sha[0-9]*)?(?:checksum|chksum|digest|hash|sum)s?)(?:[-_.].*)?"
 )
-_DIGEST_PREFIXES: Final = ("x-amz-checksum-",)
+# A signature of requests without a body needs these; UNSIGNED-PAYLOAD and the like are no digests.
+_SIGNED_DIGESTS: Final = frozenset({"x-amz-content-sha256", "x-goog-content-sha256"})
+_NO_BODY_SHA256: Final = hashlib.sha256().hexdigest()
+_HEX_SHA256: Final = re.compile(r"[0-9A-Fa-f]{64}")
 _HASHES: Final = {
     "md5": "md5",
     "sha": "sha1",
@@ -47,6 +42,7 @@ _HASHES: Final = {
     "sha-512": "sha512",
 }
 _OC_HASHES: Final = {"md5": "md5", "sha1": "sha1", "sha256": "sha256", "sha512": "sha512"}
+_HEX_FIELDS: Final = {"x-checksum-md5": "md5", "x-checksum-sha1": "sha1", "x-checksum-sha256": "sha256"}
 _DIGEST_BYTES: Final = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 
 
@@ -219,7 +215,8 @@ def strong_etag(fields: Fields) -> str | None:
 def request_digests(fields: Fields) -> tuple[ExpectedDigest, ...]:
     """The digests of the body that can be checked; unknown algorithms are left out (RFC 9530 2).
 
-    RefusedError(BAD_DIGEST) if one of a known algorithm is malformed.
+    One of each algorithm at most: every further one would cost the hashing of the whole body again.
+    RefusedError(BAD_DIGEST) if one of a known algorithm is malformed, or two of an algorithm differ.
     """
     found = [_expected("md5", value) for value in fields.all("content-md5")]
     for value in fields.all("digest"):
@@ -235,7 +232,15 @@ def request_digests(fields: Fields) -> tuple[ExpectedDigest, ...]:
             kind, _, digits = member.partition(":")
             if (algorithm := _OC_HASHES.get(kind.lower())) is not None:
                 found.append(_sized(algorithm, _from_hex(digits)))
-    return tuple(found)
+    for name, algorithm in _HEX_FIELDS.items():
+        found.extend(_sized(algorithm, _from_hex(value)) for value in fields.all(name))
+    for name in _SIGNED_DIGESTS:
+        values = filter(_HEX_SHA256.fullmatch, fields.all(name))
+        found.extend(_sized("sha256", _from_hex(value)) for value in values)
+    distinct = tuple(dict.fromkeys(found))
+    if len({digest.algorithm for digest in distinct}) < len(distinct):
+        raise RefusedError(refusals.BAD_DIGEST)
+    return distinct
 
 
 def _dictionary(value: str) -> list[ExpectedDigest]:
@@ -274,8 +279,14 @@ def _sized(algorithm: str, value: bytes) -> ExpectedDigest:
 
 
 def digest_fields(fields: Fields) -> frozenset[str]:
-    """The fields of this message that hold a digest of its body."""
-    return frozenset(name for name in fields if name in _DIGEST_FIELDS or name.startswith(_DIGEST_PREFIXES))
+    """The fields of this message that hold a digest of its body, by their names."""
+    return frozenset(name for name in fields if _DIGEST_NAME.fullmatch(name) and _tells(name, fields))
+
+
+def _tells(name: str, fields: Fields) -> bool:
+    if name not in _SIGNED_DIGESTS:
+        return True
+    return any(_HEX_SHA256.fullmatch(value) and value != _NO_BODY_SHA256 for value in fields.all(name))
 
 
 def declared_length(fields: Fields) -> int | None:

@@ -29,6 +29,20 @@ _BODILESS = frozenset({"DELETE", "MKCOL", "OPTIONS"})
 _RANGES = ("if-range", "range")
 # Sizes of the plaintext beside the body; some servers believe them more than the framing.
 _SIZES = ("oc-total-length", "x-expected-entity-length")
+# The body is a part of something that the service puts together, or is put in somewhere.
+_PARTS = frozenset(
+    {
+        "content-range",
+        "oc-chunked",
+        "upload-offset",
+        "x-amz-write-offset-bytes",
+        "x-goog-upload-offset",
+        "x-ms-blob-condition-appendpos",
+        "x-ms-page-write",
+        "x-ms-range",
+        "x-update-range",
+    }
+)
 
 
 class GenericProfile(Profile):
@@ -39,7 +53,7 @@ class GenericProfile(Profile):
         ("GET", "the body is opened; one range is served by range, several as the whole object"),
         ("HEAD", "Content-Length is the plaintext's"),
         ("DELETE, OPTIONS, MKCOL", "pass, without a body"),
-        ("PUT with Content-Range, PATCH", "refused: partial-write"),
+        ("PUT with Content-Range or OC-Chunked, PATCH", "refused: partial-write"),
         ("COPY, MOVE, PROPFIND, LOCK, all others", "refused: unknown-route"),
     )
     limitations: ClassVar[tuple[Limitation, ...]] = (
@@ -98,7 +112,7 @@ class GenericProfile(Profile):
                 return Refuse(refusal=refusals.UNKNOWN_ROUTE)
 
     def _upload(self, head: RequestHead, frame: BodyFrame, edits: Edits) -> RequestPlan:
-        if "content-range" in head.fields:
+        if not _PARTS.isdisjoint(head.fields):
             return Refuse(refusal=refusals.PARTIAL_WRITE)
         digests = request_digests(head.fields)
         edits = edits.also(drop=(*_RANGES, *_SIZES))

@@ -217,6 +217,8 @@ def b64(data: bytes) -> str:
         ("Repr-Digest", f"adler=:AAAA:, sha-512=:{b64(digest('sha512'))}:", [("sha512", digest("sha512"))]),
         ("OC-Checksum", "SHA1:" + digest("sha1").hex(), [("sha1", digest("sha1"))]),
         ("OC-Checksum", "ADLER32:00000001", []),
+        ("X-Checksum-Sha1", digest("sha1").hex(), [("sha1", digest("sha1"))]),
+        ("x-amz-content-sha256", "UNSIGNED-PAYLOAD", []),
     ],
 )
 def test_request_digests(name: str, value: str, expected: list[tuple[str, bytes]]) -> None:
@@ -250,6 +252,46 @@ def test_no_digest_field_makes_a_crash(name: str, value: str) -> None:
 def test_fields_that_hold_a_digest() -> None:
     got = digest_fields(fields(("X-Amz-Checksum-Crc32", "x"), ("ETag", "x"), ("Content-MD5", "x")))
     assert got == {"x-amz-checksum-crc32", "content-md5"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Content-MD5", "Digest", "Content-Digest", "Repr-Digest", "OC-Checksum", "Upload-Checksum",
+        "X-Goog-Hash", "X-Bz-Content-Sha1", "X-Ms-Blob-Content-Md5", "X-Ms-Content-Crc64",
+        "X-Amz-Sdk-Checksum-Algorithm", "X-Amz-Meta-Md5chksum", "X-Object-Meta-Sha256sum", "X-Checksum-Sha1",
+        "X-Checksum-Deploy", "X-Content-Sha256", "X-Oss-Meta-hash", "X-Amz-Checksum-Crc64nvme",
+    ],
+)  # fmt: skip
+def test_whatever_is_named_after_a_digest_is_one(name: str) -> None:
+    """A digest in the clear tells a service which known file an object is."""
+    assert digest_fields(fields((name, "x"))) == {name.lower()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Authorization", "ETag", "If-Match", "X-Amz-Date", "X-Shape", "X-Summary", "X-Hashtag", "Content-Type"],
+)
+def test_other_fields_are_none(name: str) -> None:
+    assert digest_fields(fields((name, "x"))) == frozenset()
+
+
+def test_what_a_signature_needs_stays_unless_it_tells_of_a_body() -> None:
+    for value in ("UNSIGNED-PAYLOAD", "STREAMING-UNSIGNED-PAYLOAD-TRAILER", hashlib.sha256().hexdigest()):
+        assert digest_fields(fields(("x-amz-content-sha256", value))) == frozenset()
+    told = fields(("x-amz-content-sha256", digest("sha256").hex()))
+    assert digest_fields(told) == {"x-amz-content-sha256"}
+    assert [item.value for item in request_digests(told)] == [digest("sha256")]
+
+
+def test_one_hash_of_each_kind_whatever_is_asked_for() -> None:
+    """Each further one would hash the whole body again."""
+    one = f"sha-512={b64(digest('sha512'))}"
+    assert len(request_digests(fields(("Digest", ",".join([one] * 1000)), ("Repr-Digest", "")))) == 1
+    other = f"sha-512={b64(digest('sha512', b'other'))}"
+    with pytest.raises(RefusedError) as caught:
+        request_digests(fields(("Digest", f"{one},{other}")))
+    assert caught.value.refusal is refusals.BAD_DIGEST
 
 
 def test_declared_lengths() -> None:

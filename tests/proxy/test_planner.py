@@ -127,6 +127,14 @@ def test_partial_writes_are_refused() -> None:
     for method in ("PUT", "POST"):
         got = plan(method, ("Content-Length", "5"), ("Content-Range", "bytes 0-4/10"))
         assert refused(got) is refusals.PARTIAL_WRITE
+        for name in (
+            "OC-Chunked",
+            "X-Update-Range",
+            "X-Ms-Range",
+            "X-Amz-Write-Offset-Bytes",
+            "Upload-Offset",
+        ):
+            assert refused(plan(method, ("Content-Length", "5"), (name, "1"))) is refusals.PARTIAL_WRITE
 
 
 @pytest.mark.parametrize(
