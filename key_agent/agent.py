@@ -16,9 +16,9 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from envelope.errors import SealgateError
 from key_agent import metrics
 from key_agent.consent import Change, Consent, Standing
-from key_agent.errors import KeyAgentError
 from key_agent.journal import Journal
 from key_agent.push.pusher import Delivery, Pusher
 from key_agent.push.recipients import Recipients
@@ -187,10 +187,15 @@ class Agent:
     async def wait_for_delivery(
         self, proxy_id: str, *, after: Delivery | None, timeout_s: float
     ) -> Delivery | None:
-        """The next delivery of keys to a proxy, other than *after*; None if none has ended in time."""
+        """The next delivery of keys to a proxy, other than *after*.
+
+        None if none has ended in time, or none will: nothing is pushed without consent.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 while (found := self.deliveries.get(proxy_id)) is None or found is after:
+                    if not self.consent.may_push:
+                        return None
                     self._delivered.clear()
                     await self._delivered.wait()
                 return found
@@ -243,6 +248,7 @@ class Agent:
             metrics.STANDING.labels(standing).set(standing is change.new)
         if change.new is not Standing.CONSENTED:
             self.pusher.stop()
+            self._delivered.set()
         if change.new.is_withdrawn:
             self.withdrawals.at_once()
         if change.new.is_withdrawn or change.old is Standing.SUSPENDED:
@@ -268,7 +274,7 @@ class Agent:
                 continue
             try:
                 await self._persist(change)
-            except KeyAgentError as error:
+            except SealgateError as error:  # MisuseError too: a command changed the row between two looks
                 failures += 1
                 log.error("the KEK's state is not stored yet", error=str(error))  # noqa: TRY400
                 await self.clock.sleep(

@@ -1,6 +1,6 @@
 """What an administrator can ask of the agent: the same whether it runs (api.py) or not (app.py).
 
-1. Commands that change something run one at a time.
+1. Commands that change something run one at a time. Only the taking back of keys does not wait for its turn.
 2. Each leaves an audit event *before* it changes anything; if that cannot be written it is refused. Taking
    keys back is the exception: it happens first, whatever the disk says.
 3. seal -> open again and compare (the source does) -> COMMIT -> push. What is not committed never reached a
@@ -11,6 +11,8 @@
 
 import asyncio
 import os
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -25,11 +27,11 @@ from key_agent.errors import KeyAgentError
 from key_agent.push.pusher import Delivery, Outcome
 from key_agent.push.recipients import leaf_sha256, read_chain
 from key_agent.push.transport import PushError
-from key_agent.registry.model import KekRow, Link, Proxy
+from key_agent.registry.model import DataKeyRow, KekRow, Link, Proxy
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
-from key_agent.sources.source import Kek, KekReference, Verdict
 from key_agent.restoration import Restoration
+from key_agent.sources.source import Kek, KekReference, Verdict
 from runtime.audit import AuditUnavailableError
 
 log = structlog.get_logger(__name__)
@@ -77,16 +79,12 @@ class Operations:
 
     async def kek_revoke(self) -> Json:
         """Take every key back and destroy the KEK in the HSM: what its keys sealed becomes unreadable."""
+        agent = self._agent
+        # Before its turn: a command that hangs (HSM, disk, proxy) must not hold up the kill switch.
+        self._take_back()
         async with self._one_at_a_time:
-            agent = self._agent
-            # From memory: a registry that does not answer is no reason to keep the keys out there.
-            if (kek := agent.consent.kek) is None:
-                raise RefusedChangeError(
-                    "there is no KEK", "nothing to revoke; `key-agent kek create` makes one"
-                )
-            # Pushing stops and withdrawals leave before anything that can hang or fail.
-            agent.consent.revoke("revoked by the administrator")
-            agent.withdrawals.at_once()
+            # Once more: the command that was running may have made or restored a KEK.
+            kek = self._take_back()
             agent.journal.note("kek.revoke", outcome="begun", kek=kek.reference.kek_id)
             problems: list[str] = []
             await asyncio.gather(
@@ -100,6 +98,16 @@ class Operations:
                 "proxies": self._withdrawn_everywhere(),
                 "problems": problems,
             }
+
+    def _take_back(self) -> Kek:
+        """Pushing stops and withdrawals leave, before anything that can hang or fail."""
+        agent = self._agent
+        # From memory: a registry that does not answer is no reason to keep the keys out there.
+        if (kek := agent.consent.kek) is None:
+            raise RefusedChangeError("there is no KEK", "nothing to revoke; `key-agent kek create` makes one")
+        agent.consent.revoke("revoked by the administrator")
+        agent.withdrawals.at_once()
+        return kek
 
     async def _destroy(self, kek: Kek, problems: list[str]) -> None:
         try:
@@ -142,6 +150,12 @@ class Operations:
                 raise RefusedChangeError(
                     f"the KEK {row.reference.kek_id} is {row.state}: nothing to reinstate",
                     "`key-agent status` shows what the proxies hold",
+                )
+            if (await self._agent.source.diagnose(row.kek)).verdict is Verdict.OK:
+                raise RefusedChangeError(
+                    f"the KEK {row.reference.kek_id} is in the HSM and works: a new one would leave what it "
+                    "sealed unreadable",
+                    "`key-agent reinstate --restore` uses it again; `key-agent kek revoke` destroys it first",
                 )
             return {"replaced": row.reference.kek_id, **await self._make_kek("kek.reinstate")}
 
@@ -254,8 +268,9 @@ class Operations:
 
     async def service_list(self) -> Json:
         agent = self._agent
-        keys = await agent.registry.data_keys()
+        keys = _by_owner(await agent.registry.data_keys())
         book = await agent.registry.book()
+        links = _by_owner(book.links)
         return {
             "services": [
                 {
@@ -267,13 +282,12 @@ class Operations:
                             "version": key.version,
                             "keks": key.wrapped_by,
                         }
-                        for key in keys
-                        if key.owner == owner
+                        for key in keys[owner]
                     ],
                     "proxies": [
                         {"proxy": link.proxy_id, "certificate_sha256": _sha256(link)}
-                        for link in book.links
-                        if link.owner == owner and not link.withdrawn
+                        for link in links[owner]
+                        if not link.withdrawn
                     ],
                 }
                 for owner in book.services
@@ -342,7 +356,9 @@ class Operations:
         row = await agent.registry.current_kek()
         if not agent.is_running and row is not None and row.kek is not None:
             consent.observe(row.kek, await agent.source.diagnose(row.kek))
-        keys = await agent.registry.data_keys()
+        # Grouped once: whoever can reach the port must not be able to hold up the KEK watch.
+        keys = _by_owner(await agent.registry.data_keys())
+        links = _by_owner(agent.targets.links)
         current = None if row is None else row.reference.kek_id
         return {
             "agent": agent.agent_id,
@@ -365,24 +381,17 @@ class Operations:
                 {
                     "service": str(owner),
                     "keys": sum(
-                        key.owner == owner
-                        and current in key.wrapped_by
-                        and key.state is not KeyState.DESTROYED
-                        for key in keys
+                        current in key.wrapped_by and key.state is not KeyState.DESTROYED
+                        for key in keys[owner]
                     ),
                     "unreadable_keys": sum(
-                        key.owner == owner
-                        and current not in key.wrapped_by
-                        and key.state is not KeyState.DESTROYED
-                        for key in keys
+                        current not in key.wrapped_by and key.state is not KeyState.DESTROYED
+                        for key in keys[owner]
                     ),
-                    "proxies": [
-                        self._place(link, now_ms) for link in agent.targets.links if link.owner == owner
-                    ],
+                    "proxies": [self._place(link, now_ms) for link in links[owner]],
                 }
-                for owner in sorted(
-                    {link.owner for link in agent.targets.links if self._is_shown(link, now_ms)}
-                )
+                for owner in sorted(links)
+                if any(self._is_shown(link, now_ms) for link in links[owner])
             ],
             "proxies": [
                 self._proxy_json(proxy) for proxy in agent.targets.proxies.values() if not proxy.removed
@@ -496,7 +505,7 @@ class Operations:
         now_ms = agent.now_ms()
         left: dict[str, int] = {}
         for link in agent.targets.links:
-            if link.may_hold_keys(now_ms) and (link.withdrawn or agent.consent.standing.is_withdrawn):
+            if self._may_hold_keys(link, now_ms) and (link.withdrawn or agent.consent.standing.is_withdrawn):
                 left[link.proxy_id] = max(left.get(link.proxy_id, 0), link.silent_at_ms)
         names = sorted({link.proxy_id for link in agent.targets.links} if only is None else set(only))
         return [
@@ -509,8 +518,11 @@ class Operations:
             for name in names
         ]
 
+    def _may_hold_keys(self, link: Link, now_ms: int) -> bool:
+        return link.may_hold_keys(now_ms, self._agent.clock.boot_s())
+
     def _is_shown(self, link: Link, now_ms: int) -> bool:
-        return not link.withdrawn or link.may_hold_keys(now_ms)
+        return not link.withdrawn or self._may_hold_keys(link, now_ms)
 
     def _place(self, link: Link, now_ms: int) -> Json:
         valid_for_s = None
@@ -518,7 +530,7 @@ class Operations:
             valid_for_s = round((link.valid_until_ms - now_ms) / 1000, 1)
         is_withdrawn = link.withdrawn or self._agent.consent.standing.is_withdrawn
         if is_withdrawn:
-            state = "withdrawing" if link.may_hold_keys(now_ms) else "withdrawn"
+            state = "withdrawing" if self._may_hold_keys(link, now_ms) else "withdrawn"
         elif valid_for_s is not None:
             state = "valid"
         else:
@@ -530,7 +542,7 @@ class Operations:
             "valid_until_ms": link.valid_until_ms,
             "valid_for_s": valid_for_s,
             "withdrawn_at_ms": link.withdrawn_at_ms,
-            "may_hold_keys_until_ms": link.silent_at_ms if link.may_hold_keys(now_ms) else None,
+            "may_hold_keys_until_ms": link.silent_at_ms if self._may_hold_keys(link, now_ms) else None,
             "error": link.error,
             "error_at_ms": link.error_at_ms,
         }
@@ -561,6 +573,13 @@ def _kek_json(row: KekRow) -> Json:
         "token_serial": None if row.kek is None else row.kek.token_serial,
         "created_at_ms": None if row.kek is None else row.kek.created_at_ms,
     }
+
+
+def _by_owner[T: (DataKeyRow, Link)](rows: Iterable[T]) -> defaultdict[NetworkService, list[T]]:
+    grouped: defaultdict[NetworkService, list[T]] = defaultdict(list)
+    for row in rows:
+        grouped[row.owner].append(row)
+    return grouped
 
 
 def _sha256(link: Link) -> str:

@@ -238,7 +238,9 @@ class WithdrawalLoop:
     def pending(self) -> dict[str, frozenset[NetworkService]]:
         """By proxy id: services whose keys may be valid there though they should not be."""
         found = self._targets.to_withdraw(
-            int(self._clock.wall_s() * 1000), everything=self._consent.standing.is_withdrawn
+            int(self._clock.wall_s() * 1000),
+            self._clock.boot_s(),
+            everything=self._consent.standing.is_withdrawn,
         )
         return {name: frozenset(link.owner for link in links) for name, links in found.items()}
 

@@ -29,7 +29,7 @@ from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.push.recipients import Recipients, read_chain
 from key_agent.push.targets import Targets
 from key_agent.push.transport import MAX_ENVELOPES, Session
-from key_agent.registry.model import Link, Reservation
+from key_agent.registry.model import RECEIPT_SLACK_MS, Link, Reservation
 from key_agent.registry.store import Registry
 from key_agent.sources.source import (
     Diagnosis,
@@ -151,7 +151,11 @@ class KeySealing(Sealing):
         kek, reservations = await self._registry.reserve(
             owners, sessions, now_ms=int(now_s * 1000), until_ms=expires_at_s * 1000
         )
-        self._targets.note_issued(reservations, expires_at_s * 1000)
+        self._targets.note_issued(
+            reservations,
+            expires_at_s * 1000,
+            until_boot_s=self._clock.boot_s() + self._validity_s + RECEIPT_SLACK_MS / 1000,
+        )
         if not self._may_push():
             raise KeyAgentError("pushing has stopped")
         made: dict[str, list[Sealed]] = {name: [] for name in sessions}

@@ -23,7 +23,12 @@ class Targets:
     def load(self, book: Book) -> None:
         """Take over a fresh reading of the registry."""
         self._proxies = dict(book.proxies)
+        before = self._links
         self._links = {(link.owner, link.proxy_id): link for link in book.links}
+        for place in before.keys() & self._links.keys():
+            self._links[place] = replace(
+                self._links[place], issued_until_boot_s=before[place].issued_until_boot_s
+            )
         for owner, sequence in book.sequences.items():
             # Withdrawals may have used higher ones that the database never got to hear of.
             self._sequences[owner] = max(sequence, self._sequences.get(owner, 0))
@@ -46,13 +51,13 @@ class Targets:
             link.owner for link in self._links.values() if link.proxy_id == proxy_id and not link.withdrawn
         ]
 
-    def to_withdraw(self, now_ms: int, *, everything: bool) -> dict[str, list[Link]]:
+    def to_withdraw(self, now_ms: int, boot_s: float, *, everything: bool) -> dict[str, list[Link]]:
         """By proxy: links where keys may be valid though they should not be. All of them, if *everything*."""
         found: dict[str, list[Link]] = {}
         for link in self._links.values():
             if (
                 (everything or link.withdrawn)
-                and link.may_hold_keys(now_ms)
+                and link.may_hold_keys(now_ms, boot_s)
                 and link.proxy_id in self._proxies
             ):
                 found.setdefault(link.proxy_id, []).append(link)
@@ -64,15 +69,18 @@ class Targets:
         self._sequences.update(chosen)
         return chosen
 
-    def note_issued(self, reservations: Sequence[Reservation], until_ms: int) -> None:
-        """What `Registry.reserve` has committed."""
+    def note_issued(self, reservations: Sequence[Reservation], until_ms: int, *, until_boot_s: float) -> None:
+        """What `Registry.reserve` has committed; *until_boot_s* with all that a proxy may add to it."""
         for made in reservations:
             self._sequences[made.owner] = max(made.sequence, self._sequences.get(made.owner, 0))
             for link in made.links:
                 place = (link.owner, link.proxy_id)
                 if (known := self._links.get(place)) is not None:
                     self._links[place] = replace(
-                        known, issued_sequence=made.sequence, issued_until_ms=until_ms
+                        known,
+                        issued_sequence=made.sequence,
+                        issued_until_ms=until_ms,
+                        issued_until_boot_s=until_boot_s,
                     )
 
     def note_receipts(self, receipts: Iterable[Receipt]) -> None:

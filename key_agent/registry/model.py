@@ -1,5 +1,6 @@
 """What the registry's rows mean, as frozen values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -52,10 +53,16 @@ class Link:
     withdrawn_at_ms: int | None = None
     error: str | None = None
     error_at_ms: int | None = None
+    issued_until_boot_s: float = -math.inf
+    """The same on this machine's boot clock, for what this process has issued; not stored."""
 
-    def may_hold_keys(self, now_ms: int) -> bool:
-        """Keys may be valid there: issued, not withdrawn with a receipt since, and time is not up."""
-        return self.issued_sequence > self.withdrawn_sequence and now_ms < self.silent_at_ms
+    def may_hold_keys(self, now_ms: int, boot_s: float) -> bool:
+        """Keys may be valid there: issued, not withdrawn with a receipt since, and time is not up.
+
+        Up by both clocks: a proxy counts on its boot clock, which does not jump with our wall clock.
+        """
+        is_over = now_ms >= self.silent_at_ms and boot_s >= self.issued_until_boot_s
+        return self.issued_sequence > self.withdrawn_sequence and not is_over
 
     @property
     def silent_at_ms(self) -> int:

@@ -19,7 +19,7 @@ from tests.fakes.proxies import pem
 from tests.key_agent.conftest import Bench, until
 
 S3, BOX = NetworkService("acme", "s3"), NetworkService("acme", "box")
-MOST_STEPS = 15  # one more than the longest command has, and its test asserts so
+MOST_STEPS = 17  # one more than the longest command has, and its test asserts so
 MOST_RESTORING_STEPS = 27  # the same of `reinstate --restore`
 
 

@@ -4,6 +4,7 @@ That one's content is dropped: give it a database of its own.
 """
 
 import asyncio
+import math
 import os
 import sqlite3
 from collections.abc import AsyncIterator
@@ -284,7 +285,7 @@ async def test_receipts_newer_ones_win_and_withdrawals_end_what_may_be_held(regi
     await _with_service(registry, S3)
     _, [reservation] = await _reserve(registry, S3)
     [link] = (await registry.book()).links
-    assert link.may_hold_keys(NOW_MS), "issued counts, answered or not"
+    assert link.may_hold_keys(NOW_MS, math.inf), "issued counts, answered or not"
     sequence = reservation.sequence
     await registry.record_receipts([_receipt(sequence=sequence)])
     await registry.record_receipts([_receipt(sequence=sequence - 1, valid_until_ms=1)])
@@ -298,15 +299,15 @@ async def test_receipts_newer_ones_win_and_withdrawals_end_what_may_be_held(regi
     [link] = (await registry.book()).links
     assert link.valid_until_ms is None
     assert link.error is None
-    assert not link.may_hold_keys(NOW_MS)
+    assert not link.may_hold_keys(NOW_MS, math.inf)
 
 
 async def test_what_was_issued_ends_by_itself(registry: Registry) -> None:
     await _with_service(registry, S3)
     await _reserve(registry, S3)
     [link] = (await registry.book()).links
-    assert link.may_hold_keys(NOW_MS + 330_000 + 29_000), "a clock behind ours ends later"
-    assert not link.may_hold_keys(link.silent_at_ms)
+    assert link.may_hold_keys(NOW_MS + 330_000 + 29_000, math.inf), "a clock behind ours ends later"
+    assert not link.may_hold_keys(link.silent_at_ms, math.inf)
 
 
 async def test_a_removed_service_comes_back_with_a_new_key(registry: Registry) -> None:
