@@ -5,6 +5,8 @@
 2. Only the connected agent's own envelopes are believed: issuer and TLS identity are one agent of one tenant.
 3. Sequence and token ids are remembered per issuer and network service. They count from the moment an
    envelope has verified, before it is installed, so that two connections cannot install out of order.
+   Between issuers only time orders, and an issuer's sequences may have run ahead of it: they are cut to the
+   second in which the envelope was issued, or one agent could lock out the others for ever.
 4. Accepting keys is an audit event on disk before the keys are in the cache. Without it they are dropped.
    A withdrawal works the other way round: first the keys are gone, then it is recorded, and a log that cannot
    be written makes the receipt an error, never the keys available.
@@ -362,7 +364,7 @@ class Receiver:
 
     async def _withdraw(self, opened: _Opened) -> Receipt:
         claims = opened.claims
-        self._cache.withdraw(claims.owner, sequence=claims.sequence)
+        self._cache.withdraw(claims.owner, sequence=_rank(claims))
         _log.warning(
             "keys withdrawn", service=str(claims.owner), agent=claims.issuer, sequence=claims.sequence
         )
@@ -413,7 +415,7 @@ class Receiver:
                 claims.keys,
                 deadline_boot_s=opened.deadline_boot_s,
                 operation=claims.operation,
-                sequence=claims.sequence,
+                sequence=_rank(claims),
             )
         except EnvelopeError as error:
             opened.wipe()
@@ -438,6 +440,11 @@ class Receiver:
         """What has changed while the event was being written."""
         if opened.claims.owner not in self._directory.services:
             raise EnvelopeError("recipient", "the network service was removed meanwhile")
+        # The session's, still? It is gone if tenant or service were removed, or the root or signers changed.
+        agents = self._agents.get(opened.claims.owner.tenant)
+        agent = None if agents is None else agents.get(opened.claims.issuer)
+        if agent is None or agent.tracks.get(opened.claims.owner) is not opened.track:
+            raise EnvelopeError("nonce", "the session ended meanwhile: ask for a challenge first")
         if opened.track.highest != opened.claims.sequence:
             raise EnvelopeError("sequence", "a later envelope arrived meanwhile")
 
@@ -478,3 +485,8 @@ class Receiver:
     def _hosted(self, owner: NetworkService, certificate: x509.Certificate) -> HostedService:
         (status,) = self._cache.status([owner])
         return HostedService(owner=owner, certificate_sha256=fingerprint(certificate), status=status)
+
+
+def _rank(claims: Claims) -> int:
+    """Where *claims* stands among all issuers' envelopes for its service, in Unix milliseconds (rule 3)."""
+    return min(claims.sequence, (claims.issued_at_s + 1) * 1000)

@@ -73,12 +73,13 @@ class HostedTenant:
         token_id: bytes | None = None,
         recipient: x509.Certificate | None = None,
         signing: Credential | None = None,
+        issuer: str | None = None,
     ) -> str:
         """An envelope of this tenant's agent, right unless told otherwise."""
         now_s = int(clock.wall_s()) if issued_at_s is None else issued_at_s
         signer = signing or self.signing
         claims = Claims(
-            issuer=self.agent_id,
+            issuer=issuer or self.agent_id,
             audience=audience,
             owner=self.owner(service),
             issued_at_s=now_s,

@@ -13,7 +13,7 @@ from envelope import derive
 from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import KeyState
-from envelope.material import Operation
+from envelope.material import MAX_SEQUENCE, Operation
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
 from proxy.tenants.model import Directory
@@ -405,3 +405,70 @@ async def test_an_agent_delivers_its_own_envelopes_only(proxy: Proxy, acme: Host
     theirs = replace(acme, agent_id="branch").seal(proxy.clock, challenge, acme.key(), signing=branch)
     assert await proxy.push(acme, theirs) == ["signer"]
     assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
+
+
+@pytest.mark.parametrize("change", ["root", "signers", "removed and added"])
+async def test_who_lost_the_tenant_while_the_push_was_being_recorded_installs_nothing(
+    proxy: Proxy, acme: HostedTenant, rival: HostedTenant, change: str
+) -> None:
+    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
+    push = asyncio.create_task(proxy.push(acme, token))
+    await asyncio.sleep(0)  # the push has opened its envelope and handed its event to a thread
+    directory = directory_of(acme, rival, revision=2)
+    match change:
+        case "root":
+            entry = replace(acme.entry(), root_certificate=make_tenant("acme").root.certificate)
+        case "signers":
+            entry = acme.entry(signers=(acme.pki.agent_signing("other").certificate,))
+        case _:
+            entry = acme.entry()
+            proxy.receiver.apply(directory_of(rival, revision=2))
+    proxy.receiver.apply(replace(directory, tenants={**directory.tenants, acme.name: entry}))
+    assert await push == ["nonce"]
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner())
+
+
+async def test_a_withdrawal_with_a_sequence_from_the_future_locks_out_no_other_agent(
+    proxy: Proxy, acme: HostedTenant
+) -> None:
+    """By a rogue, or by an honest agent whose clock once was years ahead: its sequences stay there."""
+    other_signing = acme.pki.agent_signing("branch")
+
+    def branch_pushes(sequence: int) -> str:
+        challenge = proxy.receiver.open_session(
+            acme.name, "branch", signing_certificate=other_signing.certificate
+        ).challenge
+        return acme.seal(
+            proxy.clock, challenge, acme.key(), sequence=sequence, signing=other_signing, issuer="branch"
+        )
+
+    now_ms = int(proxy.clock.wall_s() * 1000)
+    withdrawal = acme.seal(proxy.clock, proxy.challenge(acme), sequence=MAX_SEQUENCE)
+    late = branch_pushes(now_ms - 1)
+    assert await proxy.push(acme, withdrawal) == ["accepted"]
+    receipts = await proxy.receiver.receive(acme.name, "branch", [late])
+    assert [receipt.code for receipt in receipts] == ["sequence"], "issued before it was withdrawn"
+    proxy.clock.shift(2)
+    again = branch_pushes(now_ms + 2000)
+    (receipt,) = await proxy.receiver.receive(acme.name, "branch", [again])
+    assert receipt.status == "accepted"
+    proxy.cache.sealing_key(acme.owner())
+
+
+async def test_a_push_with_a_sequence_from_the_future_loses_to_another_agents_later_withdrawal(
+    proxy: Proxy, acme: HostedTenant
+) -> None:
+    now_ms = int(proxy.clock.wall_s() * 1000)
+    far = acme.seal(proxy.clock, proxy.challenge(acme), acme.key(), sequence=MAX_SEQUENCE)
+    proxy.clock.shift(5)
+    other_signing = acme.pki.agent_signing("branch")
+    challenge = proxy.receiver.open_session(
+        acme.name, "branch", signing_certificate=other_signing.certificate
+    ).challenge
+    withdrawal = acme.seal(
+        proxy.clock, challenge, sequence=now_ms + 5000, signing=other_signing, issuer="branch"
+    )
+    (receipt,) = await proxy.receiver.receive(acme.name, "branch", [withdrawal])
+    assert receipt.status == "accepted"
+    assert await proxy.push(acme, far) == ["sequence"]
