@@ -6,6 +6,7 @@ What the proxy (tests/fakes/proxies.py) holds is looked at from outside; another
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 
 from envelope.certificates import fingerprint
-from envelope.keys import NetworkService
+from envelope.derive import key_check_value, object_key
+from envelope.keys import KeyMaterial, KeyState, NetworkService
 from envelope.material import Signer
+from envelope.objects import Opener, Sealer
 from runtime.clock import SystemClock
 from runtime.tls import server_context
 from tests.fakes.proxies import FakeProxy, FakeProxyServer
@@ -300,6 +303,138 @@ async def test_a_disabled_kek_comes_back_with_restore(site: Site) -> None:
         await _set_decrypt(site, kek, allowed=True)
         await site.command("reinstate", "--restore", "--yes")
         assert site.proxy.valid_keys(S3) == [key]
+
+
+def _material(site: Site) -> dict[str, KeyMaterial]:
+    """What the proxy holds of s3, by key id."""
+    return {str(key.key_id): key for key in site.proxy.held[S3].claims.keys}
+
+
+def _seal(key: KeyMaterial, content: bytes) -> bytes:
+    sealer = Sealer(object_key(key.secret, S3, key.key_id), S3, key.key_id)
+    return bytes(sealer.update(content)) + bytes(sealer.finalize())
+
+
+def _unseal(held: dict[str, KeyMaterial], sealed: bytes) -> bytes:
+    """As the proxy does it; KeyError if it does not hold the key that the object names."""
+    opener = Opener(S3, lambda header: object_key(held[str(header.key_id)].secret, S3, header.key_id))
+    return bytes(opener.update(sealed)) + bytes(opener.finalize())
+
+
+@dataclass
+class _Backup:
+    """A copy of the token's files, made while the KEK was in it."""
+
+    site: Site
+
+    @property
+    def directory(self) -> Path:
+        return self.site.directory / "hsm-backup"
+
+    async def make(self) -> None:
+        await asyncio.to_thread(shutil.copytree, self.site.hsm.tokens, self.directory)
+
+    async def bring_back(self) -> None:
+        """What is missing in the token is put back: the KEK's file, and the lock beside it."""
+        await asyncio.to_thread(self._bring_back)
+
+    def _bring_back(self) -> None:
+        kept = [path for path in self.directory.rglob("*") if path.is_file()]
+        places = {path: self.site.hsm.tokens / path.relative_to(self.directory) for path in kept}
+        lost = {path: place for path, place in places.items() if not place.exists()}
+        assert sorted(path.suffix for path in lost) == [".lock", ".object"]
+        for path, place in lost.items():
+            shutil.copy(path, place)
+
+
+@pytest.mark.timeout(300)
+async def test_old_objects_open_again_when_a_backup_of_the_hsm_brings_the_old_kek_back(site: Site) -> None:
+    await _init(site)
+    await site.command("kek", "create")
+    await _provision(site)
+    async with site.running():
+        await until(lambda: site.proxy.valid_keys(S3))
+        [old] = _material(site).values()
+        sealed, kcv = _seal(old, b"written before"), key_check_value(old.secret, S3, old.key_id)
+        old_kek = await site.kek()
+        backup = _Backup(site)
+        await backup.make()
+        await site.destroy_kek_by_another_process()
+        await until(lambda: not site.proxy.valid_keys(S3), timeout_s=10)
+        await site.command("reinstate", "--yes")
+        [new] = _material(site).values()
+        with pytest.raises(KeyError, match=str(old.key_id)):
+            _unseal(_material(site), sealed)
+        refused = await site.command("reinstate", "--restore", "--yes", exit_code=3)
+        assert "kek_destroyed" in refused["cause"]
+
+        # The old KEK returns.
+        await backup.bring_back()
+        asked = await site.command("reinstate", "--restore", exit_code=3)
+        assert asked["code"] == "not-confirmed"
+        assert "acme/s3 (1 keys)" in asked["cause"]
+        assert len(_material(site)) == 1, "nothing without a yes"
+        result = await site.command("reinstate", "--restore", "--yes")
+        assert result["earlier"][0]["moved"] == 1
+        assert result["proxies"] == [{"proxy": "p1", "outcome": "accepted", "error": None}]
+
+        held = _material(site)
+        assert {kid: key.state for kid, key in held.items()} == {
+            str(old.key_id): KeyState.DEACTIVATED,
+            str(new.key_id): KeyState.ACTIVE,
+        }
+        returned = held[str(old.key_id)]
+        assert key_check_value(returned.secret, S3, returned.key_id) == kcv
+        assert _unseal(held, sealed) == b"written before"
+        assert await asyncio.to_thread(site.hsm.run, "count", _reference(old_kek)) == 0
+
+        # It stays so: the next refresh, and another life of the agent.
+        pushes = len(site.proxy.accepted)
+        await until(lambda: len(site.proxy.accepted) > pushes)
+        assert _unseal(_material(site), sealed) == b"written before"
+    site.proxy.restart()
+    async with site.running():
+        await until(lambda: site.proxy.valid_keys(S3))
+        assert _unseal(_material(site), sealed) == b"written before"
+        await site.command("kek", "revoke", "--yes")
+        assert not site.proxy.valid_keys(S3)
+
+
+@pytest.mark.timeout(300)
+async def test_kill_9_during_restore_loses_no_key_and_the_same_command_goes_on(site: Site) -> None:
+    await _init(site)
+    await site.command("kek", "create")
+    await _provision(site)
+    names = [f"box{number}" for number in range(4)]
+    for name in names:
+        credential = site.tenant.service(name)
+        site.proxy.services[NetworkService("acme", name)] = credential
+        certificate = write_certificate(credential.certificate, site.directory / f"{name}.pem")
+        await site.command("service", "add", name, "--proxy", "p1", "--certificate", str(certificate))
+    old_kek = await site.kek()
+    backup = _Backup(site)
+    await backup.make()
+    await site.command("kek", "revoke", "--yes")
+    await site.command("reinstate", "--yes")
+    await backup.bring_back()
+    for delay_s in (0.7, 1.1, 1.5, 2.0):
+        restoring = await site.start("reinstate", "--restore", "--yes")
+        await asyncio.sleep(delay_s)  # where in the work it dies is left to chance; no outcome depends on it
+        if restoring.returncode is None:
+            restoring.kill()
+        await restoring.wait()
+        listed = await site.command("service", "list")
+        wraps = [key["keks"] for row in listed["services"] for key in row["keys"]]
+        assert [len(keks) for keks in wraps] == [1] * 2 * (len(names) + 1)
+        if any(old_kek["id"] in keks for keks in wraps):
+            assert await asyncio.to_thread(site.hsm.run, "count", _reference(old_kek)) == 1
+    finished = await site.start("reinstate", "--restore", "--yes")
+    await finished.communicate()
+    assert finished.returncode in {0, 3}, "done now, or nothing was left to do"
+    assert await asyncio.to_thread(site.hsm.run, "count", _reference(old_kek)) == 0
+    async with site.running():
+        await until(lambda: len(site.proxy.held) == len(names) + 1)
+        assert all(len(held.claims.keys) == 2 for held in site.proxy.held.values())
 
 
 @pytest.mark.timeout(300)

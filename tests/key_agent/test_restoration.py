@@ -1,6 +1,6 @@
 """A KEK that had been replaced comes back: what its keys sealed opens again, and nothing new is sealed so.
 
-(With a real HSM and a real agent process: test_restoration_softhsm.py.)
+(With a real HSM and a real agent process: test_agent_softhsm.py.)
 """
 
 import asyncio
