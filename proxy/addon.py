@@ -64,6 +64,9 @@ from runtime.audit import AuditLog, AuditUnavailableError
 _EXCHANGE: Final = "sealgate.exchange"
 _COUNTED: Final = "sealgate.counted"
 _MAX_AUDIT_PATH: Final = 512
+MAX_FLOWS: Final = 256
+"""Of one client connection. HTTP/2 bounds open streams, not those its client has reset while we wait for a key
+or a service on their behalf: each would go on costing memory."""
 
 log = structlog.get_logger(__name__)
 
@@ -205,6 +208,8 @@ class SealgateAddon:
         if flow.error is not None:
             return  # invalid: shown to us, and refused by the gate
         client = self._client_of(flow)
+        if len(client.flows) >= MAX_FLOWS:
+            raise RefusedError(refusals.TOO_MANY)
         request = flow.request
         if request.is_http2 and "transfer-encoding" in request.headers:
             raise RefusedError(refusals.BAD_MESSAGE)

@@ -100,6 +100,11 @@ RANGE_NOT_SATISFIABLE: Final = _refusal(
     416, "range-not-satisfiable", "The requested range lies outside the object.", "Ask for a range inside it."
 )
 
+TOO_MANY: Final = _refusal(
+    429, "too-many-requests", "Too many requests of this connection are in progress, even if cancelled.",
+    "Wait for answers before asking more.", retry_after_s=1,
+)
+
 # What the administrator of the proxy may mend.
 UNMANAGED_HOST: Final = _refusal(
     403,
