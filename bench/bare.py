@@ -10,7 +10,7 @@ import logging
 
 from mitmproxy import http, master, options
 from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
-from mitmproxy.proxy import mode_servers, mode_specs
+from mitmproxy.proxy import mode_specs
 
 from proxy.gate import h2, levers
 
@@ -73,8 +73,6 @@ def main() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     if arguments.levers:
         levers.install(arguments.levers)
-        if levers.Lever.PROMPT_HOOKS in arguments.levers:
-            mode_servers.ProxyConnectionHandler = levers.PromptHandler  # type: ignore[misc]
     if arguments.http2_backpressure:
         h2.install()
     if arguments.uvloop:

@@ -49,11 +49,11 @@ class Lab:
 
     @contextlib.contextmanager
     def sealgate(
-        self, *, name: str = "sealgate", http2: bool = False, levers: bool = True
+        self, *, name: str = "sealgate", http2: bool = False, without: tuple[str, ...] = ()
     ) -> Iterator[Product]:
         """The product itself, ready to seal."""
         with sealgate(
-            self.directory / name, self.tls, self.origin.port, http2=http2, levers=levers
+            self.directory / name, self.tls, self.origin.port, http2=http2, without=without
         ) as product:
             yield product
 

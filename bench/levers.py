@@ -1,6 +1,6 @@
-"""Rows lever_*: what each lever brings, everything else pulled; mitmproxy streaming, without sealing.
+"""Rows lever_*: what each lever brings to the product, everything else pulled.
 
-CPU is compared, not throughput: client and origin share the other core. The baseline is the same process
+CPU is compared, not throughput: client and origin share the other core. The baseline is the same product
 without that one lever.
 """
 
@@ -12,13 +12,13 @@ from typing import Final
 from bench.lab import Lab, lab
 from bench.proxies import Side, interleave
 from bench.results import Row
-from proxy.gate.levers import ALL, Lever
+from proxy.gate.levers import Lever
 
 ROUNDS: Final = 5
 
 # What each lever is for: bulk (CPU seconds per GB), or small requests (CPU milliseconds, and p99 of latency).
 _BULK: Final = (Lever.BIG_READS, Lever.DIRECT_TLS, Lever.HTTP1_BODY)
-_SMALL: Final = (Lever.TRUSTED_MESSAGES, Lever.PROMPT_HOOKS, Lever.DIRECT_HEADERS, Lever.FROZEN_HEAP)
+_SMALL: Final = (Lever.TRUSTED_MESSAGES, Lever.DIRECT_HEADERS, Lever.FROZEN_HEAP)
 NAMES: Final = tuple(f"lever_{lever.replace('-', '_')}" for lever in (*_BULK, *_SMALL))
 
 
@@ -34,12 +34,12 @@ def _without_each(
 ) -> list[Row]:
     with contextlib.ExitStack() as running:
 
-        def side(name: str, enabled: frozenset[Lever]) -> Side:
-            options = ["--uvloop", "--levers", ",".join(sorted(enabled))]
-            return Side(running.enter_context(here.bare(*options, name=name)), here.tls.ca)
+        def side(name: str, *without: Lever) -> Side:
+            product = running.enter_context(here.sealgate(name=name, without=without))
+            return Side(product.process, product.ca, product.agent)
 
-        full = side("all-levers", ALL)
-        without = {lever: side(f"without-{lever}", ALL - {lever}) for lever in levers}
+        full = side(f"all-levers-{unit[:2].strip('/')}")
+        without = {lever: side(f"without-{lever}", lever) for lever in levers}
         sides = [full, *without.values()]
         interleave(sides, lambda one: one.transfer(here, "PUT"), rounds=0)
         interleave(sides, lambda one: one.small("PUT"), rounds=0)

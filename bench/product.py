@@ -47,7 +47,6 @@ key_file = "{key}"
 validity_s = {validity_s}
 [engine]
 http2 = {http2}
-levers = {levers}
 upstream_ca_file = "{ca}"
 [health]
 port = {health_port}
@@ -127,9 +126,12 @@ class Product:
 
 @contextlib.contextmanager
 def sealgate(
-    directory: Path, tls: Tls, origin_port: int, *, http2: bool = False, levers: bool = True
+    directory: Path, tls: Tls, origin_port: int, *, http2: bool = False, without: tuple[str, ...] = ()
 ) -> Iterator[Product]:
-    """Provision a tenant with one service in front of the origin, start the proxy, push the key."""
+    """Provision a tenant with one service in front of the origin, start the proxy, push the key.
+
+    *without*: levers to leave out, which is all that differs from `sealgate run`.
+    """
     directory.mkdir(mode=0o700)
     state = directory / "state"
     state.mkdir(mode=0o700)
@@ -158,7 +160,6 @@ def sealgate(
             ca=tls.ca,
             validity_s=_VALIDITY_S,
             http2=str(http2).lower(),
-            levers=str(levers).lower(),
         )
     )
     agent_tls = pki.write_credential(pki.issue_agent_tls(root, "bench", _AGENT), directory, "agent-tls")
@@ -173,7 +174,7 @@ def sealgate(
         os.urandom(32),
         itertools.count(1),
     )
-    argv = [sys.executable, "-m", "bench.product", str(settings)]
+    argv = [sys.executable, "-m", "bench.product", str(settings), *without]
     with (
         (directory / "sealgate.log").open("wb") as log,
         serving(directory.name, argv, port=port, core=PROXY_CORE, log=log) as process,
@@ -183,8 +184,9 @@ def sealgate(
 
 
 def main() -> None:
-    from proxy import app, config  # noqa: PLC0415 - only in the process under test
+    from proxy import app, config, gate  # noqa: PLC0415 - only in the process under test
 
+    gate.ALL = gate.ALL - {gate.Lever(name) for name in sys.argv[2:]}  # type: ignore[misc]
     app.run_proxy(config.load(Path(sys.argv[1]), os.environ))
 
 

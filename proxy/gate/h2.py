@@ -30,12 +30,10 @@ from typing import Any, Final, override
 import h2.events
 from mitmproxy.addons import next_layer
 from mitmproxy.connection import Connection, ConnectionState
-from mitmproxy.proxy import commands, events, layer, layers, server, tunnel
+from mitmproxy.proxy import commands, events, layer, layers, mode_servers, server, tunnel
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import http
 from mitmproxy.proxy.layers.http import _base, _events, _http2, _http_h2
-
-from proxy.gate import levers
 
 STREAM_WINDOW_BYTES: Final = 1 << 20
 HIGH_WATER_BYTES: Final = 256 * 1024
@@ -233,7 +231,7 @@ class _HttpLayer(http.HttpLayer):
                 self.connections.pop(connection, None)
 
 
-class BackpressureHandler(levers.PromptHandler):
+class BackpressureHandler(mode_servers.ProxyConnectionHandler):
     """The connection handler's share: an HTTP/1 source waits while its HTTP/2 destination is full (rule 3).
 
     The wait stands in `drain_writers` because that is where mitmproxy's read loop expects to be held, and to
@@ -241,7 +239,7 @@ class BackpressureHandler(levers.PromptHandler):
     """
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+        super().__init__(*args)  # type: ignore[no-untyped-call]
         self._moved = asyncio.Event()
 
     @override

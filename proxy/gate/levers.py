@@ -2,8 +2,9 @@
 
 1. A lever changes when and how bytes are copied, never which bytes, which events or which hooks there are.
    The gate stands above all of them and is not told which are pulled.
-2. A lever is here because `bench/` shows it (`make bench ONLY=levers`) and goes when it no longer does. The
-   gain in its comment is its own share, everything else pulled; CPU per GB or requests per second, one core.
+2. A lever is here because `bench/` shows it (`make bench ONLY=lever`) and goes when it no longer does. The
+   gain in its comment is its own share of CPU, everything else pulled. Tried and dropped: answering hooks
+   within the event that asks (no gain), skipping hooks without listeners (< 1 %).
 3. What is replaced is named in PINNED, so that another mitmproxy is noticed at start and not in production.
 """
 
@@ -11,7 +12,6 @@ import asyncio
 import collections
 import contextlib
 import gc
-import logging
 import ssl
 import types
 from collections.abc import Awaitable, Callable, Generator
@@ -24,7 +24,6 @@ from mitmproxy.coretypes import multidict
 from mitmproxy.proxy import commands, events, mode_servers, server
 from mitmproxy.proxy.layers import tls
 from mitmproxy.proxy.layers.http import _base, _http1
-from mitmproxy.utils import asyncio_utils
 from OpenSSL import SSL
 
 READ_BYTES: Final = 256 * 1024
@@ -44,7 +43,6 @@ class Lever(StrEnum):
     DIRECT_TLS = "direct-tls"
     HTTP1_BODY = "http1-body"
     TRUSTED_MESSAGES = "trusted-messages"
-    PROMPT_HOOKS = "prompt-hooks"
     DIRECT_HEADERS = "direct-headers"
     FROZEN_HEAP = "frozen-heap"
 
@@ -66,8 +64,6 @@ PINNED: Final[tuple[object, ...]] = (
     _http1.Http1Connection._handle_event,  # noqa: SLF001
     _http1.Http1Connection.read_body,
     ContentLengthReader,
-    server.ConnectionHandler.server_event,
-    server.ConnectionHandler.hook_task,
     http.Headers,
     multidict._MultiDict,  # noqa: SLF001
     http.MessageData,
@@ -103,7 +99,6 @@ def install(
         for name, ours in (("__getitem__", _headers_getitem), ("__contains__", _headers_contains)):
             _add(undo, http.Headers, name, ours)
         _add(undo, http.Headers, "get", _headers_get)
-    _replace(undo, PromptHandler, "is_prompt", Lever.PROMPT_HOOKS in enabled)
     return undo
 
 
@@ -120,7 +115,7 @@ def _replace(undo: contextlib.ExitStack, owner: Any, name: str, ours: object) ->
     setattr(owner, name, ours)
 
 
-# --- FROZEN_HEAP: p99 of small requests 22 -> 11 ms ---------------------------------------------------------
+# --- FROZEN_HEAP: small requests 2 %, their p99 20 % --------------------------------------------------------
 
 
 def warmed_up(enabled: frozenset[Lever] = ALL) -> None:
@@ -135,7 +130,7 @@ def warmed_up(enabled: frozenset[Lever] = ALL) -> None:
         gc.freeze()
 
 
-# --- BIG_READS: bulk +40 %, CPU -35 % -----------------------------------------------------------------------
+# --- BIG_READS: bulk 30 % -----------------------------------------------------------------------------------
 #
 # mitmproxy reads 65,535 bytes at a time: each costs a walk through eight generators, a lock and a drain.
 # asyncio and uvloop fetch 256 KiB from the socket at once anyhow; asyncio's StreamReader then copies them
@@ -287,7 +282,7 @@ class _Streams(types.ModuleType):
         )
 
 
-# --- DIRECT_TLS: bulk +20 % down, CPU -30 % with HTTP1_BODY -------------------------------------------------
+# --- DIRECT_TLS: bulk 17 % ----------------------------------------------------------------------------------
 #
 # pyOpenSSL allocates a buffer per call, 65,535 bytes for each 16 KiB record, and mitmproxy gathers the
 # records in a bytearray that it then copies. Here the records of a flight are decrypted side by side into one
@@ -344,7 +339,7 @@ def _tls_interact(self: tls.TLSLayer) -> Commands:
         yield commands.SendData(self.conn, _scratch_bytes[:size])
 
 
-# --- HTTP1_BODY: see DIRECT_TLS -----------------------------------------------------------------------------
+# --- HTTP1_BODY: bulk 9 % -----------------------------------------------------------------------------------
 #
 # Inside a body of known length a piece passes as it is, instead of into h11's buffer, out of it, and into
 # bytes. The piece that holds the body's end, and whatever comes after it, takes mitmproxy's own way.
@@ -367,125 +362,14 @@ def _http1_handle_event(self: _http1.Http1Connection, event: events.Event) -> Co
         yield from _stock_http1_handle_event(self, event)
 
 
-# --- TRUSTED_MESSAGES: small requests +13 % -----------------------------------------------------------------
+# --- TRUSTED_MESSAGES: small requests 10 % ------------------------------------------------------------------
 
 
 def _trust(_: http.MessageData) -> None:
     """Replaces a check of each field's type in each message: assertions, which `python -O` drops as well."""
 
 
-# --- PROMPT_HOOKS: small requests ---------------------------------------------------------------------------
-#
-# mitmproxy starts a task for each hook, four to each request, and lets the loop come round before it walks
-# through the layers again to say that it is done. Nearly all of them have nothing to wait for. Here a hook
-# starts at once (an eager task, Python >= 3.12); one that is done by then is told to the layers right after
-# the present event. One that waits goes on as a task, as before. What is sent meanwhile (a head, a body, an
-# end) goes to each socket in one piece.
-
-
-class PromptHandler(mode_servers.ProxyConnectionHandler):
-    """A connection handler whose events queue up behind each other instead of behind a lock."""
-
-    is_prompt = False
-    """Set by `install`. Without it everything is mitmproxy's own."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)  # type: ignore[no-untyped-call]
-        self._aborted = False  # set by the gate: nothing is handled any more
-        self._queue: collections.deque[events.Event] = collections.deque()
-        self._is_handling = False
-        self._unsent: dict[connection.Connection, list[bytes]] = {}
-        self._waiting_hooks: set[asyncio.Task[None]] = set()
-
-    @override
-    async def server_event(self, event: events.Event) -> None:
-        if not self.is_prompt:
-            await super().server_event(event)
-            return
-        self._queue.append(event)
-        if self._is_handling:
-            return  # We are inside the loop below, called by a hook that has ended at once.
-        self._is_handling = True
-        try:
-            while self._queue and not self._aborted:
-                self._handle(self._queue.popleft())
-            for receiver in list(self._unsent):
-                self._send(receiver)
-        except Exception:  # noqa: BLE001 - as mitmproxy does; the gate aborts when it sees this
-            self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
-        finally:
-            self._is_handling = False
-            self._queue.clear()
-            self._unsent.clear()
-
-    def _handle(self, event: events.Event) -> None:
-        """One event and the commands it leads to: `ConnectionHandler.server_event` but for the hooks."""
-        self.timeout_watchdog.register_activity()  # type: ignore[no-untyped-call]
-        for command in self.layer.handle_event(event):
-            if isinstance(command, commands.StartHook):
-                self._start(command)
-            elif isinstance(command, commands.OpenConnection):
-                if command.connection in self.transports:
-                    raise RuntimeError("this connection is open already")
-                handler = asyncio_utils.create_task(
-                    self.open_connection(command),
-                    name=f"server connection handler {command.connection.address}",
-                    keep_ref=False,
-                    client=self.client.peername,
-                )
-                self.transports[command.connection] = server.ConnectionIO(handler=handler)
-            elif isinstance(command, commands.RequestWakeup):
-                self.wakeup_timer.add(
-                    asyncio_utils.create_task(
-                        self.wakeup(command),
-                        name=f"wakeup timer ({command.delay:.1f}s)",
-                        keep_ref=False,
-                        client=self.client.peername,
-                    )
-                )
-            elif isinstance(command, commands.Log):
-                self.log(command.message, command.level)
-            elif not isinstance(command, commands.ConnectionCommand):
-                raise TypeError(f"unexpected command: {type(command).__name__}")
-            elif command.connection in self.transports:  # or else it has been closed meanwhile
-                self._obey(command)
-
-    def _obey(self, command: commands.ConnectionCommand) -> None:
-        match command:
-            case commands.SendData():
-                self._unsent.setdefault(command.connection, []).append(command.data)
-            case commands.CloseTcpConnection():
-                self._send(command.connection)
-                self.close_connection(command.connection, command.half_close)
-            case commands.CloseConnection():
-                self._send(command.connection)
-                self.close_connection(command.connection, False)
-            case _:
-                raise TypeError(f"unexpected command: {type(command).__name__}")
-
-    def _send(self, receiver: connection.Connection) -> None:
-        pieces = self._unsent.pop(receiver, None)
-        if not pieces or receiver not in self.transports or self._aborted:
-            return
-        writer = self.transports[receiver].writer
-        if writer is None:
-            raise RuntimeError("this connection is not open yet")
-        if not writer.is_closing():
-            writer.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-
-    def _start(self, hook: commands.StartHook) -> None:
-        task = asyncio.Task(
-            self.hook_task(hook),
-            loop=asyncio.get_running_loop(),
-            name=f"handle_hook({hook.name})",
-            eager_start=True,
-        )
-        if not task.done():
-            self._waiting_hooks.add(task)
-            task.add_done_callback(self._waiting_hooks.discard)
-
-
-# --- DIRECT_HEADERS: small requests -------------------------------------------------------------------------
+# --- DIRECT_HEADERS: small requests 5 % ---------------------------------------------------------------------
 #
 # mitmproxy looks a header up by five calls, two of them for every header there is, and by an exception where
 # it is missing. Some forty look-ups are made for each request, in three sets of headers that hardly change.

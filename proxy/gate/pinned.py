@@ -81,7 +81,6 @@ TABLE: Final[dict[str, str]] = {
     "mitmproxy.proxy.server:ConnectionHandler": "50e71b51b61837988b6d871e5a2d731dd96dab9f1325cd5941b657622033b60f",
     "mitmproxy.proxy.server:ConnectionHandler.drain_writers": "109f709c45a4e3934abdc988e63a3ca9ca0f0368479ade094a464158e280339e",
     "mitmproxy.proxy.server:ConnectionHandler.handle_connection": "2451fcecd710539b7fb82f368d52aefbca495e349679aaf095b8e82089ea97e5",
-    "mitmproxy.proxy.server:ConnectionHandler.hook_task": "3b1a1629926a3f22721e36c836dcfbab964af834bdb6e3cf420d107f4250463b",
     "mitmproxy.proxy.server:ConnectionHandler.open_connection": "ade8c4a01f414fe392a20c4130a176cf4310cfa42dea104b51f93382800985c3",
     "mitmproxy.proxy.server:ConnectionHandler.server_event": "fb648b86405fda7273db1bdb622de07ca32c1a27e4f2a59e17cfb5770b4643eb",
     "mitmproxy.proxy.server:ConnectionIO": "1eb780f1783f9adf35f9d7db6a92e29d9245f48d06ff14238d2928fc460f07e2",

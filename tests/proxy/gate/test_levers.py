@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, override
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from mitmproxy import http, options
 from mitmproxy.addonmanager import Loader
 from mitmproxy.addons.proxyserver import Proxyserver
-from mitmproxy.connection import Client, Connection, ConnectionState
-from mitmproxy.proxy import commands, events, layer, mode_servers, server, server_hooks, tunnel
+from mitmproxy.connection import Client, ConnectionState
+from mitmproxy.proxy import commands, events, layer, mode_servers, server, tunnel
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import tls
 from mitmproxy.proxy.layers.http import _base, _http1
@@ -614,158 +614,6 @@ def test_headers_look_up_the_same(
         assert story() == stock
 
 
-# --- hooks --------------------------------------------------------------------------------------------------
-
-
-class Order(layer.Layer):
-    """Asks for a hook at each event, sends before and after it, and takes down what happens."""
-
-    def __init__(self, context: Context, told: list[str]) -> None:
-        super().__init__(context)
-        self._told = told
-
-    @override
-    def _handle_event(self, event: events.Event) -> Generator[commands.Command, Any, None]:
-        assert isinstance(event, events.DataReceived)
-        name = event.data.decode()
-        self._told.append(f"event {name}")
-        yield commands.SendData(event.connection, name.encode())
-        yield server_hooks.ClientConnectedHook(cast("Client", name))
-        self._told.append(f"after {name}")
-        yield commands.SendData(event.connection, name.upper().encode())
-        if name == "z":
-            yield commands.CloseConnection(event.connection)
-        if name == "bad":
-            raise RuntimeError("a layer")
-
-
-class Writer:
-    """What a StreamWriter is to the handler."""
-
-    def __init__(self) -> None:
-        self.writes: list[bytes] = []
-        self.transport = SimpleNamespace()
-
-    def write(self, data: bytes) -> None:
-        self.writes.append(bytes(data))
-
-    def is_closing(self) -> bool:
-        return False
-
-    def get_extra_info(self, name: str, default: object = None) -> object:
-        return ("192.0.2.1", 1) if name in ("peername", "sockname") else default
-
-
-class Hooked(levers.PromptHandler):
-    """Its hooks are *hook*."""
-
-    def __init__(self, hook: Callable[[str], Awaitable[None]], told: list[str]) -> None:
-        opts = context().options
-        self.given = Writer()
-        super().__init__(None, None, self.given, opts, ProxyMode.parse("regular"))
-        self.layer = Order(Context(self.client, opts), told)
-        self.closed: list[str] = []
-        self.logged: list[str] = []
-        self._hook = hook
-
-    @override
-    async def handle_hook(self, hook: commands.StartHook) -> None:
-        await self._hook(hook.args()[0])
-
-    @override
-    def close_connection(self, connection: Connection, half_close: bool = False) -> None:
-        self.closed.append(f"after {len(self.given.writes)} writes")
-
-    @override
-    def log(self, message: str, level: int = 20, exc_info: Any = None) -> None:
-        self.logged.append(message)
-
-    async def receive(self, name: str) -> None:
-        await self.server_event(events.DataReceived(self.client, name.encode()))
-
-
-async def come_round(condition: Callable[[], bool]) -> None:
-    """Let the loop go on until *condition* holds."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    pytest.fail("it did not happen")
-
-
-async def test_a_hook_that_need_not_wait_is_answered_within_its_event() -> None:
-    told: list[str] = []
-
-    async def hook(name: str) -> None:
-        told.append(f"hook {name}")
-
-    with levers.install(frozenset({Lever.PROMPT_HOOKS})):
-        handler = Hooked(hook, told)
-        await handler.receive("a")
-        assert told == ["event a", "hook a", "after a"]
-        assert handler.given.writes == [b"aA"]
-        await handler.receive("z")
-    assert handler.given.writes == [b"aA", b"zZ"]
-    assert handler.closed == ["after 2 writes"]  # What was sent before it has been written.
-
-
-async def test_without_the_lever_the_loop_comes_round_first() -> None:
-    told: list[str] = []
-
-    async def hook(name: str) -> None:
-        told.append(f"hook {name}")
-
-    with levers.install(NONE):
-        handler = Hooked(hook, told)
-        await handler.receive("a")
-        assert told == ["event a"]
-        await come_round(lambda: "after a" in told)
-    assert handler.given.writes == [b"a", b"A"]
-
-
-async def test_a_hook_that_waits_goes_on_later_and_other_events_queue_behind_it() -> None:
-    told: list[str] = []
-    gate = asyncio.Event()
-
-    async def hook(name: str) -> None:
-        if name == "slow":
-            await gate.wait()
-        told.append(f"hook {name}")
-
-    with levers.install(frozenset({Lever.PROMPT_HOOKS})):
-        handler = Hooked(hook, told)
-        await handler.receive("slow")
-        await handler.receive("b")
-        assert told == ["event slow"]
-        gate.set()
-        await come_round(lambda: "after b" in told)
-    assert told == ["event slow", "hook slow", "after slow", "event b", "hook b", "after b"]
-    assert b"".join(handler.given.writes) == b"slowSLOWbB"
-
-
-async def test_a_layer_that_raises_is_reported_and_sends_nothing_of_that_event() -> None:
-    async def hook(_: str) -> None: ...
-
-    with levers.install(frozenset({Lever.PROMPT_HOOKS})):
-        handler = Hooked(hook, [])
-        await handler.receive("bad")
-        assert handler.logged == ["mitmproxy has crashed!"]
-        assert handler.given.writes == []
-
-
-async def test_nothing_is_handled_or_sent_after_an_abort() -> None:
-    told: list[str] = []
-
-    async def hook(_: str) -> None:
-        handler._aborted = True
-
-    with levers.install(frozenset({Lever.PROMPT_HOOKS})):
-        handler = Hooked(hook, told)
-        await handler.receive("a")
-    assert told == ["event a"]
-    assert handler.given.writes == []
-
-
 # --- the rest -----------------------------------------------------------------------------------------------
 
 
@@ -807,7 +655,6 @@ def test_what_is_installed_is_undone() -> None:
         (http.Headers, "get_all"),
         (http.Headers, "__contains__"),
         (http.Headers, "__getitem__"),
-        (levers.PromptHandler, "is_prompt"),
     ]
     before = [getattr(owner, name) for owner, name in watched]
     with levers.install(levers.ALL):
