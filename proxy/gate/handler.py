@@ -323,7 +323,7 @@ def _reset(writer: Any) -> None:
             writer.close()  # a datagram "stream": nothing lingers
         return
     if (raw := transport.get_extra_info("socket")) is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: uvloop's, of one that is closed already
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
 
