@@ -24,7 +24,7 @@ from envelope.errors import SealgateError
 from key_agent.agent import Agent
 from key_agent.errors import KeySourceError
 from key_agent.operations import Json, Operations
-from key_agent.registry.database import RegistryError
+from key_agent.registry.database import RegistryError, RegistryInUseError
 from key_agent.registry.store import RefusedChangeError
 from key_agent.state_dir import StateLockedError
 from runtime.cli import CommandError, ExitCode, explain
@@ -163,6 +163,8 @@ def explain_agent(error: Exception) -> CommandError:
             )
         case StateLockedError():
             return CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="locked")
+        case RegistryInUseError():
+            return CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="registry-in-use")
         case RegistryError():
             return CommandError(
                 str(error), "mend the database, then try again", ExitCode.UNAVAILABLE, code="registry"

@@ -36,6 +36,13 @@ def _ms(name: str, *, nullable: bool = False) -> Column[int]:
     return Column(name, BigInteger, nullable=nullable)
 
 
+holder = Table(
+    "holder",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # one row
+    Column("instance", String(32), nullable=False),  # the process that opened the registry last
+)
+
 environment = Table(
     "environment",
     metadata,

@@ -3,7 +3,6 @@
 import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -19,15 +18,9 @@ S3, BOX = NetworkService("acme", "s3"), NetworkService("acme", "box")
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    tmp_path.chmod(0o700)
-    return tmp_path
-
-
-@pytest.fixture
-async def registry(directory: Path) -> AsyncIterator[Registry]:
+async def registry(url: str) -> AsyncIterator[Registry]:
     opened = await Registry.open(
-        f"sqlite:///{directory / 'registry.db'}",
+        url,
         tenant_id="acme",
         environment_id="main",
         agent_id="hq",
