@@ -1,6 +1,8 @@
 """Key material until its end (docs/format.md, "Key-material envelope" and "Keys").
 
 1. A deadline is a point on the boot clock. Whoever holds a key asks `DataKey.check` before every piece.
+   A virtual machine that is paused, or restored from an image, has a boot clock that stood still: the time by
+   which the wall clock then jumps ahead is taken off every deadline.
 2. A refresh prolongs the very object that running bodies hold; withdrawal, suspension, expiry end it.
 3. What has ended is overwritten, at once when it is taken back, and by the sweeper when its time is up.
 4. A withdrawal beats every push that was issued before it, whatever the order of arrival and whoever sent it.
@@ -30,6 +32,8 @@ MAX_TOMBSTONES: Final = 1024
 MAX_MISSES: Final = 256
 MISS_TTL_S: Final = 60.0
 SWEEP_INTERVAL_S: Final = 1.0
+LOST_TIME_S: Final = 1.0
+"""Less than this between two looks is the clocks' own drift."""
 
 _STOPPING_STATES: Final = {
     KeyState.SUSPENDED: Unavailable.SUSPENDED,
@@ -130,6 +134,10 @@ class DataKey:
         self._state = state
         self._deadline_boot_s = deadline_boot_s
 
+    def shorten(self, lost_s: float) -> None:
+        """So much of its time has passed unseen. Only the cache calls this."""
+        self._deadline_boot_s -= lost_s
+
     def holds(self, secret: bytearray) -> bool:
         """Whether *secret* is this key's material, compared in constant time."""
         return hmac.compare_digest(self._secret, secret)
@@ -227,6 +235,8 @@ class KeyCache:
         self._clock = clock
         self._slots: dict[NetworkService, _Slot] = {}
         self._deadlines = _Deadlines(clock, self._on_expired)
+        self._ahead_s = self._wall_ahead_s()
+        """The most by which the wall clock was ever ahead of the boot clock."""
 
     @override
     def __repr__(self) -> str:
@@ -250,6 +260,7 @@ class KeyCache:
         passed; "owner" if a key belongs to someone else; "key-conflict" if a key id would get a second
         material; "too-many".
         """
+        self.take_off_lost_time()  # of the keys that are here, not of those that come
         self.sweep()
         materials = tuple(keys)
         slot = self._slots.get(owner)
@@ -301,10 +312,29 @@ class KeyCache:
         """Overwrite what has expired."""
         self._deadlines.expire()
 
+    def take_off_lost_time(self) -> None:
+        """Shorten every key by the time that the wall clock has seen and the boot clock has not."""
+        ahead_s = self._wall_ahead_s()
+        lost_s, self._ahead_s = ahead_s - self._ahead_s, max(ahead_s, self._ahead_s)
+        if lost_s < LOST_TIME_S:
+            return
+        for slot in self._slots.values():
+            for key in list(slot.keys.values()):
+                key.shorten(lost_s)
+                if key.valid_for_s > 0:
+                    self._deadlines[key.owner, key.key_id] = key
+                else:
+                    self._deadlines.pop((key.owner, key.key_id), None)
+                    self._on_expired(key)
+
+    def _wall_ahead_s(self) -> float:
+        return self._clock.wall_s() - self._clock.boot_s()
+
     async def run_sweeper(self) -> NoReturn:
         """Overwrite what expires, also when nobody asks for it."""
         while True:
             await self._clock.sleep(SWEEP_INTERVAL_S)
+            self.take_off_lost_time()
             self.sweep()
 
     def close(self) -> None:

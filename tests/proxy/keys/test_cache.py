@@ -450,3 +450,46 @@ async def test_a_cancelled_waiter_leaves_no_task(cache: KeyCache, clock: ManualC
 
 def test_reasons_cover_the_enum() -> None:
     assert set(cache_module._CAUSES) == set(Unavailable)
+
+
+async def test_time_that_the_boot_clock_did_not_see_counts_too(cache: KeyCache, clock: ManualClock) -> None:
+    """A virtual machine that was paused, or restored from an image of its memory: its boot clock stood still.
+
+    Its wall clock is set right afterwards. Keys whose end has passed meanwhile end now; nobody can withdraw
+    them, for the agent has seen their end.
+    """
+    key = material()
+    install(cache, clock, key)
+    sweeper = asyncio.create_task(cache.run_sweeper())
+    try:
+        await clock.advance(2)
+        held = cache.sealing_key(DRIVE)
+        clock.set_wall(clock.wall_s() + VALIDITY_S / 2)
+        await clock.advance(2)
+        held.check()
+        assert held.valid_for_s == pytest.approx(VALIDITY_S / 2 - 4, abs=1.5)
+        clock.set_wall(clock.wall_s() + VALIDITY_S / 2)
+        await clock.advance(1)
+        with pytest.raises(KeyUnavailableError) as caught:
+            held.check()
+        assert caught.value.reason is Unavailable.EXPIRED
+        assert not any(key.secret)
+    finally:
+        sweeper.cancel()
+        await asyncio.gather(sweeper, return_exceptions=True)
+
+
+async def test_keys_that_arrive_right_after_the_jump_keep_their_time(
+    cache: KeyCache, clock: ManualClock
+) -> None:
+    clock.set_wall(clock.wall_s() + 3600)
+    install(cache, clock, material())
+    sweeper = asyncio.create_task(cache.run_sweeper())
+    await clock.advance(2)
+    assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 2)
+    for shift_s in (-3600, 3600):  # set back and set right again: no time was lost
+        clock.set_wall(clock.wall_s() + shift_s)
+        await clock.advance(2)
+    assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 6)
+    sweeper.cancel()
+    await asyncio.gather(sweeper, return_exceptions=True)
