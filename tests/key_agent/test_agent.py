@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
 from envelope.certificates import CertificateError
 from envelope.keys import KeyState, NetworkService
@@ -14,6 +15,7 @@ from key_agent.errors import KeySourceError
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError, Registry
+from key_agent.registry.tables import dek_wrap
 from key_agent.sources.source import Kek, Verdict
 from runtime.audit import AuditUnavailableError
 from tests.fakes.proxies import pem
@@ -32,6 +34,36 @@ async def test_a_new_service_gets_its_key_at_once(bench: Bench) -> None:
         assert bench.proxy().valid_keys(S3) == [result["new_key"]]
         [row] = await agent.registry.data_keys()
         assert (str(row.key_id), row.state) == (result["new_key"], KeyState.ACTIVE)
+
+
+async def test_a_new_key_of_a_hosted_service_goes_to_all_its_proxies_at_once(bench: Bench) -> None:
+    """Until a proxy has it, it cannot open what another one seals: no proxy waits for another one's push."""
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations, proxy="p1")
+        await bench.provision(operations, proxy="p2")
+        await bench.provision(operations, "box", proxy="p3")
+        [key] = [row for row in await agent.registry.data_keys() if row.owner == S3]
+        # The registry lost the active key's only wrap (a disk; a backup made before): `service add` mends it.
+        await _lose_wrap(agent.registry, str(key.key_id))
+        posts = bench.proxy("p3").posts
+        calls: list[str] = []
+        bench.source.on_call = calls.append
+        result = await operations.service_add(
+            service="s3", proxy="p1", certificate_pem=pem(bench.proxy("p1").services[S3].certificate)
+        )
+        assert result["proxies"] == [
+            {"proxy": name, "outcome": "accepted", "error": None} for name in ("p1", "p2")
+        ]
+        for name in ("p1", "p2"):
+            assert bench.proxy(name).valid_keys(S3) == [result["new_key"]]
+        assert calls.count("seal_envelopes") == 1, "one unwrapping for both: neither waits for the other"
+        assert bench.proxy("p3").posts == posts
+
+
+async def _lose_wrap(registry: Registry, key_id: str) -> None:
+    await registry._database.transact(
+        lambda c: c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == key_id))
+    )
 
 
 async def test_refresh_every_interval_to_every_proxy(bench: Bench) -> None:
