@@ -8,6 +8,7 @@
 4. Only an active KEK gives a reservation. This is the second lock; the first is `key_agent.consent`.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -17,7 +18,7 @@ from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, func, i
 
 from envelope.keys import TRANSITIONS, KeyId, KeyState, NetworkService
 from key_agent.errors import KeyAgentError
-from key_agent.registry.database import Database
+from key_agent.registry.database import Database, RegistryError
 from key_agent.registry.model import (
     Book,
     DataKeyRow,
@@ -229,6 +230,7 @@ class Registry:
                     canary_ciphertext=made.canary_ciphertext,
                     canary_sha256=made.canary_sha256,
                     made_at_ms=made.created_at_ms,
+                    made_sha256=_kek_checksum(made),
                     state=KekState.ACTIVE,
                     state_reason=None,
                     state_since_ms=now_ms,
@@ -817,6 +819,11 @@ def _kek_row(row: Row[Any]) -> KekRow:
             canary_sha256=bytes(row.canary_sha256),
             created_at_ms=row.made_at_ms,
         )
+        if _kek_checksum(made) != row.made_sha256:
+            raise RegistryError(
+                f"registry: the row of KEK {row.id} is damaged: restore the registry from a backup "
+                "(nothing is said about the KEK in the HSM)"
+            )
     return KekRow(
         reference=reference,
         version=row.version,
@@ -825,6 +832,23 @@ def _kek_row(row: Row[Any]) -> KekRow:
         reason=row.state_reason,
         since_ms=row.state_since_ms,
     )
+
+
+def _kek_checksum(made: Kek) -> bytes:
+    """Of all that a diagnosis compares with the HSM: damaged, it would look like a revocation."""
+    reference = made.reference
+    parts = [
+        reference.kek_id,
+        reference.environment_id,
+        reference.label,
+        reference.object_id.hex(),
+        made.method,
+        made.token_serial,
+        made.canary_ciphertext.hex(),
+        made.canary_sha256.hex(),
+        made.created_at_ms,
+    ]
+    return sha256(json.dumps(parts).encode()).digest()
 
 
 def _is_sound(row: Row[Any]) -> bool:

@@ -77,6 +77,8 @@ kek = Table(
     Column("canary_ciphertext", LargeBinary),
     Column("canary_sha256", LargeBinary),
     _ms("made_at_ms", nullable=True),
+    # Of all that the proof about the KEK rests on: bit rot in it would look like a revocation.
+    Column("made_sha256", LargeBinary),
     Column("state", String(16), nullable=False),
     Column("state_reason", Text),
     _ms("state_since_ms"),

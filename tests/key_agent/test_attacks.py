@@ -1,6 +1,7 @@
 """What somebody would try, or what goes wrong at the worst moment, so that keys survive the kill switch."""
 
 import asyncio
+import sqlite3
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from envelope.keys import NetworkService
 from key_agent.agent import Agent
 from key_agent.consent import Standing
+from key_agent.registry.database import RegistryError
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.source import Kek, Verdict
 from tests.key_agent.conftest import Bench, until
@@ -166,3 +168,64 @@ async def test_a_row_that_changes_while_it_is_written_ends_no_loop(bench: Bench)
             await asyncio.sleep(0.05)  # the registry's thread
         await until(lambda: agent._to_persist is None)
         assert agent.consent.standing is Standing.CONSENTED
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "canary_ciphertext = zeroblob(60)",
+        "canary_sha256 = zeroblob(32)",
+        "label = 'another'",
+        "object_id = zeroblob(16)",
+        "token_serial = 'another'",
+    ],
+)
+async def test_a_damaged_row_is_no_revocation(bench: Bench, damage: str) -> None:
+    """Every one of these would look like a KEK destroyed or replaced: withdrawn for good, and no way back."""
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations)
+        [key] = bench.proxy().valid_keys(S3)
+    file = bench.directory / "registry.db"
+    sound = file.read_bytes()
+    connection = sqlite3.connect(file)
+    connection.execute(f"UPDATE kek SET {damage}")
+    connection.commit()
+    connection.close()
+    with pytest.raises(RegistryError, match="damaged"):
+        async with bench.agent():
+            pass
+    assert bench.proxy().valid_keys(S3) == [key]
+    assert all(claims.keys for claims in bench.proxy().accepted)
+    file.write_bytes(sound)
+    async with bench.agent() as (agent, _):
+        await until(lambda: agent.consent.standing is Standing.CONSENTED)
+
+
+async def test_a_row_damaged_while_the_agent_runs_stops_pushes_and_no_withdrawal(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations)
+        accepted = len(bench.proxy().accepted)
+        connection = sqlite3.connect(bench.directory / "registry.db")
+        connection.execute("UPDATE kek SET canary_ciphertext = zeroblob(60)")
+        connection.commit()
+        connection.close()
+        await bench.clock.advance(300)
+        await until(lambda: agent.refresh.schedule.failures("p1"))
+        assert len(bench.proxy().accepted) == accepted
+        assert agent.consent.standing is Standing.CONSENTED
+        bench.source.destroy(_kek_of(agent))
+        await bench.clock.advance(5)
+        await until(lambda: not bench.proxy().valid_keys(S3))
+        assert bench.proxy().accepted[-1].keys == ()
+
+
+async def test_a_registry_from_before_the_checksum_gets_it(bench: Bench) -> None:
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations)
+    connection = sqlite3.connect(bench.directory / "registry.db")
+    connection.execute("ALTER TABLE kek DROP COLUMN made_sha256")
+    connection.execute("UPDATE alembic_version SET version_num = '0003'")
+    connection.commit()
+    connection.close()
+    async with bench.agent() as (agent, _):
+        await until(lambda: agent.consent.standing is Standing.CONSENTED)
