@@ -65,8 +65,8 @@ _EXCHANGE: Final = "sealgate.exchange"
 _COUNTED: Final = "sealgate.counted"
 _MAX_AUDIT_PATH: Final = 512
 MAX_FLOWS: Final = 256
-"""Of one client connection. HTTP/2 bounds open streams, not those its client has reset while we wait for a key
-or a service on their behalf: each would go on costing memory."""
+"""Of one client connection. HTTP/2 bounds open streams, not those its client has reset while we wait for a
+key or a service on their behalf: each would go on costing memory."""
 
 log = structlog.get_logger(__name__)
 
@@ -554,8 +554,13 @@ class SealgateAddon:
         return client
 
     def _source(self, flow: HTTPFlow, exchange: Exchange) -> Source:
+        plan = exchange.plan
+        dropped = frozenset[str]() if isinstance(plan, Refuse) else plan.edits.drop
+        fields = flow.request.headers.fields
         return Source(
-            service=exchange.route.service, target=exchange.target, fields=tuple(flow.request.headers.fields)
+            service=exchange.route.service,
+            target=exchange.target,
+            fields=tuple(field for field in fields if field[0].decode("latin-1").lower() not in dropped),
         )
 
     def _legacy_passed(self, exchange: Exchange) -> None:

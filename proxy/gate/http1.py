@@ -8,7 +8,8 @@
 4. A request that does not parse is answered by `refusals.BAD_MESSAGE`, not by mitmproxy's page.
 5. What a client sends after its request is for the next one. Of that MAX_HEAD_BYTES are kept, then the client
    is not read until the response is complete; mitmproxy keeps all of it.
-6. A field value on several lines (obs-fold) is a bad message: not every reader sees one field there.
+6. Chunks that came together go on as one piece, however small a peer makes them.
+7. A field value on several lines (obs-fold) is a bad message: not every reader sees one field there.
 """
 
 from collections.abc import Generator
@@ -19,8 +20,10 @@ from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
+    RequestData,
     RequestHeaders,
     RequestTrailers,
+    ResponseData,
     ResponseHeaders,
     ResponseProtocolError,
     ResponseTrailers,
@@ -67,7 +70,7 @@ class GuardedHttp1Server(Http1Server):
     @override
     def read_body(self, event: events.Event) -> Commands:
         try:
-            yield from super().read_body(event)
+            yield from _gathered(super().read_body(event))
         except NotImplementedError:
             yield ReceiveHttp(RequestTrailers(self.stream_id, Headers()))
             yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
@@ -121,13 +124,38 @@ class GuardedHttp1Client(Http1Client):
     @override
     def read_body(self, event: events.Event) -> Commands:
         try:
-            yield from super().read_body(event)
+            yield from _gathered(super().read_body(event))
         except NotImplementedError:
             if self.stream_id is not None:
                 yield ReceiveHttp(ResponseTrailers(self.stream_id, Headers()))
                 yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
             yield from self.mark_done(response=True)
         yield from _bound_lines(self)
+
+
+def _gathered(stock: Commands) -> Commands:
+    """The chunks that came together as one piece: each piece costs a walk through all layers."""
+    pieces: list[RequestData | ResponseData] = []
+    try:
+        for command in stock:
+            if isinstance(command, ReceiveHttp) and isinstance(command.event, RequestData | ResponseData):
+                pieces.append(command.event)
+            else:
+                yield from _joined(pieces)
+                yield command
+    except NotImplementedError:  # trailers, after the last chunk
+        yield from _joined(pieces)
+        raise
+    yield from _joined(pieces)
+
+
+def _joined(pieces: list[RequestData | ResponseData]) -> Commands:
+    if pieces:
+        first = pieces[0]
+        if len(pieces) > 1:
+            first = type(first)(first.stream_id, b"".join(piece.data for piece in pieces))
+        pieces.clear()
+        yield ReceiveHttp(first)
 
 
 def _bound_lines(connection: Http1Server | Http1Client) -> Commands:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from proxy.bodies import SealBody
+from proxy.gate.permit import Piece
 from tests.fakes.origin import End, Exchange, Reply
 from tests.integration.attack_rig import CANARY, Siege, answers, besieged
 
@@ -102,3 +104,35 @@ async def test_folded_fields_are_refused(siege: Siege, field: bytes) -> None:
         got = await answers(stream, b"PUT /x HTTP/1.1\r\n" + field + b"\r\n\r\n" + CANARY)
     assert got.startswith(b"HTTP/1.1 400 ")
     assert siege.origin.exchanges == []
+
+
+async def test_tiny_chunks_do_not_cost_a_walk_each(siege: Siege, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[int] = []
+    stock = SealBody.feed
+
+    def feed(self: SealBody, piece: bytes) -> list[Piece]:
+        fed.append(len(piece))
+        return stock(self, piece)
+
+    monkeypatch.setattr(SealBody, "feed", feed)
+    body = CANARY * 100
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    async with siege.reverse() as stream:
+        head = PUT + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        got = await answers(stream, head + chunks + b"0\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 200 ")
+    assert siege.rig.open_independently(siege.owner, bytes(siege.origin.exchanges[-1].body)) == body
+    assert sum(fed) == len(body)
+    assert len(fed) < len(body) / 100
+
+
+async def test_reading_ahead_says_no_more_than_the_request_may(siege: Siege) -> None:
+    async with siege.reverse() as stream:
+        hop = b"Connection: close, X-Mine\r\nX-Mine: 1\r\nProxy-Authorization: B x\r\nWant-Digest: md5\r\n"
+        head = b"GET /x HTTP/1.1\r\nHost: a\r\nX-Kept: 1\r\nRange: bytes=0-5\r\n"
+        await answers(stream, head + hop + b"\r\n")
+    assert [one.header("range") for one in siege.origin.exchanges] == ["bytes=0-87", None]
+    for exchange in siege.origin.exchanges:
+        assert exchange.header("x-kept") == "1"
+        for name in ("x-mine", "proxy-authorization", "want-digest"):
+            assert exchange.header(name) is None
