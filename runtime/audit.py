@@ -5,7 +5,7 @@
    again and AuditUnavailableError raised: the caller refuses the operation. The next append may succeed.
 3. `durable=True` returns after fdatasync. `durable=False` leaves the line in the page cache: it survives the
    process being killed, not the machine; for events of the data path, which are many, and are on disk with
-   the next durable one.
+   the next durable one. They are written on event loops, so they wait for no other thread's sync.
 4. After a failed fdatasync nobody knows what is on disk (the kernel forgets the error): the log stays refused
    until it is opened anew, which reads and verifies it.
 5. The file is ours alone: if it was removed, replaced, cut or written by someone else, appending is refused.
@@ -53,6 +53,7 @@ class AuditLog:
         self._clock = clock
         self._descriptor = descriptor
         self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()  # taken before the other one where both are
         self._head = audit.EMPTY
         self._size_bytes = 0
         self._failure: str | None = None
@@ -88,12 +89,14 @@ class AuditLog:
             )
             self._write(line)
             self._head = head
-            if durable:
+        if durable:
+            with self._sync_lock:
+                self._check_synced()
                 self._sync()
 
     def close(self) -> None:
         """Sync, as far as possible, and let the file go; appending is refused from now on."""
-        with self._lock:
+        with self._sync_lock, self._lock:
             if self._descriptor < 0:
                 return
             try:
@@ -106,16 +109,20 @@ class AuditLog:
                 self._failure = "is closed"
 
     def _check_usable(self) -> None:
-        if self._failure is not None:
-            raise AuditUnavailableError(
-                f"{self.path} {self._failure}", "find the cause in the log, then restart"
-            )
+        self._check_synced()
         try:
             status = os.stat(self._path)  # noqa: PTH116 - on the data path
         except OSError as error:
             raise self._fail(f"has gone ({error.strerror})", "restore the file, then restart") from error
         if _identity(status) != self._identity or status.st_size != self._size_bytes:
             raise self._fail("was replaced, cut or written by someone else", "find out by whom, then restart")
+
+    def _check_synced(self) -> None:
+        """A sync after a failed one may say that all is well: the kernel has forgotten."""
+        if self._failure is not None:
+            raise AuditUnavailableError(
+                f"{self.path} {self._failure}", "find the cause in the log, then restart"
+            )
 
     def _write(self, line: bytes) -> None:
         try:

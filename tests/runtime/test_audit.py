@@ -8,13 +8,16 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import override
 
 import pytest
 
 from envelope import audit
 from envelope.errors import MisuseError
 from runtime.audit import AuditLog, AuditUnavailableError
+from runtime.clock import Clock
 from tests.fakes.clock import ManualClock
 
 ROOT = Path(__file__).parents[2]
@@ -283,6 +286,35 @@ def test_a_change_of_directory_changes_nothing(
 
 
 # --- file systems that refuse
+
+
+class SlowDisk(AuditLog):
+    """Syncs only when it is let."""
+
+    def __init__(self, path: Path, clock: Clock, descriptor: int) -> None:
+        super().__init__(path, clock, descriptor)
+        self.begun, self.let = threading.Event(), threading.Event()
+
+    @override
+    def _sync(self) -> None:
+        self.begun.set()
+        assert self.let.wait(30)
+        super()._sync()
+
+
+def test_an_event_of_the_data_path_waits_for_no_disk(tmp_path: Path, clock: ManualClock) -> None:
+    """It is written on the event loop: a slow sync in another thread must not stop every tenant's traffic."""
+    log = SlowDisk.open(tmp_path / "audit.jsonl", clock)
+    with ThreadPoolExecutor(2) as pool:
+        durable = pool.submit(log.append, "keys-accepted")
+        assert log.begun.wait(10)
+        quick = pool.submit(log.append, "object-open", durable=False)
+        quick.result(timeout=10)
+        assert not durable.done()
+        log.let.set()
+        durable.result(timeout=10)
+    log.close()
+    assert audit.verify(log.path.read_bytes().splitlines(keepends=True)).seq == 2
 
 
 def test_after_a_failed_sync_nothing_is_believed(log: AuditLog) -> None:
