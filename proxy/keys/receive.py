@@ -9,13 +9,16 @@
    second in which the envelope was issued, or one agent could lock out the others for ever.
 4. Accepting keys is an audit event on disk before the keys are in the cache. Without it they are dropped.
    A withdrawal works the other way round: first the keys are gone, then it is recorded, and a log that cannot
-   be written makes the receipt an error, never the keys available.
+   be written makes the receipt an error, never the keys available. One that hangs is one that cannot be
+   written: a push API with all its places waiting for a disk would take no withdrawal.
 5. The challenge is ours and random; an agent without one is told to open a session (code "nonce").
 """
 
 import asyncio
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -52,6 +55,8 @@ from runtime.observe import NAMESPACE, REGISTRY
 
 MAX_AGENTS_PER_TENANT: Final = 64
 """A tenant can certify any number of agents; who is pushed out opens a new session."""
+AUDIT_PATIENCE_S: Final = 5.0
+"""For one event on disk. Less than an agent waits for its answer (10 s)."""
 MAX_LIVE_TOKENS: Final = 4096
 """Per issuer and network service; the sequence alone already refuses a replay."""
 
@@ -158,8 +163,12 @@ class Receiver:
         clock: Clock,
         validity_s: int,
         directory: Directory,
+        audit_patience_s: float = AUDIT_PATIENCE_S,
     ) -> None:
         self.proxy_id: Final = proxy_id
+        self._audit_patience_s = audit_patience_s
+        # Of its own: were the disk to hang, nobody else's work waits behind these events.
+        self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-audit")
         self._cache = cache
         self._audit = audit
         self._clock = clock
@@ -369,12 +378,14 @@ class Receiver:
             "keys withdrawn", service=str(claims.owner), agent=claims.issuer, sequence=claims.sequence
         )
         try:
-            await asyncio.to_thread(
-                self._audit.append,
-                "keys-withdrawn",
-                service=str(claims.owner),
-                agent=claims.issuer,
-                sequence=claims.sequence,
+            await self._recorded(
+                functools.partial(
+                    self._audit.append,
+                    "keys-withdrawn",
+                    service=str(claims.owner),
+                    agent=claims.issuer,
+                    sequence=claims.sequence,
+                )
             )
         except AuditUnavailableError as error:
             return self._audit_refused(opened, error)
@@ -384,12 +395,23 @@ class Receiver:
         if not accepted:
             return {}
         try:
-            await asyncio.to_thread(self._record, list(accepted.values()))
+            await self._recorded(functools.partial(self._record, list(accepted.values())))
         except AuditUnavailableError as error:
             for opened in accepted.values():
                 opened.wipe()
             return {index: self._audit_refused(opened, error) for index, opened in accepted.items()}
         return {index: self._install_one(opened) for index, opened in accepted.items()}
+
+    async def _recorded(self, work: Callable[[], None]) -> None:
+        """Return when *work* has its events on disk. AuditUnavailableError if it fails or takes too long."""
+        try:
+            async with asyncio.timeout(self._audit_patience_s):
+                await asyncio.get_running_loop().run_in_executor(self._recorder, work)
+        except TimeoutError:
+            raise AuditUnavailableError(
+                f"{self._audit.path} did not take an event within {self._audit_patience_s:g} s",
+                "find out what the disk waits for",
+            ) from None
 
     def _record(self, accepted: Sequence[_Opened]) -> None:
         """One event each; the last one's sync puts all of them on disk."""

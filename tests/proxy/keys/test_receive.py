@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 from envelope import derive
 from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
-from envelope.keys import KeyState
+from envelope.keys import KeyMaterial, KeyState
 from envelope.material import MAX_SEQUENCE, Operation
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
 from proxy.tenants.model import Directory
 from runtime.audit import AuditLog, AuditUnavailableError
+from runtime.clock import Clock
 from tests.fakes.clock import ManualClock
 from tests.pki import make_tenant
 from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directory_of, host_tenant
@@ -472,3 +474,61 @@ async def test_a_push_with_a_sequence_from_the_future_loses_to_another_agents_la
     (receipt,) = await proxy.receiver.receive(acme.name, "branch", [withdrawal])
     assert receipt.status == "accepted"
     assert await proxy.push(acme, far) == ["sequence"]
+
+
+class HungDisk(AuditLog):
+    """Durable events hang from the moment `is_hung` is set, until `let` is."""
+
+    is_hung = False
+
+    def __init__(self, path: Path, clock: Clock, descriptor: int) -> None:
+        super().__init__(path, clock, descriptor)
+        self.let = threading.Event()
+
+    @override
+    def _sync(self) -> None:
+        if self.is_hung:
+            assert self.let.wait(30)
+        super()._sync()
+
+
+async def test_a_hung_audit_log_refuses_keys_in_time_and_holds_up_no_withdrawal(
+    acme: HostedTenant, tmp_path: Path
+) -> None:
+    """The push API has a few places per tenant: pushes that wait for the disk must not keep them."""
+    clock = ManualClock()
+    audit, cache = HungDisk.open(tmp_path / "audit.jsonl", clock), KeyCache(clock)
+    receiver = Receiver(
+        proxy_id=PROXY_ID,
+        cache=cache,
+        audit=audit,
+        clock=clock,
+        validity_s=VALIDITY_S,
+        directory=directory_of(acme),
+        audit_patience_s=0.2,
+    )
+    challenge = receiver.open_session(
+        acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
+    ).challenge
+
+    async def push(*keys: KeyMaterial) -> str:
+        token = acme.seal(clock, challenge, *keys)
+        (receipt,) = await receiver.receive(acme.name, acme.agent_id, [token])
+        return receipt.code or receipt.status
+
+    assert await push(acme.key()) == "accepted"
+    held = cache.sealing_key(acme.owner())
+    audit.is_hung = True
+    hanging = [asyncio.create_task(push(acme.key())) for _ in range(12)]
+    codes = await asyncio.wait_for(asyncio.gather(*hanging), 10)
+    assert set(codes) == {"audit-unavailable"}
+    held.check()
+    withdrawing = asyncio.create_task(push())
+    await asyncio.sleep(0)
+    with pytest.raises(KeyUnavailableError):
+        held.check()
+    assert await withdrawing == "audit-unavailable", "withdrawn all the same, and the agent is told"
+    audit.let.set()
+    audit.is_hung = False
+    assert await push(acme.key()) == "accepted"
+    audit.close()
