@@ -1,5 +1,6 @@
 import asyncio
 import time
+from typing import override
 
 import pytest
 
@@ -14,6 +15,25 @@ async def test_the_system_clock_reads_what_it_says() -> None:
     assert abs(clock.wall_s() - time.time()) < 60
     await clock.sleep(0.01)
     assert clock.boot_s() >= before + 0.01
+
+
+class Suspended(SystemClock):
+    """A machine that was suspended for *gone_s* seconds: only its boot clock has seen them."""
+
+    gone_s = 0.0
+
+    @override
+    def boot_s(self) -> float:
+        return super().boot_s() + self.gone_s
+
+
+async def test_sleep_does_not_sleep_on_after_a_suspension() -> None:
+    """asyncio's timers stand still meanwhile: a refresh due in 300 s would come 300 s after waking up."""
+    clock = Suspended()
+    sleeping = asyncio.create_task(clock.sleep(300))
+    await asyncio.sleep(0.01)
+    clock.gone_s = 400
+    await asyncio.wait_for(sleeping, 10)
 
 
 @pytest.mark.parametrize("make", [SystemClock, ManualClock])
