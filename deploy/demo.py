@@ -368,7 +368,6 @@ certificate_file = "{operator}/server.pem"
 key_file = "{operator}/server.key"
 
 [engine]
-http2 = true
 upstream_ca_file = "{trust}"
 
 [health]

@@ -106,7 +106,7 @@ class KeySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    http2: bool = False
+    http2: bool = True
     """HTTP/2 towards clients."""
     upstream_ca_file: Path | None = None
     """PEM roots that services must be verified by; default: the Mozilla roots of certifi."""

@@ -7,6 +7,7 @@
 3. Nothing here decides anything: an answer that is no 206 tells nothing (None), and the client's own request
    then brings the service's own answer.
 4. At most one record is read into memory. Redirects are not followed, cookies not kept.
+5. Each network service has connections of its own: one tenant's slow service takes none from another's.
 """
 
 import hashlib
@@ -22,12 +23,15 @@ from cachetools import LRUCache
 from multidict import CIMultiDict
 from yarl import URL
 
+from envelope.keys import NetworkService
 from envelope.objects import PREFIX_SIZE, RECORD_SIZE, RangeOpener, has_magic, sealed_range
 from proxy.keys.cache import DataKey
 from proxy.message import Fields, content_range, strong_etag
 from proxy.tenants.model import ServiceEntry
 
 MAX_PROVEN: Final = 4096
+_MAX_CONNECTIONS: Final = 32
+"""Of one network service; further ranged reads wait for one to be free."""
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=15, sock_connect=5)
 # What belongs to the client's request and not to ours: its conditions, its ranges, its body, its connection.
 _NOT_OURS: Final = frozenset(
@@ -85,17 +89,10 @@ class Prefetch:
         self._trust = trust
         self._proven: LRUCache[bytes, int] = LRUCache(maxsize=max_proven)
         self._sealed: LRUCache[bytes, bool] = LRUCache(maxsize=max_proven)
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[NetworkService, aiohttp.ClientSession] | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=self._trust, limit=256, limit_per_host=32),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            timeout=_TIMEOUT,
-            skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
-        )
+        self._sessions = {}
         return self
 
     async def __aexit__(
@@ -104,9 +101,24 @@ class Prefetch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        sessions, self._sessions = self._sessions or {}, None
+        for session in sessions.values():
+            await session.close()
+
+    def _session(self, owner: NetworkService) -> aiohttp.ClientSession:
+        if self._sessions is None:
+            raise PrefetchError("not open")
+        session = self._sessions.get(owner)
+        if session is None:
+            session = self._sessions[owner] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=self._trust, limit=_MAX_CONNECTIONS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
+                timeout=_TIMEOUT,
+                skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
+            )
+        return session
 
     async def beginning(self, source: Source) -> Beginning | None:
         """The object's first bytes; None if the service does not serve them as a range. PrefetchError."""
@@ -157,8 +169,7 @@ class Prefetch:
         return True
 
     async def _piece(self, source: Source, start: int, stop: int, *, etag: str | None) -> Beginning | None:
-        if self._session is None:
-            raise PrefetchError("not open")
+        session = self._session(source.service.owner)
         wanted = stop - start
         if not 0 < wanted <= max(PREFIX_SIZE, RECORD_SIZE):
             raise PrefetchError(f"{wanted} bytes are not read ahead")
@@ -173,7 +184,7 @@ class Prefetch:
         if etag is not None:
             headers[hdrs.IF_MATCH] = etag
         try:
-            async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
+            async with session.get(url, headers=headers, allow_redirects=False) as answer:
                 if answer.status != 206:
                     answer.close()  # not to read what may be the whole object
                     return None

@@ -30,6 +30,8 @@ READ_BYTES: Final = 256 * 1024
 READER_LIMIT_BYTES: Final = 2 * READ_BYTES
 MAX_PIECES: Final = 1024
 BACKLOG: Final = 1024
+CONNECT_TIMEOUT_S: Final = 10.0
+"""Name resolution included. The kernel alone would wait two minutes for a service that does not answer."""
 _SCRATCH_BYTES: Final = 1 << 20
 _MAX_RECORD_BYTES: Final = 16 * 1024 + 256
 
@@ -242,11 +244,19 @@ class PieceReader(asyncio.StreamReader):
 class _Streams(types.ModuleType):
     """Stands for the name `asyncio` in mitmproxy's modules that open sockets; differs in two functions."""
 
-    def __init__(self, *, limit_bytes: int | None, reuse_port: bool, backlog: int) -> None:
+    def __init__(
+        self,
+        *,
+        limit_bytes: int | None,
+        reuse_port: bool,
+        backlog: int,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
         super().__init__("asyncio")
         self._limit_bytes = limit_bytes
         self._reuse_port = reuse_port
         self._backlog = backlog
+        self._connect_timeout_s = connect_timeout_s
 
     @override
     def __getattr__(self, name: str) -> Any:
@@ -258,10 +268,12 @@ class _Streams(types.ModuleType):
     async def open_connection(
         self, host: str, port: int, **options: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """OSError (TimeoutError is one), which mitmproxy turns into a failed connection."""
         loop = asyncio.get_running_loop()
         reader = self._reader()
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport, _ = await loop.create_connection(lambda: protocol, host, port, **options)
+        async with asyncio.timeout(self._connect_timeout_s):
+            transport, _ = await loop.create_connection(lambda: protocol, host, port, **options)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def start_server(

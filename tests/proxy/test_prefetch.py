@@ -1,5 +1,6 @@
 """Reading ahead never leads elsewhere and never reads much (ranges themselves: tests/integration)."""
 
+import asyncio
 import ssl
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from tests.fakes.origin import Exchange, RecordingOrigin, Reply
 
 
-def source(port: int, target: str = "/x", *fields: tuple[bytes, bytes]) -> Source:
+def source(port: int, target: str = "/x", *fields: tuple[bytes, bytes], owner: str = "acme/files") -> Source:
     service = ServiceEntry(
-        owner=NetworkService("acme", "files"),
+        owner=NetworkService.parse(owner),
         upstream=Upstream.parse(f"http://127.0.0.1:{port}"),
         profile="generic",
         legacy=LegacyPolicy.STRICT,
@@ -125,3 +126,24 @@ async def test_few_things_are_remembered() -> None:
         for name in ("/a", "/b", "/c", "/a"):
             assert await prefetch.is_sealed(source(origin.port, name), f'"{name}"') is False
         assert len(origin.exchanges) == 4
+
+
+async def test_a_service_that_hangs_takes_no_connection_from_another() -> None:
+    """All connections of one tenant's service hang; another tenant's, at the same host, is asked at once."""
+
+    def reply(exchange: Exchange) -> Reply:
+        whole = ranged(bytes(200))
+        return Reply(206, whole.headers, whole.pieces, stall_after=0) if exchange.path == "/slow" else whole
+
+    async with RecordingOrigin().listening() as origin, Prefetch(ssl.create_default_context()) as prefetch:
+        origin.reply = reply
+        slow = [asyncio.create_task(prefetch.beginning(source(origin.port, "/slow"))) for _ in range(40)]
+        try:
+            await origin.until(lambda: len(origin.exchanges) >= 32)
+            async with asyncio.timeout(5):
+                assert await prefetch.beginning(source(origin.port, owner="evil/files")) is not None
+            assert len(origin.exchanges) == 33
+        finally:
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)

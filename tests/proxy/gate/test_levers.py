@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -559,6 +560,27 @@ def test_two_processes_may_share_a_port_and_by_default_may_not() -> None:
         asyncio.run(open_twice())
     with levers.install(NONE, reuse_port=True):
         asyncio.run(open_twice())
+
+
+def test_a_service_that_does_not_answer_is_given_up() -> None:
+    """A listener whose queue is full lets a connection hang, as a black hole in the network does."""
+
+    async def connect(port: int) -> None:
+        streams = levers._Streams(limit_bytes=None, reuse_port=False, backlog=1, connect_timeout_s=0.2)
+        with pytest.raises(TimeoutError):
+            await streams.open_connection("127.0.0.1", port)
+
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(listener.getsockname())
+        asyncio.run(connect(listener.getsockname()[1]))
+    assert issubclass(TimeoutError, OSError)  # what mitmproxy expects of a connection that fails
 
 
 # --- headers ------------------------------------------------------------------------------------------------
