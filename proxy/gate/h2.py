@@ -15,7 +15,8 @@ slow hook 4.4 GB. HTTP/1 needs none of this, TCP holds it back. The rules here:
 5. An upstream connection that has closed is forgotten as soon as no stream refers to it. mitmproxy keeps it
    until the client leaves, and opens one for each request of an HTTP/2 client to an HTTP/1 origin (8,000
    requests: 380 MiB).
-6. HTTP/1 destinations of an HTTP/2 source hold back by TCP alone: that client waits for its slowest origin.
+6. DATA frames of a stream that arrive together are handed on as one piece.
+7. HTTP/1 destinations of an HTTP/2 source hold back by TCP alone: that client waits for its slowest origin.
 
 A peer that never grants credit keeps its stream, and the bounded bytes behind it, until `tcp_timeout`.
 """
@@ -64,6 +65,41 @@ _live: Final[weakref.WeakValueDictionary[str, "_CreditedConnection"]] = weakref.
 
 class ReleaseCredit(events.Event):
     """Sent down to an HTTP/2 connection that withholds credit: its destination may have room now."""
+
+
+class _JoiningState(_http_h2.BufferedH2Connection):
+    """Hands on what arrives together as one piece: frames hold 16 KiB, and each would take the whole way."""
+
+    @override
+    def receive_data(self, data: bytes) -> list[h2.events.Event]:
+        received: list[h2.events.Event] = super().receive_data(data)
+        joined: list[h2.events.Event] = []
+        pieces: list[h2.events.DataReceived] = []
+        for event in received:
+            if pieces and not (
+                isinstance(event, h2.events.DataReceived) and event.stream_id == pieces[0].stream_id
+            ):
+                joined.append(_join(pieces))
+                pieces = []
+            if isinstance(event, h2.events.DataReceived):
+                pieces.append(event)
+            else:
+                joined.append(event)
+        if pieces:
+            joined.append(_join(pieces))
+        return joined
+
+
+def _join(pieces: list[h2.events.DataReceived]) -> h2.events.DataReceived:
+    """One event for consecutive *pieces* of a stream, of which the last may end it."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return h2.events.DataReceived(
+        stream_id=pieces[0].stream_id,
+        data=b"".join(piece.data for piece in pieces),
+        flow_controlled_length=sum(piece.flow_controlled_length for piece in pieces),
+        stream_ended=pieces[-1].stream_ended,
+    )
 
 
 class _CreditedConnection(_http2.Http2Connection):
@@ -280,6 +316,7 @@ def install() -> contextlib.ExitStack:
     """
     undo = contextlib.ExitStack()
     for owner, name, ours in (
+        (_http2, "BufferedH2Connection", _JoiningState),
         (http, "Http2Server", _Http2Server),
         (http, "Http2Client", _Http2Client),
         (http, "HttpLayer", _HttpLayer),

@@ -430,6 +430,23 @@ def test_an_origin_that_closes_during_a_hook_is_kept_for_the_stream_that_will_st
     assert set(wire.layer.connections) == {wire.client_conn}
 
 
+def test_frames_that_arrive_together_are_one_piece_per_stream_and_in_order() -> None:
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    state = backpressure._JoiningState(h2.config.H2Configuration(client_side=False))
+    client.initiate_connection()
+    for stream_id in (1, 3):
+        client.send_headers(stream_id, [(":method", "PUT"), (":scheme", "https"), (":path", "/")])
+    for stream_id, data in ((1, b"a"), (1, b"bb"), (1, b"ccc"), (3, b"x"), (1, b"d")):
+        client.send_data(stream_id, data, pad_length=2)
+    client.send_data(1, b"e", end_stream=True)
+    told = state.receive_data(client.data_to_send())
+    data_events = [event for event in told if isinstance(event, h2.events.DataReceived)]
+    assert [(event.stream_id, event.data) for event in data_events] == [(1, b"abbccc"), (3, b"x"), (1, b"de")]
+    assert [event.flow_controlled_length for event in data_events] == [15, 4, 5]
+    assert [bool(event.stream_ended) for event in data_events] == [False, False, True]
+    assert isinstance(told[-1], h2.events.StreamEnded)
+
+
 def test_install_can_be_undone() -> None:
     before = layers.HttpLayer
     with backpressure.install():
