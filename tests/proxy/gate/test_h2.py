@@ -434,8 +434,9 @@ def test_frames_that_arrive_together_are_one_piece_per_stream_and_in_order() -> 
     client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     state = backpressure._JoiningState(h2.config.H2Configuration(client_side=False))
     client.initiate_connection()
+    head = [(":method", "PUT"), (":scheme", "https"), (":path", "/"), (":authority", "h")]
     for stream_id in (1, 3):
-        client.send_headers(stream_id, [(":method", "PUT"), (":scheme", "https"), (":path", "/")])
+        client.send_headers(stream_id, head)
     for stream_id, data in ((1, b"a"), (1, b"bb"), (1, b"ccc"), (3, b"x"), (1, b"d")):
         client.send_data(stream_id, data, pad_length=2)
     client.send_data(1, b"e", end_stream=True)
