@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
 from key_agent.sources.pkcs11 import Pkcs11Settings
+from runtime import database
 from runtime import settings as runtime_settings
 
 ENVIRONMENT_PREFIX: Final = "KEY_AGENT"
@@ -48,10 +47,7 @@ class AgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
                 check_name(kind, name)
             except FormatError as error:
                 raise ValueError(str(error)) from None
-        if self.database_url is not None and self.database_url_file is not None:
-            raise ValueError("agent.database_url and agent.database_url_file: give one of them")
-        if self.database_url is not None:
-            check_database_url(self.database_url, name="agent.database_url", may_hold_password=False)
+        database.check_url_settings("agent", self.database_url, self.database_url_file)
 
 
 class KeyPairSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,35 +128,11 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("refresh.watch_s must be less than refresh.validity_s")
 
 
-def check_database_url(url: str, *, name: str, may_hold_password: bool) -> str:
-    """*url* if it names SQLite or PostgreSQL by psycopg; ValueError otherwise. Never repeats a password."""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise ValueError(
-            f"{name} is not a database URL (sqlite:////path or postgresql+psycopg://...)"
-        ) from None
-    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise ValueError(f"{name}: {parsed.drivername!r} is not supported: sqlite or postgresql+psycopg is")
-    if parsed.password is not None and not may_hold_password:
-        raise ValueError(f"{name} holds a password: put the URL into a file and name it in database_url_file")
-    if parsed.drivername == "sqlite" and (parsed.database is None or not Path(parsed.database).is_absolute()):
-        raise ValueError(f"{name}: SQLite needs an absolute path (sqlite:////var/lib/...)")
-    return url
-
-
 def database_url(agent: AgentSettings) -> str:
     """Where the registry is. SettingsError if the URL file cannot be read or holds no URL."""
-    if agent.database_url is not None:
-        return agent.database_url
-    if agent.database_url_file is not None:
-        path = agent.database_url_file
-        try:
-            text = bytes(runtime_settings.read_secret_file(path)).decode().strip()
-            return check_database_url(text, name="its content", may_hold_password=True)
-        except ValueError as error:
-            raise runtime_settings.SettingsError(str(path), "", allowed=str(error)) from None
-    return f"sqlite:///{agent.state_dir / 'registry.db'}"
+    return database.chosen_url(
+        agent.database_url, agent.database_url_file, default=agent.state_dir / "registry.db"
+    )
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
+from runtime import database
 from runtime import settings as runtime_settings
 
 ENVIRONMENT_PREFIX: Final = "SEALGATE"
@@ -59,10 +58,7 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             check_name("proxy", self.id)
         except FormatError as error:
             raise ValueError(f"proxy.id: {error}") from None
-        if self.database_url is not None and self.database_url_file is not None:
-            raise ValueError("proxy.database_url and proxy.database_url_file: give one of them")
-        if self.database_url is not None:
-            check_database_url(self.database_url, name="proxy.database_url", may_hold_password=False)
+        database.check_url_settings("proxy", self.database_url, self.database_url_file)
         _check_range("proxy.reload_s", self.reload_s, 0.05, 60)
 
     @property
@@ -148,35 +144,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("push and health must not listen at the same address")
 
 
-def check_database_url(url: str, *, name: str, may_hold_password: bool) -> str:
-    """*url* if it names SQLite or PostgreSQL by psycopg; ValueError otherwise. Never repeats a password."""
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise ValueError(
-            f"{name} is not a database URL (sqlite:////path or postgresql+psycopg://...)"
-        ) from None
-    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise ValueError(f"{name}: {parsed.drivername!r} is not supported: sqlite or postgresql+psycopg is")
-    if parsed.password is not None and not may_hold_password:
-        raise ValueError(f"{name} holds a password: put the URL into a file and name it in database_url_file")
-    if parsed.drivername == "sqlite" and (parsed.database is None or not Path(parsed.database).is_absolute()):
-        raise ValueError(f"{name}: SQLite needs an absolute path (sqlite:////var/lib/...)")
-    return url
-
-
 def database_url(proxy: ProxySettings) -> str:
     """Where the directory is. SettingsError if the URL file cannot be read or holds no URL."""
-    if proxy.database_url is not None:
-        return proxy.database_url
-    if proxy.database_url_file is not None:
-        path = proxy.database_url_file
-        text = bytes(runtime_settings.read_secret_file(path)).decode(errors="replace").strip()
-        try:
-            return check_database_url(text, name="its content", may_hold_password=True)
-        except ValueError as error:
-            raise runtime_settings.SettingsError(str(path), "", allowed=str(error)) from None
-    return f"sqlite:///{proxy.state_dir / 'directory.db'}"
+    return database.chosen_url(
+        proxy.database_url, proxy.database_url_file, default=proxy.state_dir / "directory.db"
+    )
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:

@@ -2,8 +2,7 @@
 
 1. A change is one transaction: it checks the rules against what is there, raises the revision by one and
    leaves one row of history. Changes queue (SQLite: BEGIN IMMEDIATE, PostgreSQL: the revision's row lock).
-2. What is committed survives a power cut: SQLite in WAL with synchronous=FULL, PostgreSQL with
-   synchronous_commit.
+2. What is committed survives a power cut (runtime/database.py).
 3. No two tenants and services can be confused: listeners, ids, hosts within a tenant, roots and their names
    differ, and a managed host is never tunnelled.
 4. Private keys are files, written before the row that names them is committed and removed after the row that
@@ -15,18 +14,16 @@
 import contextlib
 import json
 import secrets
-import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from sqlalchemy import Connection, Engine, Row, create_engine, delete, event, insert, select, update
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
+from sqlalchemy.engine import make_url
 
 from envelope.certificates import (
     CertificateError,
@@ -52,10 +49,9 @@ from proxy.tenants.model import (
 )
 from proxy.tenants.tables import directory, history, network_service, signer, tenant, tunnel_host
 from runtime.clock import Clock
+from runtime.database import make_engine, read_only, transaction
 
-BUSY_TIMEOUT_MS: Final = 10_000
-_SYNCHRONOUS_FULL: Final = 2
-_POSTGRES_DURABLE: Final = ("on", "remote_write", "remote_apply")
+BUSY_TIMEOUT_S: Final = 10.0
 _UNCHANGED: Final = object()
 
 
@@ -125,9 +121,7 @@ class DirectoryStore:
     def __init__(self, engine: Engine, state_dir: Path, clock: Clock) -> None:
         """Use `DirectoryStore.open`."""
         self._engine = engine
-        # One picture per transaction, and no lock that a change would wait for.
-        read_only = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-        self._reader = engine.execution_options(sealgate_read=True, **read_only)
+        self._reader = read_only(engine)
         self._state_dir = state_dir
         self._clock = clock
 
@@ -140,7 +134,14 @@ class DirectoryStore:
         parsed = make_url(url)
         if parsed.drivername == "sqlite" and parsed.database:
             _prepare_file(Path(parsed.database), create=migrate)
-        store = cls(_make_engine(parsed), state_dir, clock)
+        engine = make_engine(
+            parsed,
+            failure=DirectoryUnavailableError,
+            busy_timeout_s=BUSY_TIMEOUT_S,
+            pool_size=2,
+            max_overflow=2,
+        )
+        store = cls(engine, state_dir, clock)
         try:
             with store._transaction() as connection:
                 if migrate:
@@ -669,16 +670,9 @@ class DirectoryStore:
             _remove(files.written)
             raise
 
-    @contextlib.contextmanager
-    def _transaction(self, engine: Engine | None = None) -> Iterator[Connection]:
+    def _transaction(self, engine: Engine | None = None) -> AbstractContextManager[Connection]:
         """One transaction. DirectoryUnavailableError for whatever the database raises."""
-        try:
-            with (engine or self._engine).begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            # Without statement and parameters.
-            cause = getattr(error, "orig", None) or error
-            raise DirectoryUnavailableError(f"{type(cause).__name__}: {str(cause).strip()}") from error
+        return transaction(engine or self._engine, failure=DirectoryUnavailableError)
 
 
 class _NewFiles:
@@ -826,75 +820,3 @@ def _prepare_file(path: Path, *, create: bool) -> None:
         certificates.make_private_directory(path.parent)
     except OSError as error:
         raise DirectoryUnavailableError(f"{error.filename}: {error.strerror}") from None
-
-
-def _make_engine(url: URL) -> Engine:
-    if url.drivername == "sqlite":
-        # Autocommit, so that BEGIN is ours to say.
-        engine = create_engine(url, connect_args={"isolation_level": None, "check_same_thread": False})
-        event.listen(engine, "connect", _sqlite_connected)
-        event.listen(engine, "begin", _sqlite_begin)
-    else:
-        engine = create_engine(
-            url, pool_size=2, max_overflow=2, pool_pre_ping=True, connect_args={"connect_timeout": 5}
-        )
-        event.listen(engine, "connect", _postgres_connected)
-    return engine
-
-
-def _closed_on_error(prepare: Callable[[Any], None]) -> Callable[[Any, object], None]:
-    """SQLAlchemy forgets a connection that its listener refused."""
-
-    def listener(connection: Any, _record: object) -> None:
-        try:
-            prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-
-    return listener
-
-
-@_closed_on_error
-def _sqlite_connected(connection: Any) -> None:
-    def pragma(text: str) -> object:
-        row = connection.execute(f"PRAGMA {text}").fetchone()
-        return row[0] if row else None
-
-    pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
-    mode = _when_free(lambda: pragma("journal_mode = WAL"))
-    pragma("synchronous = FULL")
-    pragma("foreign_keys = ON")
-    if mode != "wal":
-        raise DirectoryUnavailableError(f"SQLite answers journal_mode={mode}, not wal; is it a local disk?")
-    if (found := pragma("synchronous")) != _SYNCHRONOUS_FULL:
-        raise DirectoryUnavailableError(f"SQLite answers synchronous={found}, not 2 (FULL)")
-
-
-def _when_free[T](work: Callable[[], T]) -> T:
-    """What *work* returns. The change of journal mode, unlike the rest of SQLite, heeds no busy timeout."""
-    give_up_s = time.monotonic() + BUSY_TIMEOUT_MS / 1000
-    while True:
-        try:
-            return work()
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_s:
-                raise
-            time.sleep(0.02)
-
-
-def _sqlite_begin(connection: Connection) -> None:
-    reads = connection.get_execution_options().get("sealgate_read", False)
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-
-@_closed_on_error
-def _postgres_connected(connection: Any) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("SHOW synchronous_commit")
-        (found,) = cursor.fetchone()
-    connection.rollback()
-    if found not in _POSTGRES_DURABLE:
-        raise DirectoryUnavailableError(
-            f"PostgreSQL has synchronous_commit={found}: a power cut would lose what was acknowledged"
-        )

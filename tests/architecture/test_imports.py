@@ -28,13 +28,8 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
     "pkcs11": ("key_agent.sources.worker_main", "key_agent.sources.hsm"),
     "key_agent.sources.hsm": ("key_agent.sources.worker_main", "key_agent.sources.hsm"),
     "key_agent.sources.worker_main": (),
-    "alembic": ("key_agent.registry", "proxy.tenants"),
-    "sqlalchemy": (
-        "key_agent.registry",
-        "proxy.tenants",
-        "key_agent.config",  # make_url: a wrong database URL is an error of the settings
-        "proxy.config",
-    ),
+    "alembic": ("runtime.database", "key_agent.registry", "proxy.tenants"),
+    "sqlalchemy": ("runtime.database", "key_agent.registry", "proxy.tenants"),
     "typer": ("runtime.cli", "key_agent.cli", "proxy.cli"),
     "prometheus_client.REGISTRY": (),  # the global one; ours is runtime.observe's
     "structlog.configure": ("runtime.observe",),

@@ -31,7 +31,7 @@ def test_the_smallest_file(tmp_path: Path) -> None:
     assert settings.push.certificate_file == tmp_path / "push.pem", "relative to the file"
     assert settings.push.key_file == Path("/etc/sealgate/push.key")
     assert settings.keys.validity_s == 330
-    assert settings.engine.http2 is False
+    assert settings.engine.http2 is True
     assert settings.health.host == "127.0.0.1"
     assert database_url(settings.proxy) == "sqlite:////var/lib/sealgate/directory.db"
 

@@ -7,15 +7,11 @@ schema.
 from pathlib import Path
 
 from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection
+
+from runtime.database import migration_config
 
 
 def upgrade(connection: Connection) -> None:
     """Bring the schema to the newest version, in the caller's transaction."""
-    config = Config()
-    # ConfigParser would read a % in the path.
-    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(migration_config(connection, Path(__file__).parent), "head")

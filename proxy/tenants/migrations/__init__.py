@@ -11,6 +11,8 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 
+from runtime.database import migration_config
+
 HEAD: Final = "0001"
 """The newest version; a test compares it with the scripts."""
 _LOCK: Final = 0x5EA16A7E  # any number that no other application locks in this database
@@ -31,9 +33,4 @@ def upgrade(connection: Connection) -> None:
 
 
 def configuration(connection: Connection) -> Config:
-    config = Config()
-    # ConfigParser would read a % in the path.
-    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    return config
+    return migration_config(connection, Path(__file__).parent)
