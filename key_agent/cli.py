@@ -26,6 +26,7 @@ from key_agent import api, app, config, doctor, setup
 from key_agent.operations import Json, Operations
 from key_agent.state_dir import SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
+from runtime import doctor as report
 from runtime.cli import CommandError, ExitCode, JsonFlag, emit
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
@@ -215,9 +216,8 @@ def doctor_command(context: typer.Context) -> None:
     """Check files, HSM, certificates, proxies and clocks, and say how to mend what is wrong."""
     options: Options = context.obj
     checks = doctor.examine(options.config_file, options.load, _diagnose)
+    emit(report.as_json(checks), as_json=options.as_json, text=lambda: report.as_text(checks))
     failed = [check for check in checks if check.outcome == "failed"]
-    data = {"ok": not failed, "checks": [check.as_json() for check in checks]}
-    emit(data, as_json=options.as_json, text=lambda: doctor.text(checks))
     if failed:
         raise CommandError(
             f"{len(failed)} of {len(checks)} checks failed: {failed[0].name}",
@@ -533,10 +533,13 @@ def _place_text(place: Any) -> str:
 
 
 def _push_text(proxy: Any) -> str:
+    silent = ""
+    if proxy["answers"] is False:
+        silent = f"; not answering since {_time(proxy['answers_since_ms'])} ({proxy['answers_error']})"
     if proxy["outcome"] is None:
-        return "none since the agent started"
+        return f"none since the agent started{silent}"
     error = f" ({proxy['error']}; {proxy['failures_in_a_row']} in a row)" if proxy["error"] else ""
-    return f"{proxy['outcome']} {_time(proxy['last_push_at_ms'])}{error}"
+    return f"{proxy['outcome']} {_time(proxy['last_push_at_ms'])}{error}{silent}"
 
 
 def _time(at_ms: int) -> str:

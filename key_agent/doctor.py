@@ -7,10 +7,9 @@
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from cryptography import x509
 
@@ -20,23 +19,12 @@ from key_agent.config import Settings
 from key_agent.errors import KeyAgentError
 from key_agent.state_dir import StateDirError, check_state_dir
 from runtime.cli import CommandError
+from runtime.doctor import Check, failed, has_failed, ok, validity, warning
 from runtime.lifecycle import harden_process
 from runtime.settings import SettingsError, read_secret_file
 
-_EXPIRY_WARNING: Final = timedelta(days=30)
 _MAX_CLOCK_DIFFERENCE_S: Final = 30
 """A proxy refuses envelopes from further ahead (format.md 5)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    name: str
-    outcome: Literal["ok", "warning", "failed"]
-    detail: str
-    mend: str | None = None
-
-    def as_json(self) -> dict[str, object]:
-        return {"name": self.name, "outcome": self.outcome, "detail": self.detail, "mend": self.mend}
 
 
 def examine(
@@ -48,54 +36,33 @@ def examine(
         config.database_url(settings.agent)
     except SettingsError as error:
         return [
-            _failed("configuration", str(error), f"mend {config_file}; `key-agent init` writes a fresh one")
+            failed("configuration", str(error), f"mend {config_file}; `key-agent init` writes a fresh one")
         ]
-    checks = [_ok("configuration", str(config_file))]
+    checks = [ok("configuration", str(config_file))]
     checks += _memory()
     checks += _state_dir(settings)
     checks += _files(settings)
-    if any(check.outcome == "failed" for check in checks):
+    if has_failed(checks):
         return checks
     try:
         found = diagnose(settings)
     except CommandError as error:
-        return [*checks, _failed("agent", error.cause, error.next_step)]
+        return [*checks, failed("agent", error.cause, error.next_step)]
     return [*checks, *_hsm(found), *_certificates(found), *_proxies(found)]
 
 
-def text(checks: list[Check]) -> str:
-    lines = []
-    for check in checks:
-        lines.append(f"{check.outcome:8}{check.name}: {check.detail}")
-        if check.mend and check.outcome != "ok":
-            lines.append(f"        mend: {check.mend}")
-    return "\n".join(lines)
-
-
-def _ok(name: str, detail: str) -> Check:
-    return Check(name=name, outcome="ok", detail=detail)
-
-
-def _warning(name: str, detail: str, mend: str) -> Check:
-    return Check(name=name, outcome="warning", detail=detail, mend=mend)
-
-
-def _failed(name: str, detail: str, mend: str) -> Check:
-    return Check(name=name, outcome="failed", detail=detail, mend=mend)
-
-
 def _memory() -> Iterator[Check]:
-    for warning in harden_process():
-        yield _warning("memory", warning, "use deploy/systemd/key-agent.service, which sets the limits")
+    for cause in harden_process():
+        yield warning("memory", cause, "use deploy/systemd/key-agent.service, which sets the limits")
 
 
 def _state_dir(settings: Settings) -> Iterator[Check]:
     try:
         check_state_dir(settings.agent.state_dir)
     except StateDirError as error:
-        yield _failed("state_dir", str(error), error.next_step)
+        yield failed("state_dir", str(error), error.next_step)
     else:
-        yield _ok("state_dir", str(settings.agent.state_dir))
+        yield ok("state_dir", str(settings.agent.state_dir))
 
 
 def _files(settings: Settings) -> Iterator[Check]:
@@ -108,76 +75,71 @@ def _files(settings: Settings) -> Iterator[Check]:
         try:
             secret = read_secret_file(path)
         except SettingsError as error:
-            yield _failed(
+            yield failed(
                 name, str(error), f"put the file in place, readable by the agent alone: chmod 600 {path}"
             )
         else:
             secret[:] = bytes(len(secret))
-            yield _ok(name, str(path))
+            yield ok(name, str(path))
     module = settings.pkcs11.module_path
     try:
         is_file = stat.S_ISREG(module.stat().st_mode)
     except OSError:
         is_file = False
     if is_file:
-        yield _ok("pkcs11.module_path", str(module))
+        yield ok("pkcs11.module_path", str(module))
     else:
-        yield _failed(
+        yield failed(
             "pkcs11.module_path", f"{module} is no file", "install the HSM's PKCS#11 library, or correct it"
         )
     try:
         root = app.load_root(settings)
     except SettingsError as error:
-        yield _failed(
+        yield failed(
             "agent.root_certificate_file", str(error), "put the tenant's root certificate there (PEM)"
         )
         return
-    yield _validity("agent.root_certificate_file", root)
+    yield _valid("agent.root_certificate_file", root)
     loaders: tuple[tuple[str, Callable[[], x509.Certificate]], ...] = (
         ("signing.certificate_file", lambda: app.load_signing(settings, root, now_s=now_s).certificate),
         ("tls.certificate_file", lambda: app.check_tls_identity(settings, root, now_s=now_s)),
     )
     for name, load in loaders:
         try:
-            yield _validity(name, load())
+            yield _valid(name, load())
         except CertificateError as error:
-            yield _failed(name, f"{error.code}: {error}", "have the tenant's root issue it (certs/README.md)")
+            yield failed(name, f"{error.code}: {error}", "have the tenant's root issue it (certs/README.md)")
         except (SettingsError, KeyAgentError) as error:
-            yield _failed(name, str(error), "put the certificate and its own key there (PEM)")
+            yield failed(name, str(error), "put the certificate and its own key there (PEM)")
 
 
-def _validity(name: str, certificate: x509.Certificate) -> Check:
-    ends = certificate.not_valid_after_utc
-    left = ends - datetime.now(UTC)
-    if left < timedelta(0):
-        return _failed(name, f"expired {ends:%Y-%m-%d}", "have it renewed")
-    if left < _EXPIRY_WARNING:
-        return _warning(name, f"expires {ends:%Y-%m-%d}, in {left.days} days", "have it renewed now")
-    return _ok(name, f"valid until {ends:%Y-%m-%d}")
+def _valid(name: str, certificate: x509.Certificate) -> Check:
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return validity(name, begin, end, now=datetime.now(UTC), mend="have it renewed")
 
 
 def _hsm(found: Any) -> Iterator[Check]:
     if found["source_error"] is not None:
-        yield _failed(
+        yield failed(
             "hsm", found["source_error"], "check module, token label, PIN file, and that the HSM is on"
         )
     else:
-        yield _ok("hsm", _facts(found["source"]))
+        yield ok("hsm", _facts(found["source"]))
     kek = found["kek"]
     if kek["kek"] is None:
-        yield _failed("kek", "there is none", "key-agent kek create")
+        yield failed("kek", "there is none", "key-agent kek create")
         return
     verdict, detail = kek["diagnosis"]["verdict"], kek["diagnosis"]["detail"]
     if verdict == "ok" and kek["kek"]["state"] == "active":
-        yield _ok("kek", f"{kek['kek']['id']}: {detail}")
+        yield ok("kek", f"{kek['kek']['id']}: {detail}")
     elif verdict == "ok":
-        yield _failed(
+        yield failed(
             "kek",
             f"works in the HSM, but is {kek['kek']['state']}: {kek['kek']['reason']}",
             "key-agent reinstate --restore uses it again; key-agent reinstate makes a new one",
         )
     else:
-        yield _failed("kek", f"{verdict}: {detail}", _MEND.get(verdict, "see the HSM's own tools and logs"))
+        yield failed("kek", f"{verdict}: {detail}", _MEND.get(verdict, "see the HSM's own tools and logs"))
 
 
 _MEND: Final = {
@@ -204,23 +166,20 @@ def _certificates(found: Any) -> Iterator[Check]:
     for link in found["links"]:
         name = f"certificate of {link['service']} at {link['proxy']}"
         if link["problem"] is not None:
-            yield _failed(
+            yield failed(
                 name, link["problem"], "import the renewed one: key-agent service add ... --certificate FILE"
             )
             continue
-        ends = datetime.fromisoformat(link["not_after"])
-        left = ends - datetime.now(UTC)
-        if left < _EXPIRY_WARNING:
-            yield _warning(name, f"expires in {left.days} days", "renew it, then key-agent service add again")
-        else:
-            yield _ok(name, f"valid until {ends:%Y-%m-%d}")
+        end = datetime.fromisoformat(link["not_after"])
+        mend = "renew it, then key-agent service add again"
+        yield validity(name, None, end, now=datetime.now(UTC), mend=mend)
 
 
 def _proxies(found: Any) -> Iterator[Check]:
     for proxy in found["proxies"]:
         name = f"proxy {proxy['proxy']}"
         if not proxy["reachable"]:
-            yield _failed(
+            yield failed(
                 name,
                 f"{proxy['code']}: {proxy['error']}",
                 f"check {proxy['url']}, its authority (key-agent proxy add), that it trusts our root",
@@ -228,13 +187,13 @@ def _proxies(found: Any) -> Iterator[Check]:
             continue
         ahead_s = proxy["clock_ahead_s"]
         if abs(ahead_s) > _MAX_CLOCK_DIFFERENCE_S:
-            yield _failed(
+            yield failed(
                 name,
                 f"its clock differs by {ahead_s:.1f} s",
                 "have both machines follow the same time servers",
             )
         else:
-            yield _ok(name, f"reachable, clock within {abs(ahead_s):.1f} s")
+            yield ok(name, f"reachable, clock within {abs(ahead_s):.1f} s")
         yield from _hosting(proxy, found["links"])
 
 
@@ -245,12 +204,12 @@ def _hosting(proxy: Any, links: Any) -> Iterator[Check]:
         name = f"{link['service']} at {proxy['proxy']}"
         theirs = proxy["services"].get(link["service"])
         if theirs is None:
-            yield _failed(name, "the proxy does not host it", "sealgate service add there, or remove it here")
+            yield failed(name, "the proxy does not host it", "sealgate service add there, or remove it here")
         elif theirs != link["certificate_sha256"]:
-            yield _failed(
+            yield failed(
                 name,
                 "the proxy uses another certificate for it",
                 "key-agent service add again, with the certificate that was imported at the proxy",
             )
         else:
-            yield _ok(name, "hosted, same certificate")
+            yield ok(name, "hosted, same certificate")

@@ -42,6 +42,7 @@ from proxy.tenants.model import (
     Upstream,
 )
 from runtime import cli
+from runtime import doctor as report
 from runtime.cli import CommandError, ExitCode, JsonFlag, emit
 from runtime.clock import SystemClock
 
@@ -454,11 +455,8 @@ def doctor_command(context: typer.Context) -> None:
 
     chosen = _options(context)
     checks = doctor.examine(chosen.config_file, chosen.load, SystemClock())
-    failed = any(check.outcome == "failed" for check in checks)
-    chosen.emit(
-        {"ok": not failed, "checks": [check.as_json() for check in checks]}, lambda: doctor.text(checks)
-    )
-    if failed:
+    chosen.emit(report.as_json(checks), lambda: report.as_text(checks))
+    if report.has_failed(checks):
         raise typer.Exit(ExitCode.FAILED)
 
 

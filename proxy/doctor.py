@@ -14,10 +14,9 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import certifi
 from cryptography import x509
@@ -31,28 +30,15 @@ from proxy.tenants.certificates import CredentialError, check_root, read_certifi
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry
 from runtime.clock import Clock
+from runtime.doctor import Check, failed, ok, validity, warning
 from runtime.lifecycle import harden_process
 from runtime.settings import SettingsError, read_secret_file
 from runtime.tls import TlsError, load_certificates, server_context
 
-EXPIRY_WARNING: Final = timedelta(days=30)
 CONNECT_TIMEOUT_S: Final = 5.0
 MIN_FREE_BYTES: Final = 256 << 20
 MIN_OPEN_FILES: Final = 4096
 _STA_UNSYNC: Final = 0x40  # <sys/timex.h>: the kernel's clock is not disciplined by anyone
-
-type Outcome = Literal["ok", "warning", "failed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    name: str
-    outcome: Outcome
-    detail: str
-    mend: str | None = None
-
-    def as_json(self) -> dict[str, object]:
-        return {"name": self.name, "outcome": self.outcome, "detail": self.detail, "mend": self.mend}
 
 
 def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> list[Check]:
@@ -61,9 +47,9 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
         settings = load()
         url = database_url(settings.proxy)
     except SettingsError as error:
-        return [_failed("configuration", str(error), f"mend {config_file}, then `sealgate --check-config`")]
+        return [failed("configuration", str(error), f"mend {config_file}, then `sealgate --check-config`")]
     is_running = _is_running(settings.proxy.audit_file)
-    checks = [_ok("configuration", f"{config_file}, proxy {'running' if is_running else 'not running'}")]
+    checks = [ok("configuration", f"{config_file}, proxy {'running' if is_running else 'not running'}")]
     checks += _process()
     checks += _engine()
     checks += _clock()
@@ -80,9 +66,9 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
         with DirectoryStore.open(url, settings.proxy.state_dir, clock=clock, migrate=False) as store:
             directory, in_use = store.snapshot(), store.private_keys()
     except DirectoryUnavailableError as error:
-        checks.append(_failed("database", str(error), error.next_step))
+        checks.append(failed("database", str(error), error.next_step))
         return [*checks, *_listeners(listeners, is_running=is_running)]
-    checks.append(_ok("database", f"revision {directory.revision}"))
+    checks.append(ok("database", f"revision {directory.revision}"))
     for tenant in directory.tenants.values():
         checks += _tenant(tenant, clock)
         if tenant.forward_listen is not None:
@@ -96,27 +82,6 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
     if trust is not None:
         checks += asyncio.run(_upstreams(directory.services.values(), trust))
     return checks
-
-
-def text(checks: Iterable[Check]) -> str:
-    lines = []
-    for check in checks:
-        lines.append(f"{check.outcome:8}{check.name}: {check.detail}")
-        if check.mend and check.outcome != "ok":
-            lines.append(f"        mend: {check.mend}")
-    return "\n".join(lines)
-
-
-def _ok(name: str, detail: str) -> Check:
-    return Check(name=name, outcome="ok", detail=detail)
-
-
-def _warning(name: str, detail: str, mend: str) -> Check:
-    return Check(name=name, outcome="warning", detail=detail, mend=mend)
-
-
-def _failed(name: str, detail: str, mend: str) -> Check:
-    return Check(name=name, outcome="failed", detail=detail, mend=mend)
 
 
 # This machine.
@@ -138,12 +103,12 @@ def _is_running(audit_file: Path) -> bool:
 
 
 def _process() -> Iterator[Check]:
-    for warning in harden_process():
-        yield _warning("memory", warning, "start it by the systemd unit in deploy/, which sets the limits")
+    for cause in harden_process():
+        yield warning("memory", cause, "start it by the systemd unit in deploy/, which sets the limits")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < MIN_OPEN_FILES:
         mend = f"allow at least {MIN_OPEN_FILES} (LimitNOFILE=): a flow through the proxy needs two"
-        yield _warning("open files", f"at most {hard}", mend)
+        yield warning("open files", f"at most {hard}", mend)
 
 
 def _engine() -> Iterator[Check]:
@@ -153,9 +118,9 @@ def _engine() -> Iterator[Check]:
     try:
         gate.check_versions()
     except gate.UnknownEngineError as error:
-        yield _failed("engine", str(error), "install the pinned versions: uv sync, or pip with the lock file")
+        yield failed("engine", str(error), "install the pinned versions: uv sync, or pip with the lock file")
     else:
-        yield _ok("engine", "mitmproxy and what it leans on are the versions that were tested")
+        yield ok("engine", "mitmproxy and what it leans on are the versions that were tested")
 
 
 class _Timex(ctypes.Structure):
@@ -179,13 +144,13 @@ def _clock() -> Iterator[Check]:
         state = -1
     mend = "run an NTP client: envelopes from more than 30 s ahead or behind their end are refused"
     if state < 0:
-        yield _warning("clock", "the kernel does not say whether it is synchronised", mend)
+        yield warning("clock", "the kernel does not say whether it is synchronised", mend)
     elif timex.status & _STA_UNSYNC:
-        yield _warning(
+        yield warning(
             "clock", f"not synchronised; it says {datetime.now(UTC).isoformat(timespec='seconds')}", mend
         )
     else:
-        yield _ok("clock", "synchronised")
+        yield ok("clock", "synchronised")
 
 
 def _state_dir(path: Path) -> Iterator[Check]:
@@ -193,21 +158,21 @@ def _state_dir(path: Path) -> Iterator[Check]:
         status = path.stat()
         space = os.statvfs(path)
     except OSError as error:
-        yield _failed("state_dir", f"{path}: {error.strerror}", "the first `sealgate tenant add` makes it")
+        yield failed("state_dir", f"{path}: {error.strerror}", "the first `sealgate tenant add` makes it")
         return
     if not stat.S_ISDIR(status.st_mode):
-        yield _failed("state_dir", f"{path} is not a directory", "name a directory in proxy.state_dir")
+        yield failed("state_dir", f"{path} is not a directory", "name a directory in proxy.state_dir")
     elif status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        yield _failed("state_dir", f"{path} has mode {mode:04o}; it holds private keys", f"chmod 700 {path}")
+        yield failed("state_dir", f"{path} has mode {mode:04o}; it holds private keys", f"chmod 700 {path}")
     elif status.st_uid != os.geteuid():
         mend = f"run this command as user {status.st_uid}, or chown {path}"
-        yield _failed("state_dir", f"{path} belongs to user {status.st_uid}, we are {os.geteuid()}", mend)
+        yield failed("state_dir", f"{path} belongs to user {status.st_uid}, we are {os.geteuid()}", mend)
     elif (free_bytes := space.f_bavail * space.f_frsize) < MIN_FREE_BYTES:
         mend = "free space: when the audit log cannot be written, everything is refused"
-        yield _warning("state_dir", f"{path} has {free_bytes >> 20} MiB left", mend)
+        yield warning("state_dir", f"{path} has {free_bytes >> 20} MiB left", mend)
     else:
-        yield _ok("state_dir", str(path))
+        yield ok("state_dir", str(path))
 
 
 def _audit(path: Path, *, is_running: bool) -> Iterator[Check]:
@@ -215,10 +180,10 @@ def _audit(path: Path, *, is_running: bool) -> Iterator[Check]:
         with path.open("rb") as file:
             lines = file.readlines()
     except FileNotFoundError:
-        yield _ok("audit log", f"{path} not begun")
+        yield ok("audit log", f"{path} not begun")
         return
     except OSError as error:
-        yield _failed("audit log", f"{path}: {error.strerror}", "make it readable for the proxy's user alone")
+        yield failed("audit log", f"{path}: {error.strerror}", "make it readable for the proxy's user alone")
         return
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # being written, or torn by a crash: `run` sets it aside
@@ -226,10 +191,10 @@ def _audit(path: Path, *, is_running: bool) -> Iterator[Check]:
         head = audit.verify(lines)
     except BrokenChainError as error:
         mend = "find out who changed it and keep it as evidence; the proxy does not start on a broken log"
-        yield _failed("audit log", f"{path}: {error}", mend)
+        yield failed("audit log", f"{path}: {error}", mend)
         return
     state = "in use" if is_running else "closed"
-    yield _ok("audit log", f"{path}: {head.seq} events, chain holds, {state}")
+    yield ok("audit log", f"{path}: {head.seq} events, chain holds, {state}")
 
 
 def _push_identity(settings: Settings, clock: Clock) -> Iterator[Check]:
@@ -242,11 +207,9 @@ def _push_identity(settings: Settings, clock: Clock) -> Iterator[Check]:
         mend = getattr(
             error, "next_step", f"a PEM key that only the proxy's user may read: chmod 600 {push.key_file}"
         )
-        yield _failed("push certificate", str(error), mend)
+        yield failed("push certificate", str(error), mend)
         return
-    yield from _validity(
-        "push certificate", certificate, clock, "have its authority renew it, then send SIGHUP"
-    )
+    yield _valid("push certificate", certificate, clock, "have its authority renew it, then send SIGHUP")
 
 
 def _trust(path: Path) -> tuple[ssl.SSLContext | None, Check]:
@@ -255,10 +218,10 @@ def _trust(path: Path) -> tuple[ssl.SSLContext | None, Check]:
         context = ssl.create_default_context(cafile=path)
     except (OSError, ssl.SSLError) as error:
         detail = f"{path}: no usable root certificate ({error.strerror or 'not PEM'})"
-        return None, _failed(
+        return None, failed(
             "upstream roots", detail, "give a file of PEM certificates in engine.upstream_ca_file"
         )
-    return context, _ok("upstream roots", f"{path}: {context.cert_store_stats()['x509_ca']} certificates")
+    return context, ok("upstream roots", f"{path}: {context.cert_store_stats()['x509_ca']} certificates")
 
 
 # Tenants and services.
@@ -269,25 +232,25 @@ def _tenant(tenant: TenantEntry, clock: Clock) -> Iterator[Check]:
     try:
         check_root(tenant.root_certificate, now_s=clock.wall_s())
     except CredentialError as error:
-        yield _failed(name, str(error), f"sealgate tenant update {tenant.tenant} --root FILE")
+        yield failed(name, str(error), f"sealgate tenant update {tenant.tenant} --root FILE")
     else:
         mend = f"ask the tenant for its next root, then `sealgate tenant update {tenant.tenant} --root FILE`"
-        yield from _validity(f"{name} root", tenant.root_certificate, clock, mend)
+        yield _valid(f"{name} root", tenant.root_certificate, clock, mend)
     files = tenant.interception_ca
     mend = f"restore {files.key_file} and {files.certificate_file} from backup, or remove and add the tenant"
     try:
         certificate = read_certificate(files.certificate_file)
         matches = read_private_key(files.key_file).public_key() == certificate.public_key()
     except CredentialError as error:
-        yield _failed(f"{name} interception CA", str(error), mend)
+        yield failed(f"{name} interception CA", str(error), mend)
         return
     if not matches:
-        yield _failed(f"{name} interception CA", "certificate and key do not belong together", mend)
+        yield failed(f"{name} interception CA", "certificate and key do not belong together", mend)
         return
     mend = (
         "remove and add the tenant before it ends, and have clients trust the new one (`sealgate tenant ca`)"
     )
-    yield from _validity(f"{name} interception CA", certificate, clock, mend)
+    yield _valid(f"{name} interception CA", certificate, clock, mend)
 
 
 def _service(service: ServiceEntry, directory: Directory, clock: Clock) -> Iterator[Check]:
@@ -295,12 +258,12 @@ def _service(service: ServiceEntry, directory: Directory, clock: Clock) -> Itera
     renew = f"sealgate service renew {service.owner} --csr FILE; have it signed; sealgate service import-cert"
     if service.profile not in PROFILES:
         known = ", ".join(sorted(PROFILES))
-        yield _failed(name, f"profile {service.profile!r} does not exist here", f"choose one of: {known}")
+        yield failed(name, f"profile {service.profile!r} does not exist here", f"choose one of: {known}")
     if service.certificate is None:
         mend = (
             f"have the tenant's root sign the CSR, then `sealgate service import-cert {service.owner} FILE`"
         )
-        yield _warning(name, "waits for its certificate; everything is refused until then", mend)
+        yield warning(name, "waits for its certificate; everything is refused until then", mend)
         return
     try:
         verify_certificate(
@@ -311,12 +274,12 @@ def _service(service: ServiceEntry, directory: Directory, clock: Clock) -> Itera
         )
         matches = read_private_key(service.key_file).public_key() == service.certificate.public_key()
     except (CertificateError, CredentialError) as error:
-        yield _failed(name, str(error), renew)
+        yield failed(name, str(error), renew)
         return
     if not matches:
-        yield _failed(name, f"{service.key_file} is not the key of the certificate", renew)
+        yield failed(name, f"{service.key_file} is not the key of the certificate", renew)
         return
-    yield from _validity(name, service.certificate, clock, renew)
+    yield _valid(name, service.certificate, clock, renew)
 
 
 def _stray_keys(state_dir: Path, in_use: set[Path]) -> Iterator[Check]:
@@ -324,20 +287,12 @@ def _stray_keys(state_dir: Path, in_use: set[Path]) -> Iterator[Check]:
     stray = sorted({*(state_dir / "keys").glob("*/*.key"), *(state_dir / "ca").glob("*.key")} - in_use)
     if stray:
         names = ", ".join(str(path) for path in stray[:5])
-        yield _warning("private keys", f"{len(stray)} file(s) that nothing uses: {names}", "remove them")
+        yield warning("private keys", f"{len(stray)} file(s) that nothing uses: {names}", "remove them")
 
 
-def _validity(name: str, certificate: x509.Certificate, clock: Clock, mend: str) -> Iterator[Check]:
-    now = datetime.fromtimestamp(clock.wall_s(), UTC)
+def _valid(name: str, certificate: x509.Certificate, clock: Clock, mend: str) -> Check:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if now > end:
-        yield _failed(name, f"expired on {end.date()}", mend)
-    elif now < begin:
-        yield _failed(name, f"valid from {begin.isoformat()} on", "check this machine's clock")
-    elif end - now < EXPIRY_WARNING:
-        yield _warning(name, f"expires on {end.date()}", mend)
-    else:
-        yield _ok(name, f"valid until {end.date()}")
+    return validity(name, begin, end, now=datetime.fromtimestamp(clock.wall_s(), UTC), mend=mend)
 
 
 # The network.
@@ -346,7 +301,7 @@ def _validity(name: str, certificate: x509.Certificate, clock: Clock, mend: str)
 def _listeners(listeners: dict[str, Listen], *, is_running: bool) -> Iterator[Check]:
     for name, listen in listeners.items():
         if listen.port == 0:
-            yield _ok(name, f"{listen.host}, any free port")
+            yield ok(name, f"{listen.host}, any free port")
         elif is_running:
             yield _asked(name, listen)
         else:
@@ -359,8 +314,8 @@ def _asked(name: str, listen: Listen) -> Check:
         socket.create_connection((host, listen.port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         mend = "see /readyz and the log of the running proxy"
-        return _failed(name, f"{listen} does not answer: {error.strerror or error}", mend)
-    return _ok(name, f"{listen} answers")
+        return failed(name, f"{listen} does not answer: {error.strerror or error}", mend)
+    return ok(name, f"{listen} answers")
 
 
 def _bindable(name: str, listen: Listen) -> Check:
@@ -374,8 +329,8 @@ def _bindable(name: str, listen: Listen) -> Check:
             mend = (
                 "stop what uses it, choose another address, or (ports below 1024) grant CAP_NET_BIND_SERVICE"
             )
-            return _failed(name, f"{listen} cannot be opened: {error.strerror}", mend)
-    return _ok(name, f"{listen} is free")
+            return failed(name, f"{listen} cannot be opened: {error.strerror}", mend)
+    return ok(name, f"{listen} is free")
 
 
 async def _upstreams(services: Iterable[ServiceEntry], context: ssl.SSLContext) -> list[Check]:
@@ -398,16 +353,16 @@ async def _upstream(service: ServiceEntry, context: ssl.SSLContext) -> Check:
             writer.close()
     except TimeoutError:
         detail = f"{upstream} does not answer within {CONNECT_TIMEOUT_S:g} s"
-        return _failed(name, detail, "check the route and the firewall")
+        return failed(name, detail, "check the route and the firewall")
     except ssl.SSLCertVerificationError as error:
         mend = "if the service has a private authority, name its roots in engine.upstream_ca_file"
-        return _failed(name, f"{upstream}: certificate not verified ({error.verify_message})", mend)
+        return failed(name, f"{upstream}: certificate not verified ({error.verify_message})", mend)
     except OSError as error:
-        return _failed(
+        return failed(
             name,
             f"{upstream}: {error.strerror or type(error).__name__}",
             "check the address, DNS, the route and the firewall",
         )
-    return _ok(
+    return ok(
         name, f"{upstream} " + ("answers, certificate verified" if is_tls else "answers (plain, loopback)")
     )

@@ -11,6 +11,7 @@ import pytest
 from key_agent import doctor
 from key_agent.cli import program, status_text
 from runtime import cli
+from runtime.doctor import Check, as_text
 from tests.key_agent.conftest import Bench
 from tests.pki import Tenant, write_certificate, write_credential
 
@@ -118,7 +119,7 @@ async def test_doctor_reads_the_agents_diagnosis(bench: Bench) -> None:
     async with bench.agent() as (_, operations):
         await bench.provision(operations, "s3")
         checks = _diagnosed(await operations.diagnosis())
-        assert {check.outcome for check in checks} == {"ok"}, doctor.text(checks)
+        assert {check.outcome for check in checks} == {"ok"}, as_text(checks)
         # Another certificate at the proxy, another service unknown there, a clock that is off, a dead proxy.
         bench.host("s3")
         proxy = bench.proxy()
@@ -139,7 +140,7 @@ async def test_doctor_reads_the_agents_diagnosis(bench: Bench) -> None:
         assert "reinstate --restore" in str(found["kek"].mend)
 
 
-def _diagnosed(found: Any) -> list[doctor.Check]:
+def _diagnosed(found: Any) -> list[Check]:
     return [*doctor._hsm(found), *doctor._certificates(found), *doctor._proxies(found)]
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.doctor import Check, examine
+from proxy.doctor import examine
 from runtime.cli import ExitCode
 from runtime.clock import SystemClock
+from runtime.doctor import Check
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, issue_server, make_server_ca, write_certificate, write_credential
 from tests.proxy.installation import Installation
