@@ -258,7 +258,7 @@ class Agent:
             self.refresh.at_once()
         diagnosis = change.diagnosis
         self.journal.note(
-            "kek.standing",
+            "kek-standing",
             outcome=change.new,
             before=change.old,
             kek=change.kek_id,
@@ -309,13 +309,13 @@ class Agent:
         metrics.PUSHES.labels(delivery.proxy_id, delivery.outcome).inc()
         if delivery.is_complete:
             metrics.LAST_ACCEPTED.labels(delivery.proxy_id).set(self.clock.wall_s())
-        self._report("keys.pushed", delivery)
+        self._report("keys-pushed", delivery)
 
     def _withdrawal_delivered(self, delivery: Delivery) -> None:
         self.withdrawals_seen[delivery.proxy_id] = delivery
         metrics.WITHDRAWALS.labels(delivery.proxy_id, delivery.outcome).inc()
         metrics.WITHDRAWALS_PENDING.set(sum(map(len, self.withdrawals.pending().values())))
-        self._report("keys.withdrawn", delivery)
+        self._report("keys-withdrawn", delivery)
 
     def _report(self, action: str, delivery: Delivery) -> None:
         self._delivered.set()

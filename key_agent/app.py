@@ -185,7 +185,7 @@ async def serve(settings: Settings, stop: asyncio.Event, *, clock: Clock | None 
     """Run the agent until *stop* is set."""
     async with opened(settings, clock=clock) as agent:
         operations = Operations(agent)
-        await agent.journal.record("agent.started", agent=agent.agent_id, pid=os.getpid())
+        await agent.journal.record("agent-started", agent=agent.agent_id, pid=os.getpid())
         async with (
             agent.working(refresh=True),
             api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
@@ -195,4 +195,4 @@ async def serve(settings: Settings, stop: asyncio.Event, *, clock: Clock | None 
         ):
             log.info("key agent runs", agent=agent.agent_id, tenant=agent.tenant, admin_port=port)
             await stop.wait()
-        await agent.journal.record("agent.stopped", agent=agent.agent_id)
+        await agent.journal.record("agent-stopped", agent=agent.agent_id)

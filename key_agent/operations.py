@@ -59,7 +59,7 @@ class Operations:
                     f"there is a KEK already: {current.reference.kek_id} ({current.state})",
                     "`key-agent kek status` shows it; a revoked one is followed by `key-agent reinstate`",
                 )
-            return await self._make_kek("kek.create")
+            return await self._make_kek("kek-create")
 
     async def kek_status(self) -> Json:
         """The registry's word on the KEK, and a fresh look at it."""
@@ -85,7 +85,7 @@ class Operations:
         async with self._one_at_a_time:
             # Once more: the command that was running may have made or restored a KEK.
             kek = self._take_back()
-            agent.journal.note("kek.revoke", outcome="begun", kek=kek.reference.kek_id)
+            agent.journal.note("kek-revoke", outcome="begun", kek=kek.reference.kek_id)
             problems: list[str] = []
             await asyncio.gather(
                 self._destroy(kek, problems), agent.wait_for_withdrawals(timeout_s=_WITHDRAWAL_PATIENCE_S)
@@ -128,7 +128,7 @@ class Operations:
             problems.append(str(error))
         try:
             await self._agent.journal.record(
-                "kek.revoke",
+                "kek-revoke",
                 outcome="ok" if destroyed else "failed",
                 kek=kek_id,
                 problem="; ".join(problems) or None,
@@ -157,7 +157,7 @@ class Operations:
                     "sealed unreadable",
                     "`key-agent reinstate --restore` uses it again; `key-agent kek revoke` destroys it first",
                 )
-            return {"replaced": row.reference.kek_id, **await self._make_kek("kek.reinstate")}
+            return {"replaced": row.reference.kek_id, **await self._make_kek("kek-reinstate")}
 
     async def restorable(self) -> Json:
         """What `reinstate --restore` would make readable, looked at now. Refused if that is nothing."""
@@ -169,13 +169,13 @@ class Operations:
         plan = await restoration.plan()
         kek_id = plan.current.reference.kek_id
         if plan.restores_current:
-            await agent.journal.record("kek.restore", outcome="begun", kek=kek_id, proof=plan.proof.detail)
+            await agent.journal.record("kek-restore", outcome="begun", kek=kek_id, proof=plan.proof.detail)
             await agent.registry.set_kek_state(
                 kek_id, KekState.ACTIVE, "restored by the administrator", now_ms=agent.now_ms()
             )
             await agent.reload(kek_changed=True)
             await agent.watch.look()
-            await agent.journal.record("kek.restore", kek=kek_id)
+            await agent.journal.record("kek-restore", kek=kek_id)
         earlier = await restoration.restore_earlier(plan)
         return {
             "kek": kek_id,
@@ -228,7 +228,7 @@ class Operations:
             kek = await self._usable_kek()
             sha256 = fingerprint(leaf).hex()
             await agent.journal.record(
-                "service.add", outcome="begun", service=str(owner), proxy=proxy, certificate_sha256=sha256
+                "service-add", outcome="begun", service=str(owner), proxy=proxy, certificate_sha256=sha256
             )
             new_key = None
             if not await agent.registry.has_active_key(owner):
@@ -240,7 +240,7 @@ class Operations:
             kid = None if new_key is None else str(new_key.key_id)
             # A new key goes to every proxy that hosts the service, at once: one that has it seals with it.
             hosts = [name for name in agent.targets.fed() if owner in agent.targets.owners_at(name)]
-            await agent.journal.record("service.add", service=str(owner), proxy=proxy, kid=kid)
+            await agent.journal.record("service-add", service=str(owner), proxy=proxy, kid=kid)
             return {
                 "service": str(owner),
                 "proxy": proxy,
@@ -254,11 +254,11 @@ class Operations:
         async with self._one_at_a_time:
             agent = self._agent
             owner = self._owner(service)
-            await agent.journal.record("service.remove", outcome="begun", service=str(owner), proxy=proxy)
+            await agent.journal.record("service-remove", outcome="begun", service=str(owner), proxy=proxy)
             hosts = await agent.registry.remove_service(owner, proxy_id=proxy, now_ms=agent.now_ms())
             await agent.reload()
             await self._withdraw()
-            await agent.journal.record("service.remove", service=str(owner), proxy=proxy)
+            await agent.journal.record("service-remove", service=str(owner), proxy=proxy)
             return {
                 "service": str(owner),
                 "removed_from": hosts,
@@ -303,12 +303,12 @@ class Operations:
             check_name("proxy", proxy)
             _check_url(url)
             read_chain(ca_pem)
-            await agent.journal.record("proxy.add", outcome="begun", proxy=proxy, url=url)
+            await agent.journal.record("proxy-add", outcome="begun", proxy=proxy, url=url)
             is_new = await agent.registry.add_proxy(
                 Proxy(id=proxy, url=url, ca_pem=ca_pem), now_ms=agent.now_ms()
             )
             await agent.reload()
-            await agent.journal.record("proxy.add", proxy=proxy, url=url)
+            await agent.journal.record("proxy-add", proxy=proxy, url=url)
             if agent.is_running:
                 agent.refresh.at_once([proxy])
             return {"proxy": proxy, "url": url, "new": is_new}
@@ -317,11 +317,11 @@ class Operations:
         """Take back every key it holds, and send it no more."""
         async with self._one_at_a_time:
             agent = self._agent
-            await agent.journal.record("proxy.remove", outcome="begun", proxy=proxy)
+            await agent.journal.record("proxy-remove", outcome="begun", proxy=proxy)
             owners = await agent.registry.remove_proxy(proxy, now_ms=agent.now_ms())
             await agent.reload()
             await self._withdraw()
-            await agent.journal.record("proxy.remove", proxy=proxy)
+            await agent.journal.record("proxy-remove", proxy=proxy)
             return {
                 "proxy": proxy,
                 "services": [str(owner) for owner in owners],

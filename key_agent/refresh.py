@@ -205,7 +205,7 @@ class RefreshLoop:
         left = set(names)
         try:
             # Keys are about to be used: if that cannot be audited, they are not.
-            await self._journal.record("keys.refresh", proxies=len(names))
+            await self._journal.record("keys-refresh", proxies=len(names))
             proxies = [proxy for name, proxy in self._targets.fed().items() if name in left]
             await self._pusher.push_keys(proxies, delivered)
         except AuditUnavailableError as error:

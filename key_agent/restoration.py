@@ -162,7 +162,7 @@ class Restoration:
         agent = self._agent
         kek_id, into = one.row.reference.kek_id, plan.into.reference.kek_id
         await agent.journal.record(
-            "kek.restore", outcome="begun", kek=kek_id, into=into, keys=len(one.keys), proof=one.found.detail
+            "kek-restore", outcome="begun", kek=kek_id, into=into, keys=len(one.keys), proof=one.found.detail
         )
         sound = await agent.registry.wrapped_keys(kek_id)
         intact = {key.key_id for key in sound}
@@ -180,7 +180,7 @@ class Restoration:
                 failed |= {str(key_id): reason for key_id, reason in made.failed_keys.items()}
         except KeyAgentError as error:
             await agent.journal.record(
-                "kek.restore",
+                "kek-restore",
                 outcome="failed",
                 kek=kek_id,
                 into=into,
@@ -192,7 +192,7 @@ class Restoration:
         for key_id, reason in failed.items():
             log.error("a key of an earlier KEK does not open", kek=kek_id, kid=key_id, reason=reason)
         await agent.journal.record(
-            "kek.restore",
+            "kek-restore",
             outcome="partial" if failed else "ok",
             kek=kek_id,
             into=into,
@@ -205,7 +205,7 @@ class Restoration:
         """Nothing is wrapped by it any more: out of the HSM. Why not, if that failed."""
         agent = self._agent
         kek_id, into = one.row.reference.kek_id, plan.into.reference.kek_id
-        await agent.journal.record("kek.retire", outcome="begun", kek=kek_id)
+        await agent.journal.record("kek-retire", outcome="begun", kek=kek_id)
         try:
             if left := await agent.registry.wraps_under(kek_id):
                 raise RegistryError(f"{left} keys are still wrapped by it")
@@ -214,9 +214,9 @@ class Restoration:
                 kek_id, f"its keys moved to {into}; destroyed in the HSM", now_ms=agent.now_ms()
             )
         except KeyAgentError as error:
-            await agent.journal.record("kek.retire", outcome="failed", kek=kek_id, problem=str(error))
+            await agent.journal.record("kek-retire", outcome="failed", kek=kek_id, problem=str(error))
             return f"not destroyed in the HSM: {error}"
-        await agent.journal.record("kek.retire", kek=kek_id)
+        await agent.journal.record("kek-retire", kek=kek_id)
         return None
 
 

@@ -201,7 +201,7 @@ class AuditLog:
                 f"free the disk that holds {self.path.parent}, or make it writable",
             ) from error
         self.append(
-            "audit.recovered",
+            "audit-recovered",
             torn_bytes=len(torn),
             torn_file=saved.name,
             torn_sha256=hashlib.sha256(torn).hexdigest(),
@@ -226,7 +226,7 @@ class AuditLog:
         self._identity = _identity(os.fstat(self._descriptor))
         self._head, self._size_bytes = audit.EMPTY, 0
         self.append(
-            "audit.restarted",
+            "audit-restarted",
             broken_file=aside.name,
             broken_line=broken.line_number,
             broken_reason=broken.reason,

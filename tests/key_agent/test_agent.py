@@ -205,7 +205,7 @@ async def test_a_revoked_kek_withdraws_within_one_watch_and_stays_withdrawn(benc
         await bench.clock.advance(1000)
         assert not bench.proxy("p1").valid_keys(S3)
         assert bench.proxy("p1").accepted[-1].keys == ()
-    assert '"kek.standing"' in bench.audit()
+    assert '"kek-standing"' in bench.audit()
 
 
 async def test_revocation_found_by_the_push_itself_is_acted_on_without_waiting_for_the_watch(

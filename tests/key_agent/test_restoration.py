@@ -116,7 +116,7 @@ async def test_the_old_kek_is_needed_no_more_and_gone(bench: Bench) -> None:
         assert not bench.proxy().valid_keys(S3)
         assert not bench.source.keks
     actions = _actions(bench)
-    order = [("kek.restore", "begun"), ("kek.restore", "ok"), ("kek.retire", "begun"), ("kek.retire", "ok")]
+    order = [("kek-restore", "begun"), ("kek-restore", "ok"), ("kek-retire", "begun"), ("kek-retire", "ok")]
     assert [action for action in actions if action in order] == order
 
 
@@ -179,7 +179,7 @@ async def test_a_key_that_does_not_open_stays_and_keeps_its_kek(bench: Bench) ->
         bench.source.unspoil(bad)
         await operations.reinstate(restore=True)
         assert len(_pushed(bench, S3)) == 2
-    assert ("kek.restore", "partial") in _actions(bench)
+    assert ("kek-restore", "partial") in _actions(bench)
 
 
 async def test_an_old_kek_that_cannot_be_destroyed_is_said_and_finished_later(bench: Bench) -> None:
@@ -270,4 +270,4 @@ async def test_a_revocation_in_the_middle_stops_it(bench: Bench, monkeypatch: py
             await operations.reinstate(restore=True)
         assert bench.source.calls.count("rewrap") == 1
         await until(lambda: not bench.proxy().valid_keys(S3))
-    assert ("kek.restore", "failed") in _actions(bench)
+    assert ("kek-restore", "failed") in _actions(bench)

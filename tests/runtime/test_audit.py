@@ -127,7 +127,7 @@ def test_a_torn_last_line_is_moved_away_and_told(path: Path, clock: ManualClock,
     log.close()
     recovered, following = events(path)[2:]
     saved = path.with_name("audit.jsonl.torn-3")
-    assert recovered["action"] == "audit.recovered"
+    assert recovered["action"] == "audit-recovered"
     assert recovered["torn_file"] == saved.name
     assert recovered["torn_sha256"] == hashlib.sha256(torn).hexdigest()
     assert saved.read_bytes() == torn
@@ -226,7 +226,7 @@ def test_a_broken_log_can_be_set_aside(path: Path, clock: ManualClock) -> None:
     restarted, following = events(path)
     aside = path.with_name("audit.jsonl.broken-1")
     assert aside.read_bytes() == evidence
-    assert restarted["action"] == "audit.restarted"
+    assert restarted["action"] == "audit-restarted"
     assert restarted["broken_file"] == aside.name
     assert restarted["broken_line"] == 1
     assert restarted["broken_sha256"] == hashlib.sha256(evidence).hexdigest()
