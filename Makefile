@@ -57,9 +57,14 @@ format: environment
 	@$(VENV)/bin/ruff format $(SOURCES)
 
 # Needs uv (pip install uv). Review the difference: a new version is a decision (docs/adr/0002).
+COMPILE := uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-header
 lock:
-	@uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-header --all-extras --group test --group lint --group build pyproject.toml -o requirements.lock
-	@uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-header requirements-native.in -o requirements-native.lock
+	@$(COMPILE) --all-extras --group test --group lint --group build pyproject.toml -o requirements.lock
+	@grep -o '^[a-z0-9][^\\]*' requirements.lock > .locked-versions
+	@for part in agent proxy; do $(COMPILE) --no-annotate --constraint .locked-versions --extra $$part --extra postgres \
+	    pyproject.toml -o requirements-$$part.lock; done
+	@rm .locked-versions
+	@$(COMPILE) requirements-native.in -o requirements-native.lock
 
 clean:
 	@rm -rf $(VENV) $(NATIVE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
