@@ -6,9 +6,9 @@ origins, completes hooks and connects when told to, and never lets a peer have c
 
 import collections
 import os
+import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import h2.config
 import h2.connection
@@ -472,14 +472,16 @@ STEPS = st.lists(
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=STEPS, seed=st.randoms(use_true_random=False))
+@given(steps=STEPS, seed_number=st.integers(0, 2**32 - 1))
 def test_any_sequence_of_frames_stays_bounded_and_what_was_not_reset_arrives(
-    steps: list[tuple[str, int]], seed: Any, installed: None
+    steps: list[tuple[str, int]], seed_number: int, installed: None
 ) -> None:
+    seed = random.Random(seed_number)  # bodies are no part of what is searched and shrunk
     wire = Wire()
     up: dict[int, bytes] = {}
     down: dict[int, bytes] = {}
     spoiled: set[int] = set()
+    reset_by_origin: set[int] = set()
     hold = False
     wire.on_hook = lambda _: not hold
 
@@ -495,7 +497,8 @@ def test_any_sequence_of_frames_stays_bounded_and_what_was_not_reset_arrives(
         elif action == "get" and wire.client.h2.open_outbound_streams < 60:
             up[wire.request(method="GET")] = b""
         elif action == "respond" and (peer := origin()):
-            waiting = [i for i in peer.opened if i not in down and i not in peer.reset]
+            answered = down.keys() | peer.reset | reset_by_origin
+            waiting = [i for i in peer.opened if i not in answered]
             if waiting:
                 stream_id = waiting[number % len(waiting)]
                 down[stream_id] = seed.randbytes(number)
@@ -518,6 +521,7 @@ def test_any_sequence_of_frames_stays_bounded_and_what_was_not_reset_arrives(
                 spoiled.add(stream_id)
         elif action == "origin-resets" and (peer := origin()) and peer.opened:
             stream_id = peer.opened[number % len(peer.opened)]
+            reset_by_origin.add(stream_id)
             if reset(peer, stream_id):
                 spoiled.add(client_id(wire, stream_id))
         elif action == "client-ping":
