@@ -693,6 +693,9 @@ def main() -> int:
         "--keep", action="store_true", help="leave it running until Ctrl-C, and keep its files"
     )
     keep: bool = parser.parse_args().keep
+    # What was started ends with the demo, however it is asked to end.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     stage = Stage()
     began = time.monotonic()
     with home_directory(keep=keep) as home:
