@@ -1,13 +1,23 @@
-"""Fixtures for all tests. What makes certificates: tests/pki.py; the clock: tests/fakes/clock.py."""
+"""Fixtures for all tests. What makes certificates: tests/pki.py; the clock: tests/fakes/clock.py.
+
+Searching tests (hypothesis) search anew on each run; in CI they take the same examples each time, so that a
+change is judged by itself and not by luck.
+"""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, make_tenant
+
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture
