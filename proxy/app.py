@@ -296,7 +296,7 @@ def _explained(error: BaseException) -> CommandError:
         return error
     next_step = getattr(error, "next_step", None)
     if isinstance(error, gate.UnknownEngineError):
-        next_step = "install the pinned versions (uv.lock), see docs on upgrades of mitmproxy"
+        next_step = "install the versions of requirements-proxy.lock; docs/adr/0002 says how an update is made"
     return CommandError(
         str(error),
         next_step if isinstance(next_step, str) else "run `sealgate doctor`; it checks the installation",
