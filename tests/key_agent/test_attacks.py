@@ -217,15 +217,3 @@ async def test_a_row_damaged_while_the_agent_runs_stops_pushes_and_no_withdrawal
         await bench.clock.advance(5)
         await until(lambda: not bench.proxy().valid_keys(S3))
         assert bench.proxy().accepted[-1].keys == ()
-
-
-async def test_a_registry_from_before_the_checksum_gets_it(bench: Bench) -> None:
-    async with bench.agent() as (_, operations):
-        await bench.provision(operations)
-    connection = sqlite3.connect(bench.directory / "registry.db")
-    connection.execute("ALTER TABLE kek DROP COLUMN made_sha256")
-    connection.execute("UPDATE alembic_version SET version_num = '0003'")
-    connection.commit()
-    connection.close()
-    async with bench.agent() as (agent, _):
-        await until(lambda: agent.consent.standing is Standing.CONSENTED)

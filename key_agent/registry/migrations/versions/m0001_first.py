@@ -14,6 +14,12 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_table(
+        "holder",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("instance", sa.String(length=32), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_holder")),
+    )
+    op.create_table(
         "environment",
         sa.Column("id", sa.String(length=63), nullable=False),
         sa.Column("kms_type", sa.String(length=32), nullable=False),
@@ -46,6 +52,7 @@ def upgrade() -> None:
         sa.Column("canary_ciphertext", sa.LargeBinary(), nullable=True),
         sa.Column("canary_sha256", sa.LargeBinary(), nullable=True),
         sa.Column("made_at_ms", sa.BigInteger(), nullable=True),
+        sa.Column("made_sha256", sa.LargeBinary(), nullable=True),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("state_reason", sa.Text(), nullable=True),
         sa.Column("state_since_ms", sa.BigInteger(), nullable=False),
@@ -59,8 +66,8 @@ def upgrade() -> None:
         "kek",
         ["environment_id"],
         unique=True,
-        sqlite_where=sa.text("state NOT IN ('pre-active', 'deactivated')"),
-        postgresql_where=sa.text("state NOT IN ('pre-active', 'deactivated')"),
+        sqlite_where=sa.text("state NOT IN ('pre-active', 'deactivated', 'retired')"),
+        postgresql_where=sa.text("state NOT IN ('pre-active', 'deactivated', 'retired')"),
     )
     op.create_index("one_kek_version", "kek", ["environment_id", "version"], unique=True)
     op.create_index(
