@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, cast
@@ -27,7 +26,7 @@ from key_agent.operations import Json, Operations
 from key_agent.state_dir import SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
 from runtime import doctor as report
-from runtime.cli import CommandError, ExitCode, JsonFlag, emit
+from runtime.cli import CommandError, ExitCode
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
 CONFIG_VARIABLE: Final = "KEY_AGENT_CONFIG"
@@ -48,37 +47,15 @@ program.add_typer(service_app, name="service")
 program.add_typer(proxy_app, name="proxy")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    config_file: Path
-    as_json: bool
-
-    def load(self) -> config.Settings:
-        return config.load(self.config_file, os.environ)
-
-
+cli.add_options(
+    program,
+    default_config=DEFAULT_CONFIG,
+    config_variable=CONFIG_VARIABLE,
+    read=config.load,
+    check=lambda settings: config.database_url(settings.agent),
+)
+type Options = cli.Options[config.Settings]
 YesFlag = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-
-
-@program.callback(invoke_without_command=True)
-def options(
-    context: typer.Context,
-    config_file: Annotated[
-        Path, typer.Option("--config", envvar=CONFIG_VARIABLE, help="Configuration file.")
-    ] = DEFAULT_CONFIG,
-    as_json: JsonFlag = False,
-    check_config: Annotated[
-        bool, typer.Option("--check-config", help="Check the configuration and end.")
-    ] = False,
-) -> None:
-    context.obj = Options(config_file, as_json)
-    if check_config:
-        settings = context.obj.load()
-        config.database_url(settings.agent)
-        emit({"config": str(config_file), "ok": True}, as_json=as_json, text=f"{config_file}: good")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        raise CommandError("no command given", "see key-agent --help", ExitCode.USAGE)
 
 
 def main() -> NoReturn:
@@ -168,7 +145,7 @@ def init(  # noqa: PLR0917 - typer calls it by name
             files_dir=files_dir or options.config_file.parent / "key-agent",
         ),
     )
-    emit(result, as_json=options.as_json, text=lambda: setup.what_is_missing(result))
+    options.emit(result, lambda: setup.what_is_missing(result))
 
 
 @program.command()
@@ -216,7 +193,7 @@ def doctor_command(context: typer.Context) -> None:
     """Check files, HSM, certificates, proxies and clocks, and say how to mend what is wrong."""
     options: Options = context.obj
     checks = doctor.examine(options.config_file, options.load, _diagnose)
-    emit(report.as_json(checks), as_json=options.as_json, text=lambda: report.as_text(checks))
+    options.emit(report.as_json(checks), lambda: report.as_text(checks))
     failed = [check for check in checks if check.outcome == "failed"]
     if failed:
         raise CommandError(
@@ -411,7 +388,7 @@ def proxy_remove(context: typer.Context, proxy: Annotated[str, typer.Argument(me
 
 
 def _show(context: typer.Context, data: Json, text: Callable[[Any], str]) -> None:
-    emit(data, as_json=context.obj.as_json, text=lambda: text(data).rstrip("\n"))
+    context.obj.emit(data, lambda: text(data).rstrip("\n"))
 
 
 def _read(path: Path) -> str:

@@ -43,7 +43,7 @@ from proxy.tenants.model import (
 )
 from runtime import cli
 from runtime import doctor as report
-from runtime.cli import CommandError, ExitCode, JsonFlag, emit
+from runtime.cli import CommandError, ExitCode
 from runtime.clock import SystemClock
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/sealgate.toml")
@@ -62,37 +62,14 @@ program.add_typer(service_app, name="service")
 program.add_typer(profile_app, name="profile")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    config_file: Path
-    as_json: bool
-
-    def load(self) -> config.Settings:
-        return config.load(self.config_file, os.environ)
-
-    def emit(self, data: object, text: Callable[[], str] | str) -> None:
-        emit(data, as_json=self.as_json, text=text)
-
-
-@program.callback(invoke_without_command=True)
-def options(
-    context: typer.Context,
-    config_file: Annotated[
-        Path, typer.Option("--config", envvar=CONFIG_VARIABLE, help="Configuration file.")
-    ] = DEFAULT_CONFIG,
-    as_json: JsonFlag = False,
-    check_config: Annotated[
-        bool, typer.Option("--check-config", help="Check the configuration and end.")
-    ] = False,
-) -> None:
-    context.obj = Options(config_file, as_json)
-    if check_config:
-        settings = context.obj.load()
-        config.database_url(settings.proxy)
-        emit({"config": str(config_file), "ok": True}, as_json=as_json, text=f"{config_file}: good")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        raise CommandError("no command given", "see sealgate --help", ExitCode.USAGE)
+cli.add_options(
+    program,
+    default_config=DEFAULT_CONFIG,
+    config_variable=CONFIG_VARIABLE,
+    read=config.load,
+    check=lambda settings: config.database_url(settings.proxy),
+)
+type Options = cli.Options[config.Settings]
 
 
 def main() -> NoReturn:
@@ -534,7 +511,7 @@ def _operating(context: typer.Context) -> Iterator[_Operator]:
 
 def _options(context: typer.Context) -> Options:
     chosen = context.obj
-    assert isinstance(chosen, Options)  # noqa: S101 - set by the callback before any command
+    assert isinstance(chosen, cli.Options)  # noqa: S101 - set by the callback before any command
     return chosen
 
 

@@ -12,7 +12,8 @@
    and, as with every program, 130 after Ctrl-C.
 4. No traceback reaches the user: of an unexpected error the type and place are shown, not the text, which
    nobody has checked for secrets. `SEALGATE_TRACEBACK=1` prints the traceback for developers.
-5. Options of the whole program (`--json`, `--config FILE` ...) may stand before or after the subcommand.
+5. Options of the whole program (`--json`, `--config FILE`, `--check-config`) may stand before or after the
+   subcommand.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
@@ -68,9 +71,6 @@ class CommandError(Exception):
 
 _INTERRUPTED: Final = 130  # what typer makes of Ctrl-C, as shells do
 
-# The option every program declares once, in the callback of its app.
-JsonFlag = Annotated[bool, typer.Option("--json", help="Results and errors as JSON.")]
-
 # What an error of ours means to the shell when no command said it better. The first match counts.
 _EXIT_CODES: Final[Mapping[type[Exception], tuple[ExitCode, str]]] = {
     SettingsError: (ExitCode.USAGE, "mend the configuration, then check it with --check-config"),
@@ -107,6 +107,52 @@ def emit(data: object, *, as_json: bool, text: Callable[[], str] | str) -> None:
         line = text if isinstance(text, str) else text()
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Options[S]:
+    """The options of the whole program, as a command finds them in its context's `obj`; S: the settings."""
+
+    config_file: Path
+    as_json: bool
+    read: Callable[[Path, Mapping[str, str]], S]
+
+    def load(self) -> S:
+        """SettingsError names what does not fit."""
+        return self.read(self.config_file, os.environ)
+
+    def emit(self, data: object, text: Callable[[], str] | str) -> None:
+        emit(data, as_json=self.as_json, text=text)
+
+
+def add_options[S](
+    app: typer.Typer,
+    *,
+    default_config: Path,
+    config_variable: str,
+    read: Callable[[Path, Mapping[str, str]], S],
+    check: Callable[[S], object],
+) -> None:
+    """Declare `Options`. *check*: what `--check-config` looks at beyond *read*; raises like it."""
+
+    @app.callback(invoke_without_command=True)
+    def options(
+        context: typer.Context,
+        config_file: Annotated[
+            Path, typer.Option("--config", envvar=config_variable, help="Configuration file.")
+        ] = default_config,
+        as_json: Annotated[bool, typer.Option("--json", help="Results and errors as JSON.")] = False,
+        check_config: Annotated[
+            bool, typer.Option("--check-config", help="Check the configuration and end.")
+        ] = False,
+    ) -> None:
+        chosen = context.obj = Options(config_file, as_json, read)
+        if check_config:
+            check(chosen.load())
+            chosen.emit({"config": str(config_file), "ok": True}, f"{config_file}: good")
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            raise CommandError("no command given", f"see {app.info.name} --help", ExitCode.USAGE)
 
 
 def run(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:

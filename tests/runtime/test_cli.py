@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from envelope.certificates import CertificateError
 from envelope.errors import FormatError, IntegrityError, KeyUnavailableError, SealgateError, Unavailable
 from runtime import cli
 from runtime.audit import AuditUnavailableError
-from runtime.cli import CommandError, ExitCode, JsonFlag
+from runtime.cli import CommandError, ExitCode
 from runtime.settings import SettingsError
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def app() -> typer.Typer:
     @app.callback()
     def options(
         context: typer.Context,
-        as_json: JsonFlag = False,
+        as_json: Annotated[bool, typer.Option("--json")] = False,
         config: Annotated[str, typer.Option("--config")] = "default",
     ) -> None:
         context.obj = (as_json, config)
@@ -202,6 +203,67 @@ def test_help(app: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_asked(app: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(app) == ExitCode.USAGE
     assert "A program." in "".join(capsys.readouterr())
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> typer.Typer:
+    """One whose settings are the words of its configuration file, `bad` among them only for a closer look."""
+
+    def read(path: Path, environment: Mapping[str, str]) -> list[str]:
+        if not path.exists():
+            raise SettingsError(str(path), "", allowed="a file")
+        return [*path.read_text().split(), *environment.get("PROG_EXTRA", "").split()]
+
+    def check(settings: list[str]) -> None:
+        if "bad" in settings:
+            raise SettingsError("words", "", allowed="good ones")
+
+    program = cli.make_app("prog", "A program.")
+    cli.add_options(
+        program, default_config=tmp_path / "default", config_variable="PROG_CONFIG", read=read, check=check
+    )
+
+    @program.command()
+    def show(context: typer.Context) -> None:
+        options: cli.Options[list[str]] = context.obj
+        options.emit(options.load(), lambda: " ".join(options.load()))
+
+    return program
+
+
+def test_where_the_configuration_is(
+    program: typer.Typer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("default", "of-variable", "of-option"):
+        (tmp_path / name).write_text(name)
+    assert run(program, "show") == 0
+    assert capsys.readouterr().out == "default\n"
+    monkeypatch.setenv("PROG_EXTRA", "more")
+    monkeypatch.setenv("PROG_CONFIG", str(tmp_path / "of-variable"))
+    assert run(program, "show", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == ["of-variable", "more"]
+    assert run(program, "show", "--config", str(tmp_path / "of-option")) == 0
+    assert capsys.readouterr().out == "of-option more\n"
+
+
+def test_check_config(program: typer.Typer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(program, "--check-config") == ExitCode.USAGE
+    assert str(tmp_path / "default") in capsys.readouterr().err
+    (tmp_path / "default").write_text("good")
+    assert run(program, "--check-config", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"config": str(tmp_path / "default"), "ok": True}
+    assert run(program, "--check-config") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'default'}: good\n"
+    (tmp_path / "default").write_text("bad")
+    assert run(program, "show") == 0
+    capsys.readouterr()
+    assert run(program, "--check-config") == ExitCode.USAGE
+    assert "good ones" in capsys.readouterr().err
+
+
+def test_options_are_no_command(program: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(program, "--json") == ExitCode.USAGE
+    assert json.loads(capsys.readouterr().err)["error"]["cause"] == "no command given"
 
 
 def test_cancelled(app: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
