@@ -70,16 +70,7 @@ def _object(raw: bytes, size: int) -> Description:
         plain_bytes = plain_length(size)
     except FormatError as error:
         problems.append(str(error))
-    return Description(
-        kind=Kind.OBJECT,
-        stored_bytes=size,
-        version=_byte(raw, 8),
-        suite=_suite(raw),
-        key_id=_key_id(raw),
-        bind=_bind(raw),
-        plain_bytes=plain_bytes,
-        problems=tuple(problems),
-    )
+    return _with_header(Kind.OBJECT, raw, size, problems, plain_bytes=plain_bytes)
 
 
 def _composite(raw: bytes, size: int, tail: bytes) -> Description:
@@ -90,16 +81,7 @@ def _composite(raw: bytes, size: int, tail: bytes) -> Description:
         parts = multipart.listed_parts(end - begin)
     except FormatError as error:
         problems.append(f"{error}: a single part, or a composite whose end is missing")
-    return Description(
-        kind=Kind.COMPOSITE,
-        stored_bytes=size,
-        version=_byte(raw, 8),
-        suite=_suite(raw),
-        key_id=_key_id(raw),
-        bind=_bind(raw),
-        parts=parts,
-        problems=tuple(problems),
-    )
+    return _with_header(Kind.COMPOSITE, raw, size, problems, parts=parts)
 
 
 def _field(text: str) -> Description:
@@ -122,6 +104,28 @@ def _field(text: str) -> Description:
         key_id=header.key_id,
         plain_bytes=None if impossible else plain_bytes,
         problems=(f"no value is sealed in {size} bytes",) if impossible else (),
+    )
+
+
+def _with_header(
+    kind: Kind,
+    raw: bytes,
+    size: int,
+    problems: list[str],
+    *,
+    plain_bytes: int | None = None,
+    parts: int | None = None,
+) -> Description:
+    return Description(
+        kind=kind,
+        stored_bytes=size,
+        version=_byte(raw, 8),
+        suite=_suite(raw),
+        key_id=_key_id(raw),
+        bind=_bind(raw),
+        plain_bytes=plain_bytes,
+        parts=parts,
+        problems=tuple(problems),
     )
 
 

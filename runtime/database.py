@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -134,6 +134,19 @@ def ask(cursor: Any, query: str, *parameters: object) -> Any:
     cursor.execute(query, parameters or None)
     row = cursor.fetchone()
     return row[0] if row else None
+
+
+def new_metadata() -> MetaData:
+    """For a schema: constraints have names, so that a migration can change them on both databases."""
+    return MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
 
 
 def migration_config(connection: Connection, scripts: Path) -> Config:

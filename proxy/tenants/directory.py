@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, delete, insert, select, update
 from sqlalchemy.engine import make_url
 
 from envelope.certificates import (
@@ -538,11 +538,7 @@ class DirectoryStore:
             obsolete.extend(
                 self._state_dir / name for name in (row.key_file, row.pending_key_file) if name is not None
             )
-            connection.execute(
-                delete(network_service).where(
-                    network_service.c.tenant_id == owner.tenant, network_service.c.name == owner.service
-                )
-            )
+            connection.execute(delete(network_service).where(_is(owner)))
             return _Draft(action="service-removed", tenant=owner.tenant, service=owner.service, detail={})
 
         self._change(change, actor)
@@ -775,17 +771,15 @@ def _replace_signers(connection: Connection, name: str, signers: Iterable[x509.C
 
 
 def _service_row(connection: Connection, owner: NetworkService) -> Row[Any]:
-    return connection.execute(
-        select(network_service).where(
-            network_service.c.tenant_id == owner.tenant, network_service.c.name == owner.service
-        )
-    ).one()
+    return connection.execute(select(network_service).where(_is(owner))).one()
 
 
 def _update_service(owner: NetworkService) -> Any:
-    return update(network_service).where(
-        network_service.c.tenant_id == owner.tenant, network_service.c.name == owner.service
-    )
+    return update(network_service).where(_is(owner))
+
+
+def _is(owner: NetworkService) -> ColumnElement[bool]:
+    return and_(network_service.c.tenant_id == owner.tenant, network_service.c.name == owner.service)
 
 
 def _key_name(owner: NetworkService) -> str:
