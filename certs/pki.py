@@ -33,6 +33,7 @@ from envelope.certificates import (
     Role,
     check_public_key,
     identity_uri,
+    key_usage,
     read_identity,
 )
 from envelope.errors import FormatError
@@ -55,22 +56,6 @@ class Credential(NamedTuple):
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
-
-
-def key_usage(**allowed: bool) -> x509.KeyUsage:
-    """KeyUsage with only the named uses."""
-    names = (
-        "digital_signature",
-        "content_commitment",
-        "key_encipherment",
-        "data_encipherment",
-        "key_agreement",
-        "key_cert_sign",
-        "crl_sign",
-        "encipher_only",
-        "decipher_only",
-    )
-    return x509.KeyUsage(**(dict.fromkeys(names, False) | allowed))
 
 
 def certify(

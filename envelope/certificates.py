@@ -193,6 +193,12 @@ def check_public_key(
         raise CertificateError("key", f"{identity}: neither an RSA nor an EC key")
 
 
+def key_usage(**allowed: bool) -> x509.KeyUsage:
+    """KeyUsage with only the named uses."""
+    names = (*_USAGES, "encipher_only", "decipher_only")
+    return x509.KeyUsage(**(dict.fromkeys(names, False) | allowed))
+
+
 def _extension[T: x509.ExtensionType](
     certificate: x509.Certificate | x509.CertificateSigningRequest, kind: type[T]
 ) -> T | None:

@@ -28,6 +28,7 @@ from mitmproxy.proxy import mode_specs
 from mitmproxy.proxy.layers import quic
 from OpenSSL import SSL
 
+from envelope.certificates import key_usage
 from envelope.errors import SealgateError
 from proxy.tenants.model import CertificateFiles, normal_host
 from runtime.clock import Clock
@@ -138,7 +139,7 @@ class InterceptionCa:
             .not_valid_after(not_after)
             .add_extension(x509.SubjectAlternativeName([subject]), critical=not common_name)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_DIGITAL_SIGNATURE, critical=True)
+            .add_extension(key_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(
                 x509.SubjectKeyIdentifier.from_public_key(self._leaf_key.public_key()), critical=False
@@ -162,19 +163,6 @@ class InterceptionCa:
         context.use_privatekey(self._leaf_key)
         context.check_privatekey()
         return context
-
-
-_DIGITAL_SIGNATURE: Final = x509.KeyUsage(
-    digital_signature=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
 
 
 def _alpn_choice(offers: Sequence[bytes]) -> Callable[[SSL.Connection, list[bytes]], Any]:

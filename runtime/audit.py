@@ -30,6 +30,7 @@ from envelope import audit
 from envelope.audit import BrokenChainError, Head, Value
 from envelope.errors import SealgateError
 from runtime.clock import Clock
+from runtime.files import sync_directory
 
 FILE_MODE: Final = 0o600
 _READ_BYTES: Final = 1 << 20
@@ -194,7 +195,7 @@ class AuditLog:
                 file.flush()
                 os.fsync(descriptor)
             os.ftruncate(self._descriptor, self._size_bytes)
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except OSError as error:
             raise AuditUnavailableError(
                 f"{self.path} ends in a torn line that cannot be moved to {saved}: {error.strerror}",
@@ -248,7 +249,7 @@ def _open_locked(path: Path) -> int:
         raise AuditUnavailableError(f"{path} is not a regular file", "give the path of a file")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
@@ -260,14 +261,6 @@ def _open_locked(path: Path) -> int:
             f"{path} cannot be locked or synced: {error.strerror}", "put it on a local file system"
         ) from error
     return descriptor
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

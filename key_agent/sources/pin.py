@@ -20,6 +20,7 @@ import structlog
 
 from key_agent.errors import KeySourceError, LoginRefusedError
 from key_agent.sources.verdict import Verdict
+from runtime.files import replace_file
 
 PIN_SIZE_LIMIT: Final = 1024
 _log = structlog.get_logger(__name__)
@@ -93,7 +94,7 @@ class PinGate:
         """The token refused the PIN of *note*: close the gate, durably."""
         self._refused = msgspec.structs.replace(note, verdict=verdict)
         try:
-            _write_durably(self._note_file, msgspec.json.encode(self._refused))
+            replace_file(self._note_file, msgspec.json.encode(self._refused))
         except OSError as error:
             _log.error(
                 "the note about the refused PIN cannot be written; a restart would try the PIN again",
@@ -131,20 +132,3 @@ class PinGate:
             raise KeySourceError(
                 f"{self._note_file}: unreadable ({type(error).__name__}); check the PIN, then delete the file"
             ) from None
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of the directory (hsm.md 10)."""
-    temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -20,9 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from envelope.certificates import Identity, Role, identity_uri
+from envelope.certificates import Identity, Role, identity_uri, key_usage
 from envelope.errors import SealgateError
 from envelope.keys import NetworkService
+from runtime.files import sync_directory
 
 INTERCEPTION_CA_VALIDITY: Final = timedelta(days=730)
 MAX_PEM_BYTES: Final = 1 << 20
@@ -62,17 +63,7 @@ def make_service_csr(owner: NetworkService, key: PrivateKey) -> x509.Certificate
     """A request for the certificate of *owner*: its URI SAN and the key usage that its key type needs."""
     uri = identity_uri(Identity(owner.tenant, Role.SERVICE, owner.service))
     is_rsa = isinstance(key, rsa.RSAPrivateKey)
-    usage = x509.KeyUsage(
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=is_rsa,
-        data_encipherment=False,
-        key_agreement=not is_rsa,
-        key_cert_sign=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    usage = key_usage(key_encipherment=True) if is_rsa else key_usage(key_agreement=True)
     return (
         x509.CertificateSigningRequestBuilder()
         .subject_name(
@@ -100,17 +91,6 @@ def make_interception_ca(tenant: str, *, now_s: float) -> InterceptionCa:
         ]
     )
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    usage = x509.KeyUsage(
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=True,
-        encipher_only=False,
-        decipher_only=False,
-    )
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -120,7 +100,7 @@ def make_interception_ca(tenant: str, *, now_s: float) -> InterceptionCa:
         .not_valid_before(now - _BACKDATE)
         .not_valid_after(now + INTERCEPTION_CA_VALIDITY)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(key_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(identifier, critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -230,15 +210,6 @@ def make_private_directory(path: Path) -> None:
     make_private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in *path* survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes:

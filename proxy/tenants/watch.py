@@ -11,18 +11,17 @@
 """
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
 import structlog
 
-from proxy.tenants.certificates import sync_directory
 from proxy.tenants.directory import Change, DirectoryStore, DirectoryUnavailableError
 from proxy.tenants.model import Directory
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock
+from runtime.files import replace_file
 
 PAGE: Final = 1000
 _log: Final = structlog.get_logger("directory")
@@ -108,14 +107,8 @@ class DirectoryWatch:
             return 0
 
     def _remember(self, revision: int) -> None:
-        temporary = self._recorded_file.with_name(f".{self._recorded_file.name}.new")
         try:
-            with temporary.open("w", encoding="ascii") as file:
-                file.write(f"{revision}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._recorded_file)
-            sync_directory(self._recorded_file.parent)
+            replace_file(self._recorded_file, b"%d\n" % revision)
         except OSError as error:
             cause = f"position {self._recorded_file} cannot be written: {error.strerror}"
             raise AuditUnavailableError(cause, "free the disk that holds the audit log") from error

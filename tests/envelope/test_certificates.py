@@ -15,6 +15,7 @@ from envelope.certificates import (
     Role,
     fingerprint,
     identity_uri,
+    key_usage,
     parse_identity_uri,
     read_identity,
     verify_certificate,
@@ -28,9 +29,9 @@ SIGNING = Identity("acme", Role.AGENT_SIGNING, "hq")
 TLS = Identity("acme", Role.AGENT_TLS, "hq")
 
 USAGE = {
-    Role.SERVICE: pki.key_usage(key_agreement=True),
-    Role.AGENT_SIGNING: pki.key_usage(digital_signature=True),
-    Role.AGENT_TLS: pki.key_usage(digital_signature=True),
+    Role.SERVICE: key_usage(key_agreement=True),
+    Role.AGENT_SIGNING: key_usage(digital_signature=True),
+    Role.AGENT_TLS: key_usage(digital_signature=True),
 }
 CLIENT_AUTH = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
 
@@ -314,7 +315,7 @@ def test_a_ca_is_no_leaf(acme: Tenant) -> None:
 
 
 def test_weak_and_unsuitable_keys(acme: Tenant) -> None:
-    rsa_usage = pki.key_usage(key_encipherment=True)
+    rsa_usage = key_usage(key_encipherment=True)
     assert refusal(issue(acme.root, S3, key=rsa_key(1024), usage=rsa_usage), acme) == "key"
     assert refusal(issue(acme.root, S3, key=ec.generate_private_key(ec.SECP224R1())), acme) == "key"
     assert refusal(issue(acme.root, S3, key=ec.generate_private_key(ec.SECP521R1())), acme) == "key"
@@ -353,7 +354,7 @@ def test_a_key_nobody_can_read(acme: Tenant) -> None:
     assert refusal(x509.load_der_x509_certificate(unknown_curve), acme) == "key"
 
 
-U = pki.key_usage
+U = key_usage
 
 
 @pytest.mark.parametrize(
@@ -451,7 +452,7 @@ def test_a_root_without_key_identifier_is_usable() -> None:
         .not_valid_before(VALID_FROM)
         .not_valid_after(VALID_FROM + VALIDITY)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(pki.key_usage(key_cert_sign=True), critical=True)
+        .add_extension(key_usage(key_cert_sign=True), critical=True)
         .sign(key, hashes.SHA256())
     )
     root = Credential(key, certificate)
