@@ -101,8 +101,11 @@ RANGE_NOT_SATISFIABLE: Final = _refusal(
 )
 
 TOO_MANY: Final = _refusal(
-    429, "too-many-requests", "Too many requests of this connection are in progress, even if cancelled.",
-    "Wait for answers before asking more.", retry_after_s=1,
+    429,
+    "too-many-requests",
+    "Too many requests of this connection are in progress, even if cancelled.",
+    "Wait for answers before asking more.",
+    retry_after_s=1,
 )
 
 # What the administrator of the proxy may mend.
@@ -136,7 +139,8 @@ UPSTREAM_CHANGED: Final = _refusal(
     retry_after_s=1,
 )
 ANSWER_REFUSED: Final = _refusal(
-    502, "answer-refused",
+    502,
+    "answer-refused",
     "The service acknowledged an upload before its end, or sends it on to where it would not be sealed.",
     _ADMIN + " whether another host of the service must be managed.",
 )
