@@ -20,6 +20,7 @@ from envelope.errors import SealgateError
 from key_agent import metrics
 from key_agent.consent import Change, Consent, Standing
 from key_agent.journal import Journal
+from key_agent.presence import PresenceLoop
 from key_agent.push.pusher import Delivery, Pusher
 from key_agent.push.recipients import Recipients
 from key_agent.push.sealing import KeySealing, WithdrawalSealing
@@ -45,6 +46,7 @@ class Rhythm:
     interval_s: int
     validity_s: int
     watch_s: float
+    presence_s: float
     request_timeout_s: float
     batch_size: int
 
@@ -134,6 +136,20 @@ class Agent:
             on_delivery=self._withdrawal_delivered,
         )
 
+        self.presence = PresenceLoop(
+            transport=transport,
+            pusher=self.pusher,
+            targets=targets,
+            consent=self.consent,
+            clock=clock,
+            presence_s=rhythm.presence_s,
+            timeout_s=rhythm.request_timeout_s,
+            interval_s=rhythm.interval_s,
+            jitter=jitter,
+            failures=self.refresh.schedule.failures,
+            push_at_once=self.refresh.at_once,
+        )
+
     def _make_key_sealing(self) -> KeySealing:
         return KeySealing(
             source=self.source,
@@ -165,6 +181,7 @@ class Agent:
                 self.is_running = True
                 tasks.append(group.create_task(self.watch.run(), name="kek-watch"))
                 tasks.append(group.create_task(self.refresh.run(), name="refresh"))
+                tasks.append(group.create_task(self.presence.run(), name="presence"))
             try:
                 yield
             except Exception as error:  # noqa: BLE001 - raised again, outside of the group
@@ -246,6 +263,7 @@ class Agent:
     def _consent_changed(self, change: Change) -> None:
         for standing in Standing:
             metrics.STANDING.labels(standing).set(standing is change.new)
+        self.presence.wake()
         if change.new is not Standing.CONSENTED:
             self.pusher.stop()
             self._delivered.set()

@@ -104,6 +104,7 @@ def rhythm_of(settings: Settings) -> Rhythm:
         interval_s=settings.refresh.interval_s,
         validity_s=settings.refresh.validity_s,
         watch_s=settings.refresh.watch_s,
+        presence_s=settings.push.presence_s,
         request_timeout_s=settings.push.request_timeout_s,
         batch_size=settings.push.batch_size,
     )

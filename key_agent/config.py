@@ -80,8 +80,12 @@ class PushSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One request to one proxy: connection, TLS and answer included."""
     batch_size: int = 100
     """Network services per HSM request and per POST."""
+    presence_s: float = 5.0
+    """Between two questions to a proxy whether it is there: one that restarted has no keys until noticed."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.presence_s <= 60:
+            raise ValueError("push.presence_s must be between 1 and 60")
         if not 0 < self.request_timeout_s <= 60:
             raise ValueError("push.request_timeout_s must be greater than 0 and at most 60")
         if not 1 <= self.batch_size <= 100:

@@ -43,3 +43,17 @@ WITHDRAWALS_PENDING: Final = Gauge(
     namespace=NAMESPACE,
     registry=REGISTRY,
 )
+PROXY_ANSWERS: Final = Gauge(
+    "agent_proxy_answers",
+    "1 if a proxy answered when it was last asked whether it is there, 0 if not",
+    ["proxy"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+RETURNS: Final = Counter(
+    "agent_proxy_returns",
+    "Pushes brought forward because a proxy had restarted or was back",
+    ["proxy"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)

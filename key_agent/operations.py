@@ -550,6 +550,7 @@ class Operations:
     def _proxy_json(self, proxy: Proxy) -> Json:
         agent = self._agent
         last = agent.deliveries.get(proxy.id)
+        seen = agent.presence.sighting(proxy.id)
         return {
             "proxy": proxy.id,
             "url": proxy.url,
@@ -557,6 +558,9 @@ class Operations:
             "outcome": None if last is None else last.outcome,
             "error": None if last is None else last.error,
             "failures_in_a_row": agent.refresh.schedule.failures(proxy.id),
+            "answers": None if seen is None else seen.answers,
+            "answers_since_ms": None if seen is None else seen.since_ms,
+            "answers_error": None if seen is None else seen.error,
         }
 
 

@@ -57,6 +57,7 @@ watch_s = 5           # between two proofs that the KEK still works
 
 [push]
 request_timeout_s = 10
+presence_s = 5        # between two questions whether a proxy is there, and since when
 
 [admin]
 # Health, metrics and status, without login: loopback only. Commands go through the socket in state_dir.

@@ -6,7 +6,8 @@
    session); then a new session is opened and what was refused is sealed and sent again at once. The same for
    `sequence`, which only a push that overtook another one can earn. Once: what is refused twice is a failure.
 3. Nothing with keys leaves once pushing has stopped; `stop` ends what is on its way.
-4. Receipts are values, and kept: memory first, then the registry.
+4. Which start of a proxy last answered a push of keys is remembered: another start has none of them (`meet`).
+5. Receipts are values, and kept: memory first, then the registry.
 """
 
 import asyncio
@@ -88,6 +89,8 @@ class Pusher:
         self._may_push = may_push
         self._request_timeout_s = request_timeout_s
         self._sessions: dict[str, Session] = {}
+        self._served: dict[str, bytes] = {}
+        """By proxy: the instance that last answered a push of keys."""
         self._running: set[asyncio.Task[Delivery]] = set()
         self._storing: set[asyncio.Task[None]] = set()
 
@@ -134,6 +137,13 @@ class Pusher:
         if self._storing:
             await asyncio.wait(self._storing)
 
+    def meet(self, proxy_id: str, instance: bytes) -> bool:
+        """This start of the proxy is there now. True if an earlier one had our pushes and this one none."""
+        known = self._sessions.get(proxy_id)
+        if known is not None and known.instance not in (None, instance):
+            del self._sessions[proxy_id]  # its challenge is as gone as the process that made it
+        return self._served.get(proxy_id, instance) != instance
+
     async def probe(self, proxy: Proxy) -> Session:
         """Open a session, for `doctor` and to learn what a proxy holds. PushError."""
         return await self._open_session(proxy)
@@ -177,6 +187,7 @@ class Pusher:
         failure: PushError | None = None
         try:
             wanted = owners
+            is_noted = False
             for attempt in range(_ATTEMPTS):
                 session = await self._session(proxy, anew=attempt > 0)
                 again: set[NetworkService] = set()
@@ -185,6 +196,10 @@ class Pusher:
                         receipts[receipt.owner] = receipt
                         if code in _AGAIN:
                             again.add(receipt.owner)
+                        elif keys and not is_noted and (receipt.accepted or code):
+                            # The first: if the proxy restarts halfway, the new start has not all of them.
+                            is_noted = True
+                            self._note_served(proxy, session)
                 wanted = frozenset(again)
                 if not wanted:
                     break
@@ -205,6 +220,12 @@ class Pusher:
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
         return delivery
+
+    def _note_served(self, proxy: Proxy, session: Session) -> None:
+        if session.instance is None:
+            self._served.pop(proxy.id, None)
+        else:
+            self._served[proxy.id] = session.instance
 
     async def _store(self, delivery: Delivery) -> None:
         try:

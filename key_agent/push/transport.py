@@ -7,6 +7,7 @@
    text of a proxy reaches log, registry or terminal but cut and printable, and nothing is unpacked for it.
 4. A kept connection that has died is found out before it is needed, or replaced at once: the withdrawal is
    often the first to use it.
+5. Asking who is there never takes the connection that a refresh or a withdrawal needs.
 """
 
 import asyncio
@@ -31,11 +32,14 @@ from key_agent.errors import KeyAgentError
 from key_agent.registry.model import Proxy
 
 CHALLENGE_SIZE: Final = 16
+INSTANCE_SIZE: Final = 16
 MAX_ENVELOPES: Final = 1000
 MAX_REQUEST_BYTES: Final = 8 << 20
 _MAX_ANSWER_BYTES: Final = 16 << 20
-# One for the refresh, one that a withdrawal never has to wait for.
-_CONNECTIONS_PER_PROXY: Final = 2
+# Many are asked at once, any of which may answer with all it is allowed to.
+_MAX_PRESENCE_BYTES: Final = 4 << 10
+# One for the refresh, one that a withdrawal never has to wait for, one for asking who is there.
+_CONNECTIONS_PER_PROXY: Final = 3
 # Longer than the refresh interval, so that a withdrawal finds a connection open.
 _KEEPALIVE_S: Final = 420
 # Middle boxes forget connections that are silent for minutes, and tell nobody (the shortest known: 240 s).
@@ -69,6 +73,17 @@ class Session:
     challenge: bytes
     time_ms: int
     services: tuple[HeldService, ...]
+    instance: bytes | None = None
+    """INSTANCE_SIZE bytes that tell this start of the proxy from every other; None: it does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presence:
+    """A proxy is there; `instance` as in `Session`."""
+
+    proxy_id: str
+    instance: bytes
+    time_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +105,10 @@ class Transport(ABC):
     @abstractmethod
     async def open_session(self, proxy: Proxy) -> Session:
         """Ask for a challenge. PushError if the proxy cannot be reached or is not who it should be."""
+
+    @abstractmethod
+    async def presence(self, proxy: Proxy) -> Presence:
+        """Ask who is there: changes nothing at the proxy. PushError as for `open_session`."""
 
     @abstractmethod
     async def send(self, proxy: Proxy, tokens: Sequence[str]) -> list[Answer]:
@@ -129,6 +148,13 @@ class _SessionAnswer(msgspec.Struct):
     challenge: _Name
     time_ms: _Count
     services: list[_Service] = []
+    instance: _Name | None = None
+
+
+class _PresenceAnswer(msgspec.Struct):
+    proxy: _Name
+    instance: _Name
+    time_ms: _Count
 
 
 class _Receipt(msgspec.Struct):
@@ -170,12 +196,12 @@ class HttpsTransport(Transport):
     @override
     async def open_session(self, proxy: Proxy) -> Session:
         body = msgspec.json.encode({"agent": self._agent_id} | self._introduction())
-        answer = _decode(await self._post(proxy, "/push/v1/session", body), _SessionAnswer)
-        if answer.proxy != proxy.id:
-            raise PushError("wrong-proxy", f"{proxy.url} says it is {answer.proxy!r}, not {proxy.id!r}")
+        answer = _decode(await self._request(proxy, "/push/v1/session", body), _SessionAnswer)
+        _check_id(proxy, answer.proxy)
         return Session(
             proxy_id=answer.proxy,
-            challenge=_challenge(answer.challenge),
+            challenge=_bytes("challenge", answer.challenge, CHALLENGE_SIZE),
+            instance=None if answer.instance is None else _bytes("instance", answer.instance, INSTANCE_SIZE),
             time_ms=answer.time_ms,
             services=tuple(
                 HeldService(
@@ -188,9 +214,20 @@ class HttpsTransport(Transport):
         )
 
     @override
+    async def presence(self, proxy: Proxy) -> Presence:
+        content = await self._request(proxy, "/push/v1/presence", None, limit_bytes=_MAX_PRESENCE_BYTES)
+        answer = _decode(content, _PresenceAnswer)
+        _check_id(proxy, answer.proxy)
+        return Presence(
+            proxy_id=answer.proxy,
+            instance=_bytes("instance", answer.instance, INSTANCE_SIZE),
+            time_ms=answer.time_ms,
+        )
+
+    @override
     async def send(self, proxy: Proxy, tokens: Sequence[str]) -> list[Answer]:
         body = msgspec.json.encode({"envelopes": list(tokens)})
-        answer = _decode(await self._post(proxy, "/push/v1/envelopes", body), _Receipts)
+        answer = _decode(await self._request(proxy, "/push/v1/envelopes", body), _Receipts)
         if len(answer.receipts) != len(tokens):
             raise PushError("bad-answer", f"{len(answer.receipts)} receipts for {len(tokens)} envelopes")
         return [
@@ -221,27 +258,34 @@ class HttpsTransport(Transport):
         except (OSError, ValueError) as error:
             raise PushError("signing-certificate", f"own signing certificate: {_reason(error)}") from error
 
-    async def _post(self, proxy: Proxy, path: str, body: bytes) -> bytes:
+    async def _request(
+        self, proxy: Proxy, path: str, body: bytes | None, *, limit_bytes: int = _MAX_ANSWER_BYTES
+    ) -> bytes:
+        """POST *body*, or GET where there is none."""
         client = await self._client(proxy)
         try:
             try:
-                return await self._exchange(client, path, body)
+                return await self._exchange(client, path, body, limit_bytes)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError):
                 # A kept connection that the proxy or somebody between had given up: once more, on a new one.
                 if client.closed:  # the proxy's address has changed meanwhile
                     raise
-                return await self._exchange(client, path, body)
+                return await self._exchange(client, path, body, limit_bytes)
         except aiohttp.ClientSSLError as error:
             raise PushError("tls", f"{proxy.url}: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PushError("unreachable", f"{proxy.url}: {_reason(error)}") from error
 
-    async def _exchange(self, client: aiohttp.ClientSession, path: str, body: bytes) -> bytes:
+    async def _exchange(
+        self, client: aiohttp.ClientSession, path: str, body: bytes | None, limit_bytes: int
+    ) -> bytes:
+        method = "GET" if body is None else "POST"
         # As a stream: aiohttp warns of large `bytes`.
-        async with client.post(path, data=io.BytesIO(body), allow_redirects=False) as response:
-            answer = await _read_bounded(response)
+        data = None if body is None else io.BytesIO(body)
+        async with client.request(method, path, data=data, allow_redirects=False) as response:
+            answer = await _read_bounded(response, limit_bytes)
             if response.status != 200:
                 raise _problem(response.status, answer)
             return answer
@@ -297,13 +341,13 @@ def _probing_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     return made
 
 
-async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
+async def _read_bounded(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
     answer = bytearray()
     async for piece in response.content.iter_chunked(1 << 16):
         answer += piece
-        if len(answer) > _MAX_ANSWER_BYTES:
+        if len(answer) > limit_bytes:
             response.close()
-            raise PushError("bad-answer", f"more than {_MAX_ANSWER_BYTES} bytes")
+            raise PushError("bad-answer", f"more than {limit_bytes} bytes")
     return bytes(answer)
 
 
@@ -336,14 +380,20 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_TEXT])
 
 
-def _challenge(text: str) -> bytes:
+def _check_id(proxy: Proxy, told: str) -> None:
+    if told != proxy.id:
+        raise PushError("wrong-proxy", f"{proxy.url} says it is {told!r}, not {proxy.id!r}")
+
+
+def _bytes(name: str, text: str, size: int) -> bytes:
+    """What *text* encodes, *size* bytes. PushError `bad-answer` if it is anything else."""
     try:
-        challenge = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        found = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
-        challenge = b""
-    if len(challenge) != CHALLENGE_SIZE:
-        raise PushError("bad-answer", f"the challenge is not {CHALLENGE_SIZE} bytes in base64url")
-    return challenge
+        found = b""
+    if len(found) != size:
+        raise PushError("bad-answer", f"the {name} is not {size} bytes in base64url")
+    return found
 
 
 def _owner(text: str) -> NetworkService:

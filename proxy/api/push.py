@@ -1,9 +1,11 @@
-"""Where key agents deliver: two calls over TLS 1.3 with certificates on both sides.
+"""Where key agents deliver, and ask who is there: over TLS 1.3 with certificates on both sides.
 
 1. OpenSSL lets in whoever hangs on any tenant's root. Who that is, and whether its *own* tenant's root
    certified it for the role agent:tls, is decided here, at every request, by the directory as it is now.
 2. What a connection may say is about its own tenant only: what belongs to others does not exist.
-3. Every size, count and rate is bounded, per tenant, so that none can crowd out another.
+3. Every size, count and rate is bounded, per tenant, so that none can crowd out another. Asking who is
+   there has a rate of its own and waits for no place: agents that ask every few seconds cannot use up what a
+   withdrawal needs, and slow pushes do not make a proxy look dead.
 4. This layer judges JSON and identities; what an envelope is worth is `Receiver`'s business.
 """
 
@@ -39,6 +41,7 @@ MAX_BODY_BYTES: Final = 8 << 20
 MAX_SESSION_BODY_BYTES: Final = 64 << 10
 BODY_TIMEOUT_S: Final = 30.0
 BURST_FACTOR: Final = 5
+PRESENCE_PATH: Final = "/push/v1/presence"
 CONCURRENT_PER_TENANT: Final = 4
 
 _PEER: Final = web.RequestKey("sealgate.peer", Identity)
@@ -100,6 +103,7 @@ def make_push_application(receiver: Receiver, *, clock: Clock, requests_per_s: f
     application.middlewares.append(api.identify)
     application.router.add_post("/push/v1/session", api.open_session)
     application.router.add_post("/push/v1/envelopes", api.take_envelopes)
+    application.router.add_get(PRESENCE_PATH, api.tell_presence, allow_head=False)
     openapi_route(application, openapi_document())
     return application
 
@@ -115,21 +119,31 @@ class _PushApi:
         self._receiver = receiver
         self._clock = clock
         self._requests_per_s = requests_per_s
-        self._buckets: dict[str, TokenBucket] = {}
+        self._buckets: dict[tuple[str, bool], TokenBucket] = {}
         self._places: dict[str, asyncio.Semaphore] = {}
 
     @web.middleware
     async def identify(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         now_s = self._clock.wall_s()
+        asks_presence = request.path == PRESENCE_PATH
         try:
             peer = authenticate(peer_certificate(request.transport), self._receiver.directory, now_s=now_s)
         except ProblemError as error:
-            _log.warning("agent refused", code=error.code, remote=request.remote)
+            if not asks_presence:  # who is refused there asks again in five seconds; its sessions are logged
+                _log.warning("agent refused", code=error.code, remote=request.remote)
             raise
         request[_PEER] = peer
-        bucket = self._buckets.get(peer.tenant)
+        self._count(peer.tenant, asks_presence=asks_presence)
+        if asks_presence:
+            return await handler(request)
+        async with self._places.setdefault(peer.tenant, asyncio.Semaphore(CONCURRENT_PER_TENANT)):
+            return await handler(request)
+
+    def _count(self, tenant: str, *, asks_presence: bool) -> None:
+        """ProblemError 429 if this is one request too many."""
+        bucket = self._buckets.get((tenant, asks_presence))
         if bucket is None:  # bounded: only tenants of the directory come so far
-            bucket = self._buckets[peer.tenant] = TokenBucket(
+            bucket = self._buckets[tenant, asks_presence] = TokenBucket(
                 self._clock, rate_per_s=self._requests_per_s, burst=BURST_FACTOR * self._requests_per_s
             )
         if wait_s := bucket.take():
@@ -140,8 +154,6 @@ class _PushApi:
                 "Wait as long as Retry-After says.",
                 headers={"Retry-After": str(max(1, round(wait_s)))},
             )
-        async with self._places.setdefault(peer.tenant, asyncio.Semaphore(CONCURRENT_PER_TENANT)):
-            return await handler(request)
 
     async def open_session(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
@@ -165,9 +177,21 @@ class _PushApi:
         return web.json_response(
             {
                 "proxy": self._receiver.proxy_id,
+                "instance": b64u_encode(self._receiver.instance),
                 "challenge": b64u_encode(session.challenge),
                 "time_ms": session.time_ms,
                 "services": [_service_json(service) for service in session.services],
+            },
+            headers={"Cache-Control": "no-store"},
+        )
+
+    async def tell_presence(self, _request: web.Request) -> web.Response:
+        """Who is here, and since which start: another `instance` has none of the keys of the one before."""
+        return web.json_response(
+            {
+                "proxy": self._receiver.proxy_id,
+                "instance": b64u_encode(self._receiver.instance),
+                "time_ms": int(self._clock.wall_s() * 1000),
             },
             headers={"Cache-Control": "no-store"},
         )

@@ -55,6 +55,7 @@ from runtime.observe import NAMESPACE, REGISTRY
 
 MAX_AGENTS_PER_TENANT: Final = 64
 """A tenant can certify any number of agents; who is pushed out opens a new session."""
+INSTANCE_SIZE: Final = 16
 AUDIT_PATIENCE_S: Final = 5.0
 """For one event on disk. Less than an agent waits for its answer (10 s)."""
 MAX_LIVE_TOKENS: Final = 4096
@@ -166,6 +167,8 @@ class Receiver:
         audit_patience_s: float = AUDIT_PATIENCE_S,
     ) -> None:
         self.proxy_id: Final = proxy_id
+        self.instance: Final = os.urandom(INSTANCE_SIZE)
+        """This process, told from the ones before it: keys and challenges live as long as it does."""
         self._audit_patience_s = audit_patience_s
         # Of its own: were the disk to hang, nobody else's work waits behind these events.
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-audit")
@@ -186,8 +189,8 @@ class Receiver:
     def apply(self, directory: Directory) -> None:
         """Take over a new picture of the directory.
 
-        A service that is gone loses its keys. So does every service of a tenant whose root or pinned signers
-        changed: who pushed them may no longer be entitled to.
+        A service that is gone loses its keys. So does every service of a tenant whose root changed or that
+        trusts a signer no more: who pushed them may no longer be entitled to.
         """
         before, self._directory = self._directory, directory
         changed = {
@@ -195,8 +198,7 @@ class Receiver:
             for tenant, entry in before.tenants.items()
             if (now := directory.tenants.get(tenant)) is None
             or now.root_certificate != entry.root_certificate
-            or {fingerprint(signer) for signer in now.signers}
-            != {fingerprint(signer) for signer in entry.signers}
+            or _trusts_fewer(now, entry)
         }
         for owner in before.services:
             if owner not in directory.services or owner.tenant in changed:
@@ -507,6 +509,17 @@ class Receiver:
     def _hosted(self, owner: NetworkService, certificate: x509.Certificate) -> HostedService:
         (status,) = self._cache.status([owner])
         return HostedService(owner=owner, certificate_sha256=fingerprint(certificate), status=status)
+
+
+def _trusts_fewer(now: TenantEntry, before: TenantEntry) -> bool:
+    """Whether a signer that could push before is no longer named. No pins: whomever the root certified.
+
+    Removing the last pin lets any certified agent in, but whoever removes one distrusts it: that counts.
+    """
+    if not before.signers:
+        return bool(now.signers)
+    pinned = {fingerprint(signer) for signer in now.signers}
+    return any(fingerprint(signer) not in pinned for signer in before.signers)
 
 
 def _rank(claims: Claims) -> int:

@@ -24,7 +24,7 @@ from envelope.certificates import fingerprint
 from envelope.errors import EnvelopeError
 from envelope.keys import NetworkService
 from envelope.material import Claims, Expectation, Signer, open_envelope, recipient_thumbprint
-from key_agent.push.transport import Answer, HeldService, PushError, Session, Transport
+from key_agent.push.transport import Answer, HeldService, Presence, PushError, Session, Transport
 from key_agent.registry.model import Proxy
 from runtime.clock import Clock
 from tests.pki import ServiceCredential
@@ -53,6 +53,8 @@ class FakeProxy:
     accepted: list[Claims] = field(default_factory=list)
     """Every envelope ever accepted, in order."""
     sessions: int = 0
+    presences: int = 0
+    instance: bytes = field(default_factory=lambda: os.urandom(16))
     posts: int = 0
     down: bool = False
     hanging: bool = False
@@ -66,6 +68,7 @@ class FakeProxy:
     def restart(self) -> None:
         """All that is in memory is gone."""
         self.held.clear()
+        self.instance = os.urandom(16)
         self._challenge = None
         self._sequences.clear()
 
@@ -83,6 +86,7 @@ class FakeProxy:
         return Session(
             proxy_id=self.id,
             challenge=self._challenge,
+            instance=self.instance,
             time_ms=int(self.clock.wall_s() * 1000),
             services=tuple(
                 HeldService(
@@ -93,6 +97,11 @@ class FakeProxy:
                 for owner, credential in self.services.items()
             ),
         )
+
+    async def presence(self) -> Presence:
+        self.presences += 1
+        await self._reach()
+        return Presence(proxy_id=self.id, instance=self.instance, time_ms=int(self.clock.wall_s() * 1000))
 
     async def envelopes(self, tokens: Sequence[str]) -> list[Answer]:
         await self._reach()
@@ -172,6 +181,10 @@ class FakeProxies(Transport):
         return await self.proxies[proxy.id].session()
 
     @override
+    async def presence(self, proxy: Proxy) -> Presence:
+        return await self.proxies[proxy.id].presence()
+
+    @override
     async def send(self, proxy: Proxy, tokens: Sequence[str]) -> list[Answer]:
         return await self.proxies[proxy.id].envelopes(tokens)
 
@@ -201,6 +214,7 @@ class FakeProxyServer:
         application = web.Application(client_max_size=8 << 20)
         application.router.add_post("/push/v1/session", self._session)
         application.router.add_post("/push/v1/envelopes", self._envelopes)
+        application.router.add_get("/push/v1/presence", self._presence)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         try:
@@ -223,6 +237,7 @@ class FakeProxyServer:
         return web.json_response(
             {
                 "proxy": session.proxy_id,
+                "instance": base64.urlsafe_b64encode(self.proxy.instance).rstrip(b"=").decode(),
                 "challenge": base64.urlsafe_b64encode(session.challenge).rstrip(b"=").decode(),
                 "time_ms": session.time_ms,
                 "services": [
@@ -235,6 +250,22 @@ class FakeProxyServer:
                     }
                     for held in session.services
                 ],
+            }
+        )
+
+    async def _presence(self, request: web.Request) -> web.Response:
+        self._note_client(request)
+        if self.fault is not None:
+            return self.fault
+        try:
+            presence = await self.proxy.presence()
+        except PushError as error:
+            return _problem(error)
+        return web.json_response(
+            {
+                "proxy": presence.proxy_id,
+                "instance": base64.urlsafe_b64encode(presence.instance).rstrip(b"=").decode(),
+                "time_ms": presence.time_ms,
             }
         )
 

@@ -24,7 +24,14 @@ from tests.fakes.proxies import FakeProxies, FakeProxy, pem
 from tests.pki import Tenant
 
 AGENT_ID = "hq"
-RHYTHM = Rhythm(interval_s=300, validity_s=330, watch_s=5.0, request_timeout_s=10.0, batch_size=100)
+RHYTHM = Rhythm(
+    interval_s=300,
+    validity_s=330,
+    watch_s=5.0,
+    presence_s=5.0,
+    request_timeout_s=10.0,
+    batch_size=100,
+)
 
 
 async def until(condition: Callable[[], object], *, timeout_s: float = 20) -> None:

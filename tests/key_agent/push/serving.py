@@ -53,3 +53,8 @@ def session_answer(**changes: object) -> dict[str, object]:
         "time_ms": 1,
     }
     return good | changes
+
+
+def presence_answer(**changes: object) -> dict[str, object]:
+    good = {"proxy": "p1", "instance": session_answer()["challenge"], "time_ms": 1}
+    return good | changes

@@ -19,7 +19,7 @@ from aiohttp import web
 from key_agent.push.transport import PushError
 from tests.fakes.proxies import FakeProxy
 from tests.key_agent.conftest import Bench, until
-from tests.key_agent.push.serving import S3, served, session_answer
+from tests.key_agent.push.serving import S3, presence_answer, served, session_answer
 
 
 def _raw(body: bytes, **headers: str) -> Callable[[], web.Response]:
@@ -64,6 +64,7 @@ async def test_receipts_made_to_harm(tmp_path: Path, acme: Any, response: Callab
         pytest.param(_raw(DEEP), id="deep"),
         pytest.param(lambda: web.json_response(session_answer(proxy="x" * 100_000)), id="long-name"),
         pytest.param(lambda: web.json_response(session_answer(time_ms=2**62)), id="time"),
+        pytest.param(lambda: web.json_response(session_answer(instance="AAAA")), id="instance"),
     ],
 )
 async def test_sessions_made_to_harm(tmp_path: Path, acme: Any, response: Callable[[], web.Response]) -> None:
@@ -72,6 +73,41 @@ async def test_sessions_made_to_harm(tmp_path: Path, acme: Any, response: Callab
         with pytest.raises(PushError) as caught:
             await transport.open_session(proxy)
         assert caught.value.code in {"bad-answer", "wrong-proxy"}
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("response", "code"),
+    [
+        pytest.param(_raw(b'{"proxy":"\xff"}'), "bad-answer", id="not-utf8"),
+        pytest.param(_raw(DEEP), "bad-answer", id="deep"),
+        pytest.param(
+            lambda: web.json_response(presence_answer(proxy="x" * 100_000)), "bad-answer", id="long-name"
+        ),
+        pytest.param(lambda: web.json_response(presence_answer(proxy="p2")), "wrong-proxy", id="other"),
+        pytest.param(lambda: web.json_response(presence_answer(time_ms=2**62)), "bad-answer", id="time"),
+        pytest.param(lambda: web.json_response(presence_answer(instance="AAAA")), "bad-answer", id="short"),
+        pytest.param(lambda: web.json_response(presence_answer(instance="!" * 22)), "bad-answer", id="b64u"),
+        pytest.param(lambda: web.json_response(presence_answer(instance=None)), "bad-answer", id="null"),
+        pytest.param(lambda: web.json_response({"proxy": "p1", "time_ms": 1}), "bad-answer", id="missing"),
+        pytest.param(
+            lambda: web.json_response(presence_answer(more="x" * 5000)), "bad-answer", id="4 KiB and more"
+        ),
+        pytest.param(
+            lambda: web.Response(status=302, headers={"Location": "https://evil.example/"}),
+            "http-302",
+            id="redirect",
+        ),
+    ],
+)
+async def test_presences_made_to_harm(
+    tmp_path: Path, acme: Any, response: Callable[[], web.Response], code: str
+) -> None:
+    async with served(tmp_path, acme) as (server, transport, proxy):
+        server.fault = response()
+        with pytest.raises(PushError) as caught:
+            await transport.presence(proxy)
+        assert caught.value.code == code
         assert len(str(caught.value)) < 1000
 
 

@@ -20,6 +20,7 @@ from key_agent.registry.model import Proxy
 from runtime.clock import SystemClock
 from runtime.tls import server_context
 from tests.fakes.proxies import FakeProxy, FakeProxyServer, pem
+from tests.key_agent.conftest import until
 from tests.key_agent.push.serving import AUTHORITY, served, session_answer
 from tests.pki import Tenant, issue_server, make_server_ca, write_credential
 
@@ -35,6 +36,32 @@ async def test_a_session_and_a_push_over_one_connection(tmp_path: Path, acme: Te
         certificate = (tmp_path / "tls.pem").read_text()
         der = ssl.PEM_cert_to_DER_cert(certificate)
         assert set(server.clients) == {sha256(der).digest()}
+
+
+async def test_asking_who_is_there_uses_the_open_connection(tmp_path: Path, acme: Tenant) -> None:
+    async with served(tmp_path, acme) as (server, transport, proxy):
+        session = await transport.open_session(proxy)
+        for _ in range(3):
+            assert (await transport.presence(proxy)).instance == session.instance == server.proxy.instance
+        assert server.connections == 1
+
+
+async def test_a_question_that_hangs_leaves_a_connection_to_refresh_and_withdrawal(
+    tmp_path: Path, acme: Tenant
+) -> None:
+    async with served(tmp_path, acme) as (server, transport, proxy):
+        server.proxy.hanging = True
+        hanging = [
+            asyncio.create_task(transport.presence(proxy)),
+            asyncio.create_task(transport.send(proxy, ["a"])),
+        ]
+        await until(lambda: server.connections == 2)
+        server.proxy.hanging = False
+        async with asyncio.timeout(5):
+            await transport.send(proxy, ["b"])
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
 
 async def test_a_connection_that_the_proxy_closed_is_replaced(tmp_path: Path, acme: Tenant) -> None:

@@ -75,6 +75,19 @@ async def test_a_refresh_and_a_withdrawal(
     assert all(service.key_ids == () for service in session.services)
 
 
+async def test_presence_and_session_name_the_same_start(
+    endpoint: PushEndpoint, transport: HttpsTransport
+) -> None:
+    presence = await transport.presence(address(endpoint))
+    session = await transport.open_session(address(endpoint))
+    assert presence.proxy_id == PROXY_ID
+    assert presence.instance == session.instance == endpoint.receiver.instance
+    assert presence.time_ms == int(endpoint.clock.wall_s() * 1000)
+    with pytest.raises(PushError) as caught:
+        await transport.presence(address(endpoint, "proxy-2"))
+    assert caught.value.code == "wrong-proxy"
+
+
 async def test_a_service_that_waits_for_its_certificate_breaks_no_session(
     endpoint: PushEndpoint, transport: HttpsTransport, acme: HostedTenant
 ) -> None:

@@ -1,6 +1,7 @@
 """The push path end to end: a real TLS server, real client certificates, real envelopes."""
 
 import asyncio
+import contextlib
 import io
 import json
 import ssl
@@ -42,6 +43,7 @@ from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directo
 
 SESSION = "/push/v1/session"
 ENVELOPES = "/push/v1/envelopes"
+PRESENCE = "/push/v1/presence"
 
 
 @dataclass
@@ -89,6 +91,11 @@ class Client:
             if response.status != 200:
                 assert response.content_type == "application/problem+json"
                 assert {"code", "detail", "next_step", "status"} <= answer.keys()
+            return response.status, answer
+
+    async def presence(self) -> tuple[int, dict[str, Any]]:
+        async with self.session.get(PRESENCE) as response:
+            answer: dict[str, Any] = await response.json(content_type=None)
             return response.status, answer
 
     async def challenge(self, tenant: HostedTenant) -> bytes:
@@ -260,6 +267,99 @@ async def test_replays_old_sequences_and_stale_challenges(endpoint: PushEndpoint
         fresh = await agent.challenge(acme)
         assert await agent.push(acme.seal(clock, challenge, acme.key())) == ["nonce"]
         assert await agent.push(acme.seal(clock, fresh, acme.key())) == ["accepted"]
+
+
+async def test_presence_names_the_proxy_and_its_start(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    async with (
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(files=rival.tls_files) as other,
+    ):
+        status, answer = await agent.presence()
+        assert status == 200
+        assert answer.keys() == {"proxy", "instance", "time_ms"}
+        assert answer["proxy"] == PROXY_ID
+        assert answer["time_ms"] == int(endpoint.clock.wall_s() * 1000)
+        assert len(b64u_decode(answer["instance"])) == 16
+        _, session = await agent.post(SESSION, {"agent": "hq"})
+        assert session["instance"] == answer["instance"]
+        assert (await other.presence())[1] == answer, "one process"
+
+
+async def test_asking_who_is_there_voids_no_challenge_and_leaves_no_trace(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    async with endpoint.client(files=acme.tls_files) as agent:
+        challenge = await agent.challenge(acme)
+        before = (endpoint.path / "audit.jsonl").read_bytes()
+        assert (await agent.presence())[0] == 200
+        assert (endpoint.path / "audit.jsonl").read_bytes() == before
+        assert await agent.push(acme.seal(endpoint.clock, challenge, acme.key())) == ["accepted"]
+
+
+async def test_another_start_is_another_instance(acme: HostedTenant, tmp_path: Path) -> None:
+    instances = set()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        async with (
+            serve(tmp_path / name, directory_of(acme)) as endpoint,
+            endpoint.client(files=acme.tls_files) as agent,
+        ):
+            instances.add((await agent.presence())[1]["instance"])
+            endpoint.apply(directory_of(acme, revision=2))
+            instances.add((await agent.presence())[1]["instance"])
+    assert len(instances) == 2
+
+
+async def test_who_may_not_push_may_not_ask(
+    endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    async with endpoint.client(_agent_certified_by(rival, "acme")) as client:
+        status, answer = await client.presence()
+        assert (status, answer["code"]) == (403, "certificate-chain")
+    async with endpoint.client() as client:
+        with pytest.raises((aiohttp.ClientError, ConnectionError, ssl.SSLError)):
+            await client.presence()
+
+
+async def test_asking_has_a_rate_of_its_own(acme: HostedTenant, tmp_path: Path) -> None:
+    async with (
+        serve(tmp_path, directory_of(acme), requests_per_s=1) as endpoint,
+        endpoint.client(files=acme.tls_files) as agent,
+    ):
+        for _ in range(push.BURST_FACTOR):
+            assert (await agent.presence())[0] == 200
+        status, answer = await agent.presence()
+        assert (status, answer["code"]) == (429, "rate-limited")
+        challenge = await agent.challenge(acme)
+        assert await agent.push(acme.seal(endpoint.clock, challenge)) == ["accepted"], "a withdrawal"
+
+
+async def test_asking_waits_for_no_slow_push(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    """All places of the tenant are taken by bodies that do not end."""
+    released = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"{"
+        await released.wait()
+
+    async with contextlib.AsyncExitStack() as stack:
+        slow = []
+        for _ in range(push.CONCURRENT_PER_TENANT):
+            client = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
+            headers = {"Content-Type": "application/json"}
+            slow.append(asyncio.create_task(client.session.post(ENVELOPES, data=endless(), headers=headers)))
+        agent = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
+        late = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
+        assert (await agent.presence())[0] == 200
+        waiting = asyncio.create_task(late.post(SESSION, {"agent": "hq"}))
+        assert (await agent.presence())[0] == 200
+        released.set()
+        for response in await asyncio.gather(*slow):
+            assert response.status == 400
+            response.close()
+        assert (await waiting)[0] == 200
 
 
 async def test_a_restart_forgets_the_challenge(acme: HostedTenant, tmp_path: Path) -> None:

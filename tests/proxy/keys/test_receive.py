@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import override
 
 import pytest
+from cryptography import x509
 
 from envelope import derive
 from envelope.audit import Value
@@ -318,6 +319,45 @@ async def test_pinned_signers_are_the_only_ones(proxy: Proxy, acme: HostedTenant
     assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key(), signing=other)) == ["signer"]
     with pytest.raises(SessionRefusedError):
         proxy.receiver.open_session(acme.name, acme.agent_id, signing_certificate=other.certificate)
+
+
+async def test_one_more_pinned_signer_takes_nothing_away(proxy: Proxy, acme: HostedTenant) -> None:
+    branch = acme.pki.agent_signing("branch")
+    directory = directory_of(acme, revision=2)
+
+    def pin(*signers: x509.Certificate) -> None:
+        proxy.receiver.apply(replace(directory, tenants={acme.name: acme.entry(signers=signers)}))
+
+    pin(acme.signing.certificate)
+    challenge = proxy.challenge(acme)
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
+    held = proxy.cache.sealing_key(acme.owner())
+    pin(acme.signing.certificate, branch.certificate)
+    held.check()
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"], (
+        "the session goes on"
+    )
+    held = proxy.cache.sealing_key(acme.owner())
+    pin(branch.certificate)
+    with pytest.raises(KeyUnavailableError):
+        held.check()
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["nonce"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_the_first_pin_and_the_last_one_to_go_take_the_keys(
+    proxy: Proxy, acme: HostedTenant, *, before: bool
+) -> None:
+    """The first excludes all others that were certified; whoever removes the last one distrusts it."""
+    directory = directory_of(acme, revision=2)
+    pinned, free = (acme.entry(signers=(acme.signing.certificate,)), acme.entry())
+    one, other = (pinned, free) if before else (free, pinned)
+    proxy.receiver.apply(replace(directory, tenants={acme.name: one}))
+    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
+    held = proxy.cache.sealing_key(acme.owner())
+    proxy.receiver.apply(replace(directory, tenants={acme.name: other}))
+    with pytest.raises(KeyUnavailableError):
+        held.check()
 
 
 async def test_what_the_directory_drops_loses_its_keys(
