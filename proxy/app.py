@@ -296,7 +296,7 @@ def _explained(error: BaseException) -> CommandError:
         return error
     next_step = getattr(error, "next_step", None)
     if isinstance(error, gate.UnknownEngineError):
-        next_step = "install the versions of requirements-proxy.lock; docs/adr/0002 says how an update is made"
+        next_step = "install the versions of requirements-proxy.lock; docs/adr/0002 says how to update"
     return CommandError(
         str(error),
         next_step if isinstance(next_step, str) else "run `sealgate doctor`; it checks the installation",
