@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, override
 
 from envelope.errors import FormatError, IntegrityError, MisuseError
 
@@ -31,6 +31,7 @@ _FIELD: Final = re.compile(r"[a-z][a-z0-9_]*")
 _WORD: Final = re.compile(r"[a-z][a-z0-9.-]*")
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
+_HEAD: Final = re.compile(r"(0|[1-9][0-9]{0,17}):([0-9a-f]{64})")
 _TAIL: Final = re.compile(rb',"hash":"([0-9a-f]{64})"\}')
 _TAIL_SIZE: Final = len(',"hash":""}') + 64
 
@@ -51,13 +52,25 @@ class BrokenChainError(IntegrityError):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Where a chain stands: the last event's number and hash."""
+    """Where a chain stands: the last event's number and hash. As text: `<seq>:<hash>`."""
 
     seq: int = 0
     hash: str = _NO_HASH
 
+    @override
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
 
 EMPTY: Final = Head()
+
+
+def parse_head(text: str) -> Head:
+    """The head that *text* names. FormatError if it names none."""
+    found = _HEAD.fullmatch(text)
+    if found is None:
+        raise FormatError("not a head of an audit log: <number>:<64 lower-case hexadecimal digits> is")
+    return Head(int(found[1]), found[2])
 
 
 def encode_event(

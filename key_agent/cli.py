@@ -23,9 +23,10 @@ import typer
 from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, setup
 from key_agent.operations import Json, Operations
-from key_agent.state_dir import SOCKET_NAME, StateLockedError
+from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
 from runtime import doctor as report
+from runtime.audit_command import add_audit
 from runtime.cli import CommandError, ExitCode
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
@@ -55,6 +56,13 @@ cli.add_options(
     check=lambda settings: config.database_url(settings.agent),
 )
 type Options = cli.Options[config.Settings]
+
+
+def _audit_file(settings: config.Settings) -> Path:
+    return settings.agent.state_dir / AUDIT_NAME
+
+
+add_audit(program, audit_file=_audit_file)
 YesFlag = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 

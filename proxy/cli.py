@@ -43,6 +43,7 @@ from proxy.tenants.model import (
 )
 from runtime import cli
 from runtime import doctor as report
+from runtime.audit_command import add_audit
 from runtime.cli import CommandError, ExitCode
 from runtime.clock import SystemClock
 
@@ -70,6 +71,13 @@ cli.add_options(
     check=lambda settings: config.database_url(settings.proxy),
 )
 type Options = cli.Options[config.Settings]
+
+
+def _audit_file(settings: config.Settings) -> Path:
+    return settings.proxy.audit_file
+
+
+add_audit(program, audit_file=_audit_file)
 
 
 def main() -> NoReturn:

@@ -21,7 +21,6 @@ from typing import Final
 import certifi
 from cryptography import x509
 
-from envelope import audit
 from envelope.audit import BrokenChainError
 from envelope.certificates import CertificateError, Identity, Role, verify_certificate
 from proxy.config import Settings, database_url
@@ -29,6 +28,7 @@ from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry
+from runtime.audit import mend_broken, read_chain
 from runtime.clock import Clock
 from runtime.doctor import Check, failed, ok, validity, warning
 from runtime.lifecycle import harden_process
@@ -178,20 +178,15 @@ def _state_dir(path: Path) -> Iterator[Check]:
 def _audit(path: Path, *, is_running: bool) -> Iterator[Check]:
     try:
         with path.open("rb") as file:
-            lines = file.readlines()
+            head = read_chain(file).head  # a torn last line is being written, or `run` sets it aside
     except FileNotFoundError:
         yield ok("audit log", f"{path} not begun")
         return
     except OSError as error:
         yield failed("audit log", f"{path}: {error.strerror}", "make it readable for the proxy's user alone")
         return
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()  # being written, or torn by a crash: `run` sets it aside
-    try:
-        head = audit.verify(lines)
     except BrokenChainError as error:
-        mend = "find out who changed it and keep it as evidence; the proxy does not start on a broken log"
-        yield failed("audit log", f"{path}: {error}", mend)
+        yield failed("audit log", f"{path}: {error}", f"stop the proxy; {mend_broken(path)}")
         return
     state = "in use" if is_running else "closed"
     yield ok("audit log", f"{path}: {head.seq} events, chain holds, {state}")

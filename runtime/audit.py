@@ -11,8 +11,7 @@
 5. The file is ours alone: if it was removed, replaced, cut or written by someone else, appending is refused.
 6. Opening verifies the whole chain. A last line without its newline was torn by a crash: it was never
    acknowledged as durable, so it is moved to `<file>.torn-<seq>`, and an event says so. Any other damage
-   refuses to open, unless told to set the file aside; then a new chain starts with an event that names the
-   old file and its SHA-256.
+   refuses to open: to move the file away, and with it the evidence, is for a person to do.
 
 Rotation is out of scope: a chain is one file, verified when opened (about 10 µs per line). Stop the process
 and move the file away to begin a new one; record the old one's head.
@@ -23,8 +22,9 @@ import hashlib
 import os
 import stat
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 
 from envelope import audit
 from envelope.audit import BrokenChainError, Head, Value
@@ -61,16 +61,15 @@ class AuditLog:
         self._identity = _identity(os.fstat(descriptor))
 
     @classmethod
-    def open(cls, path: Path, clock: Clock, *, set_aside_broken: bool = False) -> Self:
+    def open(cls, path: Path, clock: Clock) -> Self:
         """Open or create the log, verify it, continue its chain.
 
-        AuditUnavailableError: not writable, held by another process, or broken. With *set_aside_broken* a
-        broken log is renamed to `<file>.broken-<n>` and a new chain begins.
+        AuditUnavailableError: not writable, held by another process, or broken.
         """
         path = path.absolute()  # a change of directory must not make it another file
         log = cls(path, clock, _open_locked(path))
         try:
-            log._continue_chain(set_aside_broken=set_aside_broken)
+            log._continue_chain()
         except BaseException:
             log.close()
             raise
@@ -155,36 +154,16 @@ class AuditLog:
         self._failure = cause
         return AuditUnavailableError(f"{self.path} {cause}", next_step)
 
-    def _continue_chain(self, *, set_aside_broken: bool) -> None:
+    def _continue_chain(self) -> None:
         try:
-            self._head, self._size_bytes, torn = self._read_chain()
+            with open(os.dup(self._descriptor), "rb", buffering=_READ_BYTES) as stream:  # noqa: PTH123
+                stream.seek(0)
+                chain = read_chain(stream)
         except BrokenChainError as error:
-            if not set_aside_broken:
-                raise AuditUnavailableError(
-                    f"{self.path} is broken at {error}",
-                    "keep a copy as evidence, then open it with set_aside_broken: it is renamed, and a new "
-                    "chain begins with an event that names it",
-                ) from None
-            self._set_aside(error)
-            return
-        if torn:
-            self._move_torn_line(torn)
-
-    def _read_chain(self) -> tuple[Head, int, bytes]:
-        """Head and size in bytes of the whole lines, and the torn rest."""
-        head, size_bytes, line_number = audit.EMPTY, 0, 0
-        with open(os.dup(self._descriptor), "rb", buffering=_READ_BYTES) as stream:  # noqa: PTH123
-            stream.seek(0)
-            while line := stream.readline(audit.MAX_LINE_BYTES + 1):
-                line_number += 1
-                if not line.endswith(b"\n") and len(line) <= audit.MAX_LINE_BYTES:
-                    return head, size_bytes, line
-                try:
-                    head = audit.verify([line], start=head)
-                except BrokenChainError as error:
-                    raise BrokenChainError(line_number, error.reason) from None
-                size_bytes += len(line)
-        return head, size_bytes, b""
+            raise AuditUnavailableError(f"{self.path} is broken at {error}", mend_broken(self.path)) from None
+        self._head, self._size_bytes = chain.head, chain.size_bytes
+        if chain.torn:
+            self._move_torn_line(chain.torn)
 
     def _move_torn_line(self, torn: bytes) -> None:
         saved = self.path.with_name(f"{self.path.name}.torn-{self._head.seq + 1}")
@@ -208,31 +187,48 @@ class AuditLog:
             torn_sha256=hashlib.sha256(torn).hexdigest(),
         )
 
-    def _set_aside(self, broken: BrokenChainError) -> None:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.broken-{number}")).exists():
-            number += 1
-        with open(os.dup(self._descriptor), "rb") as stream:  # noqa: PTH123 - the locked file
-            stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What a log holds: the head and size in bytes of its whole lines, and the torn rest."""
+
+    head: Head
+    size_bytes: int
+    torn: bytes
+
+
+def read_chain(stream: BinaryIO, *, expected: Head | None = None) -> Chain:
+    """Verify the whole log in *stream*. BrokenChainError names the first line that is wrong.
+
+    *expected* is a head recorded earlier (envelope/audit.py rule 3): its event must be there.
+    """
+    head, size_bytes, line_number = audit.EMPTY, 0, 0
+    seen = expected is None or expected == head
+    torn = b""
+    while line := stream.readline(audit.MAX_LINE_BYTES + 1):
+        if not line.endswith(b"\n") and len(line) <= audit.MAX_LINE_BYTES:
+            torn = line
+            break
+        line_number += 1
         try:
-            self.path.rename(aside)
-        except OSError as error:
-            raise AuditUnavailableError(
-                f"{self.path} is broken and cannot be renamed: {error.strerror}",
-                "make its directory writable",
-            ) from error
-        old, self._descriptor = self._descriptor, _open_locked(self.path)
-        os.close(old)
-        self._identity = _identity(os.fstat(self._descriptor))
-        self._head, self._size_bytes = audit.EMPTY, 0
-        self.append(
-            "audit-restarted",
-            broken_file=aside.name,
-            broken_line=broken.line_number,
-            broken_reason=broken.reason,
-            broken_sha256=digest,
+            head = audit.verify([line], start=head)
+        except BrokenChainError as error:
+            raise BrokenChainError(line_number, error.reason) from None
+        size_bytes += len(line)
+        seen = seen or head == expected
+    if expected is not None and not seen:
+        raise BrokenChainError(
+            line_number + 1, f"event {expected.seq} with its recorded hash is not in this chain"
         )
+    return Chain(head, size_bytes, torn)
+
+
+def mend_broken(path: Path) -> str:
+    """What to do about a broken log."""
+    return (
+        f"find out who wrote to it; keep it as evidence: mv {path} {path}.broken; then start again: "
+        "a new chain begins"
+    )
 
 
 def _open_locked(path: Path) -> int:

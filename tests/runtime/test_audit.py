@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -15,8 +16,9 @@ from typing import override
 import pytest
 
 from envelope import audit
+from envelope.audit import BrokenChainError
 from envelope.errors import MisuseError
-from runtime.audit import AuditLog, AuditUnavailableError
+from runtime.audit import AuditLog, AuditUnavailableError, read_chain
 from runtime.clock import Clock
 from tests.fakes.clock import ManualClock
 
@@ -183,7 +185,7 @@ def test_a_changed_line_refuses_to_open(path: Path, clock: ManualClock) -> None:
     path.write_bytes(before)
     error = refused(path, clock)
     assert "broken at line 1" in str(error)
-    assert "set_aside_broken" in error.next_step
+    assert f"mv {path} {path}.broken" in error.next_step
     assert path.read_bytes() == before  # evidence
 
 
@@ -215,28 +217,40 @@ def test_an_endless_line_refuses_to_open(path: Path, clock: ManualClock) -> None
     assert "broken at line 2" in str(refused(path, clock))
 
 
-def test_a_broken_log_can_be_set_aside(path: Path, clock: ManualClock) -> None:
+def test_the_next_step_of_a_broken_log_ends_the_trouble(path: Path, clock: ManualClock) -> None:
     write(path, clock)
-    evidence = path.read_bytes().replace(b"acme", b"acne", 1)
-    path.write_bytes(evidence)
-    log = AuditLog.open(path, clock, set_aside_broken=True)
-    log.append("next")
-    assert "another process" in str(refused(path, clock))  # the new file is locked as well
-    log.close()
-    restarted, following = events(path)
-    aside = path.with_name("audit.jsonl.broken-1")
-    assert aside.read_bytes() == evidence
-    assert restarted["action"] == "audit-restarted"
-    assert restarted["broken_file"] == aside.name
-    assert restarted["broken_line"] == 1
-    assert restarted["broken_sha256"] == hashlib.sha256(evidence).hexdigest()
-    assert following["seq"] == 2
-    # A second time takes another name, and a sound log stays where it is.
-    path.write_bytes(b"junk\n")
-    AuditLog.open(path, clock, set_aside_broken=True).close()
-    assert path.with_name("audit.jsonl.broken-2").read_bytes() == b"junk\n"
-    AuditLog.open(path, clock, set_aside_broken=True).close()
-    assert not path.with_name("audit.jsonl.broken-3").exists()
+    path.write_bytes(path.read_bytes().replace(b"acme", b"acne", 1))
+    command = re.search(r"mv (\S+) (\S+?)[;\s]", refused(path, clock).next_step)
+    assert command is not None
+    Path(command[1]).rename(command[2])
+    write(path, clock, 1)
+    assert [event["seq"] for event in events(path)] == [1]
+    assert path.with_name("audit.jsonl.broken").exists()
+
+
+# --- reading it without writing
+
+
+def test_a_log_is_read_while_it_is_written(log: AuditLog, path: Path) -> None:
+    log.append("one")
+    first = log.head
+    log.append("two")
+    with path.open("rb") as stream:
+        chain = read_chain(stream, expected=first)
+    assert (chain.head, chain.size_bytes, chain.torn) == (log.head, path.stat().st_size, b"")
+    with path.open("rb") as stream, pytest.raises(BrokenChainError, match=r"line 3: event 7 .* not in this"):
+        read_chain(stream, expected=audit.Head(7, first.hash))
+    with path.open("rb") as stream, pytest.raises(BrokenChainError, match="not in this chain"):
+        read_chain(stream, expected=audit.Head(first.seq, log.head.hash))
+
+
+def test_a_torn_line_is_no_part_of_the_chain(path: Path, clock: ManualClock) -> None:
+    write(path, clock, 2)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"seq"')
+    with path.open("rb") as stream:
+        chain = read_chain(stream)
+    assert (chain.head.seq, chain.size_bytes, chain.torn) == (2, len(whole), b'{"seq"')
 
 
 def remove(path: Path) -> None:

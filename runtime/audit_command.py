@@ -1,0 +1,76 @@
+"""`audit verify`, of both programs: whether an audit log's chain holds, and where it stands.
+
+1. It only reads, also beside the process that writes the log.
+2. The chain has no key and a cut end leaves it whole (envelope/audit.py rule 3): the head that is printed,
+   kept elsewhere, is what `--expect` proves the log against later.
+3. Exit code 3 for a broken chain, with its first wrong line; 2 if there is no such file.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from envelope.audit import BrokenChainError, Head, parse_head
+from envelope.errors import FormatError
+from runtime.audit import mend_broken, read_chain
+from runtime.cli import CommandError, ExitCode, Options
+
+
+def add_audit[S](program: typer.Typer, *, audit_file: Callable[[S], Path]) -> None:
+    """Add the commands to *program*. *audit_file*: where its settings say that the log is."""
+    commands = typer.Typer(no_args_is_help=True, help="The audit log: a hash chain of events.")
+    program.add_typer(commands, name="audit")
+
+    @commands.callback()
+    def audit() -> None:
+        """Keeps `verify` a command of its own."""
+
+    @commands.command("verify", epilog=f"Example: {program.info.name} audit verify --json")
+    def verify(
+        context: typer.Context,
+        file: Annotated[
+            Path | None, typer.Option("--file", metavar="FILE", help="Another log than the configured one.")
+        ] = None,
+        expect: Annotated[
+            str | None,
+            typer.Option("--expect", metavar="SEQ:HASH", help="A head recorded earlier: must be in it."),
+        ] = None,
+    ) -> None:
+        """Verify the log and print its head, to be recorded elsewhere; exit code 3 if it is broken."""
+        options: Options[S] = context.obj
+        expected = None if expect is None else _head(expect)
+        path = audit_file(options.load()) if file is None else file
+        data = _verified(path, expected)
+        options.emit(
+            data,
+            f"{path}: {data['events']} events, chain holds\n  head {data['head']}"
+            + (f"\n  {expect} is in it" if expect is not None else "")
+            + (f"\n  {data['torn_bytes']} bytes of a torn last line" if data["torn_bytes"] else ""),
+        )
+
+
+def _head(text: str) -> Head:
+    try:
+        return parse_head(text)
+    except FormatError as error:
+        raise CommandError(
+            f"--expect: {error}", "give a head as `audit verify` printed it", ExitCode.USAGE
+        ) from None
+
+
+def _verified(path: Path, expected: Head | None) -> dict[str, object]:
+    try:
+        with path.open("rb") as stream:
+            chain = read_chain(stream, expected=expected)
+    except OSError as error:
+        raise CommandError(
+            f"{path}: {error.strerror}", "give the log's file, as a user who may read it", ExitCode.USAGE
+        ) from None
+    except BrokenChainError as error:
+        raise CommandError(
+            f"{path} is broken at {error}", mend_broken(path), ExitCode.REFUSED, code="audit-broken"
+        ) from None
+    head = chain.head
+    return {"file": str(path), "events": head.seq, "head": str(head), "torn_bytes": len(chain.torn)}

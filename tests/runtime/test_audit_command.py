@@ -1,0 +1,80 @@
+"""`audit verify` of both programs: what a script can rely on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from key_agent.cli import program as key_agent
+from proxy.cli import program as sealgate
+from runtime import cli
+from runtime.audit import AuditLog
+from tests.fakes.clock import ManualClock
+
+
+@pytest.fixture(params=[sealgate, key_agent], ids=["sealgate", "key-agent"])
+def program(request: pytest.FixtureRequest) -> typer.Typer:
+    found = request.param
+    assert isinstance(found, typer.Typer)
+    return found
+
+
+@pytest.fixture
+def heads(tmp_path: Path, clock: ManualClock) -> list[str]:
+    """The heads after each event of `tmp_path/log`."""
+    log = AuditLog.open(tmp_path / "log", clock)
+    found = []
+    for service in ("acme/drive", "acme/mail", "acme/s3"):
+        log.append("service-add", service=service)
+        found.append(str(log.head))
+    log.close()
+    return found
+
+
+def _run(program: typer.Typer, *words: object) -> int:
+    return cli.main(program, ["audit", "verify", *(str(word) for word in words)])
+
+
+def test_a_sound_log(
+    program: typer.Typer, tmp_path: Path, heads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    before = path.read_bytes()
+    assert _run(program, "--file", path, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"file": str(path), "events": 3, "head": heads[-1], "torn_bytes": 0}
+    for head in heads:
+        assert _run(program, "--file", path, "--expect", head) == 0
+    assert heads[-1] in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+def test_a_changed_line_is_named(
+    program: typer.Typer, tmp_path: Path, heads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(path.read_bytes().replace(b"mail", b"male"))
+    assert _run(program, "--file", path, "--json") == 3
+    told = json.loads(capsys.readouterr().err)["error"]
+    assert told["code"] == "audit-broken"
+    assert "broken at line 2: the event was changed" in told["cause"]
+    assert f"mv {path} {path}.broken" in told["next_step"]
+
+
+def test_a_cut_end_shows_against_a_recorded_head(
+    program: typer.Typer, tmp_path: Path, heads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert _run(program, "--file", path) == 0
+    assert _run(program, "--file", path, "--expect", heads[1]) == 0
+    capsys.readouterr()
+    assert _run(program, "--file", path, "--expect", heads[2]) == 3
+    assert "event 3 with its recorded hash is not in this chain" in capsys.readouterr().err
+
+
+def test_usage(program: typer.Typer, tmp_path: Path, heads: list[str]) -> None:
+    assert _run(program, "--file", tmp_path / "none") == 2
+    assert _run(program, "--file", tmp_path / "log", "--expect", "3") == 2
+    assert _run(program, "--file", tmp_path / "log", "--expect", f"{heads[0]}0") == 2
