@@ -12,6 +12,8 @@
    be written makes the receipt an error, never the keys available. One that hangs is one that cannot be
    written: a push API with all its places waiting for a disk would take no withdrawal.
 5. The challenge is ours and random; an agent without one is told to open a session (code "nonce").
+6. Sealed to the certificate that a service had before its renewal, a withdrawal counts, and nothing else does
+   (former.py).
 """
 
 import asyncio
@@ -47,6 +49,7 @@ from envelope.material import (
     recipient_thumbprint,
 )
 from proxy.keys.cache import KeyCache, ServiceStatus
+from proxy.keys.former import FormerCertificates
 from proxy.tenants.certificates import CredentialError, PrivateKey, read_private_key
 from proxy.tenants.model import Directory, ServiceEntry, TenantEntry
 from runtime.audit import AuditLog, AuditUnavailableError
@@ -152,6 +155,17 @@ class _Opened:
             key.wipe()
 
 
+@dataclass(frozen=True, slots=True)
+class _Recipient:
+    """Whom an envelope says it is for."""
+
+    owner: NetworkService
+    certificate: x509.Certificate
+    find_key: Callable[[], PrivateKey]
+    """EnvelopeError `recipient-key`."""
+    is_former: bool = False
+
+
 class Receiver:
     """Opens push sessions and takes envelopes. One per process; one event loop."""
 
@@ -179,6 +193,7 @@ class Receiver:
         self._directory = directory
         self._agents: dict[str, LRUCache[str, _Agent]] = {}
         self._recipient_keys: dict[bytes, PrivateKey] = {}
+        self._former = FormerCertificates(clock, validity_s=validity_s)
         self._pinned: dict[str, dict[bytes, Signer]] = {}
         self.apply(directory)
 
@@ -203,8 +218,11 @@ class Receiver:
         for owner in before.services:
             if owner not in directory.services or owner.tenant in changed:
                 self._cache.forget(owner)
+                self._former.forget(owner)
                 for agent in self._agents.get(owner.tenant, {}).values():
                     agent.tracks.pop(owner, None)
+            else:
+                self._keep_former(before.services[owner], directory.services[owner])
         for tenant in changed:
             self._agents.pop(tenant, None)
         used = {fingerprint(entry.certificate) for entry in directory.services.values() if entry.certificate}
@@ -253,13 +271,13 @@ class Receiver:
                     await asyncio.sleep(0)  # each costs a fraction of a millisecond; bodies in flight go on
                 service: NetworkService | None = None
                 try:
-                    entry, certificate = self._addressee(tenant, token)
-                    service = entry.owner
-                    opened = self._open(entry, certificate, agent_id, token)
+                    recipient = self._addressee(tenant, token)
+                    service = recipient.owner
+                    opened = self._open(recipient, agent_id, token)
                 except EnvelopeError as error:
                     receipts[index] = self._refused(tenant, agent_id, service, error)
                     continue
-                if opened.claims.operation is Operation.SET and not opened.claims.keys:
+                if _withdraws(opened.claims):
                     receipts[index] = await self._withdraw(opened)
                 else:
                     accepted[index] = opened
@@ -274,30 +292,39 @@ class Receiver:
 
     # Opening.
 
-    def _addressee(self, tenant: str, token: str) -> tuple[ServiceEntry, x509.Certificate]:
-        entry = self._directory.service_of_certificate(recipient_thumbprint(token))
+    def _addressee(self, tenant: str, token: str) -> _Recipient:
+        thumbprint = recipient_thumbprint(token)
+        entry = self._directory.service_of_certificate(thumbprint)
         # Another tenant's service is answered as one that does not exist.
-        if entry is None or entry.owner.tenant != tenant or entry.certificate is None:
-            raise EnvelopeError(
-                "recipient", "none of your network services here has the certificate it is sealed to"
+        if entry is not None and entry.owner.tenant == tenant and entry.certificate is not None:
+            return _Recipient(
+                entry.owner,
+                entry.certificate,
+                functools.partial(self._recipient_key, entry, entry.certificate),
             )
-        return entry, entry.certificate
+        former = self._former.find(thumbprint)
+        if former is not None and former.owner.tenant == tenant:
+            return _Recipient(former.owner, former.certificate, lambda: former.key, is_former=True)
+        raise EnvelopeError(
+            "recipient", "none of your network services here has the certificate it is sealed to"
+        )
 
-    def _open(self, entry: ServiceEntry, certificate: x509.Certificate, agent_id: str, token: str) -> _Opened:
-        agents = self._agents.get(entry.owner.tenant)
+    def _open(self, recipient: _Recipient, agent_id: str, token: str) -> _Opened:
+        owner = recipient.owner
+        agents = self._agents.get(owner.tenant)
         agent = None if agents is None else agents.get(agent_id)
         if agent is None:
             raise EnvelopeError("nonce", "no session is open here: ask for a challenge first")
-        track = agent.tracks.setdefault(entry.owner, _Track(self._clock))
+        track = agent.tracks.setdefault(owner, _Track(self._clock))
         received_boot_s, now_s = self._clock.boot_s(), self._clock.wall_s()
         claims = open_envelope(
             token,
             Expectation(
-                owner=entry.owner,
+                owner=owner,
                 audience=self.proxy_id,
-                recipient_certificate=certificate,
-                recipient_key=self._recipient_key(entry, certificate),
-                signers=self._signers(entry.owner.tenant, agent_id, agent),
+                recipient_certificate=recipient.certificate,
+                recipient_key=recipient.find_key(),
+                signers=self._signers(owner.tenant, agent_id, agent),
                 now_s=now_s,
                 validity_s=self._validity_s,
                 nonce=agent.challenge,
@@ -305,6 +332,10 @@ class Receiver:
                 seen_token_ids=track.live_tokens,
             ),
         )
+        if recipient.is_former and not _withdraws(claims):
+            for key in claims.keys:
+                key.wipe()
+            raise EnvelopeError("recipient", "the certificate it is sealed to was replaced: withdrawals only")
         # The wall clock may be set back: it never adds to the validity.
         valid_for_s = min(claims.expires_at_s - now_s, self._validity_s)
         track.highest = claims.sequence
@@ -328,6 +359,16 @@ class Receiver:
                 )
             self._recipient_keys[name] = key
         return key
+
+    def _keep_former(self, before: ServiceEntry, now: ServiceEntry) -> None:
+        """Rule 6, if *before* was renewed and its private key is in memory, or still in its file."""
+        if before.certificate is None or before.certificate == now.certificate:
+            return
+        try:
+            key = self._recipient_key(before, before.certificate)
+        except EnvelopeError:  # never used, and gone: then no keys were pushed under it either
+            return
+        self._former.keep(before.owner, before.certificate, key)
 
     def _signers(self, tenant: str, agent_id: str, agent: _Agent) -> Mapping[bytes, Signer]:
         pinned = self._pinned.get(tenant, {})
@@ -474,9 +515,8 @@ class Receiver:
 
     def _audit_refused(self, opened: _Opened, error: AuditUnavailableError) -> Receipt:
         _log.error("audit log cannot be written", reason=str(error))
-        withdrawn = opened.claims.operation is Operation.SET and not opened.claims.keys
         detail = "the proxy cannot write its audit log" + (
-            ", but the keys are withdrawn" if withdrawn else ""
+            ", but the keys are withdrawn" if _withdraws(opened.claims) else ""
         )
         return Receipt(status="refused", service=opened.claims.owner, code="audit-unavailable", detail=detail)
 
@@ -509,6 +549,10 @@ class Receiver:
     def _hosted(self, owner: NetworkService, certificate: x509.Certificate) -> HostedService:
         (status,) = self._cache.status([owner])
         return HostedService(owner=owner, certificate_sha256=fingerprint(certificate), status=status)
+
+
+def _withdraws(claims: Claims) -> bool:
+    return claims.operation is Operation.SET and not claims.keys
 
 
 def _trusts_fewer(now: TenantEntry, before: TenantEntry) -> bool:

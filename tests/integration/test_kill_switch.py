@@ -56,7 +56,11 @@ class Relay:
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        except ConnectionRefusedError:  # the proxy is away
+            writer.transport.abort()
+            return
         self._transports |= {writer, back}
         await asyncio.gather(_pump(reader, back), _pump(there, writer))
         self._transports -= {writer, back}

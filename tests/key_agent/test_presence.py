@@ -100,9 +100,9 @@ async def test_one_that_is_back_after_failed_pushes_does_not_wait_for_the_back_o
         await bench.provision(operations)
         one = bench.proxy()
         one.down = True
-        for _ in range(420):
-            await bench.clock.advance(1)
-        await until(lambda: agent.refresh.schedule.failures("p1") >= 6)
+        for failures, delay_s in enumerate((300, 1, 2, 4, 8, 16, 32), start=1):
+            await bench.clock.advance(delay_s)
+            await until(lambda: agent.refresh.schedule.failures("p1") == failures)  # noqa: B023 - awaited here
         assert not one.valid_keys(S3)
         one.down = False
         await bench.clock.advance(STEP_S)
@@ -151,10 +151,12 @@ class _EverNew(FakeProxy):
 async def test_ever_new_instances_do_not_keep_the_hsm_busy(bench: Bench) -> None:
     liar = _EverNew(id="liar", clock=bench.clock, signers=bench.proxy("p1").signers)
     bench.proxies["liar"] = liar
-    async with bench.agent() as (_, operations):
+    async with bench.agent() as (agent, operations):
         await bench.provision(operations, proxy="liar")
         bench.source.calls.clear()
-        await bench.clock.advance(295)
+        for _ in range(59):
+            await bench.clock.advance(5)
+            await until(lambda: not agent.refresh.schedule.is_in_flight("liar"))
         assert 3 <= bench.source.calls.count("seal_envelopes") <= 7  # 0, 5, 15, 35, 75, 155 s
 
 
@@ -257,7 +259,8 @@ async def test_proxies_that_hang_delay_no_refresh_no_withdrawal_and_no_other_que
     slow = [f"slow-{number:03}" for number in range(CONCURRENT + 6)]
     for name in slow:
         bench.proxies[name] = _Slow(id=name, clock=bench.clock, signers=bench.proxy("p1").signers)
-    async with bench.agent() as (agent, operations):
+    rhythm = replace(RHYTHM, request_timeout_s=2.0)
+    async with bench.agent(rhythm=rhythm) as (agent, operations):
         await bench.provision(operations, proxy="p1")
         for name in slow:
             await bench.provision(operations, proxy=name)

@@ -4,13 +4,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import override
 
 import pytest
 from cryptography import x509
 
+from certs import pki as dev_pki
 from envelope import derive
 from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
@@ -18,11 +19,13 @@ from envelope.keys import KeyMaterial, KeyState
 from envelope.material import MAX_SEQUENCE, Operation
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
+from proxy.tenants import certificates
 from proxy.tenants.model import Directory
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock
+from tests import pki
 from tests.fakes.clock import ManualClock
-from tests.pki import make_tenant
+from tests.pki import ServiceCredential, make_tenant, write_credential
 from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directory_of, host_tenant
 
 
@@ -385,6 +388,96 @@ async def test_what_the_directory_drops_loses_its_keys(
     with pytest.raises(KeyUnavailableError):
         drive.check()
     assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["nonce"]
+
+
+@dataclass
+class _Renewal:
+    """The proxy has a service's new certificate, the agent not yet."""
+
+    proxy: Proxy
+    acme: HostedTenant
+    old: x509.Certificate
+    directory: Directory
+
+    async def outcome(self, *keys: KeyMaterial) -> str:
+        challenge = self.proxy.challenge(self.acme)
+        (outcome,) = await self.proxy.push(
+            self.acme, self.acme.seal(self.proxy.clock, challenge, *keys, recipient=self.old)
+        )
+        return outcome
+
+
+@pytest.fixture(params=["new key", "same key"])
+async def renewal(
+    proxy: Proxy, acme: HostedTenant, tmp_path: Path, request: pytest.FixtureRequest
+) -> _Renewal:
+    """Keys were pushed before; then the directory has the new certificate, and the old key file is gone."""
+    entry, mail = acme.entries
+    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
+    old = acme.services["drive"]
+    new = acme.pki.service("drive")
+    if request.param == "same key":
+        csr = certificates.make_service_csr(entry.owner, old.key)
+        certificate = dev_pki.sign_service_csr(acme.pki.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
+        new = ServiceCredential(old.key, certificate)
+    _, key_file = write_credential(new, tmp_path, "renewed")
+    entry.key_file.unlink()
+    renewed = replace(entry, certificate=new.certificate, key_file=key_file)
+    directory = replace(directory_of(acme, revision=2), services={renewed.owner: renewed, mail.owner: mail})
+    proxy.receiver.apply(directory)
+    acme.services["drive"] = new
+    return _Renewal(proxy, acme, old.certificate, directory)
+
+
+async def test_a_withdrawal_under_the_certificate_before_counts(renewal: _Renewal) -> None:
+    held = renewal.proxy.cache.sealing_key(renewal.acme.owner())
+    renewal.proxy.receiver.apply(replace(renewal.directory, revision=3))
+    assert await renewal.outcome() == "accepted"
+    with pytest.raises(KeyUnavailableError):
+        held.check()
+
+
+async def test_keys_under_the_certificate_before_do_not(renewal: _Renewal) -> None:
+    held = renewal.proxy.cache.sealing_key(renewal.acme.owner())
+    assert await renewal.outcome(renewal.acme.key()) == "recipient"
+    assert renewal.proxy.cache.sealing_key(renewal.acme.owner()).key_id == held.key_id
+    challenge = renewal.proxy.challenge(renewal.acme)
+    sealed = renewal.acme.seal(renewal.proxy.clock, challenge, renewal.acme.key(), sequence=1_000_001)
+    assert await renewal.proxy.push(renewal.acme, sealed) == ["accepted"], (
+        "the refused one used up no sequence"
+    )
+
+
+async def test_the_certificate_before_ends_with_one_validity(renewal: _Renewal) -> None:
+    renewal.proxy.clock.shift(VALIDITY_S - 1)
+    assert await renewal.outcome() == "accepted"
+    renewal.proxy.clock.shift(1)
+    assert await renewal.outcome() == "recipient"
+
+
+@pytest.mark.parametrize("change", ["service removed", "root"])
+async def test_the_certificate_before_ends_with_service_and_trust(renewal: _Renewal, change: str) -> None:
+    receiver, acme, directory = renewal.proxy.receiver, renewal.acme, renewal.directory
+    if change == "root":
+        entry = replace(acme.entry(), root_certificate=make_tenant("acme").root.certificate)
+        receiver.apply(replace(directory, tenants={acme.name: entry}))
+    else:
+        services = {owner: entry for owner, entry in directory.services.items() if owner != acme.owner()}
+        receiver.apply(replace(directory, services=services))
+    receiver.apply(replace(directory, revision=4))
+    assert await renewal.outcome() == "recipient"
+
+
+async def test_the_certificate_before_is_its_own_tenants(renewal: _Renewal, rival: HostedTenant) -> None:
+    receiver = renewal.proxy.receiver
+    both = replace(renewal.directory, tenants={**renewal.directory.tenants, rival.name: rival.entry()})
+    receiver.apply(both)
+    renewal.proxy.challenge(rival)
+    challenge = renewal.proxy.challenge(renewal.acme)
+    genuine = renewal.acme.seal(renewal.proxy.clock, challenge, recipient=renewal.old)
+    assert await renewal.proxy.push(rival, genuine) == ["recipient"]
+    renewal.proxy.cache.sealing_key(renewal.acme.owner())
+    assert await renewal.proxy.push(renewal.acme, genuine) == ["accepted"]
 
 
 async def test_a_lost_private_key_refuses_by_name(proxy: Proxy, acme: HostedTenant) -> None:
