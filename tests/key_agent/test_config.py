@@ -68,6 +68,8 @@ def test_init_overwrites_nothing(written: Path, tmp_path: Path) -> None:
         ("KEY_AGENT_REFRESH__INTERVAL", "30", "interval_s"),
         ("KEY_AGENT_PUSH__BATCH_SIZE", "101", "push.batch_size"),
         ("KEY_AGENT_PUSH__REQUEST_TIMEOUT_S", "0", "push.request_timeout_s"),
+        ("KEY_AGENT_PUSH__PRESENCE_S", "0.5", "push.presence_s"),
+        ("KEY_AGENT_PUSH__PRESENCE_S", "61", "push.presence_s"),
         ("KEY_AGENT_ADMIN__HOST", "0.0.0.0", "admin.host"),
         ("KEY_AGENT_ADMIN__PORT", "70000", "admin.port"),
         ("KEY_AGENT_AGENT__TENANT", "Acme Inc", "tenant"),
