@@ -15,10 +15,10 @@ and stop after each other.
 import contextlib
 
 from mitmproxy.proxy import mode_servers
-from mitmproxy.proxy.layers import http
+from mitmproxy.proxy.layers import http, tls
 from mitmproxy.proxy.layers.http import _http1
 
-from proxy.gate import h2, levers
+from proxy.gate import ends, h2, levers
 from proxy.gate.handler import (
     GuardedConnectionHandler,
     OnRefused,
@@ -83,6 +83,7 @@ def install(
         (http, "Http1Server", GuardedHttp1Server),
         (http, "Http1Client", GuardedHttp1Client),
         (_http1, "make_error_response", bad_message_response),
+        (tls.TLSLayer, "receive_close", ends.receive_close),
         (mode_servers, "ProxyConnectionHandler", GuardedConnectionHandler),
     ):
         undo.callback(setattr, owner, name, getattr(owner, name))

@@ -116,6 +116,14 @@ class GuardedConnectionHandler(BackpressureHandler):
     def cut_on_close(self, connection: Connection) -> None:
         self._cut.add(connection)
 
+    def has_finished(self, connection: Connection) -> bool:
+        io = self.transports.get(connection)
+        # A cancelled task may have lost what it had read; and an abort of our own looks like an EOF.
+        if io is None or io.handler is not asyncio.current_task() or _is_being_cancelled():
+            return False
+        reader = io.reader
+        return isinstance(reader, asyncio.StreamReader) and reader.at_eof() and reader.exception() is None
+
     def report(self, flow: HTTPFlow | None, refusal: Refusal, *, bytes_sent: bool) -> None:
         if callback := _listeners.get(self.master):
             callback(flow, refusal, bytes_sent)

@@ -10,6 +10,7 @@
    is not read until the response is complete; mitmproxy keeps all of it.
 6. Chunks that came together go on as one piece, however small a peer makes them.
 7. A field value on several lines (obs-fold) is a bad message: not every reader sees one field there.
+8. A body that ends with its connection has ended if the peer ended that (`ends`); else it was cut.
 """
 
 from collections.abc import Generator
@@ -31,7 +32,7 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 
 from proxy import refusals
-from proxy.gate import stream
+from proxy.gate import ends, stream
 
 MAX_HEAD_BYTES: Final = 256 * 1024
 """nginx allows a quarter of it; cookies and signed URLs grow."""
@@ -123,6 +124,9 @@ class GuardedHttp1Client(Http1Client):
 
     @override
     def read_body(self, event: events.Event) -> Commands:
+        if isinstance(event, events.ConnectionClosed) and not ends.is_ended_by_peer(self.context, self.conn):
+            yield from _fail(self, "the connection was cut")
+            return
         try:
             yield from _gathered(super().read_body(event))
         except NotImplementedError:
@@ -161,11 +165,16 @@ def _joined(pieces: list[RequestData | ResponseData]) -> Commands:
 def _bound_lines(connection: Http1Server | Http1Client) -> Commands:
     """Inside a body only unfinished lines are left over: of a chunk's header, or of trailers."""
     if connection.state == connection.read_body and len(connection.buf) > MAX_HEAD_BYTES:
-        yield commands.CloseConnection(connection.conn)
-        connection.state = connection.done
-        if connection.stream_id is not None:
-            kind = connection.ReceiveProtocolError
-            yield ReceiveHttp(kind(connection.stream_id, "a line without an end", code=kind.code))
+        yield from _fail(connection, "a line without an end")
+
+
+def _fail(connection: Http1Server | Http1Client, cause: str) -> Commands:
+    """The body that is being read will not come to its end."""
+    yield commands.CloseConnection(connection.conn)
+    connection.state = connection.done
+    if connection.stream_id is not None:
+        kind = connection.ReceiveProtocolError
+        yield ReceiveHttp(kind(connection.stream_id, cause, code=kind.code))
 
 
 def _is_folded(event: events.Event) -> bool:

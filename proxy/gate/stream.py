@@ -88,6 +88,9 @@ class Keeper(Protocol):
     def cut_on_close(self, connection: Connection) -> None:
         """When *connection* is closed, reset it: its peer must not take the end for a proper one."""
 
+    def has_finished(self, connection: Connection) -> bool:
+        """At the close of *connection*: True if its peer sent a FIN, and all before it was read."""
+
     def report(self, flow: HTTPFlow, refusal: Refusal, *, bytes_sent: bool) -> None:
         """Tell the application; what it raises means that nothing was recorded."""
 

@@ -58,12 +58,21 @@ class Reply:
     early: bool = False
     """Answer when the head is there, without waiting for the body."""
     cut_after: int | None = None
-    """Reset connection or stream after that many pieces."""
+    """Reset connection or stream after that many pieces. After the last one: before the message's end."""
+    cut_by_fin: bool = False
+    """HTTP/1 only: cut by a FIN, and over TLS without close_notify, instead of by a reset."""
     stall_after: int | None = None
     """Send nothing more after that many pieces, and keep everything open."""
     close: bool = False
     raw: bytes | None = None
     """HTTP/1 only: exactly these bytes instead."""
+
+    @property
+    def is_cut(self) -> bool:
+        """The answer is cut before its end. If that is a length, it ends with the last piece."""
+        if self.cut_after is None:
+            return False
+        return self.cut_after < len(self.pieces) + (self.framing != "length")
 
 
 class _GoneError(Exception):
@@ -176,6 +185,14 @@ class _Connection:
             exchange.body += data
         self.origin._changed.set()
 
+    async def cut(self, reply: Reply) -> None:
+        await self.writer.drain()
+        if reply.cut_by_fin:
+            self.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+            await self.stall()
+        await asyncio.sleep(0.05)  # a reset overtakes what is under way
+        self.reset()
+
     def reset(self) -> None:
         raw = self.writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -270,13 +287,13 @@ class _Http1(_Connection):
     async def _answer_body(self, reply: Reply) -> None:
         for index, piece in enumerate(reply.pieces):
             if index == reply.cut_after:
-                await self.writer.drain()
-                await asyncio.sleep(0.05)  # a reset overtakes what is under way
-                self.reset()
+                await self.cut(reply)
             if index == reply.stall_after:
                 await self.stall()
             self.writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if reply.framing == "chunked" else piece)
             await self.writer.drain()
+        if reply.is_cut:
+            await self.cut(reply)
         if reply.framing == "chunked":
             trailers = "".join(f"{name}: {value}\r\n" for name, value in reply.trailers)
             self.writer.write(f"0\r\n{trailers}\r\n".encode())
@@ -350,7 +367,7 @@ class _Http2(_Connection):
         headers += [(name.lower(), value) for name, value in reply.headers]
         if reply.framing == "length":
             headers.append(("content-length", str(sum(map(len, reply.pieces)))))
-        is_bodiless = exchange.method == "HEAD" or not reply.pieces
+        is_bodiless = exchange.method == "HEAD" or not (reply.pieces or reply.is_cut)
         with contextlib.suppress(h2.exceptions.ProtocolError, OSError):
             self.h2.send_headers(stream_id, headers, end_stream=is_bodiless and not reply.trailers)
             if not is_bodiless and not await self._answer_body(stream_id, reply):
@@ -379,7 +396,10 @@ class _Http2(_Connection):
                 self.h2.send_data(stream_id, left[:room])
                 left = left[room:]
                 await self.flush()
-        return True
+        if reply.is_cut:
+            self.h2.reset_stream(stream_id)
+            await self.flush()
+        return not reply.is_cut
 
 
 def _text(value: str | bytes) -> str:

@@ -84,7 +84,7 @@ class Plan:
             or self.kills_in
             or self.response_fails_at
             or self.response_fails_at_end
-            or self.reply.cut_after is not None
+            or self.reply.is_cut
             or self.reply.early
         )
 
@@ -98,7 +98,7 @@ FAULTS: dict[str, st.SearchStrategy[Any]] = {
     "kills_in": st.sampled_from(HOOKS),
     "response_fails_at": st.integers(1, 4),
     "response_fails_at_end": st.just(True),
-    "cut_after": st.integers(0, 3),
+    "cut_after": st.integers(0, 4),
     "early": st.just(True),
 }
 sizes = st.lists(st.integers(1, 70_000) | st.integers(1, 40), max_size=6)
@@ -130,6 +130,7 @@ def plans(draw: st.DrawFn) -> Plan:
             framing=draw(st.sampled_from(["length", "chunked", "close"])),
             early=fault.get("early", False),
             cut_after=fault.get("cut_after"),
+            cut_by_fin=draw(st.booleans()),
             close=draw(st.booleans()),
         ),
     )
@@ -237,6 +238,7 @@ def judge(plan: Plan, answer: Answer, exchanges: list[Exchange], origin: Recordi
     if answer.complete and answer.code is None and answer.status is not None:
         assert answer.body == invert(b"".join(plan.reply.pieces)) + b"END!"
         assert not plan.response_fails_at_end
+        assert not plan.reply.is_cut
     if plan.is_smooth:
         assert (answer.status, answer.complete, answer.code) == (plan.reply.status, True, None)
         assert exchanges[0].end is End.COMPLETE
