@@ -44,6 +44,6 @@ def test_what_ends_the_process_has_cause_and_next_step() -> None:
     )
     unknown = app._explained(gate.UnknownEngineError(["mitmproxy 99"]))
     assert "mitmproxy 99" in unknown.cause
-    assert "pinned" in unknown.next_step
+    assert "requirements-proxy.lock" in unknown.next_step
     for error in (MisuseError("x"), IntegrityError("y")):
         assert "doctor" in app._explained(error).next_step
