@@ -360,6 +360,7 @@ class Operations:
         keys = _by_owner(await agent.registry.data_keys())
         links = _by_owner(agent.targets.links)
         current = None if row is None else row.reference.kek_id
+        consenting_since_ms = 0 if row is None else row.since_ms
         return {
             "agent": agent.agent_id,
             "tenant": agent.tenant,
@@ -388,7 +389,7 @@ class Operations:
                         current not in key.wrapped_by and key.state is not KeyState.DESTROYED
                         for key in keys[owner]
                     ),
-                    "proxies": [self._place(link, now_ms) for link in links[owner]],
+                    "proxies": [self._place(link, now_ms, consenting_since_ms) for link in links[owner]],
                 }
                 for owner in sorted(links)
                 if any(self._is_shown(link, now_ms) for link in links[owner])
@@ -513,10 +514,14 @@ class Operations:
                 "proxy": name,
                 "outcome": Outcome.FAILED if name in left else Outcome.ACCEPTED,
                 "may_hold_keys_until_ms": left.get(name),
-                "error": seen.error if name in left and (seen := agent.withdrawals_seen.get(name)) else None,
+                "error": self._withdrawal_error(name) if name in left else None,
             }
             for name in names
         ]
+
+    def _withdrawal_error(self, proxy: str) -> str:
+        seen = self._agent.withdrawals_seen.get(proxy)
+        return (seen and seen.error) or f"no answer within {_WITHDRAWAL_PATIENCE_S:g} s"
 
     def _may_hold_keys(self, link: Link, now_ms: int) -> bool:
         return link.may_hold_keys(now_ms, self._agent.clock.boot_s())
@@ -524,12 +529,18 @@ class Operations:
     def _is_shown(self, link: Link, now_ms: int) -> bool:
         return not link.withdrawn or self._may_hold_keys(link, now_ms)
 
-    def _place(self, link: Link, now_ms: int) -> Json:
+    def _place(self, link: Link, now_ms: int, consenting_since_ms: int) -> Json:
+        """*consenting_since_ms*: what was acknowledged before is taken back, whatever its validity says."""
         valid_for_s = None
-        if link.valid_until_ms is not None and link.valid_until_ms > now_ms:
+        is_outdated = link.accepted_at_ms is not None and link.accepted_at_ms < consenting_since_ms
+        if not is_outdated and link.valid_until_ms is not None and link.valid_until_ms > now_ms:
             valid_for_s = round((link.valid_until_ms - now_ms) / 1000, 1)
         is_withdrawn = link.withdrawn or self._agent.consent.standing.is_withdrawn
-        if is_withdrawn:
+        if is_outdated and not is_withdrawn:
+            # New keys may be on their way: not a word on those before the proxy's.
+            is_over = link.withdrawal_is_newest or not self._may_hold_keys(link, now_ms)
+            state = "withdrawn" if is_over else "withdrawing"
+        elif is_withdrawn:
             state = "withdrawing" if self._may_hold_keys(link, now_ms) else "withdrawn"
         elif valid_for_s is not None:
             state = "valid"

@@ -65,6 +65,11 @@ class Link:
         return self.issued_sequence > self.withdrawn_sequence and not is_over
 
     @property
+    def withdrawal_is_newest(self) -> bool:
+        """The proxy confirmed a withdrawal after it last acknowledged keys."""
+        return self.withdrawn_sequence > self.accepted_sequence
+
+    @property
     def silent_at_ms(self) -> int:
         """From then on nothing that was ever issued to it is valid, whoever can reach it or not."""
         return self.issued_until_ms + RECEIPT_SLACK_MS

@@ -10,6 +10,7 @@ from sqlalchemy import delete
 
 from envelope.certificates import CertificateError
 from envelope.keys import KeyState, NetworkService
+from key_agent.cli import status_text
 from key_agent.consent import Standing
 from key_agent.errors import KeySourceError
 from key_agent.registry.model import KekRow
@@ -284,6 +285,50 @@ async def test_withdrawals_reach_a_proxy_that_comes_back_and_stop_when_nothing_c
         status = await operations.status()
         places = {p["proxy"]: p["state"] for p in _rows(_rows(status["services"])[0]["proxies"])}
         assert places == {"p1": "withdrawn", "p2": "withdrawn"}
+
+
+async def test_what_was_acknowledged_before_a_revocation_is_not_called_valid_after_reinstating(
+    bench: Bench,
+) -> None:
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations)
+        await bench.clock.advance(10)
+        bench.proxy().down = True
+        result = await operations.kek_revoke()
+        assert _rows(result["proxies"])[0]["error"]
+        await bench.clock.advance(1)
+        await operations.reinstate()
+
+        async def place() -> dict[str, Any]:
+            status = await operations.status()
+            assert status["standing"] == Standing.CONSENTED
+            status_text(status)
+            return _rows(_rows(status["services"])[0]["proxies"])[0]
+
+        now = await place()
+        assert (now["state"], now["valid_for_s"]) == ("withdrawing", None)
+        assert now["may_hold_keys_until_ms"]
+        bench.proxy().down = False
+        while not bench.proxy().valid_keys(S3) or (await place())["state"] == "withdrawing":
+            await bench.clock.advance(1)
+            await asyncio.sleep(0.01)
+        assert (await place())["state"] == "valid"
+
+
+async def test_a_confirmed_withdrawal_is_shown_until_the_keys_of_the_next_kek_are_acknowledged(
+    bench: Bench,
+) -> None:
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations)
+        await bench.clock.advance(10)
+        await operations.kek_revoke()
+        bench.proxy().down = True
+        await bench.clock.advance(1)
+        await operations.reinstate()
+        status = await operations.status()
+        [place] = _rows(_rows(status["services"])[0]["proxies"])
+        assert (place["state"], place["valid_for_s"]) == ("withdrawn", None)
+        assert "p1: withdrawn 20" in status_text(status)
 
 
 async def test_a_lost_answer_to_keys_still_counts_as_held(bench: Bench) -> None:
