@@ -9,7 +9,6 @@
 import asyncio
 import errno
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -130,7 +129,7 @@ def init(  # noqa: PLR0917 - typer calls it by name
     token_label: Annotated[str, typer.Option(help="Label of the token that holds the KEK.")],
     environment: Annotated[str, typer.Option(help="This environment's id.")] = "main",
     state_dir: Annotated[Path, typer.Option(help="Database, audit log, lock, socket.")] = Path(
-        "/var/lib/sealgate/key-agent"
+        "/var/lib/sealgate-agent"
     ),
     files_dir: Annotated[
         Path | None,
@@ -165,7 +164,6 @@ def run(context: typer.Context) -> None:
     observe.configure_logging(json=settings.log.json)
     for warning in warnings:
         log.warning(warning)
-    os.umask(0o077)
 
     async def serve(stop: asyncio.Event) -> None:
         await app.serve(settings, stop)

@@ -31,7 +31,7 @@ class AgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     tenant: str
     environment_id: str
     """Which of the tenant's environments this agent's KEK and registry are; part of every EKM's binding."""
-    state_dir: Path
+    state_dir: Path = Path("/var/lib/sealgate-agent")
     """0700, on a local disk: database, audit log, lock, control socket."""
     root_certificate_file: Path
     """The tenant's root (PEM): every network service's certificate must hang on it."""

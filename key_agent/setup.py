@@ -103,7 +103,7 @@ def initialise(config_file: Path, answers: Answers) -> dict[str, object]:
         token_label=_toml(answers.token_label),
         **values,
     )
-    config_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    config_file.parent.mkdir(parents=True, exist_ok=True)
     for directory in (state_dir, files_dir):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -113,6 +113,7 @@ def initialise(config_file: Path, answers: Answers) -> dict[str, object]:
             f"{config_file} exists", "edit it, or give another --config", ExitCode.REFUSED, code="exists"
         ) from None
     with open(descriptor, "w", encoding="utf-8") as stream:  # noqa: PTH123 - created exclusively
+        os.fchmod(descriptor, 0o644)  # no secret is in it, and our umask lets nobody else read
         stream.write(text)
     return {
         "config": str(config_file),

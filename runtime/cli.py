@@ -156,7 +156,8 @@ def add_options[S](
 
 
 def run(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the program and end the process with its exit code."""
+    """Run the program and end the process with its exit code. What it makes is this user's alone."""
+    os.umask(0o077)
     sys.exit(main(app, sys.argv[1:] if argv is None else argv))
 
 
