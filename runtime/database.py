@@ -7,6 +7,7 @@
 4. A caller sees its own error: `failure` makes it of the cause, which holds neither statement nor parameters.
 """
 
+import importlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from runtime.settings import SettingsError, read_secret_file
 
 CONNECT_TIMEOUT_S: Final = 5
+_POSTGRES_DRIVER: Final = "psycopg"
 _SYNCHRONOUS_FULL: Final = 2
 _POSTGRES_DURABLE: Final = {
     "fsync": ("on",),
@@ -47,9 +49,10 @@ def check_url_settings(section: str, url: str | None, url_file: Path | None) -> 
 def chosen_url(url: str | None, url_file: Path | None, *, default: Path) -> str:
     """*url*, or what *url_file* holds, or SQLite in the file *default*.
 
-    SettingsError if the file cannot be read or holds no URL.
+    SettingsError if the file cannot be read or holds no URL, or the driver of PostgreSQL is not installed.
     """
     if url is not None:
+        _check_driver(url, place="database_url")
         return url
     if url_file is None:
         return f"sqlite:///{default}"
@@ -58,7 +61,24 @@ def chosen_url(url: str | None, url_file: Path | None, *, default: Path) -> str:
         _check_url(content, name="its content", may_hold_password=True)
     except ValueError as error:
         raise SettingsError(str(url_file), "", allowed=str(error)) from None
+    _check_driver(content, place=str(url_file))
     return content
+
+
+def _check_driver(url: str, *, place: str) -> None:
+    """SettingsError if this environment cannot talk to the database of *url*."""
+    if make_url(url).drivername == "sqlite":
+        return
+    try:
+        importlib.import_module(_POSTGRES_DRIVER)
+    except ImportError as error:
+        raise SettingsError(
+            place,
+            "",
+            allowed=f"PostgreSQL needs the package {_POSTGRES_DRIVER}, which cannot be imported here "
+            f"({error}); pip install --require-hashes -r requirements-proxy.lock (the agent: "
+            "requirements-agent.lock) brings it",
+        ) from None
 
 
 def _check_url(url: str, *, name: str, may_hold_password: bool) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_at_most_one_place_names_the_database() -> None:
     check_url_settings("x", "postgresql+psycopg://u@h/d", None)
     with pytest.raises(ValueError, match=r"x\.database_url and x\.database_url_file"):
         check_url_settings("x", "sqlite:////a", Path("/f"))
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_missing_driver_is_named_with_what_brings_it(
+    in_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # how Python remembers that there is none
+    url, file = "postgresql+psycopg://u@h/d", None
+    if in_file:
+        file = tmp_path / "url"
+        file.touch(mode=0o600)
+        file.write_text(url)
+    with pytest.raises(SettingsError, match="package psycopg, which cannot be imported") as caught:
+        chosen_url(None if in_file else url, file, default=tmp_path / "x.db")
+    assert "requirements-agent.lock" in str(caught.value)
+    assert str(file) in str(caught.value) or not in_file
+    assert chosen_url(None, None, default=tmp_path / "x.db").startswith("sqlite")
 
 
 def test_where_the_database_is(tmp_path: Path) -> None:
