@@ -12,6 +12,7 @@
 import contextlib
 import os
 import pwd
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -197,7 +198,7 @@ def tenant_remove(context: typer.Context, name: TenantName) -> None:
 @tenant_app.command("ca", epilog="Example: sealgate tenant ca acme > acme-interception-ca.pem")
 def tenant_ca(context: typer.Context, name: TenantName) -> None:
     """Print the interception CA's certificate (PEM), for the tenant's clients to trust."""
-    with _operating(context) as operator:
+    with _operating(context, looks=True) as operator:
         entry = operator.store.snapshot().tenants.get(name)
         if entry is None:
             raise _absent(f"there is no tenant {name}")
@@ -245,6 +246,7 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
     with _operating(context) as operator:
         owner, address, listen = _owner(service), _upstream(upstream), _listen(reverse_listen)
         _check_profile(profile)
+        _check_csr_file(csr)
         known = operator.store.snapshot().services.get(owner)
         if known is not None and (known.upstream, known.profile, known.legacy, known.reverse_listen) == (
             address,
@@ -310,6 +312,7 @@ def service_renew(
     """Make a new key and its CSR; the present certificate serves until the new one is imported."""
     with _operating(context) as operator:
         owner = _owner(service)
+        _check_csr_file(csr)
         request = operator.store.renew_service(owner, actor=operator.actor, key_type=key_type)
         _write_csr(request, csr)
         operator.report(changed=True, service=operator.store.snapshot().services[owner], csr=csr)
@@ -344,7 +347,7 @@ def service_remove(context: typer.Context, service: ServiceName) -> None:
 @program.command("list", epilog="Example: sealgate list --json")
 def list_all(context: typer.Context) -> None:
     """Tenants and network services."""
-    with _operating(context) as operator:
+    with _operating(context, looks=True) as operator:
         directory = operator.store.snapshot()
         data = {
             "revision": directory.revision,
@@ -364,7 +367,7 @@ def history(
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most so many.")] = 1000,
 ) -> None:
     """Who changed what, oldest first."""
-    with _operating(context) as operator:
+    with _operating(context, looks=True) as operator:
         changes = operator.store.history(after=after, limit=limit)
 
         def text() -> str:
@@ -436,7 +439,8 @@ def inspect(
 @program.command("doctor", epilog="Example: sealgate doctor --json")
 def doctor_command(context: typer.Context) -> None:
     """Check the installation and say how to mend it; exit code 1 if something failed."""
-    from proxy import doctor  # noqa: PLC0415 - it imports the engine
+    with _packages_of_the_proxy():
+        from proxy import doctor  # noqa: PLC0415 - it imports the engine
 
     chosen = _options(context)
     checks = doctor.examine(chosen.config_file, chosen.load, SystemClock())
@@ -449,11 +453,26 @@ def doctor_command(context: typer.Context) -> None:
 def run(context: typer.Context) -> None:
     """Serve until SIGTERM."""
     settings = _options(context).load()
-    _check_user(settings.proxy.state_dir)
+    _check_state_dir(settings.proxy.state_dir)
     certificates.make_private_directory(settings.proxy.state_dir)
-    from proxy.app import run_proxy  # noqa: PLC0415 - it imports the engine
+    with _packages_of_the_proxy():
+        from proxy.app import run_proxy  # noqa: PLC0415 - it imports the engine
 
     run_proxy(settings)
+
+
+@contextlib.contextmanager
+def _packages_of_the_proxy() -> Iterator[None]:
+    """The agent's environment has this command too, but not all that `run` and `doctor` need."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"the package {str(error.name).partition('.')[0]} is not installed here",
+            "pip install --require-hashes -r requirements-proxy.lock; the agent's lock file lacks the engine",
+            ExitCode.UNAVAILABLE,
+            code="package",
+        ) from error
 
 
 # Working on the directory.
@@ -499,14 +518,18 @@ class _Operator:
 
 
 @contextlib.contextmanager
-def _operating(context: typer.Context) -> Iterator[_Operator]:
-    """The directory, opened; what it raises becomes an error with a next step and an exit code."""
+def _operating(context: typer.Context, *, looks: bool = False) -> Iterator[_Operator]:
+    """The directory, opened; what it raises becomes an error with a next step and an exit code.
+
+    Who only *looks* creates and migrates nothing.
+    """
     chosen = _options(context)
     settings = chosen.load()
     url = config.database_url(settings.proxy)
-    _check_user(settings.proxy.state_dir)
+    _check_state_dir(settings.proxy.state_dir)
     try:
-        with DirectoryStore.open(url, settings.proxy.state_dir, clock=SystemClock()) as store:
+        state_dir = settings.proxy.state_dir
+        with DirectoryStore.open(url, state_dir, clock=SystemClock(), migrate=not looks) as store:
             yield _Operator(chosen, settings, store, _actor())
     except ChangeRefusedError as error:
         raise CommandError(str(error), error.next_step, ExitCode.REFUSED, code=error.code) from error
@@ -523,18 +546,26 @@ def _options(context: typer.Context) -> Options:
     return chosen
 
 
-def _check_user(state_dir: Path) -> None:
-    """Files that another user makes could not be read by the proxy."""
+def _check_state_dir(state_dir: Path) -> None:
+    """Private keys lie there. Files that another user makes could not be read by the proxy."""
     try:
-        owner = state_dir.stat().st_uid
+        status = state_dir.stat()
     except OSError:
         return  # made by the first change, as ours
+    owner = status.st_uid
     if owner != os.geteuid():
         raise CommandError(
             f"{state_dir} belongs to {_user_name(owner)}, not to {_user_name(os.geteuid())}",
             f"run the command as that user: sudo -u {_user_name(owner)} sealgate ...",
             ExitCode.REFUSED,
             code="user",
+        )
+    if status.st_mode & 0o077:
+        raise CommandError(
+            f"{state_dir} has mode {stat.S_IMODE(status.st_mode):04o}; it holds private keys",
+            f"chmod 700 {state_dir}",
+            ExitCode.REFUSED,
+            code="mode",
         )
 
 
@@ -611,8 +642,32 @@ def _absent(cause: str) -> CommandError:
     return CommandError(cause, "see `sealgate list`", ExitCode.REFUSED, code="not-there")
 
 
+def _check_csr_file(path: Path) -> None:
+    """Before a key is made for it: a change whose result cannot be handed over is none."""
+    directory = path.absolute().parent
+    target = path if path.exists() else directory
+    if not directory.is_dir() or path.is_dir() or not os.access(target, os.W_OK):
+        raise CommandError(
+            f"--csr {path}: this user cannot write that file",
+            "name a file in an existing directory that this user may write",
+            ExitCode.USAGE,
+        )
+
+
 def _write_csr(request: x509.CertificateSigningRequest, path: Path) -> None:
-    path.write_bytes(request.public_bytes(Encoding.PEM))
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.fchmod(descriptor, 0o644)  # nothing secret; our umask would keep it from the tenant
+            file.write(request.public_bytes(Encoding.PEM))
+    except OSError as error:
+        raise CommandError(
+            f"the key is made, but its request was not written: {path}: {error.strerror}",
+            "mend that, then repeat the command: it gives the request again",
+            ExitCode.FAILED,
+            code="csr-not-written",
+        ) from error
 
 
 # Results.

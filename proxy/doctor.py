@@ -2,12 +2,13 @@
 
 1. Checks only look: nothing is created, changed or migrated. Network checks talk to what is configured alone.
 2. A check that another one's failure makes pointless is left out rather than failed.
-3. It works beside a running proxy: listeners that the proxy holds are asked, not opened.
+3. It works beside a running proxy: the proxy is asked whether it is ready, its listeners are not opened.
 """
 
 import asyncio
 import ctypes
 import fcntl
+import json
 import os
 import resource
 import socket
@@ -15,6 +16,7 @@ import ssl
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +28,7 @@ from envelope.certificates import CertificateError, Identity, Role, verify_certi
 from proxy.config import Settings, database_url
 from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
-from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError
+from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry
 from runtime.audit import mend_broken, read_chain
 from runtime.clock import Clock
@@ -38,6 +40,8 @@ from runtime.tls import TlsError, load_certificates, server_context
 CONNECT_TIMEOUT_S: Final = 5.0
 MIN_FREE_BYTES: Final = 256 << 20
 MIN_OPEN_FILES: Final = 4096
+_MAX_ANSWER_BYTES: Final = 1 << 20
+_INSTALL: Final = "pip install --require-hashes -r requirements-proxy.lock"
 _STA_UNSYNC: Final = 0x40  # <sys/timex.h>: the kernel's clock is not disciplined by anyone
 
 
@@ -65,9 +69,12 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
     try:
         with DirectoryStore.open(url, settings.proxy.state_dir, clock=clock, migrate=False) as store:
             directory, in_use = store.snapshot(), store.private_keys()
+    except NoDirectoryError:
+        checks.append(ok("database", "nothing is provisioned yet: the first `sealgate tenant add` makes it"))
+        return [*checks, *_network(listeners, is_running=is_running)]
     except DirectoryUnavailableError as error:
-        checks.append(failed("database", str(error), error.next_step))
-        return [*checks, *_listeners(listeners, is_running=is_running)]
+        checks.append(failed("database", str(error), "check proxy.database_url, disk and database server"))
+        return [*checks, *_network(listeners, is_running=is_running)]
     checks.append(ok("database", f"revision {directory.revision}"))
     for tenant in directory.tenants.values():
         checks += _tenant(tenant, clock)
@@ -78,7 +85,7 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
         if service.reverse_listen is not None:
             listeners[f"reverse proxy of {service.owner}"] = service.reverse_listen
     checks += _stray_keys(settings.proxy.state_dir, in_use)
-    checks += _listeners(listeners, is_running=is_running)
+    checks += _network(listeners, is_running=is_running)
     if trust is not None:
         checks += asyncio.run(_upstreams(directory.services.values(), trust))
     return checks
@@ -113,12 +120,16 @@ def _process() -> Iterator[Check]:
 
 def _engine() -> Iterator[Check]:
     # Imported here: mitmproxy takes longer to import than most commands take to run.
-    from proxy import gate  # noqa: PLC0415
-
+    try:
+        from proxy import gate  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        yield failed("engine", f"the package {name} is not installed here", _INSTALL)
+        return
     try:
         gate.check_versions()
     except gate.UnknownEngineError as error:
-        yield failed("engine", str(error), "install the pinned versions: uv sync, or pip with the lock file")
+        yield failed("engine", str(error), _INSTALL)
     else:
         yield ok("engine", "mitmproxy and what it leans on are the versions that were tested")
 
@@ -157,8 +168,11 @@ def _state_dir(path: Path) -> Iterator[Check]:
     try:
         status = path.stat()
         space = os.statvfs(path)
+    except FileNotFoundError:
+        yield ok("state_dir", f"{path}: not there yet; the first `sealgate tenant add` makes it")
+        return
     except OSError as error:
-        yield failed("state_dir", f"{path}: {error.strerror}", "the first `sealgate tenant add` makes it")
+        yield failed("state_dir", f"{path}: {error.strerror}", "name a directory of this user's own")
         return
     if not stat.S_ISDIR(status.st_mode):
         yield failed("state_dir", f"{path} is not a directory", "name a directory in proxy.state_dir")
@@ -293,22 +307,50 @@ def _valid(name: str, certificate: x509.Certificate, clock: Clock, mend: str) ->
 # The network.
 
 
-def _listeners(listeners: dict[str, Listen], *, is_running: bool) -> Iterator[Check]:
+def _network(listeners: dict[str, Listen], *, is_running: bool) -> Iterator[Check]:
+    reasons: list[str] = []
+    if is_running and listeners["health"].port:
+        reasons, check = _readiness(listeners["health"])
+        yield check
     for name, listen in listeners.items():
         if listen.port == 0:
             yield ok(name, f"{listen.host}, any free port")
         elif is_running:
-            yield _asked(name, listen)
+            yield _asked(name, listen, reasons)
         else:
             yield _bindable(name, listen)
 
 
-def _asked(name: str, listen: Listen) -> Check:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host)
+def _readiness(health: Listen) -> tuple[list[str], Check]:
+    """What the running proxy says of itself: a port that answers may be another program's."""
+    client = HTTPConnection(_reachable(health), health.port, timeout=CONNECT_TIMEOUT_S)
     try:
-        socket.create_connection((host, listen.port), timeout=CONNECT_TIMEOUT_S).close()
+        client.request("GET", "/readyz")
+        told = json.loads(client.getresponse().read(_MAX_ANSWER_BYTES))
+        reasons = [str(reason) for reason in told["reasons"]]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        mend = "see who listens there (`ss -ltnp`) and the log of the running proxy"
+        detail = f"http://{health}/readyz gives no answer of a proxy ({type(error).__name__})"
+        return [], failed("readiness", detail, mend)
+    finally:
+        client.close()
+    if reasons:
+        mend = "mend each cause; an address in use: see by whom (`ss -ltnp`). The proxy tries again by itself"
+        return reasons, failed("readiness", "; ".join(reasons), mend)
+    return [], ok("readiness", "the running proxy serves all that is provisioned")
+
+
+def _reachable(listen: Listen) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host)
+
+
+def _asked(name: str, listen: Listen, reasons: list[str]) -> Check:
+    mend = "see /readyz and the log of the running proxy"
+    if against := next((reason for reason in reasons if f"@{listen}:" in reason), None):
+        return failed(name, f"not the proxy's: {against}", mend)
+    try:
+        socket.create_connection((_reachable(listen), listen.port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        mend = "see /readyz and the log of the running proxy"
         return failed(name, f"{listen} does not answer: {error.strerror or error}", mend)
     return ok(name, f"{listen} answers")
 

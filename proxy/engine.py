@@ -12,7 +12,9 @@
 
 import asyncio
 import contextlib
+import logging
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -119,16 +121,20 @@ class Engine:
         self._abort_strays()
         await self._listen([listener.spec for listener in wanted], problems)
         self._abort_strays()  # who came in the meantime
-        self._problems = problems
+        before, self._problems = self._problems, problems
         for problem in problems:
-            log.error("not served", cause=problem)
+            if problem not in before:  # told once, however often it is tried
+                log.error("not served", cause=problem)
+        if before and not problems:
+            log.info("all is served again")
 
     async def retry_problems(self) -> NoReturn:
         """Try again what could not be served though the directory says so."""
         while True:
             await self._clock.sleep(RETRY_S)
             if self._problems and self._directory is not None and self._server is not None:
-                await self.apply(self._directory)
+                with _muted(proxyserver.__name__):
+                    await self.apply(self._directory)
 
     async def cut_ended(self) -> NoReturn:
         """Cut clients whose body is under way but does not move, once its key has ended."""
@@ -246,6 +252,17 @@ class Engine:
             client = handler.client
             if client in handler.transports and not self._addon.is_busy(client):
                 handler.close_connection(client)
+
+
+@contextlib.contextmanager
+def _muted(name: str) -> Iterator[None]:
+    """Without the words of the logger *name*: mitmproxy tells of each try what `problems` tells once."""
+    logger = logging.getLogger(name)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def _mode(spec: str) -> mode_specs.ProxyMode:

@@ -251,7 +251,7 @@ def _open_locked(path: Path) -> int:
         if isinstance(error, BlockingIOError):
             raise AuditUnavailableError(
                 f"{path} is written by another process",
-                "stop that process, or give this one a file of its own",
+                "stop that process first; two that run side by side need a state_dir each",
             ) from error
         raise AuditUnavailableError(
             f"{path} cannot be locked or synced: {error.strerror}", "put it on a local file system"

@@ -74,11 +74,22 @@ class NotThereError(ChangeRefusedError):
 class DirectoryUnavailableError(SealgateError):
     """The database cannot be read or written."""
 
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"directory database: {cause}")
-        self.next_step = (
+    def __init__(
+        self,
+        cause: str,
+        next_step: str = (
             "check proxy.database_url, the disk and the database server; `sealgate doctor` says more"
-        )
+        ),
+    ) -> None:
+        super().__init__(f"directory database: {cause}")
+        self.next_step = next_step
+
+
+class NoDirectoryError(DirectoryUnavailableError):
+    """There is no database yet, or an empty one: nothing has been provisioned."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(f"{place} does not exist", "the first `sealgate tenant add` makes it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +367,7 @@ class DirectoryStore:
 
         ChangeRefusedError if the id, the host or the listener is taken, or the host is tunnelled.
         """
+        _tenant_in(self.snapshot(), owner.tenant)  # before a directory is made for its keys
         key = certificates.new_private_key(key_type)
         key_file = _key_name(owner)
 
@@ -363,7 +375,8 @@ class DirectoryStore:
             _tenant_in(before, owner.tenant)
             if owner in before.services:
                 raise ChangeRefusedError(
-                    f"network service {owner} exists", f"renew its key by `sealgate service renew {owner}`"
+                    f"network service {owner} exists, and not as given here",
+                    f"change it by `sealgate service update {owner}`; a new key: `sealgate service renew`",
                 )
             _check_upstream(before, owner, upstream)
             if reverse_listen is not None:
@@ -801,15 +814,18 @@ def _ms(wall_s: float) -> int:
 
 def _check_schema(connection: Connection) -> None:
     found = migrations.current(connection)
+    if found is None:
+        raise NoDirectoryError("its schema")
     if found != migrations.HEAD:
         raise DirectoryUnavailableError(
-            f"schema version {found or 'none'}, this program needs {migrations.HEAD}"
+            f"schema version {found}, this program needs {migrations.HEAD}",
+            "`sealgate run` brings an older one to it; for a newer one install the newer program",
         )
 
 
 def _prepare_file(path: Path, *, create: bool) -> None:
     if not create and not path.exists():
-        raise DirectoryUnavailableError(f"{path} does not exist; the first `sealgate tenant add` makes it")
+        raise NoDirectoryError(str(path))
     try:
         certificates.make_private_directory(path.parent)
     except OSError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from envelope.errors import MisuseError
 from proxy.tenants.model import Listen, ServiceEntry
@@ -123,6 +124,9 @@ async def test_one_bad_entry_takes_nobody_else_down(world: World) -> None:
     problems = " ".join(rig.engine.problems)
     for part in (str(taken), "absent", "chmod"):
         assert part in problems
+    with structlog.testing.capture_logs() as told:
+        await rig.engine.apply(rig.picture())
+    assert [line for line in told if line["event"] == "not served"] == [], "each problem is told once"
     assert (await rig.ask(world.service, "/x", "-T", "-", body=BODY)).status == 200
     assert (await rig.ask(third, "/x")).exit_code == 7
     squatter.close()

@@ -289,7 +289,94 @@ def test_profiles_are_described(site: Installation) -> None:
     assert "What stops working" in text
 
 
+def test_a_request_that_cannot_be_written_is_noticed_before_a_key_is_made(
+    site: Installation, root: str
+) -> None:
+    site.ask("tenant", "add", "acme", "--root", root)
+    add = ("service", "add", "acme/drive", "--upstream", "https://drive.example.com", "--csr")
+    for csr in (site.path / "none" / "x.csr", site.path):
+        code, error = site.refused(*add, str(csr))
+        assert code == ExitCode.USAGE
+        assert str(csr) in error["cause"]
+    assert site.ask("list")["tenants"][0]["services"] == []
+    assert not (site.state_dir / "keys").exists()
+
+
+def test_a_request_that_was_not_written_can_be_had_again(site: Installation, root: str) -> None:
+    site.ask("tenant", "add", "acme", "--root", root)
+    add = ("service", "add", "acme/drive", "--upstream", "https://drive.example.com", "--csr")
+    code, error = site.refused(*add, "/dev/full")  # there, writable, and full
+    assert (code, error["code"]) == (ExitCode.FAILED, "csr-not-written")
+    assert "repeat the command" in error["next_step"]
+    answer = site.ask(*add, str(site.path / "drive.csr"))
+    assert answer["changed"] is False
+    assert x509.load_pem_x509_csr((site.path / "drive.csr").read_bytes()).is_signature_valid
+
+
+def test_a_service_of_no_tenant_leaves_nothing_behind(site: Installation, root: str) -> None:
+    site.ask("tenant", "add", "acme", "--root", root)
+    csr = site.path / "box.csr"
+    add = ("service", "add", "nope/box", "--upstream", "https://box.example.com", "--csr", str(csr))
+    code, error = site.refused(*add)
+    assert (code, error["code"]) == (ExitCode.REFUSED, "not-there")
+    assert not csr.exists()
+    assert not (site.state_dir / "keys").exists()
+
+
+def test_another_upstream_is_an_update(site: Installation, acme: Tenant, root: str) -> None:
+    provision(site, acme, root)
+    csr = str(site.path / "drive.csr")
+    code, error = site.refused(
+        "service", "add", "acme/drive", "--upstream", "https://elsewhere.example.com", "--csr", csr
+    )
+    assert code == ExitCode.REFUSED
+    assert "sealgate service update acme/drive" in error["next_step"]
+
+
+@pytest.mark.parametrize("command", [["list"], ["history"], ["tenant", "ca", "acme"]])
+def test_looking_creates_nothing(site: Installation, command: list[str]) -> None:
+    code, error = site.refused(*command)
+    assert code == ExitCode.UNAVAILABLE
+    assert "sealgate tenant add" in error["next_step"]
+    assert not site.state_dir.exists()
+
+
 # The program itself.
+
+
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_an_environment_without_the_engine_is_named(site: Installation, command: str) -> None:
+    script = "import sys; sys.modules['mitmproxy'] = None; from proxy.cli import main; main()"
+    words = [sys.executable, "-c", script, "--config", str(site.config_file), command]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == (ExitCode.UNAVAILABLE if command == "run" else ExitCode.FAILED), told
+    assert "the package mitmproxy is not installed here" in told
+    assert "requirements-proxy.lock" in told
+
+
+def test_what_commands_make_is_this_users_alone(site: Installation, root: str) -> None:
+    script = "import os; os.umask(0); from proxy.cli import main; main()"
+    words = [sys.executable, "-c", script, "--config", str(site.config_file)]
+    csr = site.path / "drive.csr"
+    for command in (
+        ["tenant", "add", "acme", "--root", root],
+        ["service", "add", "acme/drive", "--upstream", "https://drive.example", "--csr", str(csr)],
+    ):
+        subprocess.run([*words, *command], cwd=ROOT, capture_output=True, check=True)
+    made = [site.state_dir, *site.state_dir.rglob("*")]
+    assert site.state_dir / "directory.db" in made
+    assert [path for path in made if path.stat().st_mode & 0o077 and path.suffix != ".pem"] == []
+    assert stat.S_IMODE(csr.stat().st_mode) == 0o644, "the tenant's administrator reads it"
+
+
+@pytest.mark.parametrize("command", [["list"], ["run"]])
+def test_a_state_dir_open_to_others_is_refused(site: Installation, root: str, command: list[str]) -> None:
+    site.ask("tenant", "add", "acme", "--root", root)
+    site.state_dir.chmod(0o750)
+    code, error = site.refused(*command)
+    assert (code, error["code"]) == (ExitCode.REFUSED, "mode")
+    assert error["next_step"] == f"chmod 700 {site.state_dir}"
 
 
 @contextmanager

@@ -2,23 +2,25 @@
 
 import json
 import socket
+import sqlite3
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from proxy.doctor import examine
+from runtime.audit import AuditLog
 from runtime.cli import ExitCode
 from runtime.clock import SystemClock
 from runtime.doctor import Check
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, issue_server, make_server_ca, write_certificate, write_credential
-from tests.proxy.installation import Installation
-from tests.proxy.test_cli import sign
+from tests.proxy.installation import Installation, free_port
+from tests.proxy.test_cli import running, sign, until
 
 
 @pytest.fixture
@@ -98,8 +100,8 @@ def test_nothing_is_created(site: Installation) -> None:
     before = {path.name for path in site.path.iterdir()}
     found = checks_of(site)
     assert {path.name for path in site.path.iterdir()} == before
-    assert found["state_dir"].outcome == "failed"
-    assert found["database"].outcome == "failed"
+    assert "failed" not in {check.outcome for check in found.values()}, "a fresh installation is sound"
+    assert "sealgate tenant add" in found["database"].detail
     assert all(check.mend for check in found.values() if check.outcome != "ok")
 
 
@@ -198,8 +200,49 @@ def test_a_broken_audit_log(site: Installation, acme: Tenant) -> None:
 
 
 def test_an_old_schema(site: Installation, acme: Tenant) -> None:
-    site.state_dir.mkdir(mode=0o700)
-    (site.state_dir / "directory.db").touch()
+    provision(site, acme, "https://127.0.0.1:1")
+    with closing(sqlite3.connect(site.state_dir / "directory.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0000'")
     found = checks_of(site)["database"]
     assert found.outcome == "failed"
-    assert "schema version none" in found.detail
+    assert "schema version 0000" in found.detail
+
+
+def test_an_empty_database_is_a_fresh_one(site: Installation) -> None:
+    site.state_dir.mkdir(mode=0o700)
+    (site.state_dir / "directory.db").touch(mode=0o600)
+    assert checks_of(site)["database"].outcome == "ok"
+
+
+def test_a_foreign_program_at_a_listener_of_the_running_proxy(site: Installation, acme: Tenant) -> None:
+    root = write_certificate(acme.root.certificate, site.path / "root.pem")
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        address = f"127.0.0.1:{foreign.getsockname()[1]}"
+        site.ask("tenant", "add", "acme", "--root", str(root), "--forward-listen", address)
+        with running(site):
+            until("its listeners", site, lambda: "not served" in (site.path / "log").read_text())
+            found = checks_of(site)
+            assert found["readiness"].outcome == "failed"
+            assert address in found["readiness"].detail
+            assert found["forward proxy of acme"].outcome == "failed"
+            assert found["push"].outcome == found["health"].outcome == "ok"
+            free = f"127.0.0.1:{free_port()}"
+            site.ask("tenant", "update", "acme", "--forward-listen", free)
+            until("readiness", site, lambda: checks_of(site)["readiness"].outcome == "ok")
+            assert checks_of(site)["forward proxy of acme"].outcome == "ok"
+
+
+def test_a_foreign_program_at_the_health_port(site: Installation, acme: Tenant) -> None:
+    provision(site, acme, "https://127.0.0.1:1")
+    clock = SystemClock()
+    with cloud(site.path) as (port, _):
+        text = site.config_file.read_text()
+        health = f"port = {site.settings().health.port}"
+        site.config_file.write_text(text.replace(health, f"port = {port}"))
+        log = AuditLog.open(site.settings().proxy.audit_file, clock)  # as a running proxy holds it
+        try:
+            found = checks_of(site)
+        finally:
+            log.close()
+    assert found["readiness"].outcome == "failed"
+    assert "no answer of a proxy" in found["readiness"].detail
