@@ -7,7 +7,8 @@
 4. Whatever fails on the way to a TLS context leaves no context: mitmproxy then fails the connection. Half of
    one, say without verification, must never be used.
 5. A service is verified by the very name that was planned and connected to, never by what the client named.
-6. HTTP/1.1 towards services; HTTP/2 towards clients where it is on, but not for CONNECT, which is HTTP/1.1.
+6. A session with a service is taken up again by that tenant alone (sessions.py).
+7. HTTP/1.1 towards services; HTTP/2 towards clients where it is on, but not for CONNECT, which is HTTP/1.1.
 """
 
 import ipaddress
@@ -24,12 +25,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from mitmproxy import connection, tls
 from mitmproxy.addonmanager import Loader
 from mitmproxy.addons import tlsconfig
-from mitmproxy.proxy import mode_specs
+from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layers import quic
 from OpenSSL import SSL
 
 from envelope.certificates import key_usage
 from envelope.errors import SealgateError
+from proxy.sessions import Handshake, UpstreamSessions
 from proxy.tenants.model import CertificateFiles, normal_host
 from runtime.clock import Clock
 from runtime.settings import read_secret_file
@@ -80,6 +82,8 @@ class InterceptionCa:
         self._clock = clock
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
         self._leaves: LRUCache[str, _Leaf] = LRUCache(maxsize=MAX_LEAVES)
+        self.sessions: Final = UpstreamSessions(clock)
+        """With services, on behalf of this tenant."""
 
     @classmethod
     def load(cls, files: CertificateFiles, clock: Clock) -> Self:
@@ -185,6 +189,8 @@ class TenantTls(tlsconfig.TlsConfig):
     def __init__(self, ca_of: Callable[[str], InterceptionCa], *, http2: bool) -> None:
         self._ca_of = ca_of
         self._http2 = http2
+        self._handshakes: dict[str, Handshake] = {}
+        """By the id of the connection to a service."""
 
     @override
     def load(self, loader: Loader) -> None:
@@ -236,9 +242,31 @@ class TenantTls(tlsconfig.TlsConfig):
             server.sni = server.address[0]
             server.alpn_offers = (b"http/1.1",)
             super().tls_start_server(tls_start)
+            if tls_start.ssl_conn is None:
+                raise InterceptionError("there is no TLS context for services")  # noqa: TRY301
+            spec = tls_start.context.client.proxy_mode.full_spec
+            place = (spec, server.address[0], server.address[1], server.sni)
+            self._handshakes[server.id] = self._ca_of(spec).sessions.resume(place, tls_start.ssl_conn)
         except BaseException:
             tls_start.ssl_conn = None
             raise
+
+    def tls_established_server(self, established: tls.TlsData) -> None:
+        try:
+            handshake = self._handshakes.get(established.conn.id)
+            if handshake is not None and established.ssl_conn is not None:
+                handshake.succeeded(established.ssl_conn)
+        except BaseException:
+            self._handshakes.pop(established.conn.id, None)
+            raise
+
+    def server_disconnected(self, ended: server_hooks.ServerConnectionHookData) -> None:
+        try:
+            if (handshake := self._handshakes.pop(ended.server.id, None)) is not None:
+                handshake.ended()
+        except BaseException as error:
+            # The connection is over: only a session is lost. The gate logs what is raised here.
+            raise InterceptionError("a session could not be kept") from error
 
     @override
     def quic_start_client(self, tls_start: quic.QuicTlsData) -> None:
