@@ -26,6 +26,7 @@ from key_agent.errors import KeySourceError
 from key_agent.operations import Json, Operations
 from key_agent.registry.database import RegistryError, RegistryInUseError
 from key_agent.registry.store import RefusedChangeError
+from key_agent.sources.verdict import Verdict
 from key_agent.state_dir import StateLockedError
 from runtime.cli import CommandError, ExitCode, explain
 from runtime.observe import REGISTRY
@@ -153,11 +154,14 @@ def explain_agent(error: Exception) -> CommandError:
             return CommandError(str(error), error.next_step, ExitCode.REFUSED, code="refused")
         case KeySourceError():
             withdrawn = error.verdict.withdraws
+            next_step = "`key-agent doctor` looks closer"
+            if withdrawn:
+                next_step = "`key-agent reinstate` after a revocation"
+            elif error.verdict is Verdict.AUTH_PIN:
+                next_step = "write the right PIN into that file: until it changes no login is tried again"
             return CommandError(
                 f"HSM: {error.verdict}: {error.detail}",
-                "`key-agent reinstate` after a revocation"
-                if withdrawn
-                else "`key-agent doctor` looks closer",
+                next_step,
                 ExitCode.REFUSED if withdrawn else ExitCode.UNAVAILABLE,
                 code=str(error.verdict).replace("_", "-"),
             )

@@ -52,7 +52,7 @@ cli.add_options(
     default_config=DEFAULT_CONFIG,
     config_variable=CONFIG_VARIABLE,
     read=config.load,
-    check=lambda settings: config.database_url(settings.agent),
+    check=config.unusable_files,
 )
 type Options = cli.Options[config.Settings]
 

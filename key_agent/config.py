@@ -6,7 +6,7 @@
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -137,6 +137,23 @@ def database_url(agent: AgentSettings) -> str:
     return database.chosen_url(
         agent.database_url, agent.database_url_file, default=agent.state_dir / "registry.db"
     )
+
+
+def unusable_files(settings: Settings) -> Iterator[str]:
+    """What is wrong with the files that *settings* name. SettingsError for the database's URL."""
+    database_url(settings.agent)
+    files = {
+        "agent.root_certificate_file": settings.agent.root_certificate_file,
+        "signing.certificate_file": settings.signing.certificate_file,
+        "tls.certificate_file": settings.tls.certificate_file,
+        "pkcs11.module_path": settings.pkcs11.module_path,
+    }
+    secrets = {
+        "signing.key_file": settings.signing.key_file,
+        "tls.key_file": settings.tls.key_file,
+        "pkcs11.pin_file": settings.pkcs11.pin_file,
+    }
+    yield from runtime_settings.unusable_files(files, secrets=secrets)
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:

@@ -182,7 +182,7 @@ def _proxies(found: Any) -> Iterator[Check]:
             yield failed(
                 name,
                 f"{proxy['code']}: {proxy['error']}",
-                f"check {proxy['url']}, its authority (key-agent proxy add), that it trusts our root",
+                _mend_proxy(proxy),
             )
             continue
         ahead_s = proxy["clock_ahead_s"]
@@ -195,6 +195,16 @@ def _proxies(found: Any) -> Iterator[Check]:
         else:
             yield ok(name, f"reachable, clock within {abs(ahead_s):.1f} s")
         yield from _hosting(proxy, found["links"])
+
+
+def _mend_proxy(proxy: Any) -> str:
+    name, url = proxy["proxy"], proxy["url"]
+    if proxy["code"] == "wrong-proxy":
+        return (
+            f"correct the address: key-agent proxy add {name} --url https://... --ca FILE; or, if {url} is "
+            f"right, add it by the id it gives itself (proxy.id there), then key-agent proxy remove {name}"
+        )
+    return f"check {url}, its authority (key-agent proxy add), that it trusts our root"
 
 
 def _hosting(proxy: Any, links: Any) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 1. Nothing is overwritten. No secret is written: the PIN and the keys are for the administrator to put in
    place.
-2. What it writes passes `--check-config`.
+2. What it writes passes `--check-config` once the files that it names are in place.
 """
 
 import json

@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import errno
 import os
 import pwd
 import stat
@@ -69,7 +70,7 @@ cli.add_options(
     default_config=DEFAULT_CONFIG,
     config_variable=CONFIG_VARIABLE,
     read=config.load,
-    check=lambda settings: config.database_url(settings.proxy),
+    check=config.unusable_files,
 )
 type Options = cli.Options[config.Settings]
 
@@ -626,11 +627,13 @@ def _check_profile(name: str) -> str:
 
 
 def _certificate(path: Path) -> x509.Certificate:
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return certificates.read_certificate(path)
 
 
 def _certificates(paths: Sequence[Path] | None) -> list[x509.Certificate]:
-    return [certificates.read_certificate(path) for path in paths or ()]
+    return [_certificate(path) for path in paths or ()]
 
 
 def _exclusive(one: str, has_one: bool, other: str, has_other: bool) -> None:

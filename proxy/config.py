@@ -7,7 +7,7 @@
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -149,6 +149,15 @@ def database_url(proxy: ProxySettings) -> str:
     return database.chosen_url(
         proxy.database_url, proxy.database_url_file, default=proxy.state_dir / "directory.db"
     )
+
+
+def unusable_files(settings: Settings) -> Iterator[str]:
+    """What is wrong with the files that *settings* name. SettingsError for the database's URL."""
+    database_url(settings.proxy)
+    files = {"push.certificate_file": settings.push.certificate_file}
+    if settings.engine.upstream_ca_file is not None:
+        files["engine.upstream_ca_file"] = settings.engine.upstream_ca_file
+    yield from runtime_settings.unusable_files(files, secrets={"push.key_file": settings.push.key_file})
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:

@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -131,9 +131,9 @@ def add_options[S](
     default_config: Path,
     config_variable: str,
     read: Callable[[Path, Mapping[str, str]], S],
-    check: Callable[[S], object],
+    check: Callable[[S], Iterable[str]],
 ) -> None:
-    """Declare `Options`. *check*: what `--check-config` looks at beyond *read*; raises like it."""
+    """Declare `Options`. *check*: what `--check-config` finds wrong beyond *read*, as sentences."""
 
     @app.callback(invoke_without_command=True)
     def options(
@@ -148,8 +148,11 @@ def add_options[S](
     ) -> None:
         chosen = context.obj = Options(config_file, as_json, read)
         if check_config:
-            check(chosen.load())
-            chosen.emit({"config": str(config_file), "ok": True}, f"{config_file}: good")
+            if problems := list(check(chosen.load())):
+                raise SettingsError(str(config_file), "", allowed="\n  ".join(problems))
+            chosen.emit(
+                {"config": str(config_file), "ok": True}, f"{config_file}: good, and the files that it names"
+            )
             raise typer.Exit
         if context.invoked_subcommand is None:
             raise CommandError("no command given", f"see {app.info.name} --help", ExitCode.USAGE)
@@ -206,6 +209,10 @@ def explain(error: Exception, *, program: str) -> CommandError:
                 getattr(error, "next_step", next_step),
                 exit_code,
                 code=getattr(error, "code", None),
+            )
+        case FileNotFoundError() | IsADirectoryError() | NotADirectoryError() if error.filename:
+            return CommandError(
+                f"{error.filename}: {error.strerror}", "give the path of an existing file", ExitCode.USAGE
             )
         case OSError() if error.strerror:
             place = f"{error.filename}: " if error.filename else ""

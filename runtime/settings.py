@@ -81,6 +81,23 @@ def load[T: msgspec.Struct](path: Path, schema: type[T], *, environment: Mapping
         raise _explain(error, path, text, document=document, schema=schema, variables=variables) from None
 
 
+def unusable_files(files: Mapping[str, Path], *, secrets: Mapping[str, Path]) -> Iterator[str]:
+    """A sentence on each file, by its setting, that cannot be read; *secrets* must be ours alone."""
+    for key, path in files.items():
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            yield f"{key} = {path}: {error.strerror}"
+    for key, path in secrets.items():
+        try:
+            secret = read_secret_file(path)
+        except SettingsError as error:
+            yield f"{key} = {path}: {error.allowed}"
+        else:
+            secret[:] = bytes(len(secret))
+
+
 def read_secret_file(path: Path) -> bytearray:
     """The content of *path* without one final newline, in a buffer that the caller wipes.
 

@@ -285,7 +285,7 @@ class Pkcs11Source(KeySource):
             reply = await self._worker.request(message)
             if not isinstance(reply, wire.Failed):
                 return reply
-        raise _unproven(reply)
+        raise self._unproven(reply)
 
     async def _administer(self, message: wire.Message) -> wire.Reply:
         """An operator's request, in a new worker: modules cache slots and keys until C_Finalize."""
@@ -293,7 +293,7 @@ class Pkcs11Source(KeySource):
             message, timeout_s=self._settings.administration_timeout_s, fresh=True
         )
         if isinstance(reply, wire.Failed):
-            raise _unproven(reply)
+            raise self._unproven(reply)
         return reply
 
     def _is_worker_to_be_retired(self) -> bool:
@@ -308,6 +308,15 @@ class Pkcs11Source(KeySource):
             self._gate.refuse(self._pin_note, verdict)
             file = str(self._settings.pin_file)
             _log.error("the token refused the PIN", verdict=str(verdict), pin_file=file)
+
+    def _unproven(self, reply: wire.Failed) -> KeySourceError:
+        """What one look at the token found. Only a diagnosis proves a revocation: this is none."""
+        if reply.verdict.withdraws:
+            return KeySourceError(reply.detail)
+        detail = reply.detail
+        if reply.verdict.is_login_refusal:
+            detail += f"; PIN file {self._settings.pin_file}"
+        return error_of(Diagnosis(reply.verdict, detail))
 
     def _adapt(self, done: int, took_s: float) -> None:
         """Ask next time for about as much as fits one batch."""
@@ -351,13 +360,6 @@ def _expect[T: wire.Message](reply: wire.Reply, kind: type[T]) -> T:
     if not isinstance(reply, kind):
         raise KeySourceError(f"the HSM worker answered {type(reply).__name__}, not {kind.__name__}")
     return reply
-
-
-def _unproven(reply: wire.Failed) -> KeySourceError:
-    """What one look at the token found. Only a diagnosis proves a revocation: this is none."""
-    if reply.verdict.withdraws:
-        return KeySourceError(reply.detail)
-    return error_of(Diagnosis(reply.verdict, reply.detail))
 
 
 def _absolute(path: Path | None) -> str | None:

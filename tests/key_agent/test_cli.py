@@ -42,7 +42,24 @@ def _run(*words: object) -> int:
     return cli.main(program, [str(word) for word in words])
 
 
-def test_check_config(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_config(
+    config_file: Path, tmp_path: Path, acme: Tenant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = tmp_path / "files"
+    assert _run("--config", config_file, "--check-config") == 2
+    told = capsys.readouterr().err
+    for name in ("root.pem", "signing.pem", "signing.key", "tls.pem", "tls.key", "pin", "module.so"):
+        assert name in told
+    write_certificate(acme.root.certificate, files / "root.pem")
+    write_credential(acme.agent_signing("hq"), files, "signing")
+    write_credential(acme.agent_tls("hq"), files, "tls")
+    (files / "pin").touch(mode=0o644)
+    (files / "pin").write_text("1234\n")
+    config_file.write_text(config_file.read_text().replace("/nonexistent/module.so", str(files / "root.pem")))
+    assert _run("--config", config_file, "--check-config") == 2
+    assert "pkcs11.pin_file" in (told := capsys.readouterr().err)
+    assert "chmod 600" in told
+    (files / "pin").chmod(0o600)
     assert _run("--config", config_file, "--json", "--check-config") == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     config_file.write_text(config_file.read_text().replace("watch_s = 5 ", "watch = 5 "))
@@ -138,6 +155,16 @@ async def test_doctor_reads_the_agents_diagnosis(bench: Bench) -> None:
         bench.source.disable(kek)
         found = {check.name: check for check in _diagnosed(await operations.diagnosis())}
         assert "reinstate --restore" in str(found["kek"].mend)
+
+
+def test_doctor_says_how_to_mend_a_proxy_that_is_another_one() -> None:
+    proxy = {"proxy": "p1", "url": "https://x:1", "reachable": False, "code": "wrong-proxy", "error": "other"}
+    [check] = doctor._proxies({"proxies": [proxy], "links": []})
+    assert check.outcome == "failed"
+    assert "key-agent proxy add p1 --url" in str(check.mend)
+    assert "key-agent proxy remove p1" in str(check.mend)
+    [check] = doctor._proxies({"proxies": [proxy | {"code": "tls"}], "links": []})
+    assert "its authority" in str(check.mend)
 
 
 def _diagnosed(found: Any) -> list[Check]:

@@ -148,7 +148,10 @@ def test_updates_and_removals(site: Installation, acme: Tenant, root: str, tmp_p
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (("tenant", "add", "acme", "--root", "/nonexistent.pem"), ExitCode.REFUSED),
+        (("tenant", "add", "acme", "--root", "/nonexistent.pem"), ExitCode.USAGE),
+        (("tenant", "add", "acme", "--root", "ROOT", "--signer", "/nonexistent.pem"), ExitCode.USAGE),
+        (("service", "import-cert", "acme/x", "/nonexistent.pem"), ExitCode.USAGE),
+        (("inspect", "/nonexistent"), ExitCode.USAGE),
         (("tenant", "add", "Ac me", "--root", "ROOT"), ExitCode.REFUSED),
         (("tenant", "add", "acme", "--root", "ROOT", "--forward-listen", "8080"), ExitCode.USAGE),
         (("tenant", "add", "acme", "--root", "ROOT", "--tunnel-host", "*.com"), ExitCode.USAGE),
@@ -227,6 +230,12 @@ def test_a_lost_database_is_unavailable(site: Installation, root: str) -> None:
 
 def test_configuration_is_checked(site: Installation) -> None:
     assert site.ask("--check-config")["ok"] is True
+    (site.path / "push.key").chmod(0o644)
+    (site.path / "push.pem").rename(site.path / "push.moved")
+    code, error = site.refused("--check-config")
+    assert code == ExitCode.USAGE
+    assert "push.certificate_file" in error["cause"]
+    assert "chmod 600" in error["cause"]
     site.config_file.write_text(site.config_file.read_text() + "[kyes]\n")
     code, error = site.refused("--check-config")
     assert code == ExitCode.USAGE
@@ -269,7 +278,7 @@ def test_inspect(site: Installation) -> None:
     file.write_bytes(b"hello")
     assert site.ask("inspect", str(file))["kind"] == "plain"
     code, error = site.refused("inspect", str(site.path / "absent"))
-    assert code == ExitCode.FAILED
+    assert code == ExitCode.USAGE
     assert "absent" in error["cause"]
 
 

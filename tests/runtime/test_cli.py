@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -146,7 +147,7 @@ def test_an_option_without_its_value(app: typer.Typer, capsys: pytest.CaptureFix
         ("integrity", 3, "error: bad chunk\n  next: restore"),
         ("format", 3, "error: not ours\n  next: check"),
         ("sealgate", 1, "error: hm\n  next: see the log"),
-        ("os", 1, "error: /no/where: No such file or directory\n  next: check"),
+        ("os", 2, "error: /no/where: No such file or directory\n  next: give"),
         ("bug", 1, "error: internal error: KeyError at test_cli.py:"),
     ],
 )
@@ -214,9 +215,8 @@ def program(tmp_path: Path) -> typer.Typer:
             raise SettingsError(str(path), "", allowed="a file")
         return [*path.read_text().split(), *environment.get("PROG_EXTRA", "").split()]
 
-    def check(settings: list[str]) -> None:
-        if "bad" in settings:
-            raise SettingsError("words", "", allowed="good ones")
+    def check(settings: list[str]) -> list[str]:
+        return ["good ones", "better ones"] if "bad" in settings else []
 
     program = cli.make_app("prog", "A program.")
     cli.add_options(
@@ -253,12 +253,12 @@ def test_check_config(program: typer.Typer, tmp_path: Path, capsys: pytest.Captu
     assert run(program, "--check-config", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"config": str(tmp_path / "default"), "ok": True}
     assert run(program, "--check-config") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'default'}: good\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'default'}: good, and the files that it names\n"
     (tmp_path / "default").write_text("bad")
     assert run(program, "show") == 0
     capsys.readouterr()
     assert run(program, "--check-config") == ExitCode.USAGE
-    assert "good ones" in capsys.readouterr().err
+    assert re.search("good ones\n *better ones", capsys.readouterr().err)
 
 
 def test_options_are_no_command(program: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:

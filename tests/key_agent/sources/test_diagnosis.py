@@ -1,5 +1,6 @@
 """Revocation or outage: every verdict, each brought about for real by another process (hsm.md 5)."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -181,7 +182,7 @@ async def test_a_wrong_pin_reaches_the_token_once_however_often_one_asks(
         assert not found.verdict.withdraws
         with pytest.raises(LoginRefusedError):
             await source.seal_envelopes(kek, [request_for(key)])
-        with pytest.raises(LoginRefusedError):
+        with pytest.raises(LoginRefusedError, match=re.escape(str(settings.pin_file))):
             await source.create_kek(replace(REFERENCE, label="another"))
     assert fake.logins == 1
     restarted = make_source(settings)
