@@ -12,6 +12,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import inspect
 import logging
 import socket
@@ -96,6 +98,7 @@ class GuardedConnectionHandler(BackpressureHandler):
         self._cut: set[Connection] = set()
         self._held: dict[str, int] = {}  # by id: hashing a Connection is a call of Python
         self._released = asyncio.Event()
+        self._begun: dict[commands.StartHook, asyncio.Task[None]] = {}
         self._streams: weakref.WeakSet[stream.GuardedStream] = weakref.WeakSet()
         stream.keep(self.client.id, self)
 
@@ -115,6 +118,14 @@ class GuardedConnectionHandler(BackpressureHandler):
 
     def cut_on_close(self, connection: Connection) -> None:
         self._cut.add(connection)
+
+    def begin(self, hook: commands.StartHook) -> bool:
+        # Eager: it runs here, up to where it has to wait, in a task of its own as asyncio.timeout needs one.
+        task = asyncio.Task(self._run_hook(hook), loop=asyncio.get_running_loop(), eager_start=True)
+        if task.done() and not self._aborted and not task.cancelled() and task.exception() is None:
+            return True
+        self._begun[hook] = task  # `hook_task` is asked for it next
+        return False
 
     def has_finished(self, connection: Connection) -> bool:
         io = self.transports.get(connection)
@@ -244,7 +255,12 @@ class GuardedConnectionHandler(BackpressureHandler):
     @override
     async def hook_task(self, hook: commands.StartHook) -> None:
         try:
-            await super().hook_task(hook)
+            if (begun := self._begun.pop(hook, None)) is None:
+                await super().hook_task(hook)
+            else:
+                with self.timeout_watchdog.disarm():
+                    await begun
+                await self.server_event(events.HookCompleted(hook))
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
                 raise
@@ -254,19 +270,23 @@ class GuardedConnectionHandler(BackpressureHandler):
 
     @override
     async def handle_hook(self, hook: commands.StartHook) -> None:
-        (data,) = hook.args()
         with self.timeout_watchdog.disarm():
-            try:
-                failure = await self._call_addons(hook, data)
-            except BaseException as error:
-                if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
-                    raise  # the connection is going away, and this task with it
-                self._crash(f"the hook {hook.name}", error)
-                if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                    raise
-                return
-            if isinstance(data, Flow):
-                await data.wait_for_resume()  # type: ignore[no-untyped-call]
+            await self._run_hook(hook)
+
+    async def _run_hook(self, hook: commands.StartHook) -> None:
+        kind: Any = type(hook)  # mypy does not take it for hashable
+        data = getattr(hook, _argument_name(kind))
+        try:
+            failure = await self._call_addons(hook.name, data)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise  # the connection is going away, and this task with it
+            self._crash(f"the hook {hook.name}", error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            return
+        if isinstance(data, Flow) and data.intercepted:
+            await data.wait_for_resume()  # type: ignore[no-untyped-call]
         if failure is not None:
             if isinstance(data, HTTPFlow):
                 permit(data).revoke(refusals.INTERNAL)
@@ -275,25 +295,25 @@ class GuardedConnectionHandler(BackpressureHandler):
         if isinstance(data, layer.NextLayer):
             self._check_protocol(data)
 
-    async def _call_addons(self, hook: commands.StartHook, data: Any) -> Exception | None:
-        """Call every addon that has this hook; return the last exception of them.
+    async def _call_addons(self, name: str, data: Any) -> Exception | None:
+        """Call every addon that has the hook *name*; return the last exception of them.
 
         In place of `AddonManager.handle_lifecycle`, which swallows it, and which after each hook of a flow
         tells all addons of an `update` that only user interfaces listen to.
         """
         failure: Exception | None = None
         for addon in addonmanager.traverse(self.master.addons.chain):  # type: ignore[no-untyped-call]
-            function = getattr(addon, hook.name, None)
-            if not callable(function):
+            function = getattr(addon, name, None)
+            if function is None or not callable(function):
                 continue
             try:
                 result = function(data)
-                if inspect.isawaitable(result):
+                if result is not None and inspect.isawaitable(result):
                     await result
             except exceptions.AddonHalt as halt:
                 return halt
             except Exception as error:  # noqa: BLE001 - an addon's
-                log.error("the hook %s failed: %s", hook.name, stream.origin_of(error))  # noqa: TRY400
+                log.error("the hook %s failed: %s", name, stream.origin_of(error))  # noqa: TRY400
                 failure = error
         return failure
 
@@ -315,6 +335,13 @@ class GuardedConnectionHandler(BackpressureHandler):
             self.report(None, refusals.UPGRADE, bytes_sent=False)
         except Exception as error:  # noqa: BLE001 - it is refused already, and stays so
             log.error("refusal not recorded: %s", stream.origin_of(error))  # noqa: TRY400
+
+
+@functools.cache
+def _argument_name(kind: Any) -> str:
+    """Of the one field that every kind of hook has; `hook.args()` looks for it each time."""
+    (field,) = dataclasses.fields(kind)
+    return field.name
 
 
 def _is_being_cancelled() -> bool:

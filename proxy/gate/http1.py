@@ -11,6 +11,8 @@
 6. Chunks that came together go on as one piece, however small a peer makes them.
 7. A field value on several lines (obs-fold) is a bad message: not every reader sees one field there.
 8. A body that ends with its connection has ended if the peer ended that (`ends`); else it was cut.
+9. A connection has taken in all there is of a piece before a stream sees any of it: what the stream does at
+   once, a local answer say, then meets a connection that knows whether its request was complete.
 """
 
 from collections.abc import Generator
@@ -18,7 +20,7 @@ from typing import Any, Final, override
 
 from mitmproxy.http import Headers
 from mitmproxy.proxy import commands, events
-from mitmproxy.proxy.layers.http._base import ReceiveHttp
+from mitmproxy.proxy.layers.http._base import HttpEvent, ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
     RequestData,
@@ -52,6 +54,15 @@ class GuardedHttp1Server(Http1Server):
     """The client's connection."""
 
     _is_held = False
+    is_sending = False
+    """A stream is being served. What it lets begin, a pipelined request, began inside of its call."""
+
+    @override
+    def _handle_event(self, event: events.Event) -> Commands:
+        settled = list(super()._handle_event(event))
+        was_sending, self.is_sending = self.is_sending, isinstance(event, HttpEvent)
+        yield from settled
+        self.is_sending = was_sending
 
     @override
     def read_headers(self, event: events.ConnectionEvent) -> Commands:
@@ -103,6 +114,10 @@ class GuardedHttp1Server(Http1Server):
 
 class GuardedHttp1Client(Http1Client):
     """A connection to an origin."""
+
+    @override
+    def _handle_event(self, event: events.Event) -> Commands:
+        yield from list(super()._handle_event(event))
 
     @override
     def read_headers(self, event: events.ConnectionEvent) -> Commands:

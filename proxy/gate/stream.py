@@ -27,7 +27,7 @@ import logging
 import time
 import weakref
 from collections.abc import Generator, Iterator
-from typing import Any, Final, Protocol, override
+from typing import Any, Final, Protocol, cast, override
 
 from h2.errors import ErrorCodes
 from h2.stream import StreamState
@@ -72,6 +72,8 @@ LINGER_S: Final = 5.0
 type Commands = Generator[commands.Command, Any, None]
 
 log = logging.getLogger(__name__)
+_engine_log: Final = logging.getLogger("mitmproxy.proxy.server")
+"""Where `commands.Log` end up."""
 
 
 class Keeper(Protocol):
@@ -84,6 +86,9 @@ class Keeper(Protocol):
         """Read no more from *connection* until it was released as often as held."""
 
     def release(self, connection: Connection) -> None: ...
+
+    def begin(self, hook: commands.StartHook) -> bool:
+        """Start *hook* at once; True: it is over already, else it is to be yielded as ever."""
 
     def cut_on_close(self, connection: Connection) -> None:
         """When *connection* is closed, reset it: its peer must not take the end for a proper one."""
@@ -122,10 +127,23 @@ class _ClientGoneError(Exception):
 class _Leg:
     """One direction of a flow: what was granted for it, and what has left."""
 
-    __slots__ = ("declared_bytes", "ended", "granted", "last", "sent_bytes", "started")
+    __slots__ = (
+        "declared_bytes",
+        "ended",
+        "framing",
+        "granted",
+        "last",
+        "sent_bytes",
+        "started",
+        "transform",
+    )
 
     def __init__(self) -> None:
         self.granted: Clear | Transform | None = None
+        self.transform: Transform | None = None
+        """The same, if it is one."""
+        self.framing: tuple[object, object, int | None, bool] | None = None
+        """What the last check of the framing was of, and what it came to."""
         self.declared_bytes: int | None = None
         self.sent_bytes = 0
         self.started = False
@@ -135,6 +153,7 @@ class _Leg:
 
     def start(self, granted: Clear | Transform | None, declared_bytes: int | None) -> None:
         self.granted = granted
+        self.transform = granted if isinstance(granted, Transform) else None
         self.declared_bytes = declared_bytes
         self.started = True
 
@@ -241,12 +260,15 @@ class GuardedStream(http.HttpStream):
                     if not self._over:
                         yield from self._judge(command)
                     continue
+                if isinstance(command, commands.Log) and not _engine_log.isEnabledFor(command.level):
+                    continue  # two for each flow, which all layers would hand up
                 if command.blocking:
                     if isinstance(command, HttpResponseHeadersHook):
                         # Decided for the response that is here, not in advance.
                         permit(self.flow).response = permit(self.flow).refusal = None
-                    with self._peers_held():
-                        reply = yield command
+                    if not self._is_answered_now(command):
+                        with self._peers_held():
+                            reply = yield command
                     if self._over:  # abandoned meanwhile
                         stock.close()
                         return
@@ -278,6 +300,23 @@ class GuardedStream(http.HttpStream):
                 log.error("aborted %s: %s", self._describe(), origin_of(error))  # noqa: TRY400
                 yield from self._stop(refusals.INTERNAL)
                 return
+
+    def _is_answered_now(self, command: commands.Command) -> bool:
+        """Most hooks have nothing to wait for: those need no walk up through all layers and down again.
+
+        Not on HTTP/2, whose connections act on streams while they take in what came; not for a request that
+        begins while the answer before it is being sent: a hundred of them would be as many calls deep.
+        """
+        if not isinstance(command, commands.StartHook):
+            return False
+        if b"h2" in (self.context.client.alpn, self.context.server.alpn):
+            return False
+        if isinstance(command, HttpRequestHeadersHook):
+            client = self._client_connection()
+            if getattr(client, "is_sending", True):  # of `http1`, which builds on this module
+                return False
+        keeper = self._keeper()
+        return keeper is not None and keeper.begin(command)
 
     def _answers_after(self, hook: commands.StartHook) -> bool:
         """Judge what *hook* has decided; True if a local answer is due now, before the body."""
@@ -345,11 +384,12 @@ class GuardedStream(http.HttpStream):
             raise _VetoError(permit(self.flow).refusal or refusals.NO_PERMIT, "no permit")
         if leg.started and granted is not leg.granted:
             raise _VetoError(refusals.INTERNAL, "the permit was exchanged in mid-body")
-        if isinstance(granted, Transform):
+        # Asking a class with abstract methods is slow; a leg that has started has asked.
+        if leg.transform is granted if leg.started else isinstance(granted, Transform):
             stream: object = message.stream
             if stream is not granted:
                 raise _VetoError(refusals.INTERNAL, "the stream is not the permitted transform")
-            if granted.failure is not None:
+            if cast("Transform", granted).failure is not None:
                 raise _VetoError(refusals.INTERNAL, "the transform has failed already")
         elif granted is not CLEAR:
             raise _VetoError(refusals.INTERNAL, "the permit is neither CLEAR nor a transform")
@@ -360,7 +400,7 @@ class GuardedStream(http.HttpStream):
         request = self.flow.request
         granted = permit(self.flow).request
         self._check_grant(self._request, granted, request)
-        framed = _check_framing(request, granted)
+        framed = self._check_framing(self._request, granted, request)
         # HTTP/2 frames by itself; what came by it, the gate frames for HTTP/1. Else it does not guess.
         speaks_http2 = b"h2" in (self.context.client.alpn, self.context.server.alpn)
         if self._body_follows and not framed and not speaks_http2:
@@ -369,7 +409,16 @@ class GuardedStream(http.HttpStream):
     def _check_response(self, response: Response) -> None:
         granted = permit(self.flow).response
         self._check_grant(self._response, granted, response)
-        _check_framing(response, granted)
+        self._check_framing(self._response, granted, response)
+
+    def _check_framing(self, leg: _Leg, granted: Clear | Transform | None, message: Message) -> bool:
+        """As `_check_framing` says; again only if there is something new to look at."""
+        fields, known = message.headers.fields, leg.framing
+        expected = getattr(granted, "expected_out_bytes", None)  # CLEAR promises none
+        is_same = known is not None and known[0] is fields and known[1] is granted and known[2] == expected
+        if known is None or not is_same or type(fields) is not tuple:  # a list could be changed in place
+            known = leg.framing = (fields, granted, expected, _check_framing(message, granted))
+        return known[3]
 
     def _may_have_body(self, response: Response) -> bool:
         return self.flow.request.method != "HEAD" and response.status_code not in (204, 304)
@@ -403,7 +452,7 @@ class GuardedStream(http.HttpStream):
         event = command.event
         if isinstance(event, ResponseProtocolError):
             self._refuse_for(event)
-        if self.flow.request.method == "CONNECT":
+        if self.flow.request.data.method.upper() == b"CONNECT":
             yield from self._judge_connect(command)
         elif isinstance(event, RequestProtocolError):
             yield from self._cut_upstream(event)

@@ -761,6 +761,18 @@ async def test_pipelined_requests_are_separate_flows(pki: Pki) -> None:
         assert not rig.origin.saw(CANARY)
 
 
+async def test_hundreds_of_pipelined_requests_are_refused_one_after_the_other(pki: Pki) -> None:
+    """Answered where they are read, each inside of the one before, they would be too many calls deep."""
+    script = Script(requestheaders=lambda _flow: None)
+    async with running(pki, script) as rig, rig.http1_client() as client:
+        await client.send(b"GET /1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500)
+        for _ in range(500):
+            answer = await client.answer()
+            assert (answer.status, answer.code) == (502, "no-permit")
+        assert_no_upstream(rig)
+    assert script.codes == ["no-permit"] * 500
+
+
 # ---- the end of an engine
 
 
