@@ -18,7 +18,12 @@ ROUNDS: Final = 5
 
 # What each lever is for: bulk (CPU seconds per GB), or small requests (CPU milliseconds, and p99 of latency).
 _BULK: Final = (Lever.BIG_READS, Lever.DIRECT_TLS, Lever.HTTP1_BODY)
-_SMALL: Final = (Lever.TRUSTED_MESSAGES, Lever.DIRECT_HEADERS, Lever.FROZEN_HEAP)
+_SMALL: Final = (
+    Lever.TRUSTED_MESSAGES,
+    Lever.DIRECT_HEADERS,
+    Lever.LEAN_CONTEXTS,
+    Lever.FROZEN_HEAP,
+)
 NAMES: Final = tuple(f"lever_{lever.replace('-', '_')}" for lever in (*_BULK, *_SMALL))
 
 

@@ -654,6 +654,34 @@ def test_messages_are_not_checked_field_by_field_and_are_the_same_otherwise() ->
         http.ResponseData(*wrong)
 
 
+def test_a_fork_of_a_context_shares_all_but_its_layers() -> None:
+    client = Client(peername=("a", 1), sockname=("b", 2))
+    with levers.install(frozenset({Lever.LEAN_CONTEXTS})):
+        parent = Context(client, options.Options())
+        below = layer.NextLayer(parent)
+        fork = parent.fork()
+        assert vars(fork).keys() == vars(Context(client, parent.options)).keys()
+        assert (fork.client, fork.options, fork.server) == (client, parent.options, parent.server)
+        assert fork.server is parent.server
+        assert fork.layers == parent.layers
+        fork.layers.append(below)
+        assert below not in parent.layers
+
+
+def test_options_are_what_they_were_and_cannot_be_changed_from_outside() -> None:
+    opts = options.Options()
+    Proxyserver().load(Loader(SimpleNamespace(options=opts)))  # type: ignore[no-untyped-call]
+    opts.update(mode=["regular@1"], ssl_insecure=True)  # type: ignore[no-untyped-call]
+    names = list(opts.keys())  # type: ignore[no-untyped-call]
+    stock = {name: getattr(opts, name) for name in names}
+    with levers.install(frozenset({Lever.LEAN_CONTEXTS})):
+        assert {name: getattr(opts, name) for name in names} == stock
+        opts.mode.append("regular@2")
+        opts.allow_hosts.append("x")
+        assert opts.mode == ["regular@1"]
+        assert opts.allow_hosts == []
+
+
 def test_warm_up_freezes_the_heap_only_if_asked() -> None:
     gc.unfreeze()
     levers.warmed_up(NONE)
