@@ -7,6 +7,7 @@
 
 import base64
 import binascii
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ _RANGE: Final = re.compile(r"bytes[ \t]*=[ \t]*([0-9]*)-([0-9]*)", re.IGNORECASE
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", re.IGNORECASE)
 _DICTIONARY_MEMBER: Final = re.compile(r"([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/=]*):")
 _BEYOND: Final = 1 << 62
+_MAX_USUAL_NAME: Final = 64
 
 # By the words of the name, whatever product made it up: metadata too, which clients like rclone use.
 _DIGEST_NAME: Final = re.compile(
@@ -72,6 +74,10 @@ class Fields:
 
     def all(self, name: str) -> list[str]:
         return self._values.get(name, [])
+
+    def joined_values(self) -> str:
+        """All values of all fields, one after the other: to look for what must be in none of them."""
+        return "".join([value for values in self._values.values() for value in values])
 
     def first(self, name: str) -> str | None:
         values = self._values.get(name)
@@ -280,7 +286,19 @@ def _sized(algorithm: str, value: bytes) -> ExpectedDigest:
 
 def digest_fields(fields: Fields) -> frozenset[str]:
     """The fields of this message that hold a digest of its body, by their names."""
-    return frozenset(name for name in fields if _DIGEST_NAME.fullmatch(name) and _tells(name, fields))
+    return frozenset([name for name in fields if _is_digest_name(name) and _tells(name, fields)])
+
+
+def _is_digest_name(name: str) -> bool:
+    # Nearly all messages have the same fields. What is kept is bounded in length too.
+    return _is_known_digest_name(name) if len(name) <= _MAX_USUAL_NAME else _matches_digest_name(name)
+
+
+def _matches_digest_name(name: str) -> bool:
+    return _DIGEST_NAME.fullmatch(name) is not None
+
+
+_is_known_digest_name: Final = functools.lru_cache(maxsize=1024)(_matches_digest_name)
 
 
 def _tells(name: str, fields: Fields) -> bool:

@@ -50,6 +50,8 @@ class ProxyMetrics:
         )
         self.active = Gauge("active_requests", "Requests in flight", namespace=NAMESPACE, registry=registry)
         self._cache: dict[NetworkService, ServiceMeters] = {}
+        self._counters: dict[tuple[NetworkService | None, str, str], Counter] = {}
+        """The children of `_requests`: looking one up costs more than counting."""
 
     def of(self, owner: NetworkService) -> "ServiceMeters":
         meters = self._cache.get(owner)
@@ -62,8 +64,12 @@ class ProxyMetrics:
 
     def count(self, owner: NetworkService | None, plan: str, outcome: str) -> None:
         """One request has ended. *owner* None: it was refused before a service was found."""
-        names = (owner.tenant, owner.service) if owner is not None else ("", "")
-        self._requests.labels(*names, plan, outcome).inc()
+        key = (owner, plan, outcome)
+        counter = self._counters.get(key)
+        if counter is None:
+            names = (owner.tenant, owner.service) if owner is not None else ("", "")
+            counter = self._counters[key] = self._requests.labels(*names, plan, outcome)
+        counter.inc()
 
 
 class ServiceMeters:

@@ -92,7 +92,7 @@ def _request_edits(head: RequestHead) -> Edits:
     fields = head.fields
     if not _TARGET.fullmatch(head.target) and (head.method, head.target) != ("OPTIONS", "*"):
         raise RefusedError(refusals.BAD_MESSAGE)
-    if any(_LINE_END.search(value) for name in fields for value in fields.all(name)):
+    if _LINE_END.search(fields.joined_values()):
         raise RefusedError(refusals.BAD_MESSAGE)
     upgrades = fields.tokens("upgrade")
     if "upgrade" in fields and upgrades != ["h2c"]:  # an offer of h2c may be ignored by anyone (RFC 9110 7.8)
