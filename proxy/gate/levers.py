@@ -434,7 +434,7 @@ def _headers_get(self: http.Headers, name: str | bytes, default: Any = None) -> 
     return _text(values) if values else default
 
 
-# --- LEAN_CONTEXTS: small requests 3 % ----------------------------------------------------------------------
+# --- LEAN_CONTEXTS: its share not measured yet (`make bench ONLY=lever_lean_contexts`) ---------------------
 #
 # Each flow has a copy of its connection's context, made with a new upstream connection (a UUID, twenty
 # attributes) that is thrown away at once; each look at an option makes a deep copy of its value, twice.
