@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import secrets
 import shlex
 import shutil
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, override
@@ -80,11 +81,16 @@ class Stage:
         print(f"  {self._paint('32', '✔')} {claim}", flush=True)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Different ports, below those from which the kernel serves outgoing connections."""
+    found: list[int] = []
+    for port in random.sample(range(15_000, 32_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise DemoError(f"no {count} free ports between 15000 and 32000")
 
 
 def wait_until(what: str, done: Callable[[], bool], *, limit_s: float) -> float:
@@ -133,9 +139,9 @@ class Enterprise:
     name: str
     service: str
     home: Path
-    forward_port: int = field(default_factory=free_port)
-    reverse_port: int = field(default_factory=free_port)
-    admin_port: int = field(default_factory=free_port)
+    forward_port: int
+    reverse_port: int
+    admin_port: int
 
     @property
     def config(self) -> Path:
@@ -151,11 +157,18 @@ class Demo:
         self.stage = stage
         self.home = home
         self.store = home / "cloud" / "store"
-        self.saas_port = free_port()
-        self.push_port = free_port()
-        self.health_port = free_port()
-        self.acme = Enterprise(name="acme", service="drive", home=home / "acme")
-        self.globex = Enterprise(name="globex", service="drive", home=home / "globex")
+        self.saas_port, self.push_port, self.health_port, *ports = free_ports(9)
+        self.acme, self.globex = (
+            Enterprise(
+                name=name,
+                service="drive",
+                home=home / name,
+                forward_port=ports.pop(),
+                reverse_port=ports.pop(),
+                admin_port=ports.pop(),
+            )
+            for name in ("acme", "globex")
+        )
         self.proxy_config = home / "proxy" / "sealgate.toml"
         self.server_ca = home / "operator" / "ca.pem"
         self.module = next((path for path in SOFTHSM_MODULES if path.exists()), None)

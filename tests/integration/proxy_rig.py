@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -37,15 +36,9 @@ from proxy.tenants.model import (
 from runtime.audit import AuditLog
 from runtime.clock import SystemClock
 from tests import pki
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def until(condition: Callable[[], bool], *, timeout_s: float = 10) -> None:

@@ -26,7 +26,8 @@ from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
 from runtime.clock import SystemClock
 from tests import pki
-from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, free_port, webdav
+from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, webdav
+from tests.ports import free_port
 from tests.softhsm import SoftHsm
 
 OWNER = NetworkService("acme", "files")

@@ -16,7 +16,8 @@ from envelope.errors import MisuseError
 from proxy.tenants.model import Listen, ServiceEntry
 from tests import pki
 from tests.fakes.origin import End, Exchange, RecordingOrigin, Reply
-from tests.integration.proxy_rig import Rig, free_port, proxy, until
+from tests.integration.proxy_rig import Rig, proxy, until
+from tests.ports import free_port
 
 BODY = os.urandom(100_000)
 

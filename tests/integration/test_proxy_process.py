@@ -23,7 +23,8 @@ from proxy.tenants.model import Listen, Upstream
 from runtime.clock import SystemClock
 from runtime.tls import client_context
 from tests import pki
-from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, free_port, webdav
+from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, webdav
+from tests.ports import free_port
 
 OWNER = NetworkService("acme", "files")
 PROGRAM = """

@@ -1,7 +1,6 @@
 """A proxy's installation below one directory, and the command line that works on it."""
 
 import json
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from proxy import cli, config
 from runtime import cli as runtime_cli
 from tests.pki import issue_server, make_server_ca, write_certificate, write_credential
+from tests.ports import free_port
 
 CONFIG = """\
 [proxy]
@@ -27,13 +27,6 @@ key_file = "push.key"
 [health]
 port = {health_port}
 """
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

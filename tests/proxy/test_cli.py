@@ -28,7 +28,8 @@ from runtime.audit import AuditLog
 from runtime.cli import ExitCode
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, make_tenant, write_certificate
-from tests.proxy.installation import Installation, free_port
+from tests.ports import free_port
+from tests.proxy.installation import Installation
 
 ROOT = Path(__file__).parents[2]
 

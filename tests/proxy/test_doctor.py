@@ -19,7 +19,8 @@ from runtime.clock import SystemClock
 from runtime.doctor import Check
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, issue_server, make_server_ca, write_certificate, write_credential
-from tests.proxy.installation import Installation, free_port
+from tests.ports import free_port
+from tests.proxy.installation import Installation
 from tests.proxy.test_cli import running, sign, until
 
 
