@@ -177,9 +177,7 @@ def _pytest(sources: Path, tests: tuple[str, ...]) -> subprocess.CompletedProces
         "HYPOTHESIS_STORAGE_DIRECTORY": str(sources / ".h"),
     }
     environment.pop("PYTHONPATH", None)
-    environment.pop(
-        "CI", None
-    )  # there pytest prints whole differences, minutes for a chunk that was not wiped
+    environment.pop("CI", None)  # with it pytest prints whole differences: minutes, for 64 KiB
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *tests],
         cwd=sources,
