@@ -1,0 +1,1 @@
+"""The encryption service: providers encrypt and sign under keys that the enterprise can revoke."""
