@@ -1,6 +1,7 @@
 """Every key that comes from key material: one function and one label per derived key (docs/format.md 6.1).
 
-1. HKDF-SHA512, salt `sealgate/v1`, info = lp(label) ‖ lp(tenant) ‖ lp(service) ‖ lp(key id) [‖ lp(path)].
+1. HKDF-SHA512, salt `sealgate/v1`, info = lp(label) ‖ lp(tenant) ‖ lp(service) ‖ lp(key id) [‖ lp(path or
+   context)].
 2. `lp` makes the joined info injective: no two scopes share an info, whatever the names are.
 3. Key material has 32 bytes and is not all zero: zero is what wiping leaves, and a wiped key must never seal.
 """
@@ -23,6 +24,7 @@ FIELD_KEY_SIZE: Final = 32
 DETERMINISTIC_KEY_SIZE: Final = 64
 INDEX_KEY_SIZE: Final = 32
 FPE_KEY_SIZE: Final = 32
+SERVICE_KEY_SIZE: Final = 32
 KEY_CHECK_VALUE_SIZE: Final = 16
 
 
@@ -56,13 +58,25 @@ def deterministic_key(material: Buffer, owner: NetworkService, key_id: KeyId) ->
 def index_key(material: Buffer, owner: NetworkService, key_id: KeyId, path: str) -> bytes:
     """K_index of one field path, 32 bytes: HMAC-SHA-256 of a blind index. MisuseError as `object_key`."""
     return _derive(
-        material, b"sealgate/v1 index hmac-sha256", INDEX_KEY_SIZE, owner, key_id, path=_checked(path)
+        material, b"sealgate/v1 index hmac-sha256", INDEX_KEY_SIZE, owner, key_id, last=_checked(path)
     )
 
 
 def fpe_key(material: Buffer, owner: NetworkService, key_id: KeyId, path: str) -> bytes:
     """K_fpe of one field path, 32 bytes: FF1. MisuseError as `object_key`."""
-    return _derive(material, b"sealgate/v1 fpe ff1", FPE_KEY_SIZE, owner, key_id, path=_checked(path))
+    return _derive(material, b"sealgate/v1 fpe ff1", FPE_KEY_SIZE, owner, key_id, last=_checked(path))
+
+
+def service_key(
+    material: Buffer, owner: NetworkService, key_id: KeyId, dialect: str, context: bytes = b""
+) -> bytes:
+    """K_service of one dialect of the encryption service, 32 bytes: XAES-256-GCM (docs/format.md 6.1).
+
+    *context*: what a caller separates its ciphertexts by, at most 65 535 bytes; empty is none. MisuseError as
+    `object_key`, or for too long a context.
+    """
+    label = b"sealgate/v1 service " + dialect.encode()
+    return _derive(material, label, SERVICE_KEY_SIZE, owner, key_id, last=context)
 
 
 def key_check_value(material: Buffer, owner: NetworkService, key_id: KeyId) -> bytes:
@@ -90,14 +104,14 @@ def ekm_binding(owner: NetworkService, key_id: KeyId, *, kek_id: str, environmen
     )
 
 
-def _checked(path: str) -> str:
+def _checked(path: str) -> bytes:
     if not path:
         raise MisuseError("the key of a field path needs the path")
-    return path
+    return path.encode()
 
 
 def _derive(
-    material: Buffer, label: bytes, size: int, owner: NetworkService, key_id: KeyId, *, path: str = ""
+    material: Buffer, label: bytes, size: int, owner: NetworkService, key_id: KeyId, *, last: bytes = b""
 ) -> bytes:
     view = memoryview(material)
     if view.nbytes != KEY_MATERIAL_SIZE:
@@ -105,6 +119,6 @@ def _derive(
     if not any(view):
         raise MisuseError("key material is all zero: it was wiped")
     info = lp(label) + scope(owner) + lp(key_id.raw)
-    if path:
-        info += lp(path.encode())
+    if last:
+        info += lp(last)
     return HKDF(SHA512(), size, _SALT, info).derive(view)

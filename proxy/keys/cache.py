@@ -6,9 +6,12 @@
 2. A refresh prolongs the very object that running bodies hold; withdrawal, suspension, expiry end it.
 3. What has ended is overwritten, at once when it is taken back, and by the sweeper when its time is up.
 4. A withdrawal beats every push that was issued before it, whatever the order of arrival and whoever sent it.
-5. Installation is all or nothing, and never gives one key id two materials.
-6. Everything a stranger can make grow is bounded: key ids nobody knows, tombstones, keys per service.
-7. Nothing here prints a secret. Overwriting is best effort: Python may have copied, `bytes` cannot be wiped.
+5. Installation is all or nothing, and never gives one key id two materials, nor one version of a service's
+   keys two key ids: the encryption service finds keys by version, so it must find the same one as before.
+6. Everything a stranger can make grow is bounded: key ids nobody knows, tombstones, keys per service,
+   derived ciphers.
+7. Nothing here prints a secret. Overwriting is best effort: Python may have copied, `bytes` cannot be wiped,
+   and the cipher objects of `cryptography` are let go of, not overwritten.
 """
 
 import asyncio
@@ -19,16 +22,21 @@ from dataclasses import dataclass
 from typing import Final, NoReturn, override
 
 from cachetools import LRUCache, TLRUCache, TTLCache
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from envelope import derive
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import Operation
+from envelope.xaes import Xaes256Gcm
 from runtime.clock import Clock
 
 MAX_KEYS_PER_SERVICE: Final = 1024
 """An envelope of 64 KiB holds about 250 keys; `add` may collect a few of them."""
 MAX_TOMBSTONES: Final = 1024
+MAX_CONTEXT_CIPHERS: Final = 64
+"""Per key: contexts are the callers' to invent. One more costs a derivation."""
 MAX_MISSES: Final = 256
 MISS_TTL_S: Final = 60.0
 SWEEP_INTERVAL_S: Final = 1.0
@@ -54,6 +62,8 @@ _CAUSES: Final = {
     Unavailable.DESTROYED: "was destroyed",
 }
 
+type SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+
 
 class DataKey:
     """One key of one network service while it may be used; bodies in flight hold it.
@@ -64,23 +74,33 @@ class DataKey:
 
     __slots__ = (
         "_boot_s",
+        "_ciphers",
+        "_context_ciphers",
         "_deadline_boot_s",
         "_object_key",
         "_reason",
         "_secret",
+        "_signing_key",
         "_state",
         "_use",
+        "algorithm",
         "key_id",
         "owner",
+        "version",
     )
 
     def __init__(self, material: KeyMaterial, *, deadline_boot_s: float, boot_s: Callable[[], float]) -> None:
         self.owner: Final = material.owner
         self.key_id: Final = material.key_id
+        self.version: Final = material.version
+        self.algorithm: Final = material.algorithm
         self._use: Final = material.use
         self._secret: Final = material.secret  # taken over: the cache wipes it
         self._state = material.state
         self._object_key: bytearray | None = None
+        self._ciphers: dict[str, Xaes256Gcm] = {}
+        self._context_ciphers: LRUCache[tuple[str, bytes], Xaes256Gcm] | None = None
+        self._signing_key: SigningKey | None = None
         self._deadline_boot_s = deadline_boot_s
         self._reason = Unavailable.EXPIRED
         self._boot_s: Final = boot_s
@@ -118,6 +138,49 @@ class DataKey:
             self._object_key = bytearray(derive.object_key(self._secret, self.owner, self.key_id))
         return bytes(self._object_key)
 
+    def service_cipher(self, dialect: str, context: bytes = b"") -> Xaes256Gcm:
+        """The cipher of a dialect of the encryption service, and in it of *context* (docs/format.md 6.1).
+
+        KeyUnavailableError when the key has ended, MisuseError for a signing key. Not to be kept.
+        """
+        self.check()
+        if not context:
+            cipher = self._ciphers.get(dialect)
+            if cipher is None:
+                cipher = self._ciphers[dialect] = self._derived_cipher(dialect, context)
+            return cipher
+        if self._context_ciphers is None:
+            self._context_ciphers = LRUCache(maxsize=MAX_CONTEXT_CIPHERS)
+        cipher = self._context_ciphers.get((dialect, context))
+        if cipher is None:
+            cipher = self._context_ciphers[dialect, context] = self._derived_cipher(dialect, context)
+        return cipher
+
+    def _derived_cipher(self, dialect: str, context: bytes) -> Xaes256Gcm:
+        if self._use is not KeyUse.DATA:
+            raise MisuseError(f"key {self.key_id} is for signing")
+        key = bytearray(derive.service_key(self._secret, self.owner, self.key_id, dialect, context))
+        try:
+            return Xaes256Gcm(key)
+        finally:
+            key[:] = bytes(len(key))
+
+    @property
+    def signing_key(self) -> SigningKey:
+        """The private key. KeyUnavailableError when it has ended, MisuseError if it does not sign."""
+        self.check()
+        if self._signing_key is None:
+            if self._use is not KeyUse.SIGN:
+                raise MisuseError(f"key {self.key_id} is for data")
+            # Not validated again: the check value that came with it was computed from it.
+            key = load_der_private_key(self._secret, password=None, unsafe_skip_rsa_key_validation=True)
+            if not isinstance(
+                key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+            ):
+                raise MisuseError(f"key {self.key_id} is a {type(key).__name__}")
+            self._signing_key = key
+        return self._signing_key
+
     def check(self) -> None:
         """Return if the key may still be used, else KeyUnavailableError. Cheap: asked at every piece."""
         if self._boot_s() >= self._deadline_boot_s:
@@ -151,6 +214,32 @@ class DataKey:
         self._secret[:] = bytes(len(self._secret))
         if self._object_key is not None:
             self._object_key[:] = bytes(len(self._object_key))
+        self._ciphers.clear()
+        self._context_ciphers = None
+        self._signing_key = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionHolding:
+    """One version of a service's keys: the key if it can be used, else why not."""
+
+    version: int
+    key_id: KeyId
+    use: KeyUse
+    seen_at_s: int
+    """Unix time at which it came here first."""
+    key: DataKey | None
+    reason: Unavailable | None
+    """None exactly if `key` is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What the agent last said of a service as a whole: by a `set`, which states all of its keys."""
+
+    withdrawn: bool
+    valid_for_s: float
+    """Seconds for which its last `set` still counts; 0 if it has run out, or none came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +270,12 @@ class ServiceStatus:
         return max((holding.valid_for_s for holding in self.holds), default=0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Version:
+    key_id: KeyId
+    seen_at_s: int
+
+
 class _Slot:
     """All that is known of one provisioned network service. A lookup never makes one."""
 
@@ -190,14 +285,20 @@ class _Slot:
         "misses",
         "no_active",
         "pushed",
+        "signing",
         "tombstones",
+        "versions",
         "withdrawn",
         "withdrawn_sequence",
+        "word_deadline_boot_s",
     )
 
     def __init__(self, boot_s: Callable[[], float]) -> None:
         self.keys: dict[KeyId, DataKey] = {}
         self.active: DataKey | None = None
+        self.signing: DataKey | None = None
+        self.versions: dict[tuple[KeyUse, int], _Version] = {}
+        self.word_deadline_boot_s = -math.inf
         self.no_active = Unavailable.UNKNOWN  # why, while `active` is None
         self.withdrawn = False
         self.withdrawn_sequence = -1
@@ -258,7 +359,7 @@ class KeyCache:
         `set` replaces whatever the service had, `add` leaves it. On EnvelopeError nothing has changed and
         *keys* are wiped: "sequence" if a withdrawal has at least this *sequence*; "time" if the deadline has
         passed; "owner" if a key belongs to someone else; "key-conflict" if a key id would get a second
-        material; "too-many".
+        material or version, or a version a second key id; "too-many".
         """
         self.take_off_lost_time()  # of the keys that are here, not of those that come
         self.sweep()
@@ -281,14 +382,22 @@ class KeyCache:
             named = {material.key_id for material in materials}
             for key in [key for key in slot.keys.values() if key.key_id not in named]:
                 self._end(slot, key, Unavailable.WITHDRAWN)
-            slot.active = None
+            slot.active = slot.signing = None
             slot.withdrawn = False
+            slot.word_deadline_boot_s = deadline_boot_s
             stopping = [_STOPPING_STATES.get(material.state) for material in materials]
             slot.no_active = stopping[0] if stopping[0] and all(stopping) else Unavailable.NOT_ACTIVE
         for material in materials:
             self._install_one(slot, material, deadline_boot_s)
         if slot.active is not None and not slot.active.state.may_seal:  # `add` brought its new state
             slot.active, slot.no_active = None, Unavailable.NOT_ACTIVE
+        if slot.signing is not None and not slot.signing.state.may_seal:
+            slot.signing, slot.no_active = None, Unavailable.NOT_ACTIVE
+        slot.versions = {  # rule 6: as bounded as what it points to
+            number: version
+            for number, version in slot.versions.items()
+            if version.key_id in slot.keys or version.key_id in slot.tombstones
+        }
         slot.wake()
 
     def withdraw(self, owner: NetworkService, *, sequence: int | None = None) -> None:
@@ -319,6 +428,7 @@ class KeyCache:
         if lost_s < LOST_TIME_S:
             return
         for slot in self._slots.values():
+            slot.word_deadline_boot_s -= lost_s
             for key in list(slot.keys.values()):
                 key.shorten(lost_s)
                 if key.valid_for_s > 0:
@@ -368,6 +478,56 @@ class KeyCache:
             slot.misses[key_id] = None
             reason = Unavailable.UNKNOWN
         raise unavailable(reason, owner, key_id)
+
+    def signing_key(self, owner: NetworkService) -> DataKey:
+        """The active signing key of *owner*. KeyUnavailableError if there is none."""
+        slot = self._slots.get(owner)
+        if slot is not None and slot.signing is not None:
+            slot.signing.check()
+            return slot.signing
+        raise unavailable(self._cannot_seal(slot), owner, None)
+
+    def key_of_version(self, owner: NetworkService, use: KeyUse, version: int) -> DataKey:
+        """The key of this version, whatever its state allows. KeyUnavailableError if it is not here."""
+        slot = self._slots.get(owner)
+        if slot is None:
+            raise unavailable(Unavailable.UNKNOWN, owner, None)
+        found = slot.versions.get((use, version))
+        key = None if found is None else slot.keys.get(found.key_id)
+        if key is not None:
+            key.check()
+            return key
+        reason = Unavailable.WITHDRAWN if slot.withdrawn else Unavailable.UNKNOWN
+        if found is not None and not slot.withdrawn:
+            reason = slot.tombstones.get(found.key_id, reason)
+        raise unavailable(reason, owner, None if found is None else found.key_id)
+
+    def versions(self, owner: NetworkService, use: KeyUse) -> list[VersionHolding]:
+        """Every version that is here or was ended, ascending."""
+        self.sweep()
+        slot = self._slots.get(owner)
+        if slot is None:
+            return []
+        return [
+            VersionHolding(
+                version=number,
+                key_id=version.key_id,
+                use=use,
+                seen_at_s=version.seen_at_s,
+                key=(key := slot.keys.get(version.key_id)),
+                reason=None if key else slot.tombstones.get(version.key_id, Unavailable.UNKNOWN),
+            )
+            for (version_use, number), version in sorted(slot.versions.items())
+            if version_use is use
+        ]
+
+    def word(self, owner: NetworkService) -> Word:
+        """What the agent last said of *owner*, and for how long that counts."""
+        slot = self._slots.get(owner)
+        if slot is None:
+            return Word(withdrawn=False, valid_for_s=0.0)
+        left_s = max(0.0, slot.word_deadline_boot_s - self._clock.boot_s())
+        return Word(slot.withdrawn, 0.0 if slot.withdrawn else left_s)
 
     async def wait_for_sealing_key(self, owner: NetworkService, *, timeout_s: float) -> DataKey:
         """Like `sealing_key`, but wait up to *timeout_s* for a push if the key is merely missing or late.
@@ -427,9 +587,39 @@ class KeyCache:
                 raise EnvelopeError(
                     "key-conflict", f"key {material.key_id} came with other material than before"
                 )
+        self._refuse_unless_numbered(owner, slot, materials)
+
+    def _refuse_unless_numbered(
+        self, owner: NetworkService, slot: _Slot | None, materials: Sequence[KeyMaterial]
+    ) -> None:
+        """Rule 5. What is withdrawn or expired holds its number no longer: the agent may have begun anew."""
+        taken: dict[tuple[KeyUse, int], KeyId] = {}
+        if slot is not None:
+            taken = {
+                number: version.key_id
+                for number, version in slot.versions.items()
+                if version.key_id in slot.keys
+                or slot.tombstones.get(version.key_id) in _STOPPING_STATES.values()
+            }
+        numbers = {key_id: number for number, key_id in taken.items()}
+        for material in materials:
+            number = (material.use, material.version)
+            if taken.setdefault(number, material.key_id) != material.key_id:
+                raise EnvelopeError(
+                    "key-conflict",
+                    f"{owner}: version {material.version} came with another key id than before",
+                )
+            if numbers.setdefault(material.key_id, number) != number:
+                raise EnvelopeError(
+                    "key-conflict", f"key {material.key_id} came with another version than before"
+                )
 
     def _install_one(self, slot: _Slot, material: KeyMaterial, deadline_boot_s: float) -> None:
         key = slot.keys.get(material.key_id)
+        number = (material.use, material.version)
+        known = slot.versions.get(number)
+        if known is None or known.key_id != material.key_id:
+            slot.versions[number] = _Version(material.key_id, int(self._clock.wall_s()))
         stopping = _STOPPING_STATES.get(material.state)
         if stopping is not None:
             # The material of a key that may not be used is not kept; a push brings it if it is reinstated.
@@ -449,12 +639,15 @@ class KeyCache:
         self._deadlines[material.owner, material.key_id] = key
         if slot.active is None and key.use is KeyUse.DATA and key.state.may_seal:
             slot.active = key
+        if slot.signing is None and key.use is KeyUse.SIGN and key.state.may_seal:
+            slot.signing = key
 
     def _withdraw(self, slot: _Slot, sequence: int | None) -> None:
         for key in list(slot.keys.values()):
             self._end(slot, key, Unavailable.WITHDRAWN)
-        slot.active = None
+        slot.active = slot.signing = None
         slot.withdrawn = True
+        slot.word_deadline_boot_s = -math.inf
         slot.misses.clear()
         if sequence is not None:
             slot.withdrawn_sequence = max(slot.withdrawn_sequence, sequence)
@@ -464,8 +657,7 @@ class KeyCache:
         key.end(reason)
         slot.keys.pop(key.key_id, None)
         slot.tombstones[key.key_id] = reason
-        if slot.active is key:
-            slot.active, slot.no_active = None, reason
+        self._let_go(slot, key, reason)
         self._deadlines.pop((key.owner, key.key_id), None)
 
     def _on_expired(self, key: DataKey) -> None:
@@ -474,8 +666,13 @@ class KeyCache:
         if slot is not None and slot.keys.get(key.key_id) is key:
             del slot.keys[key.key_id]
             slot.tombstones[key.key_id] = Unavailable.EXPIRED
-            if slot.active is key:
-                slot.active, slot.no_active = None, Unavailable.EXPIRED
+            self._let_go(slot, key, Unavailable.EXPIRED)
+
+    def _let_go(self, slot: _Slot, key: DataKey, reason: Unavailable) -> None:
+        if slot.active is key:
+            slot.active, slot.no_active = None, reason
+        if slot.signing is key:
+            slot.signing, slot.no_active = None, reason
 
     def _cannot_seal(self, slot: _Slot | None) -> Unavailable:
         if slot is None:
@@ -503,7 +700,7 @@ class KeyCache:
                 KeyHolding(key_id=key.key_id, state=key.state, valid_for_s=key.valid_for_s)
                 for key in slot.keys.values()
             ]
-        can_seal = slot is not None and slot.active is not None
+        can_seal = slot is not None and (slot.active is not None or slot.signing is not None)
         reason = None if can_seal else self._cannot_seal(slot)
         return ServiceStatus(owner=owner, can_seal=can_seal, reason=reason, holds=tuple(holds), missed=missed)
 

@@ -132,7 +132,8 @@ class Rig:
         known = self.materials.setdefault(owner, {})
         secret = known.setdefault(key_id, material or os.urandom(32))
         deadline = SystemClock().boot_s() + validity_s
-        key = KeyMaterial(owner=owner, key_id=key_id, state=state, secret=bytearray(secret))
+        version = list(known).index(key_id) + 1
+        key = KeyMaterial(owner=owner, key_id=key_id, state=state, version=version, secret=bytearray(secret))
         self.keys.install(owner, [key], deadline_boot_s=deadline)
         return key_id
 

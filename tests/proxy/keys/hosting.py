@@ -36,6 +36,7 @@ class HostedTenant:
     tls: Credential
     tls_files: tuple[Path, Path]
     entries: list[ServiceEntry]
+    versions: dict[KeyId, int] = field(default_factory=dict)
     _sequence: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1_000_000))
 
     @property
@@ -106,8 +107,13 @@ class HostedTenant:
         secret: bytes | None = None,
     ) -> KeyMaterial:
         raw = os.urandom(32) if secret is None else secret
+        key_id = key_id or KeyId.random()
         return KeyMaterial(
-            owner=self.owner(service), key_id=key_id or KeyId.random(), state=state, secret=bytearray(raw)
+            owner=self.owner(service),
+            key_id=key_id,
+            state=state,
+            version=self.versions.setdefault(key_id, len(self.versions) + 1),
+            secret=bytearray(raw),
         )
 
 

@@ -17,6 +17,7 @@ DRIVE = NetworkService("tenant-a", "drive")
 MAIL = NetworkService("tenant-a", "mail")
 FOREIGN = NetworkService("tenant-b", "drive")
 VALIDITY_S = 330.0
+_VERSIONS: dict[KeyId, int] = {}
 
 
 @pytest.fixture
@@ -36,11 +37,20 @@ def material(
     owner: NetworkService = DRIVE,
     secret: bytes | None = None,
     use: KeyUse = KeyUse.DATA,
+    version: int | None = None,
 ) -> KeyMaterial:
     raw = bytearray(os.urandom(32) if secret is None else secret)
     if state is KeyState.DESTROYED:
         raw = bytearray()
-    return KeyMaterial(owner=owner, key_id=key_id or KeyId.random(), state=state, use=use, secret=raw)
+    key_id = key_id or KeyId.random()
+    return KeyMaterial(
+        owner=owner,
+        key_id=key_id,
+        state=state,
+        use=use,
+        version=_VERSIONS.setdefault(key_id, len(_VERSIONS) + 1) if version is None else version,
+        secret=raw,
+    )
 
 
 def again(key: KeyMaterial, secret: bytes, state: KeyState = KeyState.ACTIVE) -> KeyMaterial:
