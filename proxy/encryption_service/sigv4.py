@@ -1,0 +1,205 @@
+"""AWS Signature Version 4, the verifying half, for requests without a query (XKS specification, appendix A).
+
+1. `read_claim` judges what needs no secret: one Authorization header in the one form there is, one host, one
+   X-Amz-Date within MAX_SKEW_S of now and of the scope's day, the service, the region if it is pinned.
+   `verify` then judges the signature, over what was received: path and body as they came, byte for byte.
+2. `host` and `x-amz-date` must be signed; any further headers may be. What is listed must be there, in order,
+   each once; values are joined, trimmed and their inner blanks collapsed, as the signer did.
+3. The body counts as it was received: an `X-Amz-Content-Sha256` of any value, `UNSIGNED-PAYLOAD` too, is no
+   more than another header.
+4. A wrong signature and an unknown access key take the same work and the same time: *secret* may be None.
+5. `Cause` is for the log of the one who runs the proxy; every cause gets the same answer.
+6. A signature that comes again within the window is accepted: the retry of a request may carry it.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import pairwise
+from typing import Final
+
+from envelope.errors import SealgateError
+
+ALGORITHM: Final = "AWS4-HMAC-SHA256"
+MAX_SKEW_S: Final = 300
+"""The specification's five minutes: more than this in the past, or in the future, fails."""
+MAX_AUTHORIZATION_LENGTH: Final = 4096
+MAX_SIGNED_HEADERS: Final = 64
+
+type Headers = Sequence[tuple[str, str]]
+"""(name in lower case, value) in the order received, duplicates kept."""
+
+_TERMINATOR: Final = "aws4_request"
+_REQUIRED: Final = ("host", "x-amz-date")
+# The access key id may be anything here: what is malformed is unknown, and answered like it.
+_AUTHORIZATION: Final = re.compile(
+    r"AWS4-HMAC-SHA256 +"
+    r"Credential=([!-+\--.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request *, *"
+    r"SignedHeaders=([!#$%&'*+.^_`|~0-9a-z;-]{1,2048}) *, *"
+    r"Signature=([0-9a-f]{64})"
+)
+_AMZ_DATE: Final = re.compile(r"([0-9]{4})([0-9]{2})([0-9]{2})T([0-9]{2})([0-9]{2})([0-9]{2})Z")
+# Stands for the secret of an access key that nobody has, so that looking one up cannot be timed.
+_DECOY: Final = secrets.token_bytes(32)
+
+
+class Cause(StrEnum):
+    """Why a request was not authenticated; for the log, never for the caller."""
+
+    MISSING = "missing"  # no Authorization, Host or X-Amz-Date header
+    DUPLICATE = "duplicate"  # one of them twice
+    MALFORMED = "malformed"
+    SERVICE = "service"
+    REGION = "region"
+    SKEW = "skew"
+    SCOPE_DATE = "scope-date"
+    SIGNED_HEADERS = "signed-headers"
+    CREDENTIAL = "credential"  # unknown here
+    SIGNATURE = "signature"
+
+
+class NotSignedError(SealgateError):
+    """The request does not prove to come from the holder of the secret."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(f"AWS signature refused: {cause}")
+        self.cause: Final = cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a request says of its signature. Nothing is believed before `verify`."""
+
+    access_key_id: str
+    region: str
+    service: str
+    day: str
+    """yyyymmdd, of the scope and of X-Amz-Date."""
+    amz_date: str
+    signed_headers: str
+    """As it was received, which is as it was signed: sorted, separated by semicolons."""
+    signature: str
+    """64 lower-case hexadecimal digits."""
+
+    @property
+    def scope(self) -> str:
+        return f"{self.day}/{self.region}/{self.service}/{_TERMINATOR}"
+
+
+def read_claim(headers: Headers, *, now_s: float, service: str, region: str | None = None) -> Claim:
+    """Judge everything but the signature itself. NotSignedError.
+
+    *now_s*: seconds since the Unix epoch. *region*: the only one to accept; None accepts any.
+    """
+    authorization = _only(headers, "authorization")
+    amz_date = _only(headers, "x-amz-date")
+    _only(headers, "host")
+    if len(authorization) > MAX_AUTHORIZATION_LENGTH:
+        raise NotSignedError(Cause.MALFORMED)
+    match = _AUTHORIZATION.fullmatch(authorization)
+    if match is None:
+        raise NotSignedError(Cause.MALFORMED)
+    access_key_id, day, its_region, its_service, signed_headers, signature = match.groups()
+    if its_service != service:
+        raise NotSignedError(Cause.SERVICE)
+    if region is not None and its_region != region:
+        raise NotSignedError(Cause.REGION)
+    if abs(now_s - _instant_s(amz_date)) > MAX_SKEW_S:
+        raise NotSignedError(Cause.SKEW)
+    if amz_date[:8] != day:
+        raise NotSignedError(Cause.SCOPE_DATE)
+    _check_list(signed_headers)
+    return Claim(
+        access_key_id=access_key_id,
+        region=its_region,
+        service=its_service,
+        day=day,
+        amz_date=amz_date,
+        signed_headers=signed_headers,
+        signature=signature,
+    )
+
+
+def verify(
+    claim: Claim, secret: bytes | None, *, method: str, path: str, headers: Headers, body: bytes
+) -> None:
+    """Return if *claim* was signed with *secret*, else NotSignedError. None: there is no such credential.
+
+    *path*: as received, without a query; the caller has refused queries.
+    """
+    expected = signature(
+        claim,
+        _DECOY if secret is None else secret,
+        canonical_request(claim.signed_headers, method=method, path=path, headers=headers, body=body),
+    )
+    # Both are ASCII: the pattern has seen to it. Compared also when the outcome is settled.
+    equal = hmac.compare_digest(expected, claim.signature)
+    if secret is None:
+        raise NotSignedError(Cause.CREDENTIAL)
+    if not equal:
+        raise NotSignedError(Cause.SIGNATURE)
+
+
+def canonical_request(signed_headers: str, *, method: str, path: str, headers: Headers, body: bytes) -> bytes:
+    """What is signed of a request without a query. NotSignedError if a listed header is not there."""
+    try:
+        head = [method, path, ""]
+        for name in signed_headers.split(";"):
+            values = [value for its_name, value in headers if its_name == name]
+            if not values:
+                raise NotSignedError(Cause.SIGNED_HEADERS)
+            head.append(f"{name}:{','.join(_collapsed(value) for value in values)}")
+        head += ["", signed_headers, hashlib.sha256(body).hexdigest()]
+        return "\n".join(head).encode("ascii")
+    except UnicodeEncodeError:
+        # What a signer made of such a value is anybody's guess, and no client of this service sends one.
+        raise NotSignedError(Cause.SIGNED_HEADERS) from None
+
+
+def signature(claim: Claim, secret: bytes, canonical: bytes) -> str:
+    """The signature of *canonical* under *secret*, date and scope of *claim*: 64 hexadecimal digits."""
+    key = hmac.digest(b"AWS4" + secret, claim.day.encode(), "sha256")
+    for step in (claim.region, claim.service, _TERMINATOR):
+        key = hmac.digest(key, step.encode(), "sha256")
+    to_sign = "\n".join((ALGORITHM, claim.amz_date, claim.scope, hashlib.sha256(canonical).hexdigest()))
+    return hmac.digest(key, to_sign.encode(), "sha256").hex()
+
+
+def _only(headers: Headers, name: str) -> str:
+    values = [value for its_name, value in headers if its_name == name]
+    if len(values) != 1:
+        raise NotSignedError(Cause.DUPLICATE if values else Cause.MISSING)
+    return values[0]
+
+
+def _instant_s(amz_date: str) -> float:
+    match = _AMZ_DATE.fullmatch(amz_date)
+    if match is None:
+        raise NotSignedError(Cause.MALFORMED)
+    year, month, day, hour, minute, second = map(int, match.groups())
+    try:
+        return datetime(year, month, day, hour, minute, second, tzinfo=UTC).timestamp()
+    except ValueError:
+        raise NotSignedError(Cause.MALFORMED) from None
+
+
+def _check_list(signed_headers: str) -> None:
+    names = signed_headers.split(";")
+    if len(names) > MAX_SIGNED_HEADERS:
+        raise NotSignedError(Cause.SIGNED_HEADERS)
+    if any(before >= after for before, after in pairwise(names)) or not names[0]:
+        raise NotSignedError(Cause.SIGNED_HEADERS)  # out of order, twice, or empty
+    if any(name not in names for name in _REQUIRED):
+        raise NotSignedError(Cause.SIGNED_HEADERS)
+
+
+def _collapsed(value: str) -> str:
+    """Without the blanks round *value*, and with one for every run of them inside."""
+    if "  " in value or "\t" in value or "\n" in value:
+        return " ".join(re.split(r"[ \t\r\n]+", value.strip(" \t\r\n")))
+    return value.strip(" ")
