@@ -3,15 +3,16 @@
 1. OpenSSL lets in whoever hangs on any tenant's root. Who that is, and whether its *own* tenant's root
    certified it for the role agent:tls, is decided here, at every request, by the directory as it is now.
 2. What a connection may say is about its own tenant only: what belongs to others does not exist.
-3. Every size, count and rate is bounded, per tenant, so that none can crowd out another. Asking who is
-   there has a rate of its own and waits for no place: agents that ask every few seconds cannot use up what a
-   withdrawal needs, and slow pushes do not make a proxy look dead.
+3. Every size, count and rate is bounded, per tenant, so that none can crowd out another. What is sent for
+   another purpose has a rate and places of its own: no refresh, however large or slow, delays a withdrawal.
+   Asking who is there waits for no place: slow pushes do not make a proxy look dead.
 4. This layer judges JSON and identities; what an envelope is worth is `Receiver`'s business.
 """
 
 import asyncio
 import json
 from collections.abc import Mapping
+from enum import StrEnum
 from importlib import resources
 from typing import Annotated, Final
 
@@ -44,7 +45,21 @@ BURST_FACTOR: Final = 5
 PRESENCE_PATH: Final = "/push/v1/presence"
 CONCURRENT_PER_TENANT: Final = 4
 
+PURPOSE_PARAMETER: Final = "purpose"
+
+
+class Purpose(StrEnum):
+    """What a request is for, as its query says; each has a budget of its own."""
+
+    KEYS = "keys"
+    """The default: envelopes of any kind."""
+    WITHDRAWAL = "withdrawal"
+    """A session, or envelopes, to take keys back: envelopes with keys are refused here."""
+    PRESENCE = "presence"
+
+
 _PEER: Final = web.RequestKey("sealgate.peer", Identity)
+_PURPOSE: Final = web.RequestKey("sealgate.purpose", Purpose)
 _log: Final = structlog.get_logger("push")
 
 
@@ -119,31 +134,34 @@ class _PushApi:
         self._receiver = receiver
         self._clock = clock
         self._requests_per_s = requests_per_s
-        self._buckets: dict[tuple[str, bool], TokenBucket] = {}
-        self._places: dict[str, asyncio.Semaphore] = {}
+        self._buckets: dict[tuple[str, Purpose], TokenBucket] = {}
+        self._places: dict[tuple[str, Purpose], asyncio.Semaphore] = {}
 
     @web.middleware
     async def identify(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         now_s = self._clock.wall_s()
-        asks_presence = request.path == PRESENCE_PATH
+        purpose = _purpose(request)
         try:
             peer = authenticate(peer_certificate(request.transport), self._receiver.directory, now_s=now_s)
         except ProblemError as error:
-            if not asks_presence:  # who is refused there asks again in five seconds; its sessions are logged
+            if (
+                purpose is not Purpose.PRESENCE
+            ):  # who is refused there asks again in five seconds; its sessions are logged
                 _log.warning("agent refused", code=error.code, remote=request.remote)
             raise
-        request[_PEER] = peer
-        self._count(peer.tenant, asks_presence=asks_presence)
-        if asks_presence:
+        request[_PEER], request[_PURPOSE] = peer, purpose
+        self._count(peer.tenant, purpose)
+        if purpose is Purpose.PRESENCE:
             return await handler(request)
-        async with self._places.setdefault(peer.tenant, asyncio.Semaphore(CONCURRENT_PER_TENANT)):
+        place = self._places.setdefault((peer.tenant, purpose), asyncio.Semaphore(CONCURRENT_PER_TENANT))
+        async with place:
             return await handler(request)
 
-    def _count(self, tenant: str, *, asks_presence: bool) -> None:
+    def _count(self, tenant: str, purpose: Purpose) -> None:
         """ProblemError 429 if this is one request too many."""
-        bucket = self._buckets.get((tenant, asks_presence))
+        bucket = self._buckets.get((tenant, purpose))
         if bucket is None:  # bounded: only tenants of the directory come so far
-            bucket = self._buckets[tenant, asks_presence] = TokenBucket(
+            bucket = self._buckets[tenant, purpose] = TokenBucket(
                 self._clock, rate_per_s=self._requests_per_s, burst=BURST_FACTOR * self._requests_per_s
             )
         if wait_s := bucket.take():
@@ -199,10 +217,25 @@ class _PushApi:
     async def take_envelopes(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
         asked = await _read(request, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
-        receipts = await self._receiver.receive(peer.tenant, peer.name, asked.envelopes)
+        receipts = await self._receiver.receive(
+            peer.tenant,
+            peer.name,
+            asked.envelopes,
+            takes_keys=request[_PURPOSE] is not Purpose.WITHDRAWAL,
+        )
         return web.json_response(
             {"receipts": [receipt.as_json() for receipt in receipts]}, headers={"Cache-Control": "no-store"}
         )
+
+
+def _purpose(request: web.Request) -> Purpose:
+    """ProblemError 400 for a purpose that there is not."""
+    if request.path == PRESENCE_PATH:
+        return Purpose.PRESENCE
+    told = request.query.get(PURPOSE_PARAMETER, Purpose.KEYS)
+    if told not in (Purpose.KEYS, Purpose.WITHDRAWAL):
+        raise _malformed(f"{PURPOSE_PARAMETER} is neither {Purpose.KEYS} nor {Purpose.WITHDRAWAL}")
+    return Purpose(told)
 
 
 def _service_json(service: HostedService) -> dict[str, object]:

@@ -8,12 +8,16 @@
    Between issuers only time orders, and an issuer's sequences may have run ahead of it: they are cut to the
    second in which the envelope was issued, or one agent could lock out the others for ever.
 4. Accepting keys is an audit event on disk before the keys are in the cache. Without it they are dropped.
-   A withdrawal works the other way round: first the keys are gone, then it is recorded, and a log that cannot
-   be written makes the receipt an error, never the keys available. One that hangs is one that cannot be
-   written: a push API with all its places waiting for a disk would take no withdrawal.
-5. The challenge is ours and random; an agent without one is told to open a session (code "nonce").
+   A withdrawal works the other way round: first the keys of all that are taken back are gone, then it is
+   recorded, and a log that cannot be written makes the receipt an error, never the keys available. One that
+   hangs is one that cannot be written: a push API with all its places waiting for a disk would take no
+   withdrawal.
+5. The challenge is ours and random; an agent without one is told to open a session (code "nonce"). What came
+   by a broker may answer no challenge: then it counts above a sequence that was accepted under one only.
 6. Sealed to the certificate that a service had before its renewal, a withdrawal counts, and nothing else does
    (former.py).
+7. Thousands at once hold up nobody: the event loop gets its turn after every envelope that is opened or
+   installed. (Not in threads: opening holds Python's lock, and a thread keeps it for longer.)
 """
 
 import asyncio
@@ -261,10 +265,23 @@ class Receiver:
             ),
         )
 
-    async def receive(self, tenant: str, agent_id: str, tokens: Sequence[str]) -> list[Receipt]:
-        """Check *tokens*, install what holds, withdraw what is withdrawn. One receipt each, in order."""
+    async def receive(
+        self,
+        tenant: str,
+        agent_id: str,
+        tokens: Sequence[str],
+        *,
+        is_challenged: bool = True,
+        takes_keys: bool = True,
+    ) -> list[Receipt]:
+        """Check *tokens*, install what holds, withdraw what is withdrawn. One receipt each, in order.
+
+        *is_challenged* False: they came by a broker and answer no challenge (rule 5). *takes_keys* False:
+        withdrawals are taken and nothing else; keys are refused (code "purpose").
+        """
         receipts: dict[int, Receipt] = {}
         accepted: dict[int, _Opened] = {}
+        withdrawn: dict[int, _Opened] = {}
         try:
             for index, token in enumerate(tokens):
                 if index:
@@ -273,15 +290,18 @@ class Receiver:
                 try:
                     recipient = self._addressee(tenant, token)
                     service = recipient.owner
-                    opened = self._open(recipient, agent_id, token)
+                    opened = self._open(
+                        recipient, agent_id, token, is_challenged=is_challenged, takes_keys=takes_keys
+                    )
+                    if _withdraws(opened.claims):
+                        self._withdraw(opened)
+                        withdrawn[index] = opened
+                    else:
+                        accepted[index] = opened
                 except EnvelopeError as error:
                     receipts[index] = self._refused(tenant, agent_id, service, error)
-                    continue
-                if _withdraws(opened.claims):
-                    receipts[index] = await self._withdraw(opened)
-                else:
-                    accepted[index] = opened
-            receipts |= await self._install(accepted)
+            receipts |= await self._acknowledged(withdrawn)
+            await self._install(accepted, receipts)
         finally:
             for index, opened in accepted.items():
                 if index not in receipts:  # cancelled before they were installed
@@ -309,7 +329,9 @@ class Receiver:
             "recipient", "none of your network services here has the certificate it is sealed to"
         )
 
-    def _open(self, recipient: _Recipient, agent_id: str, token: str) -> _Opened:
+    def _open(
+        self, recipient: _Recipient, agent_id: str, token: str, *, is_challenged: bool, takes_keys: bool
+    ) -> _Opened:
         owner = recipient.owner
         agents = self._agents.get(owner.tenant)
         agent = None if agents is None else agents.get(agent_id)
@@ -327,15 +349,19 @@ class Receiver:
                 signers=self._signers(owner.tenant, agent_id, agent),
                 now_s=now_s,
                 validity_s=self._validity_s,
-                nonce=agent.challenge,
+                nonce=agent.challenge if is_challenged else None,
                 last_sequence=track.highest,
                 seen_token_ids=track.live_tokens,
             ),
         )
-        if recipient.is_former and not _withdraws(claims):
+        if (recipient.is_former or not takes_keys) and not _withdraws(claims):
             for key in claims.keys:
                 key.wipe()
-            raise EnvelopeError("recipient", "the certificate it is sealed to was replaced: withdrawals only")
+            if recipient.is_former:
+                raise EnvelopeError(
+                    "recipient", "the certificate it is sealed to was replaced: withdrawals only"
+                )
+            raise EnvelopeError("purpose", "it came as a withdrawal and is none")
         # The wall clock may be set back: it never adds to the validity.
         valid_for_s = min(claims.expires_at_s - now_s, self._validity_s)
         track.highest = claims.sequence
@@ -414,36 +440,41 @@ class Receiver:
 
     # Taking effect.
 
-    async def _withdraw(self, opened: _Opened) -> Receipt:
+    def _withdraw(self, opened: _Opened) -> None:
         claims = opened.claims
         self._cache.withdraw(claims.owner, sequence=_rank(claims))
         _log.warning(
             "keys withdrawn", service=str(claims.owner), agent=claims.issuer, sequence=claims.sequence
         )
-        try:
-            await self._recorded(
-                functools.partial(
-                    self._audit.append,
-                    "keys-withdrawn",
-                    service=str(claims.owner),
-                    agent=claims.issuer,
-                    sequence=claims.sequence,
-                )
-            )
-        except AuditUnavailableError as error:
-            return self._audit_refused(opened, error)
-        return Receipt(status="accepted", service=claims.owner, sequence=claims.sequence)
 
-    async def _install(self, accepted: Mapping[int, _Opened]) -> dict[int, Receipt]:
-        if not accepted:
+    async def _acknowledged(self, withdrawn: Mapping[int, _Opened]) -> dict[int, Receipt]:
+        """The receipts of what is withdrawn, once that is on disk."""
+        if not withdrawn:
             return {}
+        try:
+            await self._recorded(functools.partial(self._record_withdrawals, list(withdrawn.values())))
+        except AuditUnavailableError as error:
+            return {index: self._audit_refused(opened, error) for index, opened in withdrawn.items()}
+        return {
+            index: Receipt(status="accepted", service=opened.claims.owner, sequence=opened.claims.sequence)
+            for index, opened in withdrawn.items()
+        }
+
+    async def _install(self, accepted: Mapping[int, _Opened], receipts: dict[int, Receipt]) -> None:
+        """Install *accepted*; each receipt is in *receipts* from the moment that the cache has its keys."""
+        if not accepted:
+            return
         try:
             await self._recorded(functools.partial(self._record, list(accepted.values())))
         except AuditUnavailableError as error:
-            for opened in accepted.values():
+            for index, opened in accepted.items():
                 opened.wipe()
-            return {index: self._audit_refused(opened, error) for index, opened in accepted.items()}
-        return {index: self._install_one(opened) for index, opened in accepted.items()}
+                receipts[index] = self._audit_refused(opened, error)
+            return
+        for number, (index, opened) in enumerate(accepted.items()):
+            if number:
+                await asyncio.sleep(0)
+            receipts[index] = self._install_one(opened)
 
     async def _recorded(self, work: Callable[[], None]) -> None:
         """Return when *work* has its events on disk. AuditUnavailableError if it fails or takes too long."""
@@ -455,6 +486,18 @@ class Receiver:
                 f"{self._audit.path} did not take an event within {self._audit_patience_s:g} s",
                 "find out what the disk waits for",
             ) from None
+
+    def _record_withdrawals(self, withdrawn: Sequence[_Opened]) -> None:
+        """As `_record`."""
+        for number, opened in enumerate(withdrawn, start=1):
+            claims = opened.claims
+            self._audit.append(
+                "keys-withdrawn",
+                durable=number == len(withdrawn),
+                service=str(claims.owner),
+                agent=claims.issuer,
+                sequence=claims.sequence,
+            )
 
     def _record(self, accepted: Sequence[_Opened]) -> None:
         """One event each; the last one's sync puts all of them on disk."""

@@ -454,6 +454,54 @@ async def test_rates_are_limited_per_tenant(acme: HostedTenant, rival: HostedTen
         assert (await agent.post(SESSION, {"agent": "hq"}))[0] == 200
 
 
+async def test_no_refresh_uses_up_what_a_withdrawal_needs(acme: HostedTenant, tmp_path: Path) -> None:
+    """Its rate is spent and all its places are taken by bodies that do not end: a withdrawal gets through."""
+    released = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"{"
+        await released.wait()
+
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(serve(tmp_path, directory_of(acme), requests_per_s=2))
+        agent = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
+        token = acme.seal(endpoint.clock, await agent.challenge(acme), acme.key())
+        assert await agent.push(token) == ["accepted"]
+        # One more than the rate allows: exactly that one is answered, the others take places or queue.
+        slow = []
+        for _ in range(2 * push.BURST_FACTOR - 1):
+            client = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
+            headers = {"Content-Type": "application/json"}
+            slow.append(asyncio.create_task(client.session.post(ENVELOPES, data=endless(), headers=headers)))
+        async with asyncio.timeout(30):
+            [refused], waiting = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+        assert refused.result().status == 429
+        pem = certificate_pem(acme.signing.certificate).decode()
+        session = {"agent": "hq", "signing_certificate": pem}
+        status, opened = await agent.post(f"{SESSION}?purpose=withdrawal", session)
+        assert status == 200
+        withdrawal = acme.seal(endpoint.clock, b64u_decode(opened["challenge"]))
+        status, answer = await agent.post(f"{ENVELOPES}?purpose=withdrawal", {"envelopes": [withdrawal]})
+        assert (status, answer["receipts"][0]["status"]) == (200, "accepted")
+        with pytest.raises(KeyUnavailableError):
+            endpoint.cache.sealing_key(acme.owner())
+        assert not any(task.done() for task in waiting)
+        released.set()
+        for response in await asyncio.gather(*slow):
+            response.close()
+
+
+async def test_a_withdrawals_budget_carries_no_keys(endpoint: PushEndpoint, acme: HostedTenant) -> None:
+    async with endpoint.client(files=acme.tls_files) as agent:
+        token = acme.seal(endpoint.clock, await agent.challenge(acme), acme.key())
+        status, answer = await agent.post(f"{ENVELOPES}?purpose=withdrawal", {"envelopes": [token]})
+        assert (status, answer["receipts"][0]["code"]) == (200, "purpose")
+        with pytest.raises(KeyUnavailableError):
+            endpoint.cache.sealing_key(acme.owner())
+        for path in (SESSION, ENVELOPES):
+            assert (await agent.post(f"{path}?purpose=presence", {}))[0] == 400
+
+
 async def test_the_directory_changes_while_serving(
     endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant, tmp_path: Path
 ) -> None:

@@ -665,3 +665,80 @@ async def test_a_hung_audit_log_refuses_keys_in_time_and_holds_up_no_withdrawal(
     audit.is_hung = False
     assert await push(acme.key()) == "accepted"
     audit.close()
+
+
+async def test_no_withdrawal_waits_for_the_event_of_the_one_before(
+    acme: HostedTenant, tmp_path: Path
+) -> None:
+    clock = ManualClock()
+    audit, cache = HungDisk.open(tmp_path / "audit.jsonl", clock), KeyCache(clock)
+    receiver = Receiver(
+        proxy_id=PROXY_ID,
+        cache=cache,
+        audit=audit,
+        clock=clock,
+        validity_s=VALIDITY_S,
+        directory=directory_of(acme),
+        audit_patience_s=30,
+    )
+    challenge = receiver.open_session(
+        acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
+    ).challenge
+    services = ("drive", "mail")
+    keys = [acme.seal(clock, challenge, acme.key(service=name), service=name) for name in services]
+    assert [r.status for r in await receiver.receive(acme.name, acme.agent_id, keys)] == ["accepted"] * 2
+    audit.is_hung = True
+    tokens = [acme.seal(clock, challenge, service=name) for name in services]
+    push = asyncio.create_task(receiver.receive(acme.name, acme.agent_id, tokens))
+    try:
+        async with asyncio.timeout(10):
+            while any(status.holds for status in cache.status(map(acme.owner, services))):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+    finally:
+        audit.let.set()
+    assert [receipt.status for receipt in await push] == ["accepted"] * 2
+    assert audit.path.read_text().count('"action":"keys-withdrawn"') == 2
+    audit.close()
+
+
+# By a broker: no session, no connection that proves who speaks.
+
+
+async def test_without_a_challenge_only_what_follows_one_is_believed(
+    proxy: Proxy, acme: HostedTenant
+) -> None:
+    async def by_broker(token: str) -> str:
+        (receipt,) = await proxy.receiver.receive(acme.name, acme.agent_id, [token], is_challenged=False)
+        return receipt.code or receipt.status
+
+    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=9)) == "nonce", "no session"
+    challenge = proxy.challenge(acme)
+    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=9)) == "nonce", "none accepted"
+    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key(), sequence=10)) == ["accepted"]
+    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=10)) == "sequence"
+    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=11)) == "accepted"
+    mail = acme.seal(proxy.clock, None, acme.key(service="mail"), service="mail", sequence=12)
+    assert await by_broker(mail) == "nonce", "each network service counts for itself"
+    assert await by_broker(acme.seal(proxy.clock, challenge, acme.key(), sequence=13)) == "nonce"
+    assert await proxy.push(acme, acme.seal(proxy.clock, None, acme.key(), sequence=14)) == ["nonce"], (
+        "over a connection the challenge is asked for"
+    )
+    stale = acme.seal(proxy.clock, None, acme.key(), sequence=15)
+    proxy.clock.shift(VALIDITY_S)
+    assert await by_broker(stale) == "time"
+    assert await by_broker(acme.seal(proxy.clock, None, sequence=16)) == "accepted"
+    proxy.restart()
+    proxy.challenge(acme)
+    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=17)) == "nonce", "it restarted"
+
+
+async def test_keys_that_come_as_a_withdrawal_are_refused(proxy: Proxy, acme: HostedTenant) -> None:
+    challenge = proxy.challenge(acme)
+    tokens = [
+        acme.seal(proxy.clock, challenge, acme.key()),
+        acme.seal(proxy.clock, challenge, service="mail"),
+    ]
+    receipts = await proxy.receiver.receive(acme.name, acme.agent_id, tokens, takes_keys=False)
+    assert [receipt.code or receipt.status for receipt in receipts] == ["purpose", "accepted"]
+    with pytest.raises(KeyUnavailableError):
+        proxy.cache.sealing_key(acme.owner())
