@@ -1,4 +1,4 @@
-"""TLS contexts: 1.3 only, mutual where asked for, renewable while serving.
+"""TLS contexts: 1.3 unless a caller must talk to older ones, mutual where asked for, renewable while serving.
 
 1. A server that wants client certificates gets an iterable of roots, and an empty one admits nobody. None
    means that no client certificate is asked for: the absence of roots must never be taken for the absence of
@@ -32,19 +32,29 @@ class TlsError(SealgateError):
 
 
 def server_context(
-    certificate_file: Path, key_file: Path, *, client_roots: Iterable[x509.Certificate] | None = None
+    certificate_file: Path,
+    key_file: Path,
+    *,
+    client_roots: Iterable[x509.Certificate] | None = None,
+    minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+    ciphers: str | None = None,
 ) -> ssl.SSLContext:
     """The context of a server; with *client_roots* clients need a certificate below one of them (rule 1).
+
+    *ciphers*, in OpenSSL's notation, are those of TLS 1.2, where *minimum_version* admits it.
 
     TlsError if a file is missing, not PEM, or the key is not the certificate's.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.minimum_version = minimum_version
+    if ciphers is not None:
+        context.set_ciphers(ciphers)
     _load_identity(context, certificate_file, key_file)
     if client_roots is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET  # the same for TLS 1.2
         for root in client_roots:
             context.load_verify_locations(cadata=root.public_bytes(Encoding.DER))
     return context

@@ -1,0 +1,634 @@
+"""One HTTP/1.1 connection of the encryption service: a protocol between `RequestReader` and dialects.
+
+1. One call at a time, in order: what a client pipelines waits in the reader, and reading pauses when that is
+   full. A dialect that returns its answer at once costs neither a task nor an await.
+2. Whatever goes wrong is said by the dialect whose path it is, and where that is not known by a problem
+   document: one line of JSON always. A request that was not understood, not read to its end or came too
+   slowly ends the connection, after the answer: what follows on it could be taken for another request.
+3. Every wait has an end: for a head, a body (idle, and a slowest rate), the next request, an answer, a client
+   that does not read, and for the rest of what was refused. The sweeper of the site looks at them.
+4. A body or an answer that streams stops the other side when it is ahead. A stream that fails is cut by a
+   reset: its chunked end is never sent.
+5. Stopping: answers under way are sent with `Connection: close`; idle connections are closed.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from http import HTTPStatus
+from typing import Final, override
+
+import structlog
+
+from envelope.errors import SealgateError
+from proxy.encryption_service.call import Answer, Call, Peer, StreamingAnswer
+from proxy.encryption_service.dialects.dialect import Dialect, Trouble
+from proxy.encryption_service.http_messages import Head, MalformedError, RequestReader, answer_head
+from proxy.encryption_service.metrics import ServiceMetrics
+from proxy.encryption_service.settings import HttpLimits
+
+IN_A_ROW: Final = 16
+"""Requests of one connection served before the others' turn comes."""
+READ_AHEAD_BYTES: Final = 64 << 10
+"""Received and not yet wanted; the socket's buffer holds the rest."""
+LINGER_BYTES: Final = 1 << 20
+_PROBLEM: Final = "application/problem+json"
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_log: Final = structlog.get_logger("service.http")
+
+
+class BodyCutError(SealgateError):
+    """The rest of a streamed body will not come: the client is gone, too slow, or sends no HTTP."""
+
+    def __init__(self, cause: str, trouble: Trouble) -> None:
+        super().__init__(cause)
+        self.trouble = trouble
+
+
+class Waiting(Enum):
+    """What a connection waits for, and by that how long."""
+
+    HEAD = auto()
+    BODY = auto()
+    ANSWER = auto()
+    NEXT = auto()
+    WRITE = auto()
+    LINGER = auto()
+
+
+@dataclass(slots=True, kw_only=True)
+class Site:
+    """What all connections of one listener share. `now_s` and `date` are the sweeper's, of its last look."""
+
+    dialects: tuple[Dialect, ...]
+    scheme: str
+    limits: HttpLimits
+    metrics: ServiceMetrics
+    identify: Callable[[asyncio.BaseTransport, str], Peer | None]
+    """The peer behind a new transport and its address; None: close without a word."""
+    now_s: float = 0.0
+    date: str = ""
+    stopping: bool = False
+    connections: set["HttpConnection"] = field(default_factory=set)
+    longest_s: Mapping[Waiting, float] = field(init=False)
+    _prefixes: dict[tuple[int, str, bool], bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        self.longest_s = {
+            Waiting.HEAD: limits.head_s,
+            Waiting.BODY: limits.body_idle_s,
+            Waiting.ANSWER: 2 * limits.answer_s,  # the call's own end comes first
+            Waiting.NEXT: limits.keep_alive_s,
+            Waiting.WRITE: limits.write_s,
+            Waiting.LINGER: limits.linger_s,
+        }
+
+    def dialect_of(self, path: str) -> Dialect | None:
+        """Who claims *path*. Of an unclaimed one the listener's only dialect may speak."""
+        for dialect in self.dialects:
+            if dialect.claims(path):
+                return dialect
+        return self.dialects[0] if len(self.dialects) == 1 else None
+
+    def head_of(self, answer: Answer, *, length: int, close: bool) -> bytes:
+        """The head of *answer*, whose body has *length* bytes; what repeats is made once a second."""
+        if answer.headers:
+            return answer_head(
+                answer.status, answer.content_type, length, answer.headers, close=close, date=self.date
+            )
+        key = (answer.status, answer.content_type, close)
+        prefix = self._prefixes.get(key)
+        if prefix is None:
+            prefix = answer_head(answer.status, answer.content_type, 0, close=close, date=self.date)
+            prefix = prefix.replace(b"Content-Length: 0\r\n", b"").removesuffix(b"\r\n")
+            self._prefixes[key] = prefix
+        return b"%bContent-Length: %d\r\n\r\n" % (prefix, length)
+
+    def tick(self, now_s: float, date: str) -> None:
+        """A look of the sweeper: every connection that has waited too long hears of it."""
+        self.now_s = now_s
+        if date != self.date:
+            self.date = date
+            self._prefixes.clear()
+        for connection in list(self.connections):
+            if now_s >= connection.deadline_s or connection.is_too_slow(now_s):
+                connection.expired()
+
+
+class BodyStream(AsyncIterator[bytes]):
+    """The body of one call as an iterator that never holds more than was read ahead."""
+
+    def __init__(self, wanted: "HttpConnection") -> None:
+        self._connection = wanted
+        self._pieces: deque[bytes] = deque()
+        self._held = 0
+        self._complete = False
+        self._failure: BodyCutError | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        return self._held >= READ_AHEAD_BYTES
+
+    def put(self, pieces: Iterable[bytes], *, complete: bool) -> None:
+        for piece in pieces:
+            self._pieces.append(piece)
+            self._held += len(piece)
+        self._complete = complete
+        self._changed.set()
+
+    def fail(self, cause: str, trouble: Trouble = Trouble.MALFORMED_HTTP) -> None:
+        """Whoever reads on gets BodyCutError, unless all has come."""
+        if not self._complete and self._failure is None:
+            self._failure = BodyCutError(cause, trouble)
+            self._changed.set()
+
+    @override
+    async def __anext__(self) -> bytes:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._pieces:
+                piece = self._pieces.popleft()
+                self._held -= len(piece)
+                if not self.is_full:
+                    self._connection.wants_more()
+                return piece
+            if self._complete:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class HttpConnection(asyncio.Protocol):
+    """See the module's rules."""
+
+    __slots__ = (
+        "_address",
+        "_began_s",
+        "_body_since_s",
+        "_dialect",
+        "_dropped",
+        "_ending",
+        "_head",
+        "_loop",
+        "_peer",
+        "_reader",
+        "_reading",
+        "_running",
+        "_scheduled",
+        "_site",
+        "_stream",
+        "_transport",
+        "_waiting",
+        "_writable",
+        "closed",
+        "deadline_s",
+    )
+
+    def __init__(self, site: Site, address: str) -> None:
+        self._site = site
+        self._address = address
+        self._peer = Peer(address=address)
+        self._reader = RequestReader()
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._transport: asyncio.Transport | None = None
+        self._head: Head | None = None
+        self._dialect: Dialect | None = None
+        self._stream: BodyStream | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._writable: asyncio.Event | None = None  # while writing is held back
+        self._reading = True
+        self._scheduled = False  # more requests are here, and others' turn first
+        self._ending = False  # nothing more is read as a request
+        self._dropped = 0
+        self._began_s = 0.0
+        self._body_since_s = 0.0
+        self._waiting = Waiting.HEAD
+        self.deadline_s = site.now_s + site.limits.head_s
+
+    # ---- asyncio's side
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._site.connections.add(self)
+        peer = self._site.identify(transport, self._address)
+        if peer is None or self._site.stopping:
+            self.abort()
+        else:
+            self._peer = peer
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self._ending:
+            self._drop(len(data))
+            return
+        self._reader.feed(data)
+        self._advance()
+
+    @override
+    def eof_received(self) -> bool:
+        """A client that has said its last request may still get its answer; a cut body gets none."""
+        if self._running is not None and not self._reader.in_body and self._site.scheme == "http":
+            self._ending = True
+            return True
+        if self._stream is not None:
+            self._stream.fail("the connection ended within the body")
+        return False
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._site.connections.discard(self)
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._ending = True
+        self._transport = None
+        if self._stream is not None:
+            self._stream.fail("the client has gone")
+        if self._writable is not None:
+            self._writable.set()
+        if self._running is not None:
+            self._running.cancel()
+
+    @override
+    def pause_writing(self) -> None:
+        self._writable = asyncio.Event()
+        self._wait_for(Waiting.WRITE)
+
+    @override
+    def resume_writing(self) -> None:
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+        if not self._ending:
+            self._advance()
+
+    # ---- the site's side
+
+    def is_too_slow(self, now_s: float) -> bool:
+        """Whether the body under way comes slower than any honest one (rule 3)."""
+        if self._waiting is not Waiting.BODY or self._stream is not None:
+            return False  # a stream waits for both sides, and holds one of its tenant's places
+        limits = self._site.limits
+        late_s = now_s - self._body_since_s - limits.body_idle_s
+        return self._reader.body_bytes < late_s * limits.body_bytes_per_s
+
+    def expired(self) -> None:
+        """The wait is over."""
+        match self._waiting:
+            case Waiting.HEAD if self._reader.buffered_bytes:
+                self._refuse(
+                    Trouble.TIMEOUT, HTTPStatus.REQUEST_TIMEOUT, "the head of the request came too slowly"
+                )
+            case Waiting.BODY if self._stream is not None:
+                self._stream.fail("the body came too slowly", Trouble.TIMEOUT)
+                self._wait_for(Waiting.ANSWER)
+            case Waiting.BODY:
+                self._refuse(Trouble.TIMEOUT, HTTPStatus.REQUEST_TIMEOUT, "the body came too slowly")
+            case Waiting.WRITE | Waiting.ANSWER | Waiting.LINGER:
+                self.abort()
+            case Waiting.HEAD | Waiting.NEXT:
+                self._close()
+
+    def stop(self) -> None:
+        """Close if nothing is under way; else the answer under way is the last."""
+        if (
+            self._running is None
+            and self._head is None
+            and not self._reader.buffered_bytes
+            and not self._ending
+        ):
+            self._close()
+
+    def abort(self) -> None:
+        """Cut: what was begun has no proper end."""
+        self._ending = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ---- requests
+
+    def wants_more(self) -> None:
+        """The stream has room again."""
+        if self._stream is not None and not self._ending:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Serve what is here; then say what is waited for."""
+        served = 0
+        self._scheduled = False
+        try:
+            while self._running is None and self._writable is None and not self._ending:
+                if self._head is None and not self._begin():
+                    break
+                if self._head is not None and not self._finish(self._head):
+                    break
+                served += 1
+                if served == IN_A_ROW and self._reader.buffered_bytes:
+                    self._scheduled = True
+                    self._loop.call_soon(self._advance)
+                    break
+            if self._stream is not None and not self._ending:
+                self._pump(self._stream)
+        except MalformedError as error:
+            if self._stream is not None:
+                self._stream.fail(str(error))
+            else:
+                self._refuse(Trouble.MALFORMED_HTTP, error.status, str(error), path=error.path)
+        if not self._ending:
+            self._look_at_waiting(served > 0)
+
+    def _look_at_waiting(self, served: bool) -> None:
+        reader, waiting = self._reader, self._waiting
+        if self._writable is not None:
+            if waiting is not Waiting.WRITE:
+                self._wait_for(Waiting.WRITE)
+        elif self._running is not None:
+            wanted = self._of_running()
+            if wanted is Waiting.BODY or waiting is not wanted:
+                self._wait_for(wanted)
+        elif self._head is not None:
+            self._wait_for(Waiting.BODY)  # each piece gives it time
+        elif reader.buffered_bytes:
+            if served or waiting is not Waiting.HEAD:  # no piece gives it more time
+                self._wait_for(Waiting.HEAD)
+        elif served or waiting not in (Waiting.HEAD, Waiting.NEXT):
+            self._wait_for(Waiting.NEXT)
+        ahead = self._running is not None or self._writable is not None or self._scheduled
+        full = ahead and reader.buffered_bytes >= READ_AHEAD_BYTES
+        self._read(not (full or (self._stream is not None and self._stream.is_full)))
+
+    def _of_running(self) -> Waiting:
+        """Whom a running call waits for: the client, if its body streams and there is room for it."""
+        stream = self._stream
+        return Waiting.BODY if stream and self._reader.in_body and not stream.is_full else Waiting.ANSWER
+
+    def _begin(self) -> bool:
+        """Read a head and decide by it. False: there is none yet."""
+        head = self._reader.read_head()
+        if head is None:
+            return False
+        self._began_s = time.perf_counter()
+        dialect = self._site.dialect_of(head.path)
+        self._head, self._dialect = head, dialect
+        if dialect is None:
+            self._refuse(Trouble.NOT_FOUND, HTTPStatus.NOT_FOUND, "there is nothing at this path")
+            return True
+        streams = dialect.wants_stream(head.method, head.path)
+        if not streams and (head.content_length or 0) > dialect.max_body_bytes:
+            self._refuse(Trouble.TOO_LARGE, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large(dialect))
+            return True
+        if self._reader.in_body:
+            self._body_since_s = self._site.now_s
+            if head.expects_continue and not self._reader.buffered_bytes:
+                self._write(_CONTINUE)
+        if streams:
+            self._stream = BodyStream(self)
+            self._call(dialect, self._described(head, stream=self._stream))
+        return True
+
+    def _finish(self, head: Head) -> bool:
+        """Read the body and serve the call. False: some of it is missing."""
+        dialect = self._dialect
+        if dialect is None or self._stream is not None:
+            return False
+        body = self._reader.read_body()
+        if (self._reader.body_bytes if body is None else len(body)) > dialect.max_body_bytes:
+            self._refuse(Trouble.TOO_LARGE, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large(dialect))
+            return True
+        if body is None:
+            return False
+        self._call(dialect, self._described(head, body))
+        return True
+
+    def _described(self, head: Head, body: bytes = b"", stream: BodyStream | None = None) -> Call:
+        return Call(
+            method=head.method,
+            path=head.path,
+            query=head.query,
+            headers=head.headers,
+            body=body,
+            peer=self._peer,
+            scheme=self._site.scheme,
+            body_stream=stream,
+        )
+
+    def _call(self, dialect: Dialect, call: Call) -> None:
+        try:
+            answer = dialect.handle(call)
+        except Exception:  # noqa: BLE001 - logged there
+            answer = self._crashed(dialect, call)
+        if isinstance(answer, Answer):
+            self._answer(answer)
+        else:
+            self._running = self._loop.create_task(
+                self._awaited(dialect, call, answer), name=f"service:{dialect.name}"
+            )
+
+    def _pump(self, stream: BodyStream) -> None:
+        pieces = []
+        room = not stream.is_full
+        while room and (piece := self._reader.read_piece()) is not None:
+            pieces.append(piece)
+        complete = room and not self._reader.in_body
+        if pieces or complete:
+            stream.put(pieces, complete=complete)
+
+    async def _awaited(
+        self, dialect: Dialect, call: Call, answer: Awaitable[Answer | StreamingAnswer]
+    ) -> None:
+        """The slow path: an answer to wait for, whole or in pieces."""
+        ready: Answer | StreamingAnswer
+        try:
+            try:
+                if call.body_stream is None:
+                    async with asyncio.timeout(self._site.limits.answer_s):
+                        ready = await answer
+                else:  # how long its body may take is watched piece by piece
+                    ready = await answer
+            except TimeoutError:
+                _log.warning("call took too long", dialect=dialect.name)
+                ready = dialect.refuse(Trouble.OVERLOAD, call, "it took too long")
+            except BodyCutError as error:
+                ready = dialect.refuse(error.trouble, call, str(error))
+            except Exception:  # noqa: BLE001 - logged there
+                ready = self._crashed(dialect, call)
+            if isinstance(ready, Answer):
+                self._running = None
+                self._answer(ready)
+            else:
+                await self._send_stream(dialect, call, ready)
+        except Exception:  # noqa: BLE001 - whatever it was, the stream's end is not sent
+            _log.exception("answer was cut", dialect=dialect.name)
+            self.abort()
+        finally:
+            self._running = None
+        if not self._ending:
+            self._advance()
+        elif self._transport is not None and self._waiting is not Waiting.LINGER:
+            self._close()
+
+    async def _send_stream(self, dialect: Dialect, call: Call, answer: StreamingAnswer) -> None:
+        head = self._head
+        async with contextlib.aclosing(_closable(answer.chunks)) as chunks:
+            if head is None or head.http_1_0 or head.method == "HEAD":
+                self._running = None
+                self._answer(
+                    dialect.refuse(Trouble.MALFORMED_HTTP, call, "a stream needs HTTP/1.1 and a body")
+                )
+                return
+            close = self._is_last(head)
+            self._write(
+                answer_head(
+                    answer.status,
+                    answer.content_type,
+                    None,
+                    answer.headers,
+                    close=close,
+                    date=self._site.date,
+                )
+            )
+            async for chunk in chunks:
+                if chunk:
+                    self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                while (writable := self._writable) is not None:
+                    await writable.wait()
+                    if self._transport is None:
+                        return
+                self._wait_for(self._of_running())
+        close = close or self._reader.in_body
+        self._running = None
+        self._write(b"0\r\n\r\n")
+        self._note(answer.status)
+        self._done(close=close)
+
+    def _crashed(self, dialect: Dialect, call: Call) -> Answer:
+        _log.exception("call failed", dialect=dialect.name, method=call.method)
+        return dialect.refuse(Trouble.CRASH, call)
+
+    # ---- answers
+
+    def _refuse(self, trouble: Trouble, status: HTTPStatus, detail: str, *, path: str = "") -> None:
+        """Rule 2. The connection goes on only if the whole request was read and understood."""
+        head, dialect = self._head, self._dialect
+        if dialect is None:
+            dialect = self._site.dialect_of(path) if path or head is None else None
+        if dialect is None:
+            answer = problem_answer(status, trouble.value, detail)
+        else:
+            answer = dialect.refuse(trouble, None if head is None else self._described(head), detail)
+        close = head is None or self._reader.in_body or trouble is Trouble.MALFORMED_HTTP
+        self._answer(answer, close=close)
+
+    def _answer(self, answer: Answer, *, close: bool = False) -> None:
+        head = self._head
+        close = close or head is None or self._is_last(head) or self._reader.in_body
+        length = len(answer.body)
+        try:
+            start = self._site.head_of(answer, length=length, close=close)
+        except ValueError:
+            _log.exception("an answer's header cannot be sent")
+            self.abort()
+            return
+        self._write(start if head is not None and head.method == "HEAD" else start + answer.body)
+        self._note(answer.status)
+        self._done(close=close)
+
+    def _done(self, *, close: bool) -> None:
+        """The answer is out: on to the next request, or to the end."""
+        unread = self._reader.in_body or self._reader.buffered_bytes > 0
+        self._head = self._dialect = self._stream = None
+        self._began_s = 0.0
+        if not close:
+            return
+        self._ending = True
+        transport = self._transport
+        if transport is None:
+            return
+        if not unread:
+            self._close()
+            return
+        # To close with bytes unread would reset the connection, and with it the answer.
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._read(True)
+        self._wait_for(Waiting.LINGER)
+
+    def _is_last(self, head: Head) -> bool:
+        return not head.keep_alive or self._site.stopping or self._ending
+
+    def _note(self, status: int) -> None:
+        name = self._dialect.name.value if self._dialect is not None else "none"
+        self._site.metrics.answered(
+            name, status, time.perf_counter() - self._began_s if self._began_s else 0.0
+        )
+
+    def _drop(self, count: int) -> None:
+        self._dropped += count
+        if self._dropped > LINGER_BYTES and self._waiting is Waiting.LINGER:
+            self._close()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _close(self) -> None:
+        self._ending = True
+        self._wait_for(Waiting.WRITE)
+        if self._transport is not None:
+            self._transport.close()
+
+    def _read(self, wanted: bool) -> None:
+        if self._transport is None or wanted is self._reading or self._transport.is_closing():
+            return
+        self._reading = wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _wait_for(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+        self.deadline_s = self._site.now_s + self._site.longest_s[waiting]
+
+
+def problem_answer(status: HTTPStatus, code: str, detail: str) -> Answer:
+    """RFC 9457 on one line, for what no dialect speaks for."""
+    document = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": status.value,
+        "code": code,
+        "detail": detail,
+        "next_step": "See the documentation of the encryption service's dialects.",
+    }
+    return Answer(
+        status=status.value,
+        body=json.dumps(document).encode() + b"\n",
+        content_type=_PROBLEM,
+        headers=(("Cache-Control", "no-store"),),
+    )
+
+
+def _too_large(dialect: Dialect) -> str:
+    return f"a body may have {dialect.max_body_bytes} bytes here"
+
+
+async def _closable(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """*chunks* as a generator that can be closed, whatever kind of iterator it is."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        close = getattr(chunks, "aclose", None)
+        if close is not None:
+            await close()
