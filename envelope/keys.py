@@ -3,7 +3,9 @@
 1. A key id is 16 random bytes and never derived from the key. Sixteen zero bytes mean "anonymous".
 2. Tenant and service ids are immutable, `[a-z0-9][a-z0-9-]{0,62}`; together the unit of key separation.
 3. A state decides what a key may do (docs/format.md 6.2); transitions are a table (NIST SP 800-57 part 1, 7).
-4. Key material has no repr and no `==`.
+4. A version counts the keys of one network service and use, from 1: people and JWKS name keys by it, nothing
+   is derived from it.
+5. Key material has no repr and no `==`.
 """
 
 import os
@@ -17,6 +19,7 @@ from envelope.errors import FormatError
 
 KEY_ID_SIZE: Final = 16
 KEY_MATERIAL_SIZE: Final = 32
+MAX_KEY_VERSION: Final = 2**31 - 1
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -118,6 +121,19 @@ class KeyUse(StrEnum):
     SIGN = "sign"
 
 
+class SigningAlgorithm(StrEnum):
+    """What a `sign` key signs by (RFC 7518 3.1, RFC 8037 3.1)."""
+
+    ES256 = "ES256"
+    """P-256."""
+    PS256 = "PS256"
+    """RSA-3072, PSS."""
+    RS256 = "RS256"
+    """RSA-3072, PKCS#1 v1.5: for verifiers that know nothing newer."""
+    EDDSA = "EdDSA"
+    """Ed25519."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class KeyMaterial:
     """One key of one network service, in the clear: lives in memory only, and only for its validity.
@@ -130,6 +146,7 @@ class KeyMaterial:
     state: KeyState
     use: KeyUse = KeyUse.DATA
     algorithm: str | None = None  # `sign` only: the JWS algorithm
+    version: int = 1  # 1 to 2^31 - 1
     secret: bytearray = field(repr=False)
 
     def wipe(self) -> None:

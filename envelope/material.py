@@ -28,7 +28,15 @@ from envelope.base64url import b64u_decode, b64u_encode
 from envelope.certificates import CertificateError, Identity, Role, fingerprint, read_identity
 from envelope.derive import key_check_value, signing_key_check_value
 from envelope.errors import EnvelopeError, FormatError, MisuseError
-from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, check_name
+from envelope.keys import (
+    MAX_KEY_VERSION,
+    KeyId,
+    KeyMaterial,
+    KeyState,
+    KeyUse,
+    NetworkService,
+    check_name,
+)
 
 MAX_ENVELOPE_BYTES: Final = 64 * 1024
 MAX_AHEAD_S: Final = 30
@@ -153,7 +161,11 @@ def key_check(key: KeyMaterial) -> bytes:
             return key_check_value(key.secret, key.owner, key.key_id)
         case KeyUse.SIGN:
             try:
-                private = load_der_private_key(bytes(key.secret), password=None)
+                # Unvalidated: the check of an RSA key's numbers takes 0.1 s, and who could forge them here
+                # has signed the envelope or wrapped the key.
+                private = load_der_private_key(
+                    bytes(key.secret), password=None, unsafe_skip_rsa_key_validation=True
+                )
             except Exception as error:  # noqa: BLE001 - the parser's ValueError, TypeError, UnsupportedAlgorithm
                 raise MisuseError(f"a signing key is PKCS#8 DER ({type(error).__name__})") from None
             public = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -377,7 +389,7 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
         use, state = KeyUse(item["use"]), KeyState(item["st"])
     except (KeyError, ValueError):
         raise EnvelopeError("malformed", "a key of unknown use or state") from None
-    required = {"kid", "use", "st"} | ({"alg"} if use is KeyUse.SIGN else set())
+    required = {"kid", "use", "ver", "st"} | ({"alg"} if use is KeyUse.SIGN else set())
     if state is KeyState.DESTROYED:
         if not required <= item.keys() <= required | {"kcv"}:
             raise EnvelopeError("malformed", "a destroyed key has other members than the format's")
@@ -386,6 +398,9 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
     algorithm = item.get("alg")
     if algorithm is not None and not (isinstance(algorithm, str) and _ALGORITHM.fullmatch(algorithm)):
         raise EnvelopeError("malformed", "a signing key's algorithm is not a name")
+    version = _integer(item, "ver")
+    if not 0 < version <= MAX_KEY_VERSION:
+        raise EnvelopeError("malformed", "a key's version is out of range")
     key_id = KeyId(_bytes_member(item, "kid", 16, "malformed"))
     if key_id.is_anonymous:
         raise EnvelopeError("malformed", "the anonymous key id names no key")
@@ -397,6 +412,7 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
         state=state,
         use=use,
         algorithm=algorithm,
+        version=version,
         secret=bytearray(_bytes_member(item, "km", None, "malformed")) if "km" in item else bytearray(),
     )
     if state is not KeyState.DESTROYED:
@@ -518,12 +534,19 @@ def _encode_claims(claims: Claims, thumbprint: str) -> dict[str, Any]:
     return encoded
 
 
-def _encode_key(key: KeyMaterial, owner: NetworkService) -> dict[str, str]:
+def _encode_key(key: KeyMaterial, owner: NetworkService) -> dict[str, str | int]:
     if key.owner != owner:
         raise MisuseError(f"a key of {key.owner} in an envelope for {owner}")
     if key.key_id.is_anonymous:
         raise MisuseError("the anonymous key id names no key")
-    item = {"kid": b64u_encode(key.key_id.raw), "use": key.use.value, "st": key.state.value}
+    if not 0 < key.version <= MAX_KEY_VERSION:
+        raise MisuseError(f"key version {key.version} is out of range")
+    item: dict[str, str | int] = {
+        "kid": b64u_encode(key.key_id.raw),
+        "use": key.use.value,
+        "ver": key.version,
+        "st": key.state.value,
+    }
     if key.use is KeyUse.SIGN:
         if key.algorithm is None or not _ALGORITHM.fullmatch(key.algorithm):
             raise MisuseError("a signing key names its algorithm")

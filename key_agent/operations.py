@@ -21,33 +21,29 @@ from cryptography import x509
 
 from envelope.certificates import fingerprint
 from envelope.errors import FormatError
-from envelope.keys import KeyState, NetworkService, check_name
-from key_agent.agent import Agent
-from key_agent.errors import KeyAgentError
-from key_agent.push.pusher import Delivery, Outcome
+from envelope.keys import KeyState, KeyUse, NetworkService, check_name
+from key_agent.commands import Json
+from key_agent.errors import KeyAgentError, KeySourceError
+from key_agent.kek_rotation import KekRotation, give_up
+from key_agent.key_commands import KeyCommands
+from key_agent.push.pusher import Outcome
 from key_agent.push.recipients import leaf_sha256, read_chain
 from key_agent.push.transport import PushError
 from key_agent.registry.model import DataKeyRow, KekRow, Link, Proxy
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.restoration import Restoration
-from key_agent.sources.source import Kek, KekReference, Verdict
+from key_agent.rotation import hosts_of
+from key_agent.sources.source import Kek, KekReference, NewKey, Verdict
 from runtime.audit import AuditUnavailableError
 
 log = structlog.get_logger(__name__)
 
-type Json = dict[str, object]
-
-_DELIVERY_PATIENCE_S: Final = 15.0
 _WITHDRAWAL_PATIENCE_S: Final = 8.0
 _OBJECT_ID_PREFIX: Final = b"sealgate-kek"
 
 
-class Operations:
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
-        self._one_at_a_time = asyncio.Lock()
-
+class Operations(KeyCommands):
     # The KEK.
 
     async def kek_create(self) -> Json:
@@ -114,6 +110,11 @@ class Operations:
             await self._agent.source.destroy_kek(kek)
         except KeyAgentError as error:
             problems.append(f"destroy in the HSM: {error}")
+        try:
+            # A rotation of KEKs under way: there is a second one that opens the same keys.
+            problems += await give_up(self._agent, "revoked by the administrator")
+        except KeyAgentError as error:
+            problems.append(str(error))
 
     async def _mark(self, kek: Kek, *, destroyed: bool, problems: list[str]) -> None:
         registry, kek_id = self._agent.registry, kek.reference.kek_id
@@ -157,6 +158,9 @@ class Operations:
                     "sealed unreadable",
                     "`key-agent reinstate --restore` uses it again; `key-agent kek revoke` destroys it first",
                 )
+            # Of a rotation that the revocation met halfway.
+            if problems := await give_up(self._agent, f"{row.reference.kek_id} was revoked"):
+                raise KeySourceError("; ".join(problems))
             return {"replaced": row.reference.kek_id, **await self._make_kek("kek-reinstate")}
 
     async def restorable(self) -> Json:
@@ -184,25 +188,37 @@ class Operations:
             "proxies": await self._pushed(),
         }
 
-    async def _make_kek(self, action: str) -> Json:
-        agent = self._agent
+    async def kek_rotate(self) -> Json:
+        """All keys move to a new KEK while the old one works; then the old one is destroyed in the HSM."""
+        async with self._one_at_a_time:
+            return await KekRotation(self._agent).run(self._new_reference())
+
+    def _new_reference(self) -> KekReference:
+        """A name no registry ever used.
+
+        Were this registry lost, a KEK it made is not taken for a half-made new one.
+        """
         kek_id = os.urandom(8).hex()
-        # A name no registry ever used: were this one lost, a KEK it made is not taken for a half-made new
-        # one.
-        wanted = KekReference(
+        return KekReference(
             kek_id=kek_id,
             label=f"sealgate-{kek_id}",
             object_id=_OBJECT_ID_PREFIX + bytes.fromhex(kek_id)[:4],
-            environment_id=agent.environment_id,
+            environment_id=self._agent.environment_id,
         )
-        reference, is_unfinished = await agent.registry.begin_kek(wanted, now_ms=agent.now_ms())
+
+    async def _make_kek(self, action: str) -> Json:
+        agent = self._agent
+        reference, is_unfinished = await agent.registry.begin_kek(
+            self._new_reference(), now_ms=agent.now_ms()
+        )
         await agent.journal.record(action, outcome="begun", kek=reference.kek_id)
         kek = await agent.source.create_kek(reference, replace_unfinished=is_unfinished)
-        owners = (await agent.registry.book()).services
-        keys = await agent.source.generate(kek, owners) if owners else []
-        await agent.registry.complete_kek(kek, keys, now_ms=agent.now_ms())
+        wanted = await self._wanted_anew()
+        keys = await agent.source.generate(kek, wanted) if wanted else []
+        await agent.registry.complete_kek(kek, keys, now_ms=agent.now_ms(), patience=agent.rotations.patience)
         await agent.reload(kek_changed=True)
         await agent.watch.look()
+        agent.rotations.wake()
         await agent.journal.record(action, kek=reference.kek_id, method=kek.method, keys=len(keys))
         return {
             "kek": reference.kek_id,
@@ -210,12 +226,40 @@ class Operations:
             "method": kek.method,
             "token_serial": kek.token_serial,
             "new_keys": len(keys),
-            "proxies": await self._pushed(),
+            "proxies": await self._pushed_twice(),
         }
+
+    async def _wanted_anew(self) -> list[NewKey]:
+        """A key for every service, and for every use that it had."""
+        registry = self._agent.registry
+        services = (await registry.book()).services
+        found = {(owner, KeyUse.DATA): NewKey(owner=owner) for owner in services}
+        for key in await registry.data_keys():
+            if key.owner in services:
+                found[key.owner, key.use] = NewKey(owner=key.owner, use=key.use, algorithm=key.algorithm)
+        return list(found.values())
+
+    async def _pushed_twice(self, proxies: list[str] | None = None) -> list[Json]:
+        """New keys went out; where they need two phases, the second one too."""
+        first = await self._pushed(proxies)
+        if not first or not await self._agent.registry.open_rotations():
+            return first
+        await self._carried_on(
+            [rotation.id for rotation in await self._agent.registry.open_rotations()], first
+        )
+        return first
 
     # Network services.
 
-    async def service_add(self, *, service: str, proxy: str, certificate_pem: str) -> Json:
+    async def service_add(
+        self,
+        *,
+        service: str,
+        proxy: str,
+        certificate_pem: str,
+        use: str = KeyUse.DATA,
+        algorithm: str | None = None,
+    ) -> Json:
         """Provision a network service at a proxy; its first key is made, committed and pushed."""
         async with self._one_at_a_time:
             agent = self._agent
@@ -226,27 +270,33 @@ class Operations:
             ):
                 raise RefusedChangeError(f"no proxy {proxy!r}", "`key-agent proxy add` adds it")
             kek = await self._usable_kek()
+            new = NewKey(owner=owner, use=KeyUse(use), algorithm=algorithm)
             sha256 = fingerprint(leaf).hex()
             await agent.journal.record(
                 "service-add", outcome="begun", service=str(owner), proxy=proxy, certificate_sha256=sha256
             )
             new_key = None
-            if not await agent.registry.has_active_key(owner):
-                (new_key,) = await agent.source.generate(kek, [owner])
+            if not await agent.registry.has_active_key(owner, new.use):
+                (new_key,) = await agent.source.generate(kek, [new])
             await agent.registry.add_service(
-                owner, proxy_id=proxy, certificate_pem=certificate_pem, key=new_key, now_ms=agent.now_ms()
+                owner,
+                proxy_id=proxy,
+                certificate_pem=certificate_pem,
+                key=new_key,
+                now_ms=agent.now_ms(),
+                patience=agent.rotations.patience,
             )
             await agent.reload()
+            agent.rotations.wake()
             kid = None if new_key is None else str(new_key.key_id)
-            # A new key goes to every proxy that hosts the service, at once: one that has it seals with it.
-            hosts = [name for name in agent.targets.fed() if owner in agent.targets.owners_at(name)]
+            hosts = hosts_of(agent.targets, {owner})
             await agent.journal.record("service-add", service=str(owner), proxy=proxy, kid=kid)
             return {
                 "service": str(owner),
                 "proxy": proxy,
                 "certificate_sha256": sha256,
                 "new_key": kid,
-                "proxies": await self._pushed([proxy] if new_key is None else hosts),
+                "proxies": await self._pushed_twice([proxy] if new_key is None else hosts),
             }
 
     async def service_remove(self, *, service: str, proxy: str | None = None) -> Json:
@@ -271,13 +321,17 @@ class Operations:
         keys = _by_owner(await agent.registry.data_keys())
         book = await agent.registry.book()
         links = _by_owner(book.links)
+        ages = await agent.registry.rotate_after()
         return {
             "services": [
                 {
                     "service": str(owner),
+                    "rotate_after_days": ages.get(owner),
                     "keys": [
                         {
                             "kid": str(key.key_id),
+                            "use": key.use,
+                            "algorithm": key.algorithm,
                             "state": key.state,
                             "version": key.version,
                             "keks": key.wrapped_by,
@@ -378,6 +432,7 @@ class Operations:
             },
             "kek": None if row is None else _kek_json(row),
             "problems": agent.reasons_not_ready() if agent.is_running else [],
+            "rotations": await self._rotation_rows(),
             "services": [
                 {
                     "service": str(owner),
@@ -450,51 +505,6 @@ class Operations:
         }
 
     # Shared by the above.
-
-    def _owner(self, text: str) -> NetworkService:
-        """`service` or `tenant/service`; the tenant must be ours."""
-        owner = NetworkService.parse(text) if "/" in text else NetworkService(self._agent.tenant, text)
-        if owner.tenant != self._agent.tenant:
-            raise RefusedChangeError(
-                f"{owner} is not of this agent's tenant, {self._agent.tenant}", "use that tenant's agent"
-            )
-        return owner
-
-    async def _usable_kek(self) -> Kek:
-        row = await self._agent.registry.current_kek()
-        if row is None or row.kek is None:
-            raise RefusedChangeError("there is no KEK yet", "`key-agent kek create` makes it in the HSM")
-        if row.state is not KekState.ACTIVE or self._agent.consent.standing.is_withdrawn:
-            raise RefusedChangeError(
-                f"the KEK {row.reference.kek_id} is {row.state}", "`key-agent reinstate` comes first"
-            )
-        return row.kek
-
-    async def _pushed(self, proxies: list[str] | None = None) -> list[Json]:
-        """Push now and tell what became of it; nothing to tell if the agent is not running."""
-        agent = self._agent
-        if not agent.is_running:
-            return []
-        names = [name for name in agent.targets.fed() if proxies is None or name in proxies]
-        # What is on its way already carries what was true before: it does not count.
-        rounds = {name: 1 + agent.refresh.schedule.is_in_flight(name) for name in names}
-        before = {name: agent.deliveries.get(name) for name in names}
-        agent.refresh.at_once(names)
-        found = await asyncio.gather(*(self._delivered(name, before[name], rounds[name]) for name in names))
-        return [
-            {"proxy": name, "outcome": "pending", "error": None}
-            if delivery is None
-            else {"proxy": name, "outcome": delivery.outcome, "error": delivery.error}
-            for name, delivery in zip(names, found, strict=True)
-        ]
-
-    async def _delivered(self, proxy: str, last: Delivery | None, rounds: int) -> Delivery | None:
-        for _ in range(rounds):
-            found = await self._agent.wait_for_delivery(proxy, after=last, timeout_s=_DELIVERY_PATIENCE_S)
-            if found is None:
-                return None
-            last = found
-        return last
 
     async def _withdraw(self) -> None:
         self._agent.withdrawals.at_once()

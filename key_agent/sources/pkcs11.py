@@ -10,13 +10,14 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal, override
 
 import msgspec
 import structlog
 
-from envelope.keys import KeyId, NetworkService
+from envelope.keys import KeyId
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources import wire
 from key_agent.sources.pin import PinGate, RefusedPin
@@ -27,6 +28,7 @@ from key_agent.sources.source import (
     Kek,
     KekReference,
     KeySource,
+    NewKey,
     Rewrapped,
     Verdict,
     WrapMethod,
@@ -160,18 +162,19 @@ class Pkcs11Source(KeySource):
         _expect(await self._administer(wire.EnableKek(kek=kek, enabled=enabled)), wire.Done)
 
     @override
-    async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
+    async def generate(self, kek: Kek, wanted: Sequence[NewKey]) -> list[WrappedKey]:
         made: list[WrappedKey] = []
-        while len(made) < len(owners):
-            batch = tuple(owners[len(made) : len(made) + self._batch_size])
+        while len(made) < len(wanted):
+            batch = tuple(wanted[len(made) : len(made) + self._batch_size])
             began_s = self._clock.boot_s()
             reply = await self._ask_about(
                 (kek,),
-                wire.Generate(kek=kek, owners=batch, now_ms=self._now_ms(), budget_s=self._settings.batch_s),
+                wire.Generate(kek=kek, wanted=batch, now_ms=self._now_ms(), budget_s=self._settings.batch_s),
             )
             keys = _expect(reply, wire.Generated).keys
-            if [key.owner for key in keys] != list(batch[: len(keys)]) or not keys:
-                raise KeySourceError("the HSM worker answered for other services than it was asked about")
+            answered = [NewKey(owner=key.owner, use=key.use, algorithm=key.algorithm) for key in keys]
+            if answered != list(batch[: len(keys)]) or not keys:
+                raise KeySourceError("the HSM worker answered for other keys than it was asked about")
             made += keys
             self._adapt(len(keys), self._clock.boot_s() - began_s)
         return made
@@ -349,10 +352,16 @@ def _check_rewrapped(answer: wire.RewrapDone, batch: Sequence[WrappedKey], new: 
     if not answered or len(asked) != count or set(answered) != asked.keys():
         raise KeySourceError("the HSM worker answered for other keys than it was asked about")
     for key in answer.keys:
-        place = (key.owner, key.kcv, key.kek_id, key.environment_id, key.method, key.token_serial)
-        was = asked[key.key_id]
-        wanted = (was.owner, was.kcv, new.reference.kek_id, new.reference.environment_id)
-        if place != (*wanted, new.method, new.token_serial):
+        wanted = replace(
+            asked[key.key_id],
+            kek_id=new.reference.kek_id,
+            environment_id=new.reference.environment_id,
+            method=new.method,
+            token_serial=new.token_serial,
+            wrapped=key.wrapped,
+            created_at_ms=key.created_at_ms,
+        )
+        if key != wanted:
             raise KeySourceError("the HSM worker wrapped a key for another place than it was asked to")
 
 

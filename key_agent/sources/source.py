@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from envelope.keys import KeyId, KeyState, NetworkService
+from envelope.errors import MisuseError
+from envelope.keys import KeyId, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from key_agent.sources.verdict import Diagnosis, Verdict
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Kek",
     "KekReference",
     "KeySource",
+    "NewKey",
     "Recipient",
     "Rewrapped",
     "Verdict",
@@ -67,6 +69,21 @@ class Kek:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewKey:
+    """A key to be made. MisuseError unless a signing key, and only that, names a `SigningAlgorithm`."""
+
+    owner: NetworkService
+    use: KeyUse = KeyUse.DATA
+    algorithm: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.use is KeyUse.SIGN) != (self.algorithm in tuple(SigningAlgorithm)):
+            raise MisuseError(f"a key for {self.use} is not made with algorithm {self.algorithm}")
+        if self.use is KeyUse.DATA and self.algorithm is not None:
+            raise MisuseError("only a signing key names an algorithm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WrappedKey:
     """An EKM: KM encrypted by the KEK, bound to owner, key id, KEK and environment (format.md 6.1)."""
 
@@ -80,6 +97,11 @@ class WrappedKey:
     """16 bytes, not secret: finds exchanged wrapped keys before data is written under them."""
     token_serial: str
     created_at_ms: int
+    use: KeyUse = KeyUse.DATA
+    algorithm: str | None = None
+    """Of a signing key, and only of it: a `SigningAlgorithm`."""
+    version: int = 1
+    """Rises per service and use. The registry assigns it; envelopes carry it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +150,7 @@ class Rewrapped:
     """What became of wrapped keys that were to change their KEK. A failed one is left as it was."""
 
     keys: tuple[WrappedKey, ...]
-    """Under the new KEK: same owner, key id and kcv."""
+    """Under the new KEK: same owner, key id, use, algorithm, version and kcv."""
     failed_keys: Mapping[KeyId, str]
     """Key id -> why it is not among them (damaged, exchanged, kcv)."""
 
@@ -157,10 +179,11 @@ class KeySource(ABC):
         """Disable (no decryption, no unwrapping) or enable the KEK. UnsupportedError: the token refuses."""
 
     @abstractmethod
-    async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
-        """One new wrapped key per owner, in that order, with a new key id each.
+    async def generate(self, kek: Kek, wanted: Sequence[NewKey]) -> list[WrappedKey]:
+        """One new wrapped key for each of *wanted*, in that order, with a new key id each, as version 1.
 
-        KM comes from the HSM's generator, is wrapped, opened again and compared, and dropped.
+        KM comes from the HSM's generator (a signing key as signing_keys.py says), is wrapped, opened again
+        and compared, and dropped.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ import msgspec
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, NetworkService
-from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, WrapMethod, WrappedKey
+from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, NewKey, WrapMethod, WrappedKey
 from key_agent.sources.verdict import Verdict
 
 LENGTH_SIZE: Final = 4
@@ -64,7 +64,7 @@ class EnableKek(Message, tag="enable-kek"):
 
 class Generate(Message, tag="generate"):
     kek: Kek
-    owners: tuple[NetworkService, ...]
+    wanted: tuple[NewKey, ...]
     now_ms: int
     budget_s: float
     """Stop after so long and answer for the first ones (at least one): the KEK watch wants its turn."""

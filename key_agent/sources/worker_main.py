@@ -113,7 +113,7 @@ class _Worker:
                 keks.set_kek_enabled(token, request.kek, enabled=request.enabled)
             case wire.Generate():
                 keys = material.generate(
-                    token, request.kek, request.owners, now_ms=request.now_ms, budget_s=request.budget_s
+                    token, request.kek, request.wanted, now_ms=request.now_ms, budget_s=request.budget_s
                 )
                 return wire.Generated(keys=keys)
             case wire.Rewrap():

@@ -36,7 +36,7 @@ import certs.pki
 from envelope.base64url import b64u_decode, b64u_encode
 from envelope.certificates import fingerprint
 from envelope.errors import EnvelopeError, MisuseError
-from envelope.keys import ANONYMOUS, KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
+from envelope.keys import ANONYMOUS, MAX_KEY_VERSION, KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import (
     MAX_ENVELOPE_BYTES,
     MAX_SEQUENCE,
@@ -85,6 +85,7 @@ def _signing_key() -> KeyMaterial:
         state=KeyState.ACTIVE,
         use=KeyUse.SIGN,
         algorithm="ES256",
+        version=MAX_KEY_VERSION,
         secret=bytearray(der),
     )
 
@@ -163,7 +164,7 @@ def test_round_trip(key_type: str, operation: Operation) -> None:
     assert opened.operation is operation
     for got, sent in zip(opened.keys, claims.keys, strict=True):
         assert (got.owner, got.key_id, got.state, got.use) == (sent.owner, sent.key_id, sent.state, sent.use)
-        assert (got.algorithm, got.secret) == (sent.algorithm, sent.secret)
+        assert (got.algorithm, got.version, got.secret) == (sent.algorithm, sent.version, sent.secret)
 
 
 def test_the_revoke_message_is_a_set_of_nothing() -> None:
@@ -255,6 +256,8 @@ def test_the_sealer_refuses_keys_no_reader_would_take() -> None:
         (replace(good, secret=bytearray(b"short")),),
         (replace(good, key_id=ANONYMOUS),),
         (replace(good, algorithm="ES256"),),
+        (replace(good, version=0),),
+        (replace(good, version=MAX_KEY_VERSION + 1),),
         (replace(signing, algorithm=None),),
         (replace(signing, algorithm="a b"),),
         (replace(signing, secret=bytearray(b"no key")),),
@@ -348,6 +351,7 @@ class _Forge:
                 {
                     "kid": b64u_encode(self.plain.key_id.raw),
                     "use": "data",
+                    "ver": 1,
                     "st": "active",
                     "km": b64u_encode(bytes(self.plain.secret)),
                     "kcv": b64u_encode(key_check(self.plain)),
@@ -904,6 +908,7 @@ def _key_edit(edit: Edit) -> Edit:
     [
         _drop("kid"),
         _drop("use"),
+        _drop("ver"),
         _drop("st"),
         _drop("km"),
         _drop("kcv"),
@@ -912,6 +917,12 @@ def _key_edit(edit: Edit) -> Edit:
         _set("use", "encrypt"),
         _set("use", None),
         _set("use", []),
+        _set("ver", 0),
+        _set("ver", -1),
+        _set("ver", 2**31),
+        _set("ver", "1"),
+        _set("ver", True),
+        _set("ver", None),
         _set("st", "expired"),
         _set("st", {}),
         _set("kid", b64u_encode(bytes(16))),
@@ -961,7 +972,8 @@ def test_a_key_id_twice() -> None:
 
 def test_one_bad_key_spoils_all_of_them() -> None:
     """All or nothing: the good ones before it are wiped, not returned."""
-    spoiled = {"kid": b64u_encode(os.urandom(16)), "use": "data", "st": "active", "km": "", "kcv": ""}
+    spoiled = {"kid": b64u_encode(os.urandom(16)), "use": "data", "ver": 1, "st": "active"}
+    spoiled |= {"km": "", "kcv": ""}
     token = _Forge(claims=lambda claims: claims["keys"].append(spoiled)).write()
     assert _code(token) == "malformed"
 

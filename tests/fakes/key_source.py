@@ -7,7 +7,7 @@ scripted answers: what `diagnose` and `seal_envelopes` say follows from the stat
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import override
 
@@ -16,11 +16,12 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from envelope.derive import ekm_binding, key_check_value
-from envelope.errors import SealgateError
-from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
-from envelope.material import Claims, Operation, seal_envelope
+from envelope.derive import ekm_binding
+from envelope.errors import MisuseError, SealgateError
+from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
+from envelope.material import Claims, Operation, key_check, seal_envelope
 from key_agent.errors import KeySourceError, error_of
+from key_agent.sources.signing_keys import SEED_SIZE, is_key_for, make_signing_key
 from key_agent.sources.source import (
     Diagnosis,
     EnvelopeRequest,
@@ -28,6 +29,7 @@ from key_agent.sources.source import (
     Kek,
     KekReference,
     KeySource,
+    NewKey,
     Recipient,
     Rewrapped,
     Verdict,
@@ -140,10 +142,10 @@ class FakeKeySource(KeySource):
         self.disable(kek, enabled=enabled)
 
     @override
-    async def generate(self, kek: Kek, owners: Sequence[NetworkService]) -> list[WrappedKey]:
+    async def generate(self, kek: Kek, wanted: Sequence[NewKey]) -> list[WrappedKey]:
         await self._enter("generate")
         key = self._usable(kek)
-        return [self._wrap(kek, key, owner, KeyId.random(), os.urandom(32)) for owner in owners]
+        return [self._make(kek, key, new) for new in wanted]
 
     @override
     async def rewrap(self, old: Kek, new: Kek, keys: Sequence[WrappedKey]) -> Rewrapped:
@@ -156,7 +158,7 @@ class FakeKeySource(KeySource):
             if material is None:
                 failed[row.key_id] = "does not open"
             else:
-                made.append(self._wrap(new, sealing, row.owner, row.key_id, material))
+                made.append(self._wrap(new, sealing, row, material))
         return Rewrapped(keys=tuple(made), failed_keys=failed)
 
     @override
@@ -210,18 +212,34 @@ class FakeKeySource(KeySource):
             raise error_of(found)
         return self.keks[_name(kek.reference)].key
 
-    def _wrap(
-        self, kek: Kek, key: AESGCM, owner: NetworkService, key_id: KeyId, material: bytes
-    ) -> WrappedKey:
+    def _make(self, kek: Kek, key: AESGCM, new: NewKey) -> WrappedKey:
+        material = os.urandom(32)
+        if new.use is KeyUse.SIGN:
+            material = make_signing_key(SigningAlgorithm(new.algorithm or ""), os.urandom(SEED_SIZE))
+        row = WrappedKey(
+            owner=new.owner,
+            key_id=KeyId.random(),
+            kek_id="",
+            environment_id="",
+            method=kek.method,
+            wrapped=b"",
+            kcv=b"",
+            token_serial=SERIAL,
+            created_at_ms=0,
+            use=new.use,
+            algorithm=new.algorithm,
+        )
+        row = replace(row, kcv=key_check(_material(row, KeyState.ACTIVE, material)))
+        return self._wrap(kek, key, row, material)
+
+    def _wrap(self, kek: Kek, key: AESGCM, row: WrappedKey, material: bytes) -> WrappedKey:
         iv = os.urandom(12)
-        return WrappedKey(
-            owner=owner,
-            key_id=key_id,
+        return replace(
+            row,
             kek_id=kek.reference.kek_id,
             environment_id=kek.reference.environment_id,
             method=kek.method,
-            wrapped=iv + key.encrypt(iv, material, _binding(owner, key_id, kek)),
-            kcv=key_check_value(material, owner, key_id),
+            wrapped=iv + key.encrypt(iv, material, _binding(row.owner, row.key_id, kek)),
             token_serial=SERIAL,
             created_at_ms=int(self.clock.wall_s() * 1000),
         )
@@ -231,26 +249,24 @@ class FakeKeySource(KeySource):
             return None
         try:
             material = key.decrypt(row.wrapped[:12], row.wrapped[12:], _binding(owner, row.key_id, kek))
-        except InvalidTag:
+            if row.use is KeyUse.SIGN and not is_key_for(row.algorithm, material):
+                return None
+            return material if key_check(_material(row, KeyState.ACTIVE, material)) == row.kcv else None
+        except (InvalidTag, MisuseError):
             return None
-        return material if key_check_value(material, owner, row.key_id) == row.kcv else None
 
     def _seal(self, kek: Kek, key: AESGCM, request: EnvelopeRequest) -> EnvelopeResult:
         opened: list[KeyMaterial] = []
         failed_keys: dict[KeyId, str] = {}
         for row, state in request.keys:
             if state is KeyState.DESTROYED:
-                opened.append(
-                    KeyMaterial(owner=row.owner, key_id=row.key_id, state=state, secret=bytearray())
-                )
+                opened.append(_material(row, state, b""))
                 continue
             material = self._unwrap(kek, key, request.owner, row)
             if material is None:
                 failed_keys[row.key_id] = "does not open"
                 continue
-            opened.append(
-                KeyMaterial(owner=row.owner, key_id=row.key_id, state=state, secret=bytearray(material))
-            )
+            opened.append(_material(row, state, material))
         tokens: Mapping[str, str] = {}
         failed_recipients: dict[str, str] = {}
         if opened:
@@ -296,6 +312,18 @@ class FakeKeySource(KeySource):
 
 def _name(reference: KekReference) -> tuple[str, bytes]:
     return reference.label, reference.object_id
+
+
+def _material(row: WrappedKey, state: KeyState, secret: bytes) -> KeyMaterial:
+    return KeyMaterial(
+        owner=row.owner,
+        key_id=row.key_id,
+        state=state,
+        use=row.use,
+        algorithm=row.algorithm,
+        version=row.version,
+        secret=bytearray(secret),
+    )
 
 
 def _binding(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:

@@ -11,7 +11,7 @@ import hmac
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,15 +20,24 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pkcs11 import PKCS11Error
 
-from envelope.derive import ekm_binding, key_check_value
-from envelope.errors import SealgateError
-from envelope.keys import KEY_MATERIAL_SIZE, KeyId, KeyMaterial, KeyState, NetworkService
-from envelope.material import Claims, Operation, seal_envelope
-from key_agent.errors import KeySourceError, error_of
+from envelope.derive import ekm_binding
+from envelope.errors import MisuseError, SealgateError
+from envelope.keys import (
+    KEY_MATERIAL_SIZE,
+    KeyId,
+    KeyMaterial,
+    KeyState,
+    KeyUse,
+    NetworkService,
+    SigningAlgorithm,
+)
+from envelope.material import Claims, Operation, key_check, seal_envelope
+from key_agent.errors import KeySourceError, UnsupportedError, error_of
 from key_agent.sources.hsm.diagnosis import diagnose, usable_kek
 from key_agent.sources.hsm.session import Token
-from key_agent.sources.hsm.wrapping import WrongBindingError, wipe, wrapping_of
-from key_agent.sources.source import EnvelopeRequest, Kek, Recipient, WrappedKey
+from key_agent.sources.hsm.wrapping import Wrapping, WrongBindingError, wipe, wrapping_of
+from key_agent.sources.signing_keys import SEED_SIZE, der_size, is_key_for, make_signing_key
+from key_agent.sources.source import EnvelopeRequest, Kek, NewKey, Recipient, WrappedKey
 from key_agent.sources.verdict import Verdict
 from key_agent.sources.wire import SealedEnvelopes
 
@@ -64,65 +73,89 @@ class Signer:
 
 
 def generate(
-    token: Token, kek: Kek, owners: Sequence[NetworkService], *, now_ms: int, budget_s: float
+    token: Token, kek: Kek, wanted: Sequence[NewKey], *, now_ms: int, budget_s: float
 ) -> tuple[WrappedKey, ...]:
-    """One new wrapped key for each of the first *owners*, as many as fit the budget, at least one."""
+    """The first keys of *wanted*, as many as fit the budget, at least one."""
     key = usable_kek(token, kek, now_s=now_ms / 1000)
     deadline = time.monotonic() + budget_s
     made: list[WrappedKey] = []
-    for owner in owners:
-        made.append(_generate_one(token, kek, key, owner, now_ms))
+    for new in wanted:
+        made.append(_generate_one(token, kek, key, new, now_ms))
         if time.monotonic() >= deadline:
             break
     return tuple(made)
 
 
-def _generate_one(token: Token, kek: Kek, key: Any, owner: NetworkService, now_ms: int) -> WrappedKey:
-    key_id = KeyId.random()
-    material: bytes = token.session(serial=kek.token_serial).generate_random(8 * KEY_MATERIAL_SIZE)
+def _generate_one(token: Token, kek: Kek, key: Any, new: NewKey, now_ms: int) -> WrappedKey:
+    material = _new_material(token.session(serial=kek.token_serial), new)
+    row = WrappedKey(
+        owner=new.owner,
+        key_id=KeyId.random(),
+        kek_id=kek.reference.kek_id,
+        environment_id=kek.reference.environment_id,
+        method=kek.method,
+        wrapped=b"",
+        kcv=b"",
+        token_serial=kek.token_serial,
+        created_at_ms=now_ms,
+        use=new.use,
+        algorithm=new.algorithm,
+    )
     try:
         # A dead generator's zeros are refused here (envelope/derive.py, rule 3).
-        kcv = key_check_value(material, owner, key_id)
-        return _wrap(token, kek, key, material, owner=owner, key_id=key_id, kcv=kcv, now_ms=now_ms)
+        row = replace(row, kcv=_check_value(material, row))
+        return _wrap(token, kek, key, material, row, now_ms=now_ms)
+    except PKCS11Error as error:
+        if len(material) == KEY_MATERIAL_SIZE:
+            raise
+        # The KEK has just opened its canary. Some tokens wrap no long keys (NSS: 256 bytes).
+        raise UnsupportedError(
+            f"the token does not wrap {len(material)} bytes by {kek.method} ({type(error).__name__}): "
+            "choose an algorithm with shorter keys, such as ES256, or a KEK of another method"
+        ) from None
     finally:
         wipe(material)
 
 
-def _wrap(
-    token: Token,
-    kek: Kek,
-    key: Any,
-    material: bytes,
-    *,
-    owner: NetworkService,
-    key_id: KeyId,
-    kcv: bytes,
-    now_ms: int,
-) -> WrappedKey:
-    """*material* under *kek*: sealed, opened again, compared. The caller wipes *material*."""
+def _new_material(session: Any, new: NewKey) -> bytes:
+    if new.use is KeyUse.DATA:
+        material: bytes = session.generate_random(8 * KEY_MATERIAL_SIZE)  # counts bits
+        return material
+    seed: bytes = session.generate_random(8 * SEED_SIZE)
+    try:
+        return make_signing_key(SigningAlgorithm(new.algorithm or ""), seed)
+    except ValueError as error:
+        raise KeySourceError(str(error)) from None
+    finally:
+        wipe(seed)
+
+
+def _wrap(token: Token, kek: Kek, key: Any, material: bytes, row: WrappedKey, *, now_ms: int) -> WrappedKey:
+    """*row* with *material* under *kek*: sealed, opened again, compared. The caller wipes *material*."""
     session = token.session(serial=kek.token_serial)
     wrapping = wrapping_of(kek.method)
-    binding = _binding(owner, key_id, kek)
+    binding = _binding(row.owner, row.key_id, kek)
     wrapped = wrapping.seal(session, key, material, binding)
-    if len(wrapped) != wrapping.sealed_size:
-        raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {wrapping.sealed_size}")
-    opened = wrapping.open(session, key, wrapped, binding)
+    size = wrapping.sealed_size(len(material))
+    if len(wrapped) != size:
+        raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {size}")
     try:
-        same = hmac.compare_digest(opened, material) and hmac.compare_digest(
-            key_check_value(opened, owner, key_id), kcv
-        )
-    finally:
-        wipe(opened)
+        opened = _without_padding(wrapping.open(session, key, wrapped, binding), wrapping, row.use)
+    except WrappedKeyError:
+        same = False
+    else:
+        try:
+            same = hmac.compare_digest(opened, material) and _is_sound(opened, row)
+        finally:
+            wipe(opened)
     if not same:
         raise KeySourceError("a key did not come back from its wrapping as it went in")
-    return WrappedKey(
-        owner=owner,
-        key_id=key_id,
+    return replace(
+        row,
         kek_id=kek.reference.kek_id,
         environment_id=kek.reference.environment_id,
         method=kek.method,
         wrapped=wrapped,
-        kcv=kcv,
         token_serial=kek.token_serial,
         created_at_ms=now_ms,
     )
@@ -149,10 +182,7 @@ def rewrap(
             if time.monotonic() >= deadline:
                 break
         key = usable_kek(token, new, now_s=now_s)
-        made = tuple(
-            _wrap(token, new, key, material, owner=row.owner, key_id=row.key_id, kcv=row.kcv, now_ms=now_ms)
-            for row, material in opened
-        )
+        made = tuple(_wrap(token, new, key, material, row, now_ms=now_ms) for row, material in opened)
     finally:
         for _, material in opened:
             wipe(material)
@@ -240,10 +270,10 @@ class _Opener:
     def open(self, owner: NetworkService, row: WrappedKey, state: KeyState) -> KeyMaterial:
         """The key in the clear. Raises as `reveal` does."""
         if state is KeyState.DESTROYED:
-            return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray())
+            return _key_material(row, state, b"")
         material = self.reveal(owner, row)
         try:
-            return KeyMaterial(owner=owner, key_id=row.key_id, state=state, secret=bytearray(material))
+            return _key_material(row, state, material)
         finally:
             wipe(material)
 
@@ -252,12 +282,10 @@ class _Opener:
         self._check_place(owner, row)
         # Bound to *our* owner, key id, KEK and environment, not to what the row claims.
         binding = _binding(owner, row.key_id, self._kek)
-        material = self._unwrap(row.wrapped, binding)
-        try:
-            _check_material(material, owner, row)
-        except BaseException:
+        material = _without_padding(self._unwrap(row.wrapped, binding), self._wrapping, row.use)
+        if not _is_sound(material, row):
             wipe(material)
-            raise
+            raise WrappedKeyError("the key check value differs")
         return material
 
     def _check_place(self, owner: NetworkService, row: WrappedKey) -> None:
@@ -267,8 +295,10 @@ class _Opener:
             raise WrappedKeyError(f"is wrapped by KEK {row.kek_id}")
         if row.method is not self._kek.method:
             raise WrappedKeyError(f"is wrapped by method {row.method}, the KEK's is {self._kek.method}")
-        if len(row.wrapped) != self._wrapping.sealed_size:
-            raise WrappedKeyError(f"has {len(row.wrapped)} bytes, not {self._wrapping.sealed_size}")
+        if row.use is KeyUse.DATA:
+            size = self._wrapping.sealed_size(KEY_MATERIAL_SIZE)
+            if len(row.wrapped) != size:
+                raise WrappedKeyError(f"has {len(row.wrapped)} bytes, not {size}")
 
     def _unwrap(self, wrapped: bytes, binding: bytes) -> bytes:
         try:
@@ -297,11 +327,56 @@ class _Opener:
         self._key = usable_kek(self._token, self._kek, now_s=self._now_s)
 
 
-def _check_material(material: bytes, owner: NetworkService, row: WrappedKey) -> None:
-    if len(material) != KEY_MATERIAL_SIZE:
-        raise WrappedKeyError(f"opened to {len(material)} bytes")
-    if not hmac.compare_digest(key_check_value(material, owner, row.key_id), row.kcv):
-        raise WrappedKeyError("the key check value differs")
+def _without_padding(opened: bytes, wrapping: Wrapping, use: KeyUse) -> bytes:
+    """The material that was sealed. WrappedKeyError, and *opened* wiped, if it cannot have been.
+
+    A data key has its size. A signing key ends where its DER ends; only padding follows, and only zeros.
+    """
+    if use is KeyUse.DATA:
+        if len(opened) == KEY_MATERIAL_SIZE:
+            return opened
+    else:
+        size = der_size(opened)
+        if size and len(opened) == size:
+            return opened
+        rest = opened[size:]
+        if size and len(rest) < wrapping.padded_to and rest == bytes(len(rest)):
+            material = opened[:size]
+            wipe(opened)
+            return material
+    count = len(opened)
+    wipe(opened)
+    raise WrappedKeyError(f"opened to {count} bytes that are no key")
+
+
+def _key_material(row: WrappedKey, state: KeyState, secret: bytes) -> KeyMaterial:
+    return KeyMaterial(
+        owner=row.owner,
+        key_id=row.key_id,
+        state=state,
+        use=row.use,
+        algorithm=row.algorithm,
+        version=row.version,
+        secret=bytearray(secret),
+    )
+
+
+def _check_value(material: bytes, row: WrappedKey) -> bytes:
+    key = _key_material(row, KeyState.ACTIVE, material)
+    try:
+        return key_check(key)
+    finally:
+        key.wipe()
+
+
+def _is_sound(material: bytes, row: WrappedKey) -> bool:
+    """The kcv fits, and a signing key is of its algorithm's kind."""
+    if row.use is KeyUse.SIGN and not is_key_for(row.algorithm, material):
+        return False
+    try:
+        return hmac.compare_digest(_check_value(material, row), row.kcv)
+    except MisuseError:
+        return False
 
 
 def _binding(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:

@@ -1,4 +1,4 @@
-"""How a KEK wraps 32 bytes: the methods, and the proof that a token does one correctly (hsm.md 4).
+"""How a KEK wraps key material: the methods, and the proof that a token does one correctly (hsm.md 4).
 
 1. Listing mechanisms proves nothing: a method is used only after this very KEK has shown the round trip and
    has refused a wrong binding, every kind of tampering and a cut.
@@ -57,7 +57,12 @@ class Wrapping(ABC):
     """What a KEK of this method may do, and nothing else: no key both unwraps and decrypts."""
     opening: Attribute
     """The attribute that an operator clears to disable the KEK."""
-    sealed_size: int
+    padded_to: int = 1
+    """`open` returns the material with zeros up to a multiple of this many bytes."""
+
+    @abstractmethod
+    def sealed_size(self, size: int) -> int:
+        """Bytes that *size* bytes of material are wrapped to."""
 
     @abstractmethod
     def seal(self, session: Any, kek: Any, material: bytes, binding: bytes) -> bytes: ...
@@ -71,7 +76,10 @@ class GcmWrapping(Wrapping):
     method = WrapMethod.GCM
     capabilities = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
     opening = Attribute.DECRYPT
-    sealed_size = IV_SIZE + KEY_MATERIAL_SIZE + TAG_SIZE
+
+    @override
+    def sealed_size(self, size: int) -> int:
+        return IV_SIZE + size + TAG_SIZE
 
     @override
     def seal(self, session: Any, kek: Any, material: bytes, binding: bytes) -> bytes:
@@ -99,7 +107,7 @@ class KeyWrapping(Wrapping):
     method = WrapMethod.KW
     capabilities = MechanismFlag.WRAP | MechanismFlag.UNWRAP
     opening = Attribute.UNWRAP
-    sealed_size = CHECKSUM_SIZE + BINDING_HASH_SIZE + KEY_MATERIAL_SIZE
+    padded_to = CHECKSUM_SIZE  # AES_KEY_WRAP pads without a word, and differently on each token (hsm.md 1.12)
     _passing: Final[Mapping[Attribute, Any]] = {
         # A session object in the clear for the length of one call: what is wrapped must be extractable.
         Attribute.SENSITIVE: False,
@@ -108,8 +116,12 @@ class KeyWrapping(Wrapping):
     }
 
     @override
+    def sealed_size(self, size: int) -> int:
+        return CHECKSUM_SIZE + BINDING_HASH_SIZE + size + -size % self.padded_to
+
+    @override
     def seal(self, session: Any, kek: Any, material: bytes, binding: bytes) -> bytes:
-        content = sha256(binding).digest() + material
+        content = sha256(binding).digest() + material + bytes(-len(material) % self.padded_to)
         passing = session.create_object(
             {
                 Attribute.CLASS: ObjectClass.SECRET_KEY,
@@ -201,8 +213,8 @@ def prove(token: Token, label: str, object_id: bytes, wrapping: Wrapping) -> Non
     binding, other_binding = b"sealgate proof", b"sealgate prooF"
     sealed = wrapping.seal(session, kek, material, binding)
     again = wrapping.seal(session, kek, material, binding)
-    if len(sealed) != wrapping.sealed_size:
-        raise UnsupportedError(f"{len(sealed)} bytes sealed, not {wrapping.sealed_size}")
+    if len(sealed) != wrapping.sealed_size(len(material)):
+        raise UnsupportedError(f"{len(sealed)} bytes sealed, not {wrapping.sealed_size(len(material))}")
     if wrapping.method is WrapMethod.GCM and sealed == again:
         raise UnsupportedError("two seals are equal: the IV repeats")
     if material in sealed:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.keys import KeyState, NetworkService
 from key_agent.sources.pkcs11 import Pkcs11Source
-from key_agent.sources.source import EnvelopeRequest, KekReference, Recipient, WrappedKey
+from key_agent.sources.source import EnvelopeRequest, KekReference, NewKey, Recipient, WrappedKey
 from tests.nss import MISSING, Nss
 from tests.pki import ServiceCredential, Tenant, write_credential
 from tests.softhsm import SoftHsm
@@ -123,6 +123,11 @@ def source(make_source: MakeSource) -> Pkcs11Source:
 
 def owners(count: int) -> list[NetworkService]:
     return [NetworkService("acme", f"service-{number}") for number in range(count)]
+
+
+def new_keys(count: int) -> list[NewKey]:
+    """One data key for each of `owners(count)`."""
+    return [NewKey(owner=owner) for owner in owners(count)]
 
 
 def request_for(

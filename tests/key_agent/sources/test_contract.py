@@ -7,10 +7,11 @@ import pytest
 from cryptography import x509
 
 from envelope.certificates import fingerprint
-from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
+from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Expectation, Signer, open_envelope
-from key_agent.errors import KekRevokedError, KeySourceError
-from key_agent.sources.source import Kek, KeySource, Verdict, WrappedKey
+from key_agent.errors import KekRevokedError, KeySourceError, UnsupportedError
+from key_agent.sources.signing_keys import is_key_for
+from key_agent.sources.source import Kek, KeySource, NewKey, Verdict, WrappedKey
 from tests.fakes.key_source import FakeKeySource
 from tests.key_agent.sources.conftest import (
     AGENT,
@@ -18,12 +19,15 @@ from tests.key_agent.sources.conftest import (
     NONCE,
     REFERENCE,
     MakeSource,
+    new_keys,
     owners,
     request_for,
 )
 from tests.nss import WRAP_AND_UNWRAP, Nss
 from tests.pki import Tenant
 from tests.softhsm import SoftHsm
+
+SHORT_KEYS = (SigningAlgorithm.ES256, SigningAlgorithm.EDDSA)
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Subject:
     destroy: Callable[[Kek], object]
     disable: Callable[[Kek], object]
     replace: Callable[[Kek], object]
+    algorithms: tuple[SigningAlgorithm, ...] = (*SHORT_KEYS, SigningAlgorithm.PS256, SigningAlgorithm.RS256)
+    """Whose keys it can wrap."""
 
 
 @pytest.fixture(params=["fake", "softhsm", "nss"])
@@ -55,6 +61,7 @@ def subject(request: pytest.FixtureRequest, make_source: MakeSource, hsm: SoftHs
                 nss.run("destroy", kek.reference),
                 nss.run("make", kek.reference, capabilities=WRAP_AND_UNWRAP),
             ),
+            algorithms=SHORT_KEYS,  # it unwraps at most 256 bytes
         )
     signing = acme.agent_signing(AGENT)
     fake = FakeKeySource(agent_id=AGENT, signing_key=signing.key, signing_certificate=signing.certificate)
@@ -100,16 +107,62 @@ async def _arrived(
 
 async def test_keys_arrive(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
     kek = await subject.source.create_kek(REFERENCE)
-    first, second = await subject.source.generate(kek, owners(2))
+    first, second = await subject.source.generate(kek, new_keys(2))
     await _arrived(subject, kek, first, acme, hsm)
     assert first.kek_id == second.kek_id == REFERENCE.kek_id
     assert first.token_serial == kek.token_serial
 
 
+async def test_the_version_that_the_registry_gave_arrives(
+    subject: Subject, acme: Tenant, hsm: SoftHsm
+) -> None:
+    kek = await subject.source.create_kek(REFERENCE)
+    [key] = await subject.source.generate(kek, new_keys(1))
+    assert key.version == 1
+    arrived = await _arrived(subject, kek, replace(key, version=17), acme, hsm)
+    assert arrived.version == 17
+    tombstone = await _arrived(subject, kek, replace(key, version=18), acme, hsm, state=KeyState.DESTROYED)
+    assert (tombstone.version, bytes(tombstone.secret)) == (18, b"")
+
+
+async def test_signing_keys_arrive_move_and_are_told_from_others(
+    subject: Subject, acme: Tenant, hsm: SoftHsm
+) -> None:
+    old = await subject.source.create_kek(REFERENCE)
+    new = await subject.source.create_kek(ANOTHER_REFERENCE)
+    [owner] = owners(1)
+    wanted = [NewKey(owner=owner, use=KeyUse.SIGN, algorithm=name) for name in subject.algorithms]
+    keys = await subject.source.generate(old, [*wanted, NewKey(owner=owner)])
+    moved = await subject.source.rewrap(old, new, [replace(key, version=3) for key in keys])
+    assert not moved.failed_keys
+    for was, now, kek in [
+        *((key, key, old) for key in keys),
+        *zip(keys, moved.keys, [new] * len(keys), strict=True),
+    ]:
+        assert (now.use, now.algorithm, now.kcv) == (was.use, was.algorithm, was.kcv)
+        assert now.version == (1 if kek is old else 3)
+        arrived = await _arrived(subject, kek, now, acme, hsm)
+        assert (arrived.use, arrived.algorithm, arrived.version) == (now.use, now.algorithm, now.version)
+        if now.use is KeyUse.SIGN:
+            assert is_key_for(now.algorithm, bytes(arrived.secret))
+    # A row that lies about what its key is for.
+    es256, eddsa, data = keys[0], keys[1], keys[-1]
+    lies = [
+        replace(es256, algorithm="EdDSA"),
+        replace(eddsa, use=KeyUse.DATA, algorithm=None),
+        replace(data, use=KeyUse.SIGN, algorithm="ES256"),
+    ]
+    [result] = await subject.source.seal_envelopes(old, [request_for(lies, acme.service(owner.service))])
+    assert set(result.failed_keys) == {key.key_id for key in lies}
+    for name in set(SigningAlgorithm) - set(subject.algorithms):
+        with pytest.raises(UnsupportedError, match="choose an algorithm with shorter keys"):
+            await subject.source.generate(old, [NewKey(owner=owner, use=KeyUse.SIGN, algorithm=name)])
+
+
 async def test_keys_move_to_another_kek(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
     old = await subject.source.create_kek(REFERENCE)
     new = await subject.source.create_kek(ANOTHER_REFERENCE)
-    keys = await subject.source.generate(old, owners(3))
+    keys = await subject.source.generate(old, new_keys(3))
     before = await _arrived(subject, old, keys[0], acme, hsm)
     moved = await subject.source.rewrap(old, new, keys)
     assert not moved.failed_keys
@@ -130,7 +183,7 @@ async def test_keys_move_to_another_kek(subject: Subject, acme: Tenant, hsm: Sof
 async def test_a_key_that_does_not_move_is_left_alone(subject: Subject) -> None:
     old = await subject.source.create_kek(REFERENCE)
     new = await subject.source.create_kek(ANOTHER_REFERENCE)
-    good, exchanged, cut, wrong_kcv, elsewhere, other = await subject.source.generate(old, owners(1) * 6)
+    good, exchanged, cut, wrong_kcv, elsewhere, other = await subject.source.generate(old, new_keys(1) * 6)
     bad = [
         replace(exchanged, wrapped=good.wrapped),
         replace(cut, wrapped=cut.wrapped[:-8]),
@@ -158,7 +211,7 @@ async def test_nothing_moves_from_or_to_a_revoked_kek(
 ) -> None:
     old = await subject.source.create_kek(REFERENCE)
     new = await subject.source.create_kek(ANOTHER_REFERENCE)
-    keys = await subject.source.generate(old, owners(1))
+    keys = await subject.source.generate(old, new_keys(1))
     getattr(subject, hand)(old if which == "old" else new)
     with pytest.raises(KekRevokedError) as caught:
         await subject.source.rewrap(old, new, keys)
@@ -175,13 +228,13 @@ async def test_nothing_moves_from_or_to_a_revoked_kek(
 )
 async def test_revocations(subject: Subject, hand: str, verdict: Verdict) -> None:
     kek = await subject.source.create_kek(REFERENCE)
-    [key] = await subject.source.generate(kek, owners(1))
+    [key] = await subject.source.generate(kek, new_keys(1))
     assert (await subject.source.diagnose(kek)).verdict is Verdict.OK
     getattr(subject, hand)(kek)
     assert (await subject.source.diagnose(kek)).verdict is verdict
     for attempt in (
         subject.source.seal_envelopes(kek, [request_for(key)]),
-        subject.source.generate(kek, owners(1)),
+        subject.source.generate(kek, new_keys(1)),
     ):
         with pytest.raises(KekRevokedError) as caught:
             await attempt
@@ -214,7 +267,7 @@ async def test_failures_of_one_key_or_recipient_are_values(
     subject: Subject, acme: Tenant, globex: Tenant
 ) -> None:
     kek = await subject.source.create_kek(REFERENCE)
-    good, bad = await subject.source.generate(kek, owners(1) * 2)
+    good, bad = await subject.source.generate(kek, new_keys(1) * 2)
     bad = replace(bad, wrapped=good.wrapped)
     request = request_for([good, bad], acme.service("service-0"), globex.service("service-0"))
     only_bad = request_for(bad, acme.service("service-0"))

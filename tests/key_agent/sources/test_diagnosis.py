@@ -9,7 +9,7 @@ import pytest
 from key_agent.errors import KekRevokedError, KeySourceError, LoginRefusedError
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import Kek, Verdict, WrappedKey
-from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource, owners, request_for
+from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource, new_keys, request_for
 from tests.softhsm import SoftHsm
 
 pytestmark = pytest.mark.parametrize("method", ["gcm", "kw"])
@@ -27,7 +27,7 @@ async def kek(source: Pkcs11Source) -> Kek:
 
 @pytest.fixture
 async def key(source: Pkcs11Source, kek: Kek) -> WrappedKey:
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     return key
 
 
@@ -84,7 +84,7 @@ async def test_a_revocation_is_proven_and_stops_everything(  # noqa: PLR0917 - f
         await source.seal_envelopes(kek, [request_for(key)])
     assert caught.value.verdict is verdict
     with pytest.raises(KekRevokedError):
-        await source.generate(kek, owners(1))
+        await source.generate(kek, new_keys(1))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ async def test_the_keks_dates_are_kept_although_no_token_enforces_them(  # noqa:
     fake.fail(C_GetAttributeValue=dates)
     assert (await source.diagnose(kek)).verdict is verdict
     if verdict is Verdict.OK:
-        assert len(await source.generate(kek, owners(1))) == 1
+        assert len(await source.generate(kek, new_keys(1))) == 1
     else:
         with pytest.raises(KekRevokedError):
             await source.seal_envelopes(kek, [request_for(key)])
         with pytest.raises(KekRevokedError):
-            await source.generate(kek, owners(1))
+            await source.generate(kek, new_keys(1))
 
 
 async def test_dates_that_the_token_cannot_read_are_no_outage(

@@ -13,7 +13,7 @@ import pytest
 from key_agent.errors import KekRevokedError, LoginRefusedError
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import Verdict, WrapMethod
-from tests.key_agent.sources.conftest import REFERENCE, owners, request_for
+from tests.key_agent.sources.conftest import REFERENCE, new_keys, request_for
 from tests.nss import PIN, WRAP_AND_UNWRAP, Nss
 from tests.pki import Tenant, write_credential
 
@@ -37,7 +37,7 @@ async def test_what_it_can_is_found_out_by_doing(source: Pkcs11Source) -> None:
 
 async def test_keys_travel_and_bad_ones_are_left_out(source: Pkcs11Source, acme: Tenant) -> None:
     kek = await source.create_kek(REFERENCE)
-    good, flipped, moved = await source.generate(kek, owners(1) * 3)
+    good, flipped, moved = await source.generate(kek, new_keys(1) * 3)
     flipped = replace(flipped, wrapped=bytes([flipped.wrapped[0] ^ 1]) + flipped.wrapped[1:])
     moved = replace(moved, wrapped=good.wrapped)
     # The bad ones first: a session that NSS left with a dead operation must not spoil the good one.
@@ -62,7 +62,7 @@ async def test_revocations(
     source: Pkcs11Source, nss: Nss, hand: list[tuple[str, dict[str, Any]]], verdict: Verdict
 ) -> None:
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     assert (await source.diagnose(kek)).verdict is Verdict.OK
     for action, arguments in hand:
         nss.run(action, REFERENCE, **arguments)

@@ -13,12 +13,13 @@ from envelope.keys import KeyId, KeyState, NetworkService
 from envelope.material import Expectation, Operation, Signer, open_envelope
 from key_agent.errors import KekRevokedError, KeySourceError, UnsupportedError
 from key_agent.sources.pkcs11 import Pkcs11Settings, Pkcs11Source
-from key_agent.sources.source import Kek, KekReference, Verdict, WrapMethod, WrappedKey
+from key_agent.sources.source import Kek, KekReference, NewKey, Verdict, WrapMethod, WrappedKey
 from tests.key_agent.sources.conftest import (
     AGENT,
     NONCE,
     REFERENCE,
     MakeSource,
+    new_keys,
     owners,
     request_for,
 )
@@ -73,7 +74,7 @@ async def test_gcm_is_preferred(source: Pkcs11Source) -> None:
 
 async def test_an_existing_key_is_never_destroyed_by_accident(source: Pkcs11Source, hsm: SoftHsm) -> None:
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     with pytest.raises(KeySourceError, match="exists"):
         await source.create_kek(REFERENCE)
     assert hsm.run("count", REFERENCE) == 1
@@ -98,7 +99,7 @@ async def test_keys_come_back_for_their_recipients_and_no_two_are_equal(
     source = make_source(method=method)
     kek = await source.create_kek(REFERENCE)
     first, second = owners(2)
-    [a, b, c] = await source.generate(kek, [first, second, first])
+    [a, b, c] = await source.generate(kek, [NewKey(owner=owner) for owner in (first, second, first)])
     assert [a.owner, b.owner, c.owner] == [first, second, first]
     assert len({a.key_id, b.key_id, c.key_id}) == len({a.wrapped, b.wrapped, c.wrapped}) == 3
     ec, rsa = acme.service(first.service), acme.service(first.service, key_type="rsa-2048")
@@ -118,7 +119,7 @@ async def test_the_wrapping_is_the_formats_and_not_ours_alone(
 ) -> None:
     """Another process opens the EKM with nothing but the token and format.md 6.1."""
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     binding = ekm_binding(
         key.owner, key.key_id, kek_id=REFERENCE.kek_id, environment_id=REFERENCE.environment_id
     )
@@ -134,7 +135,7 @@ async def test_states_travel_and_a_tombstone_needs_no_key(
     source: Pkcs11Source, hsm: SoftHsm, acme: Tenant
 ) -> None:
     kek = await source.create_kek(REFERENCE)
-    [old, new] = await source.generate(kek, owners(1) * 2)
+    [old, new] = await source.generate(kek, new_keys(1) * 2)
     service = acme.service(old.owner.service)
     request = request_for(old, service, state=KeyState.DESTROYED)
     request = replace(request, keys=((old, KeyState.DESTROYED), (new, KeyState.PRE_ACTIVE)))
@@ -155,8 +156,8 @@ async def test_one_bad_wrapped_key_spoils_nothing_else(
 ) -> None:
     source = make_source(method=method)
     kek = await source.create_kek(REFERENCE)
-    [good, flipped, cut, exchanged, wrong_kcv] = await source.generate(kek, owners(1) * 5)
-    [foreign] = await source.generate(kek, [NetworkService("acme", "another")])
+    [good, flipped, cut, exchanged, wrong_kcv] = await source.generate(kek, new_keys(1) * 5)
+    [foreign] = await source.generate(kek, [NewKey(owner=NetworkService("acme", "another"))])
     flipped = spoilt(flipped, wrapped=bytes([flipped.wrapped[0] ^ 1]) + flipped.wrapped[1:])
     cut = spoilt(cut, wrapped=cut.wrapped[:-1])
     exchanged = spoilt(exchanged, wrapped=good.wrapped)
@@ -183,7 +184,7 @@ async def test_no_key_opened_means_no_envelope_for_an_empty_set_would_revoke(
     source: Pkcs11Source, acme: Tenant
 ) -> None:
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     [result] = await source.seal_envelopes(
         kek, [request_for(spoilt(key, wrapped=bytes(60)), acme.service(key.owner.service))]
     )
@@ -195,7 +196,7 @@ async def test_one_bad_recipient_spoils_nothing_else(
     source: Pkcs11Source, hsm: SoftHsm, acme: Tenant, globex: Tenant
 ) -> None:
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     good = acme.service(key.owner.service)
     foreign = globex.service(key.owner.service)
     request = request_for(key, good, foreign, good)
@@ -213,7 +214,7 @@ async def test_a_key_under_another_kek_or_environment_does_not_open(
     kek = await source.create_kek(REFERENCE)
     other_reference = KekReference(kek_id="kek-2", label="other", object_id=b"2", environment_id="env-1")
     other = await source.create_kek(other_reference)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     service = acme.service(key.owner.service)
     [by_words] = await source.seal_envelopes(other, [request_for(key, service)])
     [by_force] = await source.seal_envelopes(other, [request_for(spoilt(key, kek_id="kek-2"), service)])
@@ -229,7 +230,7 @@ async def test_a_key_under_another_kek_or_environment_does_not_open(
 async def test_many_services_are_worked_through_in_batches(source: Pkcs11Source, acme: Tenant) -> None:
     kek = await source.create_kek(REFERENCE)
     everybody = owners(300)
-    keys = await source.generate(kek, everybody)
+    keys = await source.generate(kek, new_keys(300))
     assert [key.owner for key in keys] == everybody
     service = acme.service(everybody[7].service)
     requests = [
@@ -246,7 +247,7 @@ async def test_sealing_without_a_signing_key_says_so(hsm: SoftHsm) -> None:
     source = Pkcs11Source(hsm.settings())
     try:
         kek = await source.create_kek(REFERENCE)
-        [key] = await source.generate(kek, owners(1))
+        [key] = await source.generate(kek, new_keys(1))
         with pytest.raises(KeySourceError, match="signing key"):
             await source.seal_envelopes(kek, [request_for(key)])
     finally:
@@ -257,7 +258,7 @@ async def test_a_signing_key_that_is_not_the_certificates_is_refused(
     hsm: SoftHsm, source: Pkcs11Source, acme: Tenant, tmp_path: Path
 ) -> None:
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     _, other_key = write_credential(acme.agent_signing("other"), tmp_path, "other")
     mismatched = Pkcs11Source(hsm.settings(), other_key, hsm.directory / "signing.pem", AGENT)
     try:
@@ -271,7 +272,7 @@ async def test_a_signing_key_that_is_not_the_certificates_is_refused(
 async def test_disabling_and_enabling(make_source: MakeSource, hsm: SoftHsm, method: str) -> None:
     source = make_source(method=method)
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     await source.set_kek_enabled(kek, enabled=False)
     opening = {"gcm": "DECRYPT", "kw": "UNWRAP"}[method]
     assert not hsm.run("attributes", REFERENCE)[opening]
@@ -279,7 +280,7 @@ async def test_disabling_and_enabling(make_source: MakeSource, hsm: SoftHsm, met
     with pytest.raises(KekRevokedError):
         await source.seal_envelopes(kek, [request_for(key)])
     with pytest.raises(KekRevokedError):
-        await source.generate(kek, owners(1))
+        await source.generate(kek, new_keys(1))
     await source.set_kek_enabled(kek, enabled=True)
     assert (await source.diagnose(kek)).verdict is Verdict.OK
     [result] = await source.seal_envelopes(kek, [request_for(key)])
@@ -288,7 +289,7 @@ async def test_disabling_and_enabling(make_source: MakeSource, hsm: SoftHsm, met
 
 async def test_destroying_is_verified_and_may_be_repeated(source: Pkcs11Source, hsm: SoftHsm) -> None:
     kek = await source.create_kek(REFERENCE)
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     await source.destroy_kek(kek)
     assert hsm.run("count", REFERENCE) == 0
     await source.destroy_kek(kek)
@@ -341,7 +342,7 @@ async def test_a_module_that_cannot_be_loaded_names_it(make_source: MakeSource, 
 async def test_the_reserved_method_is_refused(source: Pkcs11Source) -> None:
     kek: Kek = replace(await source.create_kek(REFERENCE), method=WrapMethod.CBC_HMAC)
     with pytest.raises(UnsupportedError):
-        await source.generate(kek, owners(1))
+        await source.generate(kek, new_keys(1))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.key_agent.sources.conftest import (
     REFERENCE,
     FakeModule,
     MakeSource,
+    new_keys,
     owners,
     request_for,
 )
@@ -42,7 +43,7 @@ async def test_from_one_method_to_the_other(
     old = await make_source(method=before).create_kek(REFERENCE)
     source = make_source(method=after)
     new = await source.create_kek(ANOTHER_REFERENCE)
-    keys = await source.generate(old, owners(2))
+    keys = await source.generate(old, new_keys(2))
     moved = await source.rewrap(old, new, keys)
     assert {key.method for key in moved.keys} == {WrapMethod(after)}
     requests = [request_for(key, acme.service(key.owner.service)) for key in moved.keys]
@@ -54,7 +55,7 @@ async def test_the_new_wrapping_holds_the_same_key_by_the_formats_words_alone(
 ) -> None:
     source = make_source(method="gcm")
     old, new = [await source.create_kek(reference) for reference in (REFERENCE, ANOTHER_REFERENCE)]
-    [key] = await source.generate(old, owners(1))
+    [key] = await source.generate(old, new_keys(1))
     [moved] = (await source.rewrap(old, new, [key])).keys
     found = [
         hsm.run(
@@ -82,7 +83,7 @@ async def test_from_one_token_to_another(make_source: MakeSource, hsm: SoftHsm, 
     source = make_source(token_serial=serial)
     new = await source.create_kek(ANOTHER_REFERENCE)
     assert new.token_serial == serial
-    keys = await source.generate(old, owners(3))
+    keys = await source.generate(old, new_keys(3))
     moved = await source.rewrap(old, new, keys)
     assert [key.token_serial for key in moved.keys] == [serial] * 3
     request = request_for(moved.keys[0], acme.service("service-0"))
@@ -93,7 +94,7 @@ async def test_from_one_token_to_another(make_source: MakeSource, hsm: SoftHsm, 
 async def test_many_in_batches_of_a_short_budget(make_source: MakeSource) -> None:
     source = make_source(batch_s=0.002)
     old, new = [await source.create_kek(reference) for reference in (REFERENCE, ANOTHER_REFERENCE)]
-    keys = await source.generate(old, owners(1) * 120)
+    keys = await source.generate(old, new_keys(1) * 120)
     spoiled = replace(keys[60], wrapped=keys[0].wrapped)
     moved = await source.rewrap(old, new, [*keys[:60], spoiled, *keys[61:]])
     assert [key.key_id for key in moved.keys] == [key.key_id for key in keys if key is not keys[60]]
@@ -105,7 +106,7 @@ async def test_what_does_not_come_back_from_its_new_wrapping_is_no_new_wrapping(
 ) -> None:
     source = make_source(fake.settings())
     old, new = [await source.create_kek(reference) for reference in (REFERENCE, ANOTHER_REFERENCE)]
-    keys = await source.generate(old, owners(2))
+    keys = await source.generate(old, new_keys(2))
     fake.fail(C_Encrypt="garble")
     with pytest.raises(KeySourceError):
         await source.rewrap(old, new, keys)

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from envelope.keys import KeyState
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import EnvelopeRequest, Recipient
-from tests.key_agent.sources.conftest import REFERENCE, owners
+from tests.key_agent.sources.conftest import REFERENCE, new_keys
 from tests.softhsm import SoftHsm
 
 async def main():
@@ -36,7 +36,7 @@ async def main():
         SoftHsm(directory=directory).settings(), directory / "signing.key", directory / "signing.pem", "hq"
     )
     kek = await source.create_kek(REFERENCE)
-    keys = await source.generate(kek, owners(1) * 20)
+    keys = await source.generate(kek, new_keys(1) * 20)
     certificate = x509.load_pem_x509_certificate((directory / "service.pem").read_bytes())
     recipient = Recipient(
         audience="proxy-0", nonce=None, certificate_der=certificate.public_bytes(Encoding.DER), sequence=1

@@ -9,7 +9,7 @@ import pytest
 from envelope.keys import KeyId, KeyMaterial, KeyState
 from key_agent.sources import wire
 from key_agent.sources.source import Kek, WrapMethod, WrappedKey
-from tests.key_agent.sources.conftest import REFERENCE, owners
+from tests.key_agent.sources.conftest import REFERENCE, new_keys, owners
 
 PIN = "a guessable PIN"
 HELLO = wire.Hello(
@@ -47,7 +47,7 @@ def test_requests_survive_the_pipe() -> None:
     messages: list[wire.Message] = [
         HELLO,
         wire.Diagnose(kek=KEK, now_s=1.5),
-        wire.Generate(kek=KEK, owners=tuple(owners(3)), now_ms=1, budget_s=0.25),
+        wire.Generate(kek=KEK, wanted=tuple(new_keys(3)), now_ms=1, budget_s=0.25),
         wire.Describe(methods=(WrapMethod.GCM,)),
     ]
     stream = io.BytesIO(b"".join(wire.encode(number, message) for number, message in enumerate(messages)))

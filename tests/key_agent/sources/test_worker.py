@@ -19,7 +19,7 @@ from key_agent.sources.pkcs11 import RETIRE_AFTER_S, Pkcs11Source
 from key_agent.sources.source import Kek, Verdict, WrappedKey
 from key_agent.sources.worker import LONGEST_PAUSE_S, pause_s
 from tests.fakes.clock import ManualClock
-from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource, owners, request_for
+from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource, new_keys, owners, request_for
 from tests.softhsm import SoftHsm
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ async def kek(source: Pkcs11Source) -> Kek:
 
 @pytest.fixture
 async def key(source: Pkcs11Source, kek: Kek) -> WrappedKey:
-    [key] = await source.generate(kek, owners(1))
+    [key] = await source.generate(kek, new_keys(1))
     return key
 
 
@@ -102,7 +102,7 @@ async def test_a_cancelled_request_never_answers_the_next_one(
     assert source.worker_pid != pid
     await until_gone(pid)
     fake.recover()
-    [made] = await source.generate(kek, owners(1))
+    [made] = await source.generate(kek, new_keys(1))
     assert made.owner == owners(1)[0]
     assert (await source.diagnose(kek)).verdict is Verdict.OK
 
@@ -172,17 +172,17 @@ async def test_starts_are_spaced_after_repeated_failures_and_a_success_ends_that
         found = await source.diagnose(kek)
         assert "next start in 0.5 s" in found.detail or "does not load" in found.detail
         with pytest.raises(KeySourceError, match="next start in"):
-            await source.generate(kek, owners(1))
+            await source.generate(kek, new_keys(1))
         fake.recover()
         with pytest.raises(KeySourceError, match="next start in"):
-            await source.generate(kek, owners(1))
+            await source.generate(kek, new_keys(1))
         clock.shift(LONGEST_PAUSE_S)
-        assert len(await source.generate(kek, owners(1))) == 1
+        assert len(await source.generate(kek, new_keys(1))) == 1
         fake.fail(C_Encrypt="crash")
         with pytest.raises(KeySourceError, match="died"):
-            await source.generate(kek, owners(1))
+            await source.generate(kek, new_keys(1))
         fake.recover()
-        assert len(await source.generate(kek, owners(1))) == 1  # the first replacement is immediate
+        assert len(await source.generate(kek, new_keys(1))) == 1  # the first replacement is immediate
     finally:
         await source.close()
 
@@ -197,7 +197,7 @@ async def test_a_worker_that_has_handled_keys_does_not_grow_old(
         clock.shift(10 * RETIRE_AFTER_S)
         await source.diagnose(kek)
         assert source.worker_pid == first  # it never held a key
-        await source.generate(kek, owners(1))
+        await source.generate(kek, new_keys(1))
         clock.shift(RETIRE_AFTER_S / 2)
         await source.diagnose(kek)
         assert source.worker_pid == first
@@ -218,7 +218,7 @@ async def test_closing_while_a_request_is_under_way_ends_it(
     source = make_source(fake.settings())
     await source.diagnose(kek)
     fake.fail(C_Encrypt="hang")
-    task = asyncio.create_task(source.generate(kek, owners(1)), name="generate")
+    task = asyncio.create_task(source.generate(kek, new_keys(1)), name="generate")
     await asyncio.sleep(0.05)
     await source.close()
     with pytest.raises(KeySourceError, match="closed"):
@@ -236,7 +236,7 @@ async def test_the_watch_waits_for_one_batch_at_most(
     """A slow HSM (200 ms per call) and a long list: a diagnosis still gets its turn in between."""
     source = make_source(fake.settings())
     fake.fail(C_Encrypt="slow")
-    work = asyncio.create_task(source.generate(kek, owners(12)), name="generate")
+    work = asyncio.create_task(source.generate(kek, new_keys(12)), name="generate")
     await asyncio.sleep(0.3)
     found = await source.diagnose(kek)
     assert found.verdict is Verdict.OK
@@ -247,7 +247,7 @@ async def test_the_watch_waits_for_one_batch_at_most(
 
 async def test_requests_that_meet_are_answered_each_by_its_own(source: Pkcs11Source, kek: Kek) -> None:
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(source.generate(kek, [owner]), name=str(owner)) for owner in owners(20)]
+        tasks = [group.create_task(source.generate(kek, [new]), name=str(new.owner)) for new in new_keys(20)]
         watch = group.create_task(source.diagnose(kek), name="watch")
     assert [task.result()[0].owner for task in tasks] == owners(20)
     assert watch.result().verdict is Verdict.OK
@@ -260,7 +260,7 @@ async def test_a_closed_source_says_so_and_leaves_no_process(source: Pkcs11Sourc
     await source.close()
     assert is_gone(pid)
     with pytest.raises(KeySourceError, match="closed"):
-        await source.generate(kek, owners(1))
+        await source.generate(kek, new_keys(1))
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, None]) -> None:
@@ -275,15 +275,15 @@ def test_hang_cancel_and_crash_on_the_loop_of_production(fake: FakeModule) -> No
             kek = await source.create_kek(REFERENCE)
             fake.fail(C_Encrypt="hang")
             with pytest.raises(KeySourceError, match="did not answer"):
-                await source.generate(kek, owners(1))
-            task = asyncio.create_task(source.generate(kek, owners(1)), name="generate")
+                await source.generate(kek, new_keys(1))
+            task = asyncio.create_task(source.generate(kek, new_keys(1)), name="generate")
             await asyncio.sleep(0.1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             fake.fail(C_Encrypt="crash")
             with pytest.raises(KeySourceError, match="died"):
-                await source.generate(kek, owners(1))
+                await source.generate(kek, new_keys(1))
             fake.recover()
             assert (await source.diagnose(kek)).verdict is Verdict.OK
         finally:
@@ -387,7 +387,7 @@ async def test_a_dead_generator_makes_no_keys(make_source: MakeSource, fake: Fak
     source = make_source(fake.settings())
     fake.fail(C_GenerateRandom="zeros")
     with pytest.raises(KeySourceError):
-        await source.generate(kek, owners(1))
+        await source.generate(kek, new_keys(1))
     with pytest.raises(KeySourceError, match="zeros"):
         await source.create_kek(REFERENCE, replace_unfinished=True)
 
