@@ -9,38 +9,112 @@ The order of every call, in every dialect:
     sealed = core.encrypt(ticket, ...)              what was asked, for a batch as often as needed
     core.finish(ticket, Entry(...))                 asked again, then recorded; only then the answer leaves
 
-1. Nothing is done without a ticket, and a ticket remembers each key version that was used under it. `confirm`
-   asks for all of it again: credential, block, state, deadline. What ended meanwhile is not answered.
-2. Every call leaves an audit record before its answer leaves, refused ones too (`record`). Without the record
-   there is no answer: NotRecorded.
-3. A DEK belongs to one tenant, key, version, dialect and context (docs/format.md 6.6): what one dialect has
-   encrypted opens in no other.
+1. Nothing is done without a ticket, and a ticket remembers each key version that was used under it.
+   `confirm` asks for all of it again: credential, block, state, deadline. What ended meanwhile is not
+   answered.
+2. Every call leaves an audit record before its answer leaves, refused ones too (`record`). Without the
+   record there is no answer: NotRecorded.
+3. A DEK belongs to one tenant, key, version, dialect and context (docs/format.md 6.1): what one dialect has
+   encrypted opens in no other. Signatures know no dialects: a signing key is one key.
+4. A version's state decides (encryption-service-apis.md 6): active does all, deactivated decrypts and
+   verifies. Pre-active does nothing while no version is active; beside an active one it decrypts and
+   verifies, because in a rotation another proxy may be ahead of us by one push (docs/format.md 6.2).
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, NoReturn
 
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
-from envelope.keys import KeyId, KeyState
+from envelope import derive
+from envelope.errors import IntegrityError, KeyUnavailableError, Unavailable
+from envelope.keys import KEY_MATERIAL_SIZE, KeyId, KeyState, KeyUse, NetworkService
+from envelope.xaes import NONCE_SIZE, TAG_SIZE, Xaes256Gcm
+from proxy.encryption_service import signatures
 from proxy.encryption_service.access import Access, Caller
-from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory
-from proxy.keys.cache import KeyCache
-from runtime.audit import AuditLog
+from proxy.encryption_service.errors import (
+    DoesNotVerify,
+    InputRefused,
+    KeyNotFound,
+    KeyRefused,
+    NotRecorded,
+    Refusal,
+    Revoked,
+    ServiceError,
+    Stale,
+    TooLarge,
+    UsageRefused,
+)
+from proxy.encryption_service.limits import Limiter
+from proxy.encryption_service.model import (
+    OPERATIONS_OF,
+    DialectName,
+    NamedKey,
+    Op,
+    ServiceDirectory,
+)
+from proxy.encryption_service.recording import ACTION, Entry, Outcome, fields_of, refused
+from proxy.encryption_service.signatures import HashName, Marshaling, PublicKey, RsaPadding, SignatureScheme
+from proxy.keys.cache import DataKey, KeyCache
+from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock
+
+__all__ = [
+    "NONCE_SIZE",
+    "TAG_SIZE",
+    "Core",
+    "Entry",
+    "HashName",
+    "KeyVersion",
+    "Marshaling",
+    "Outcome",
+    "PublicKey",
+    "Purpose",
+    "RsaPadding",
+    "Sealed",
+    "Signature",
+    "SignatureScheme",
+    "Standing",
+    "Ticket",
+]
 
 MAX_PLAINTEXT_BYTES: Final = 32 << 20
 """Of one item; larger bodies are for the native API's streams."""
-NONCE_SIZE: Final = 24
-TAG_SIZE: Final = 16
+MAX_CONTEXT_BYTES: Final = 4096
+DEGRADED_BELOW_S: Final = 20.0
+"""Keys are good for 330 s and refreshed within 300 s: with less than this left the agent is late."""
 
-type PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
+_NEEDS_ACTIVE: Final = frozenset({Op.ENCRYPT, Op.GENERATE, Op.REWRAP, Op.SIGN})
+_ENCRYPTS: Final = frozenset({Op.ENCRYPT, Op.GENERATE, Op.REWRAP})
+_DECRYPTS: Final = frozenset({Op.DECRYPT, Op.REWRAP})
+# A version that cannot be used because of its own state.
+_REFUSALS: Final[Mapping[Unavailable, Refusal]] = {
+    Unavailable.UNKNOWN: Refusal.VERSION_UNKNOWN,
+    Unavailable.WITHDRAWN: Refusal.VERSION_GONE,  # one of several: the service itself is not withdrawn
+    Unavailable.NOT_ACTIVE: Refusal.NOT_ACTIVE,
+    Unavailable.SUSPENDED: Refusal.SUSPENDED,
+    Unavailable.COMPROMISED: Refusal.COMPROMISED,
+    Unavailable.DESTROYED: Refusal.VERSION_GONE,
+}
+_STATES: Final[Mapping[Unavailable | None, KeyState]] = {
+    Unavailable.SUSPENDED: KeyState.SUSPENDED,
+    Unavailable.COMPROMISED: KeyState.COMPROMISED,
+    Unavailable.DESTROYED: KeyState.DESTROYED,
+    Unavailable.WITHDRAWN: KeyState.DESTROYED,
+}
+_KEY_REFUSALS: Final[Mapping[KeyState, Refusal]] = {
+    KeyState.PRE_ACTIVE: Refusal.NOT_ACTIVE,
+    KeyState.DEACTIVATED: Refusal.DEACTIVATED,
+    KeyState.SUSPENDED: Refusal.SUSPENDED,
+    KeyState.COMPROMISED: Refusal.COMPROMISED,
+    KeyState.DESTROYED: Refusal.DESTROYED,
+}
+_TEST_OWNER: Final = NetworkService("sealgate", "self-test")
 
 
 class Standing(StrEnum):
-    """How a tenant, or one key, stands: for health and for what cannot be served."""
+    """How a tenant, or one key, stands: for health, and for what cannot be served."""
 
     SERVING = "serving"
     DEGRADED = "degraded"  # the agent is late, the keys are still valid
@@ -67,38 +141,6 @@ class Sealed:
     tag: bytes
 
 
-class HashName(StrEnum):
-    SHA256 = "sha2-256"
-    SHA384 = "sha2-384"
-    SHA512 = "sha2-512"
-
-
-class RsaPadding(StrEnum):
-    PSS = "pss"
-    PKCS1V15 = "pkcs1v15"
-
-
-class Marshaling(StrEnum):
-    """Of an ECDSA signature."""
-
-    ASN1 = "asn1"  # DER
-    JWS = "jws"  # r ‖ s, fixed length
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignatureScheme:
-    """How to sign; what does not apply to the key's algorithm is InputRefused, not ignored."""
-
-    hash_name: HashName = HashName.SHA256
-    prehashed: bool = False
-    padding: RsaPadding | None = None
-    """RSA; None: PSS."""
-    salt_length: int | None = None
-    """PSS; None: the hash's length. -1 at verification: any."""
-    marshaling: Marshaling | None = None
-    """ECDSA; None: ASN1."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
     version: int
@@ -119,46 +161,17 @@ class KeyVersion:
     """Of a signing key whose material is here."""
 
 
-class Outcome(StrEnum):
-    OK = "ok"
-    REFUSED = "refused"  # the caller's or the key's fault
-    FAILED = "failed"  # ours
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """The audit record of one call. Strings of strangers are cut and cleaned by `Core.record`."""
-
-    dialect: DialectName
-    operation: str
-    tenant: str = ""
-    key: str = ""
-    """External name: a named key's, or what the caller called it if it was not found."""
-    version: int = 0
-    key_id: KeyId | None = None
-    caller: str = ""
-    credential_id: str = ""
-    request_id: str = ""
-    """The provider's."""
-    resource: str = ""
-    reason: str = ""
-    outcome: Outcome = Outcome.OK
-    error: str = ""
-    items: int = 1
-    latency_us: int = 0
-    detail: Mapping[str, str] = field(default_factory=dict)
-    """What else the dialect has to say, public facts only."""
-
-
 class Ticket:
     """Leave for one caller to do one operation with one key; made by `Core.admit` alone."""
 
-    __slots__ = ("caller", "key", "op")
+    __slots__ = ("_directory", "_used", "caller", "key", "op")
 
-    def __init__(self, caller: Caller, key: NamedKey, op: Op) -> None:
+    def __init__(self, caller: Caller, key: NamedKey, op: Op, directory: ServiceDirectory) -> None:
         self.caller: Final = caller
         self.key: Final = key
         self.op: Final = op
+        self._directory: Final = directory
+        self._used: list[DataKey] = []
 
 
 class Core:
@@ -172,27 +185,131 @@ class Core:
         directory: Callable[[], ServiceDirectory],
         audit: AuditLog,
         clock: Clock,
-        degraded_below_s: float = 20.0,
+        limiter: Limiter | None = None,
+        degraded_below_s: float = DEGRADED_BELOW_S,
     ) -> None:
-        """*degraded_below_s*: a key good for less has missed its refresh (validity - interval - margin)."""
+        """*limiter*: is told how much of the process's time each call took."""
         self._keys = keys
         self._access = access
         self._directory = directory
         self._audit = audit
         self._clock = clock
+        self._limiter = limiter
         self._degraded_below_s = degraded_below_s
 
+    # Looking.
+
     def standing(self, tenant: str, key: NamedKey | None = None) -> Standing:
-        """Of one key, or of the tenant, whom one blocked key does not make worse."""
-        raise NotImplementedError
+        """Of one key, or of the tenant, whom one key's withdrawal or block does not make worse.
+
+        A tenant is revoked when all its keys are, stale when none is served, degraded when one that was
+        served is late or stale. A tenant without keys serves.
+        """
+        if key is not None:
+            return self._standing_of(key.owner)[0]
+        found = [self._standing_of(key.owner) for key in self._directory().keys_of(tenant)]
+        standings = {standing for standing, _heard in found}
+        if not found or standings == {Standing.SERVING}:
+            return Standing.SERVING
+        if standings == {Standing.REVOKED}:
+            return Standing.REVOKED
+        if not standings & {Standing.SERVING, Standing.DEGRADED}:
+            return Standing.STALE
+        if Standing.DEGRADED in standings or (Standing.STALE, True) in found:
+            return Standing.DEGRADED
+        return Standing.SERVING
 
     def find(self, tenant: str, name: str) -> NamedKey:
         """The named key, blocked or not. KeyNotFound; also if every version of it was destroyed."""
-        raise NotImplementedError
+        key = self._directory().key(tenant, name)
+        if key is None or self.state_of(key) is KeyState.DESTROYED:
+            raise KeyNotFound("there is no such key")
+        return key
+
+    def state_of(self, key: NamedKey) -> KeyState | None:
+        """The state of the key as a whole: that of its active version, else of its newest that lives.
+
+        DESTROYED if no version lives. None if none was ever pushed here, or what was has run out.
+        """
+        try:
+            return self._active(key).state
+        except KeyUnavailableError:
+            pass
+        versions = self._versions_of(key)
+        living = [state for _version, state in versions if state is not KeyState.DESTROYED]
+        if not living:
+            return KeyState.DESTROYED if versions else None
+        used = [state for state in living if state is not KeyState.PRE_ACTIVE]
+        return used[-1] if used else living[-1]
+
+    def versions(self, key: NamedKey) -> list[KeyVersion]:
+        """What this process knows of the key's versions, ascending; tombstones included, expired ones not."""
+        found = []
+        for holding in self._keys.versions(key.owner, key.use):
+            state = holding.key.state if holding.key else _STATES.get(holding.reason)
+            if state is None:
+                continue
+            public = None
+            if holding.key is not None and key.use is KeyUse.SIGN:
+                public = holding.key.signing_key.public_key()
+            found.append(
+                KeyVersion(
+                    version=holding.version,
+                    key_id=holding.key_id,
+                    state=state,
+                    seen_at_s=holding.seen_at_s,
+                    public_key=public,
+                )
+            )
+        return found
+
+    # Leave.
 
     def admit(self, caller: Caller, key: NamedKey, op: Op) -> Ticket:
         """NotAuthenticated, AccessDenied, UsageRefused, KeyRefused, Revoked, Stale, KeyNotFound."""
-        raise NotImplementedError
+        directory = self._directory()
+        self._gate(directory, caller, key, op)
+        return Ticket(caller, key, op, directory)
+
+    def confirm(self, ticket: Ticket) -> None:
+        """Whether all of it still holds (rule 1). Errors as `admit`."""
+        directory = self._directory()
+        if directory is ticket._directory:  # noqa: SLF001 - a ticket is ours
+            self._access.check_live(ticket.caller)
+        else:
+            key = directory.keys.get(ticket.key.owner)
+            if key is None:
+                raise KeyNotFound("there is no such key")
+            self._gate(directory, ticket.caller, key, ticket.op)
+        for used in ticket._used:  # noqa: SLF001
+            try:
+                used.check()
+            except KeyUnavailableError as error:
+                self._refuse(ticket.key, error.reason)
+            if not self._may(used, ticket.op, ticket.key):
+                self._refuse_state(used.state)
+        if not ticket._used and self._keys.word(ticket.key.owner).withdrawn:  # noqa: SLF001
+            raise Revoked("the keys were withdrawn by their owner")
+
+    def finish(self, ticket: Ticket, entry: Entry) -> None:
+        """`confirm`, then `record`; what `confirm` raises is recorded as the outcome, and raised."""
+        try:
+            self.confirm(ticket)
+        except ServiceError as error:
+            self.record(refused(entry, error))
+            raise
+        self.record(entry)
+
+    def record(self, entry: Entry) -> None:
+        """NotRecorded if the audit log cannot take it: then nothing else may be answered."""
+        if self._limiter is not None and entry.tenant:
+            self._limiter.charge(entry.tenant, entry.latency_us * 1e-6)
+        try:
+            self._audit.append(ACTION, outcome=entry.outcome.value, durable=False, **fields_of(entry))
+        except AuditUnavailableError as error:
+            raise NotRecorded(str(error)) from error
+
+    # Work.
 
     def encrypt(
         self, ticket: Ticket, plaintext: bytes, aad: bytes, *, purpose: Purpose, version: int | None = None
@@ -201,7 +318,20 @@ class Core:
 
         KeyRefused (NOT_ACTIVE, DEACTIVATED, VERSION_GONE, ...), Revoked, Stale, UsageRefused, TooLarge.
         """
-        raise NotImplementedError
+        if ticket.op not in _ENCRYPTS:
+            raise UsageRefused(f"this is not leave to encrypt: {ticket.op}")
+        if len(plaintext) > MAX_PLAINTEXT_BYTES:
+            raise TooLarge(f"a plaintext has at most {MAX_PLAINTEXT_BYTES} bytes")
+        key = self._active_for(ticket, version)
+        cipher = self._cipher(key, purpose)
+        nonce, sealed = cipher.seal(plaintext, aad)
+        return Sealed(
+            version=key.version,
+            key_id=key.key_id,
+            nonce=nonce,
+            ciphertext=sealed[:-TAG_SIZE],
+            tag=sealed[-TAG_SIZE:],
+        )
 
     def decrypt(
         self,
@@ -215,36 +345,181 @@ class Core:
         purpose: Purpose,
     ) -> bytes:
         """The plaintext. DoesNotVerify; KeyRefused, Revoked, Stale, UsageRefused, TooLarge."""
-        raise NotImplementedError
+        if ticket.op not in _DECRYPTS:
+            raise UsageRefused(f"this is not leave to decrypt: {ticket.op}")
+        if len(ciphertext) > MAX_PLAINTEXT_BYTES:
+            raise TooLarge(f"a ciphertext has at most {MAX_PLAINTEXT_BYTES} bytes")
+        key = self._version_for(ticket, version)
+        if len(tag) != TAG_SIZE:
+            raise DoesNotVerify
+        try:
+            return self._cipher(key, purpose).decrypt(nonce, ciphertext + tag, aad)
+        except IntegrityError:
+            raise DoesNotVerify from None
+
+    def generate(
+        self, ticket: Ticket, size_bytes: int, aad: bytes, *, purpose: Purpose
+    ) -> tuple[bytes, Sealed]:
+        """A data key of so many random bytes, and the same encrypted. InputRefused; else as `encrypt`."""
+        if not 0 < size_bytes <= KEY_MATERIAL_SIZE * 32:
+            raise InputRefused("a data key has 1 to 1024 bytes")
+        data_key = os.urandom(size_bytes)
+        return data_key, self.encrypt(ticket, data_key, aad, purpose=purpose)
 
     def sign(
         self, ticket: Ticket, message: bytes, scheme: SignatureScheme, *, version: int | None = None
     ) -> Signature:
-        """Under the active version. *message* is the digest if the scheme says `prehashed`. As `encrypt`."""
-        raise NotImplementedError
+        """Under the active version. *message* is the digest if the scheme says `prehashed`.
+
+        InputRefused if the scheme does not fit the key's algorithm; else as `encrypt`.
+        """
+        if ticket.op is not Op.SIGN:
+            raise UsageRefused(f"this is not leave to sign: {ticket.op}")
+        key = self._active_for(ticket, version)
+        signature = signatures.sign(key.signing_key, key.algorithm, message, scheme)
+        return Signature(version=key.version, key_id=key.key_id, signature=signature)
 
     def verify(
         self, ticket: Ticket, version: int, signature: bytes, message: bytes, scheme: SignatureScheme
     ) -> None:
         """Return if it is this key version's signature, else DoesNotVerify. Other errors as `decrypt`."""
-        raise NotImplementedError
-
-    def versions(self, key: NamedKey) -> list[KeyVersion]:
-        """What this process knows of the key's versions, ascending; tombstones included."""
-        raise NotImplementedError
-
-    def confirm(self, ticket: Ticket) -> None:
-        """Whether all of it still holds (rule 1). Errors as `admit`."""
-        raise NotImplementedError
-
-    def record(self, entry: Entry) -> None:
-        """NotRecorded if the audit log cannot take it: then nothing else may be answered."""
-        raise NotImplementedError
-
-    def finish(self, ticket: Ticket, entry: Entry) -> None:
-        """`confirm`, then `record`; what `confirm` raises is recorded as the outcome, and raised."""
-        raise NotImplementedError
+        if ticket.op is not Op.VERIFY:
+            raise UsageRefused(f"this is not leave to verify: {ticket.op}")
+        key = self._version_for(ticket, version)
+        signatures.verify(key.signing_key.public_key(), key.algorithm, signature, message, scheme)
 
     def self_test(self) -> bool:
         """A real encryption and decryption with a key of our own: for deep health. Never a tenant's key."""
-        raise NotImplementedError
+        material = os.urandom(KEY_MATERIAL_SIZE)
+        cipher = Xaes256Gcm(derive.service_key(material, _TEST_OWNER, KeyId.random(), "self-test"))
+        nonce, sealed = cipher.seal(material, b"self-test")
+        try:
+            return cipher.decrypt(nonce, sealed, b"self-test") == material
+        except IntegrityError:
+            return False
+
+    # Within.
+
+    def _gate(self, directory: ServiceDirectory, caller: Caller, key: NamedKey, op: Op) -> None:
+        """Everything that must hold before an operation, and again after it."""
+        if directory.keys.get(key.owner) is not key or key.owner.tenant != caller.tenant:
+            raise KeyNotFound("there is no such key")
+        self._access.authorize(caller, key, op)
+        if op not in OPERATIONS_OF[key.use] or op not in key.operations:
+            raise UsageRefused(f"key {key.name} is not for this: {op}")
+        if key.blocked:
+            raise KeyRefused(Refusal.BLOCKED, f"key {key.name} is blocked")
+        if op in _NEEDS_ACTIVE:
+            self._active_or_refuse(key)
+            return
+        word = self._keys.word(key.owner)
+        if word.withdrawn:
+            raise Revoked("the keys were withdrawn by their owner")
+        if word.valid_for_s <= 0:
+            raise Stale("no valid key is here at the moment")
+
+    def _active(self, key: NamedKey) -> DataKey:
+        if key.use is KeyUse.SIGN:
+            return self._keys.signing_key(key.owner)
+        return self._keys.sealing_key(key.owner)
+
+    def _active_or_refuse(self, key: NamedKey) -> DataKey:
+        try:
+            return self._active(key)
+        except KeyUnavailableError as error:
+            self._refuse_key(key, error.reason)
+
+    def _active_for(self, ticket: Ticket, version: int | None) -> DataKey:
+        """The active version, noted on the ticket; if *version* is given it must be that one."""
+        if version is None:
+            key = self._active_or_refuse(ticket.key)
+        else:
+            key = self._find_version(ticket.key, version)
+            if key.state is not KeyState.ACTIVE:
+                self._refuse_state(key.state)
+        self._note(ticket, key)
+        return key
+
+    def _version_for(self, ticket: Ticket, version: int) -> DataKey:
+        """The version to decrypt or verify with, noted on the ticket."""
+        key = self._find_version(ticket.key, version)
+        if not self._may_open(key, ticket.key):
+            self._refuse_state(key.state)
+        self._note(ticket, key)
+        return key
+
+    def _find_version(self, key: NamedKey, version: int) -> DataKey:
+        try:
+            return self._keys.key_of_version(key.owner, key.use, version)
+        except KeyUnavailableError as error:
+            self._refuse(key, error.reason)
+
+    def _note(self, ticket: Ticket, key: DataKey) -> None:
+        if ticket.key.algorithm is not None and key.algorithm != ticket.key.algorithm:
+            raise UsageRefused(f"key {ticket.key.name} was pushed with another algorithm than provisioned")
+        used = ticket._used  # noqa: SLF001
+        if not used or used[-1] is not key:  # a batch mostly uses one
+            used.append(key)
+
+    def _may(self, used: DataKey, op: Op, key: NamedKey) -> bool:
+        """Whether *used* may still do what it did under a ticket for *op*."""
+        if op in {Op.DECRYPT, Op.VERIFY, Op.REWRAP}:
+            return self._may_open(used, key)
+        return used.state is KeyState.ACTIVE
+
+    def _may_open(self, version: DataKey, key: NamedKey) -> bool:
+        """Rule 4."""
+        if version.state is KeyState.PRE_ACTIVE:
+            try:
+                self._active(key)
+            except KeyUnavailableError:
+                return False
+            return True
+        return version.state in {KeyState.ACTIVE, KeyState.DEACTIVATED}
+
+    def _cipher(self, key: DataKey, purpose: Purpose) -> Xaes256Gcm:
+        if len(purpose.context) > MAX_CONTEXT_BYTES:
+            raise InputRefused(f"a context has at most {MAX_CONTEXT_BYTES} bytes")
+        return key.service_cipher(purpose.dialect.value, purpose.context)
+
+    def _standing_of(self, owner: NetworkService) -> tuple[Standing, bool]:
+        """With whether the agent has said anything of it since the start."""
+        word = self._keys.word(owner)
+        if word.withdrawn:
+            return Standing.REVOKED, True
+        if word.valid_for_s <= 0:
+            return Standing.STALE, word.was_given
+        late = word.valid_for_s < self._degraded_below_s
+        return (Standing.DEGRADED if late else Standing.SERVING), True
+
+    def _versions_of(self, key: NamedKey) -> list[tuple[int, KeyState]]:
+        return [
+            (holding.version, state)
+            for holding in self._keys.versions(key.owner, key.use)
+            if (state := holding.key.state if holding.key else _STATES.get(holding.reason)) is not None
+        ]
+
+    def _refuse_key(self, key: NamedKey, reason: Unavailable) -> NoReturn:
+        """There is no active version: because of the tenant, of time, or of the key's own state?"""
+        word = self._keys.word(key.owner)
+        if word.withdrawn:
+            raise Revoked("the keys were withdrawn by their owner")
+        if word.valid_for_s <= 0 or reason is Unavailable.EXPIRED:
+            raise Stale("no valid key is here at the moment")
+        state = self.state_of(key)
+        refusal = Refusal.NOT_ACTIVE if state is None else _KEY_REFUSALS.get(state, Refusal.NOT_ACTIVE)
+        if refusal is Refusal.DESTROYED:
+            raise KeyNotFound("there is no such key")
+        raise KeyRefused(refusal, f"key {key.name} is {'not active' if state is None else state}")
+
+    def _refuse(self, key: NamedKey, reason: Unavailable) -> NoReturn:
+        """One version is not here: because of the tenant, of time, or of its own state?"""
+        word = self._keys.word(key.owner)
+        if word.withdrawn:
+            raise Revoked("the keys were withdrawn by their owner")
+        if word.valid_for_s <= 0 or reason is Unavailable.EXPIRED:
+            raise Stale("no valid key is here at the moment")
+        raise KeyRefused(_REFUSALS[reason], f"this version of key {key.name} cannot be used: {reason}")
+
+    def _refuse_state(self, state: KeyState) -> NoReturn:
+        raise KeyRefused(_KEY_REFUSALS[state], f"this version of the key is {state}")

@@ -22,7 +22,7 @@ from typing import Final, Self
 import msgspec
 from cryptography import x509
 
-from envelope.keys import KeyUse, NetworkService
+from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
 
 type Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -51,21 +51,13 @@ OPERATIONS_OF: Final[Mapping[KeyUse, frozenset[Op]]] = {
 }
 
 
-class SignatureAlgorithm(StrEnum):
-    """Of a signing key, as the agent makes it (JWS names)."""
-
-    ES256 = "ES256"  # ECDSA, P-256
-    PS256 = "PS256"  # RSA: PSS, and PKCS #1 v1.5 where the caller asks for it
-    EDDSA = "EdDSA"  # Ed25519
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NamedKey:
     """One named key. `operations` is what the tenant allows, a part of what its use can do."""
 
     owner: NetworkService
     use: KeyUse = KeyUse.DATA
-    algorithm: SignatureAlgorithm | None = None
+    algorithm: SigningAlgorithm | None = None
     """Of a signing key; None for a data key."""
     blocked: bool = False
     operations: frozenset[Op] = OPERATIONS_OF[KeyUse.DATA]
@@ -246,6 +238,7 @@ class ServiceDirectory:
         init=False, repr=False, compare=False
     )
     _of_tenant: Mapping[str, tuple[NamedKey, ...]] = field(init=False, repr=False, compare=False)
+    _by_name: Mapping[tuple[str, str], NamedKey] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         stores: dict[str, tuple[DialectEntry, XksStore]] = {}
@@ -262,6 +255,8 @@ class ServiceDirectory:
             of_tenant.setdefault(key.owner.tenant, []).append(key)
         object.__setattr__(self, "_stores", stores)
         object.__setattr__(self, "_endpoints", endpoints)
+        by_name = {(key.owner.tenant, key.owner.service): key for key in self.keys.values()}
+        object.__setattr__(self, "_by_name", by_name)
         object.__setattr__(self, "_of_tenant", {name: tuple(keys) for name, keys in of_tenant.items()})
 
     @classmethod
@@ -292,6 +287,10 @@ class ServiceDirectory:
 
     def kacls_paths(self) -> Iterable[str]:
         return self._endpoints.keys()
+
+    def key(self, tenant: str, name: str) -> NamedKey | None:
+        """The named key *name* of *tenant*; *name* may be anything."""
+        return self._by_name.get((tenant, name))
 
     def keys_of(self, tenant: str) -> tuple[NamedKey, ...]:
         """The named keys of *tenant*, by name."""

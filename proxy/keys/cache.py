@@ -240,6 +240,8 @@ class Word:
     withdrawn: bool
     valid_for_s: float
     """Seconds for which its last `set` still counts; 0 if it has run out, or none came."""
+    was_given: bool
+    """Whether any `set` came since this process began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -525,9 +527,10 @@ class KeyCache:
         """What the agent last said of *owner*, and for how long that counts."""
         slot = self._slots.get(owner)
         if slot is None:
-            return Word(withdrawn=False, valid_for_s=0.0)
+            return Word(withdrawn=False, valid_for_s=0.0, was_given=False)
         left_s = max(0.0, slot.word_deadline_boot_s - self._clock.boot_s())
-        return Word(slot.withdrawn, 0.0 if slot.withdrawn else left_s)
+        given = slot.withdrawn or slot.word_deadline_boot_s > -math.inf
+        return Word(slot.withdrawn, 0.0 if slot.withdrawn else left_s, given)
 
     async def wait_for_sealing_key(self, owner: NetworkService, *, timeout_s: float) -> DataKey:
         """Like `sealing_key`, but wait up to *timeout_s* for a push if the key is merely missing or late.
