@@ -113,6 +113,11 @@ _KEY_REFUSALS: Final[Mapping[KeyState, Refusal]] = {
 _TEST_OWNER: Final = NetworkService("sealgate", "self-test")
 
 
+type Aad = bytes | Callable[[int, bytes], bytes]
+"""What is authenticated besides the plaintext, or how it follows from version and nonce where a dialect binds
+what it stores of them."""
+
+
 class Standing(StrEnum):
     """How a tenant, or one key, stands: for health, and for what cannot be served."""
 
@@ -312,7 +317,7 @@ class Core:
     # Work.
 
     def encrypt(
-        self, ticket: Ticket, plaintext: bytes, aad: bytes, *, purpose: Purpose, version: int | None = None
+        self, ticket: Ticket, plaintext: bytes, aad: Aad, *, purpose: Purpose, version: int | None = None
     ) -> Sealed:
         """Under the active version; *version* must be that one if it is given.
 
@@ -324,7 +329,8 @@ class Core:
             raise TooLarge(f"a plaintext has at most {MAX_PLAINTEXT_BYTES} bytes")
         key = self._active_for(ticket, version)
         cipher = self._cipher(key, purpose)
-        nonce, sealed = cipher.seal(plaintext, aad)
+        nonce = os.urandom(NONCE_SIZE)
+        sealed = cipher.encrypt(nonce, plaintext, aad if isinstance(aad, bytes) else aad(key.version, nonce))
         return Sealed(
             version=key.version,
             key_id=key.key_id,
