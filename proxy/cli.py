@@ -313,6 +313,7 @@ def service_renew(
     """Make a new key and its CSR; the present certificate serves until the new one is imported."""
     with _operating(context) as operator:
         owner = _owner(service)
+        _service_of(operator, owner)
         _check_csr_file(csr)
         request = operator.store.renew_service(owner, actor=operator.actor, key_type=key_type)
         _write_csr(request, csr)
@@ -328,9 +329,11 @@ def service_import(
     """Take the certificate that the tenant's root made of the CSR."""
     with _operating(context) as operator:
         owner = _owner(service)
+        _service_of(operator, owner)
         before = operator.store.revision()
-        entry = operator.store.import_certificate(owner, _certificate(file), actor=operator.actor)
-        operator.report(changed=operator.store.revision() != before, service=entry)
+        operator.store.import_certificate(owner, _certificate(file), actor=operator.actor)
+        changed = operator.store.revision() != before
+        operator.report(changed=changed, service=_service_of(operator, owner))
 
 
 @service_app.command("remove", epilog="Example: sealgate service remove acme/drive")
@@ -643,6 +646,13 @@ def _exclusive(one: str, has_one: bool, other: str, has_other: bool) -> None:
 
 def _absent(cause: str) -> CommandError:
     return CommandError(cause, "see `sealgate list`", ExitCode.REFUSED, code="not-there")
+
+
+def _service_of(operator: _Operator, owner: NetworkService) -> ServiceEntry:
+    entry = operator.store.snapshot().services.get(owner)
+    if entry is None:
+        raise _absent(f"there is no network service {owner}")
+    return entry
 
 
 def _check_csr_file(path: Path) -> None:

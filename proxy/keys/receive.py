@@ -55,7 +55,7 @@ from envelope.material import (
 from proxy.keys.cache import KeyCache, ServiceStatus
 from proxy.keys.former import FormerCertificates
 from proxy.tenants.certificates import CredentialError, PrivateKey, read_private_key
-from proxy.tenants.model import Directory, ServiceEntry, TenantEntry
+from proxy.tenants.model import Directory, Recipient, TenantEntry
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock
 from runtime.observe import NAMESPACE, REGISTRY
@@ -160,7 +160,7 @@ class _Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipient:
+class _Addressee:
     """Whom an envelope says it is for."""
 
     owner: NetworkService
@@ -219,17 +219,19 @@ class Receiver:
             or now.root_certificate != entry.root_certificate
             or _trusts_fewer(now, entry)
         }
-        for owner in before.services:
-            if owner not in directory.services or owner.tenant in changed:
+        for owner in before.recipients:
+            if owner not in directory.recipients or owner.tenant in changed:
                 self._cache.forget(owner)
                 self._former.forget(owner)
                 for agent in self._agents.get(owner.tenant, {}).values():
                     agent.tracks.pop(owner, None)
             else:
-                self._keep_former(before.services[owner], directory.services[owner])
+                self._keep_former(before.recipients[owner], directory.recipients[owner])
         for tenant in changed:
             self._agents.pop(tenant, None)
-        used = {fingerprint(entry.certificate) for entry in directory.services.values() if entry.certificate}
+        used = {
+            fingerprint(entry.certificate) for entry in directory.recipients.values() if entry.certificate
+        }
         self._recipient_keys = {name: key for name, key in self._recipient_keys.items() if name in used}
         self._pinned = {tenant: self._verified_pins(entry) for tenant, entry in directory.tenants.items()}
 
@@ -260,7 +262,7 @@ class Receiver:
             # One that waits for its certificate can receive nothing yet.
             services=tuple(
                 self._hosted(service.owner, service.certificate)
-                for service in self._directory.services_of(tenant)
+                for service in self._directory.recipients_of(tenant)
                 if service.certificate is not None
             ),
         )
@@ -312,25 +314,25 @@ class Receiver:
 
     # Opening.
 
-    def _addressee(self, tenant: str, token: str) -> _Recipient:
+    def _addressee(self, tenant: str, token: str) -> _Addressee:
         thumbprint = recipient_thumbprint(token)
-        entry = self._directory.service_of_certificate(thumbprint)
+        entry = self._directory.recipient_of_certificate(thumbprint)
         # Another tenant's service is answered as one that does not exist.
         if entry is not None and entry.owner.tenant == tenant and entry.certificate is not None:
-            return _Recipient(
+            return _Addressee(
                 entry.owner,
                 entry.certificate,
                 functools.partial(self._recipient_key, entry, entry.certificate),
             )
         former = self._former.find(thumbprint)
         if former is not None and former.owner.tenant == tenant:
-            return _Recipient(former.owner, former.certificate, lambda: former.key, is_former=True)
+            return _Addressee(former.owner, former.certificate, lambda: former.key, is_former=True)
         raise EnvelopeError(
             "recipient", "none of your network services here has the certificate it is sealed to"
         )
 
     def _open(
-        self, recipient: _Recipient, agent_id: str, token: str, *, is_challenged: bool, takes_keys: bool
+        self, recipient: _Addressee, agent_id: str, token: str, *, is_challenged: bool, takes_keys: bool
     ) -> _Opened:
         owner = recipient.owner
         agents = self._agents.get(owner.tenant)
@@ -368,7 +370,7 @@ class Receiver:
         track.live_tokens[claims.token_id] = received_boot_s + valid_for_s
         return _Opened(claims=claims, deadline_boot_s=received_boot_s + valid_for_s, track=track)
 
-    def _recipient_key(self, entry: ServiceEntry, certificate: x509.Certificate) -> PrivateKey:
+    def _recipient_key(self, entry: Recipient, certificate: x509.Certificate) -> PrivateKey:
         name = fingerprint(certificate)
         key = self._recipient_keys.get(name)
         if key is None:
@@ -386,7 +388,7 @@ class Receiver:
             self._recipient_keys[name] = key
         return key
 
-    def _keep_former(self, before: ServiceEntry, now: ServiceEntry) -> None:
+    def _keep_former(self, before: Recipient, now: Recipient) -> None:
         """Rule 6, if *before* was renewed and its private key is in memory, or still in its file."""
         if before.certificate is None or before.certificate == now.certificate:
             return
@@ -546,7 +548,7 @@ class Receiver:
 
     def _refuse_superseded(self, opened: _Opened) -> None:
         """What has changed while the event was being written."""
-        if opened.claims.owner not in self._directory.services:
+        if opened.claims.owner not in self._directory.recipients:
             raise EnvelopeError("recipient", "the network service was removed meanwhile")
         # The session's, still? It is gone if tenant or service were removed, or the root or signers changed.
         agents = self._agents.get(opened.claims.owner.tenant)

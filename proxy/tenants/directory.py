@@ -7,7 +7,9 @@
    differ, and a managed host is never tunnelled.
 4. Private keys are files, written before the row that names them is committed and removed after the row that
    did is gone; a crash between leaves a file that nobody uses, never a row without its key.
-5. The history is the record of provisioning. The running proxy copies it to its audit log before it acts
+5. A named key of the encryption service is a row like a network service's, without upstream; dialects and
+   credentials are `service_store.py`'s.
+6. The history is the record of provisioning. The running proxy copies it to its audit log before it acts
    (proxy/tenants/watch.py).
 """
 
@@ -35,19 +37,30 @@ from envelope.certificates import (
 )
 from envelope.errors import SealgateError
 from envelope.keys import NetworkService, check_name
-from proxy.tenants import certificates, migrations
+from proxy.encryption_service.model import NamedKey
+from proxy.tenants import certificates, migrations, service_rows
 from proxy.tenants.certificates import CredentialError, KeyType
 from proxy.tenants.model import (
     CertificateFiles,
     Directory,
     LegacyPolicy,
     Listen,
+    Recipient,
     ServiceEntry,
     TenantEntry,
     TunnelRule,
     Upstream,
 )
-from proxy.tenants.tables import directory, history, network_service, signer, tenant, tunnel_host
+from proxy.tenants.tables import (
+    directory,
+    history,
+    network_service,
+    service_credential,
+    service_dialect,
+    signer,
+    tenant,
+    tunnel_host,
+)
 from runtime.clock import Clock
 from runtime.database import make_engine, read_only, transaction
 
@@ -117,7 +130,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Draft:
+class Draft:
     """What a change is about to write."""
 
     action: str
@@ -240,7 +253,7 @@ class DirectoryStore:
         token = secrets.token_hex(4)
         ca_certificate_file, ca_key_file = f"ca/{name}-{token}.pem", f"ca/{name}-{token}.key"
 
-        def change(connection: Connection, before: Directory) -> _Draft:
+        def change(connection: Connection, before: Directory) -> Draft:
             if name in before.tenants:
                 raise ChangeRefusedError(
                     f"tenant {name} exists", f"change it by `sealgate tenant update {name}`"
@@ -268,12 +281,12 @@ class DirectoryStore:
                 detail["tunnel_hosts"] = " ".join(sorted(rules))
             if signers:
                 detail["signers"] = " ".join(fingerprint(pin).hex() for pin in signers)
-            return _Draft(action="tenant-added", tenant=name, detail=detail)
+            return Draft(action="tenant-added", tenant=name, detail=detail)
 
-        with self._new_files() as files:
+        with self.new_files() as files:
             files.certificate(ca_certificate_file, ca.certificate)
             files.private_key(ca_key_file, ca.key)
-            after = self._change(change, actor)
+            after = self.change(change, actor)
         return after.tenants[name]
 
     def update_tenant(
@@ -297,8 +310,8 @@ class DirectoryStore:
             self._check_root(root)
         rules = None if tunnel_hosts is None else _tunnel_rules(tunnel_hosts)
 
-        def change(connection: Connection, before: Directory) -> _Draft:
-            entry = _tenant_in(before, name)
+        def change(connection: Connection, before: Directory) -> Draft:
+            entry = tenant_in(before, name)
             detail: dict[str, str] = {}
             values: dict[str, object] = {"updated_at_ms": _ms(self._clock.wall_s())}
             current_root = root or entry.root_certificate
@@ -323,31 +336,30 @@ class DirectoryStore:
                 _replace_signers(connection, name, signers)
                 detail["signers"] = " ".join(fingerprint(pin).hex() for pin in signers)
             connection.execute(update(tenant).where(tenant.c.id == name).values(values))
-            return _Draft(action="tenant-updated", tenant=name, detail=detail)
+            return Draft(action="tenant-updated", tenant=name, detail=detail)
 
-        return self._change(change, actor).tenants[name]
+        return self.change(change, actor).tenants[name]
 
     def remove_tenant(self, name: str, *, actor: str) -> None:
-        """Remove a tenant and its interception CA. ChangeRefusedError if it has network services."""
+        """Remove a tenant, its CA and credentials. ChangeRefusedError if it has network services or keys."""
         obsolete: list[Path] = []
 
-        def change(connection: Connection, before: Directory) -> _Draft:
-            entry = _tenant_in(before, name)
-            services = before.services_of(name)
-            if services:
+        def change(connection: Connection, before: Directory) -> Draft:
+            entry = tenant_in(before, name)
+            recipients = before.recipients_of(name)
+            if recipients:
                 raise ChangeRefusedError(
-                    f"tenant {name} has {len(services)} network service(s)",
-                    "remove them first: "
-                    + ", ".join(f"`sealgate service remove {service.owner}`" for service in services),
+                    f"tenant {name} has {len(recipients)} network service(s) or key(s)",
+                    "remove them first: " + ", ".join(f"`{_removal(entry)}`" for entry in recipients),
                 )
             obsolete.extend([entry.interception_ca.certificate_file, entry.interception_ca.key_file])
-            for table in (tunnel_host, signer):
+            for table in (tunnel_host, signer, service_dialect, service_credential):
                 connection.execute(delete(table).where(table.c.tenant_id == name))
             connection.execute(delete(tenant).where(tenant.c.id == name))
-            return _Draft(action="tenant-removed", tenant=name, detail={})
+            return Draft(action="tenant-removed", tenant=name, detail={})
 
-        self._change(change, actor)
-        _remove(obsolete)
+        self.change(change, actor)
+        remove_files(obsolete)
 
     # Changing network services.
 
@@ -367,12 +379,13 @@ class DirectoryStore:
 
         ChangeRefusedError if the id, the host or the listener is taken, or the host is tunnelled.
         """
-        _tenant_in(self.snapshot(), owner.tenant)  # before a directory is made for its keys
+        tenant_in(self.snapshot(), owner.tenant)  # before a directory is made for its keys
         key = certificates.new_private_key(key_type)
-        key_file = _key_name(owner)
+        key_file = key_name(owner)
 
-        def change(connection: Connection, before: Directory) -> _Draft:
-            _tenant_in(before, owner.tenant)
+        def change(connection: Connection, before: Directory) -> Draft:
+            tenant_in(before, owner.tenant)
+            check_free(before, owner)
             if owner in before.services:
                 raise ChangeRefusedError(
                     f"network service {owner} exists, and not as given here",
@@ -405,17 +418,17 @@ class DirectoryStore:
             }
             if reverse_listen is not None:
                 detail["reverse_listen"] = str(reverse_listen)
-            return _Draft(action="service-added", tenant=owner.tenant, service=owner.service, detail=detail)
+            return Draft(action="service-added", tenant=owner.tenant, service=owner.service, detail=detail)
 
-        with self._new_files() as files:
+        with self.new_files() as files:
             files.private_key(key_file, key)
-            self._change(change, actor)
+            self.change(change, actor)
         return certificates.make_service_csr(owner, key)
 
     def certificate_request(self, owner: NetworkService) -> x509.CertificateSigningRequest:
         """The CSR of the newest key of *owner*: the one that waits for its certificate, if there is one."""
         with self._transaction(self._reader) as connection:
-            _service_in(self._snapshot(connection), owner)
+            recipient_in(self._snapshot(connection), owner)
             row = _service_row(connection, owner)
         try:
             key = certificates.read_private_key(self._state_dir / (row.pending_key_file or row.key_file))
@@ -441,7 +454,7 @@ class DirectoryStore:
         ChangeRefusedError as for `add_service`.
         """
 
-        def change(connection: Connection, before: Directory) -> _Draft:
+        def change(connection: Connection, before: Directory) -> Draft:
             entry = _service_in(before, owner)
             values: dict[str, object] = {"updated_at_ms": _ms(self._clock.wall_s())}
             detail: dict[str, str] = {}
@@ -464,20 +477,20 @@ class DirectoryStore:
                 values["reverse_listen"] = None if listen is None else str(listen)
                 detail["reverse_listen"] = "none" if listen is None else str(listen)
             connection.execute(_update_service(owner).values(values))
-            return _Draft(action="service-updated", tenant=owner.tenant, service=owner.service, detail=detail)
+            return Draft(action="service-updated", tenant=owner.tenant, service=owner.service, detail=detail)
 
-        return self._change(change, actor).services[owner]
+        return self.change(change, actor).services[owner]
 
     def renew_service(
         self, owner: NetworkService, *, actor: str, key_type: KeyType = KeyType.P256
     ) -> x509.CertificateSigningRequest:
         """A new key and its CSR; the present certificate serves on until the new one is imported."""
         key = certificates.new_private_key(key_type)
-        key_file = _key_name(owner)
+        key_file = key_name(owner)
         obsolete: list[Path] = []
 
-        def change(connection: Connection, before: Directory) -> _Draft:
-            entry = _service_in(before, owner)
+        def change(connection: Connection, before: Directory) -> Draft:
+            entry = recipient_in(before, owner)
             row = _service_row(connection, owner)
             values: dict[str, object] = {"updated_at_ms": _ms(self._clock.wall_s())}
             if entry.certificate is None:
@@ -489,25 +502,25 @@ class DirectoryStore:
                 values["pending_key_file"] = key_file
             connection.execute(_update_service(owner).values(values))
             detail = {"key_type": key_type.value}
-            return _Draft(action="service-renewed", tenant=owner.tenant, service=owner.service, detail=detail)
+            return Draft(action="service-renewed", tenant=owner.tenant, service=owner.service, detail=detail)
 
-        with self._new_files() as files:
+        with self.new_files() as files:
             files.private_key(key_file, key)
-            self._change(change, actor)
-        _remove(obsolete)
+            self.change(change, actor)
+        remove_files(obsolete)
         return certificates.make_service_csr(owner, key)
 
     def import_certificate(
         self, owner: NetworkService, certificate: x509.Certificate, *, actor: str
-    ) -> ServiceEntry:
+    ) -> Recipient:
         """Take the certificate that the tenant's root made of the CSR. Importing it again changes nothing.
 
         CertificateError if it does not hold under the tenant's root; ChangeRefusedError if not for our key.
         """
         obsolete: list[Path] = []
 
-        def change(connection: Connection, before: Directory) -> _Draft | None:
-            entry = _service_in(before, owner)
+        def change(connection: Connection, before: Directory) -> Draft | None:
+            entry = recipient_in(before, owner)
             verify_certificate(
                 certificate,
                 root=before.tenants[owner.tenant].root_certificate,
@@ -527,7 +540,7 @@ class DirectoryStore:
                 values["pending_key_file"] = None
                 obsolete.append(self._state_dir / row.key_file)
             connection.execute(_update_service(owner).values(values))
-            return _Draft(
+            return Draft(
                 action="certificate-imported",
                 tenant=owner.tenant,
                 service=owner.service,
@@ -537,29 +550,39 @@ class DirectoryStore:
                 },
             )
 
-        after = self._change(change, actor)
-        _remove(obsolete)
-        return after.services[owner]
+        after = self.change(change, actor)
+        remove_files(obsolete)
+        return after.recipients[owner]
 
     def remove_service(self, owner: NetworkService, *, actor: str) -> None:
         """Remove a network service and its private key. What it has sealed stays in the cloud, sealed."""
         obsolete: list[Path] = []
 
-        def change(connection: Connection, before: Directory) -> _Draft:
+        def change(connection: Connection, before: Directory) -> Draft:
             _service_in(before, owner)
-            row = _service_row(connection, owner)
-            obsolete.extend(
-                self._state_dir / name for name in (row.key_file, row.pending_key_file) if name is not None
-            )
-            connection.execute(delete(network_service).where(_is(owner)))
-            return _Draft(action="service-removed", tenant=owner.tenant, service=owner.service, detail={})
+            obsolete.extend(self.delete_recipient(connection, owner))
+            return Draft(action="service-removed", tenant=owner.tenant, service=owner.service, detail={})
 
-        self._change(change, actor)
-        _remove(obsolete)
+        self.change(change, actor)
+        remove_files(obsolete)
 
-    # Within.
+    # For service_store.py.
 
-    def _change(self, change: Callable[[Connection, Directory], _Draft | None], actor: str) -> Directory:
+    @property
+    def state_dir(self) -> Path:
+        return self._state_dir
+
+    def now_ms(self) -> int:
+        return _ms(self._clock.wall_s())
+
+    def delete_recipient(self, connection: Connection, owner: NetworkService) -> list[Path]:
+        """Delete the row; the key files that are then nobody's, to be removed once that is committed."""
+        row = _service_row(connection, owner)
+        connection.execute(delete(network_service).where(_is(owner)))
+        names = (row.key_file, row.pending_key_file)
+        return [self._state_dir / name for name in names if name is not None]
+
+    def change(self, change: Callable[[Connection, Directory], Draft | None], actor: str) -> Directory:
         """Run *change* alone, with its row of history and the next revision; None changed nothing."""
         with self._transaction() as connection:
             revision = int(
@@ -606,10 +629,16 @@ class DirectoryStore:
         services = [
             self._service_entry(row)
             for row in connection.execute(
-                select(network_service).order_by(network_service.c.tenant_id, network_service.c.name)
+                select(network_service)
+                .where(network_service.c.upstream_host.is_not(None))
+                .order_by(network_service.c.tenant_id, network_service.c.name)
             )
         ]
-        return Directory.of(int(revision), tenants, services)
+        try:
+            encryption_service = service_rows.read(connection, self._state_dir)
+        except service_rows.BrokenRowError as error:
+            raise DirectoryUnavailableError(str(error)) from error
+        return Directory.of(int(revision), tenants, services, encryption_service)
 
     def _service_entry(self, row: Row[Any]) -> ServiceEntry:
         der = row.certificate_der
@@ -637,7 +666,7 @@ class DirectoryStore:
     def _drop_foreign_certificates(
         self, connection: Connection, before: Directory, name: str, root: x509.Certificate
     ) -> None:
-        for service in before.services_of(name):
+        for service in before.recipients_of(name):
             if service.certificate is None:
                 continue
             try:
@@ -670,13 +699,13 @@ class DirectoryStore:
         )
 
     @contextlib.contextmanager
-    def _new_files(self) -> Iterator["_NewFiles"]:
+    def new_files(self) -> Iterator["NewFiles"]:
         """Files that go again if the change that names them does not come about."""
-        files = _NewFiles(self._state_dir)
+        files = NewFiles(self._state_dir)
         try:
             yield files
         except BaseException:
-            _remove(files.written)
+            remove_files(files.written)
             raise
 
     def _transaction(self, engine: Engine | None = None) -> AbstractContextManager[Connection]:
@@ -684,7 +713,7 @@ class DirectoryStore:
         return transaction(engine or self._engine, failure=DirectoryUnavailableError)
 
 
-class _NewFiles:
+class NewFiles:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self.written: list[Path] = []
@@ -703,7 +732,7 @@ class _NewFiles:
 # Rules.
 
 
-def _tenant_in(before: Directory, name: str) -> TenantEntry:
+def tenant_in(before: Directory, name: str) -> TenantEntry:
     entry = before.tenants.get(name)
     if entry is None:
         raise NotThereError(f"there is no tenant {name}", "see `sealgate list`")
@@ -711,11 +740,31 @@ def _tenant_in(before: Directory, name: str) -> TenantEntry:
 
 
 def _service_in(before: Directory, owner: NetworkService) -> ServiceEntry:
-    _tenant_in(before, owner.tenant)
+    tenant_in(before, owner.tenant)
     entry = before.services.get(owner)
     if entry is None:
         raise NotThereError(f"there is no network service {owner}", "see `sealgate list`")
     return entry
+
+
+def recipient_in(before: Directory, owner: NetworkService) -> Recipient:
+    tenant_in(before, owner.tenant)
+    entry = before.recipients.get(owner)
+    if entry is None:
+        raise NotThereError(f"there is no network service or key {owner}", "see `sealgate list`")
+    return entry
+
+
+def check_free(before: Directory, owner: NetworkService) -> None:
+    """A service and a named key share their names: keys are pushed to one or the other."""
+    entry = before.recipients.get(owner)
+    if isinstance(entry, NamedKey):
+        raise ChangeRefusedError(f"{owner} is a named key of the encryption service", "choose another name")
+
+
+def _removal(entry: Recipient) -> str:
+    noun = "key" if isinstance(entry, NamedKey) else "service"
+    return f"sealgate {noun} remove {entry.owner}"
 
 
 def _check_listener(before: Directory, listen: Listen, reserved: Iterable[Listen]) -> None:
@@ -795,11 +844,11 @@ def _is(owner: NetworkService) -> ColumnElement[bool]:
     return and_(network_service.c.tenant_id == owner.tenant, network_service.c.name == owner.service)
 
 
-def _key_name(owner: NetworkService) -> str:
+def key_name(owner: NetworkService) -> str:
     return f"keys/{owner.tenant}/{owner.service}-{secrets.token_hex(4)}.key"
 
 
-def _remove(paths: Iterable[Path]) -> None:
+def remove_files(paths: Iterable[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):  # nobody uses it any more; doctor lists what is left
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 1. A picture is never changed. The engine exchanges it whole when the directory's revision has moved on.
 2. A tenant is found by its listener, a network service by tenant and upstream host: no look-up crosses them.
+   Keys are pushed to *recipients*: to these services, and to the named keys of the encryption service.
 3. Host names are compared in one form: lower case, without the root's dot.
 4. Plain HTTP towards a service is for a TLS sidecar on the loopback interface only.
 """
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 from envelope.errors import FormatError
 from envelope.keys import NetworkService, check_name
+from proxy.encryption_service.model import EMPTY, NamedKey, ServiceDirectory
 
 _HOST: Final = re.compile(
     r"(?!.{254})[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
@@ -191,6 +193,10 @@ class ServiceEntry:
     key_file: Path
 
 
+type Recipient = ServiceEntry | NamedKey
+"""What keys are pushed to: has an `owner`, a `certificate`, a `key_file`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantEntry:
     tenant: str
@@ -214,10 +220,12 @@ class Directory:
     revision: int
     tenants: Mapping[str, TenantEntry]
     services: Mapping[NetworkService, ServiceEntry]
+    encryption_service: ServiceDirectory = EMPTY
+    recipients: Mapping[NetworkService, Recipient] = field(init=False, repr=False, compare=False)
     _by_host: Mapping[tuple[str, str, int], ServiceEntry] = field(init=False, repr=False, compare=False)
     _by_listener: Mapping[Listen, TenantEntry] = field(init=False, repr=False, compare=False)
     _by_reverse_listener: Mapping[Listen, ServiceEntry] = field(init=False, repr=False, compare=False)
-    _by_fingerprint: Mapping[bytes, ServiceEntry] = field(init=False, repr=False, compare=False)
+    _by_fingerprint: Mapping[bytes, Recipient] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         entries = self.services.values()
@@ -226,18 +234,31 @@ class Directory:
             tenant.forward_listen: tenant for tenant in self.tenants.values() if tenant.forward_listen
         }
         reverse = {entry.reverse_listen: entry for entry in entries if entry.reverse_listen}
-        prints = {entry.certificate.fingerprint(SHA256()): entry for entry in entries if entry.certificate}
+        recipients: dict[NetworkService, Recipient] = {**self.services, **self.encryption_service.keys}
+        prints = {
+            entry.certificate.fingerprint(SHA256()): entry
+            for entry in recipients.values()
+            if entry.certificate
+        }
+        object.__setattr__(self, "recipients", recipients)
         object.__setattr__(self, "_by_host", hosts)
         object.__setattr__(self, "_by_listener", listeners)
         object.__setattr__(self, "_by_reverse_listener", reverse)
         object.__setattr__(self, "_by_fingerprint", prints)
 
     @classmethod
-    def of(cls, revision: int, tenants: Iterable[TenantEntry], services: Iterable[ServiceEntry]) -> Self:
+    def of(
+        cls,
+        revision: int,
+        tenants: Iterable[TenantEntry],
+        services: Iterable[ServiceEntry],
+        encryption_service: ServiceDirectory = EMPTY,
+    ) -> Self:
         return cls(
             revision=revision,
             tenants={entry.tenant: entry for entry in tenants},
             services={entry.owner: entry for entry in services},
+            encryption_service=encryption_service,
         )
 
     def service_for_host(self, tenant: str, host: str, port: int) -> ServiceEntry | None:
@@ -258,9 +279,13 @@ class Directory:
         """The service that is served at this address in reverse mode."""
         return self._by_reverse_listener.get(listen)
 
-    def service_of_certificate(self, fingerprint: bytes) -> ServiceEntry | None:
-        """The service whose certificate has this SHA-256 of its DER form."""
+    def recipient_of_certificate(self, fingerprint: bytes) -> Recipient | None:
+        """The service or named key whose certificate has this SHA-256 of its DER form."""
         return self._by_fingerprint.get(fingerprint)
+
+    def recipients_of(self, tenant: str) -> list[Recipient]:
+        """Services and named keys of *tenant*, by name."""
+        return [self.recipients[owner] for owner in sorted(self.recipients) if owner.tenant == tenant]
 
     def services_of(self, tenant: str) -> list[ServiceEntry]:
         check_name("tenant", tenant)

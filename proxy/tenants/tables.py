@@ -1,15 +1,19 @@
 """The directory's tables, as the newest migration leaves them.
 
-1. Nothing here is secret: private keys are files below the state directory, named relative to it.
+1. Nothing here is secret in the clear: private keys are files below the state directory, named relative to
+   it; of a bearer token there is a digest, a SigV4 secret is sealed by a file key of the state directory.
 2. Times are milliseconds since the Unix epoch. Ids are text and immutable.
 3. Every change is one transaction that raises `directory.revision` by one and leaves one row of `history`.
 """
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
+    Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Integer,
     LargeBinary,
     String,
@@ -62,11 +66,12 @@ network_service = Table(
     metadata,
     Column("tenant_id", ForeignKey("tenant.id"), primary_key=True),
     Column("name", String(63), primary_key=True),
-    Column("upstream_scheme", String(5), nullable=False),
-    Column("upstream_host", String(253), nullable=False),
-    Column("upstream_port", Integer, nullable=False),
-    Column("profile", String(63), nullable=False),
-    Column("legacy", String(16), nullable=False),
+    # These five are null for a named key of the encryption service, which has no upstream.
+    Column("upstream_scheme", String(5)),
+    Column("upstream_host", String(253)),
+    Column("upstream_port", Integer),
+    Column("profile", String(63)),
+    Column("legacy", String(16)),
     Column("reverse_listen", String(64), unique=True),
     Column("certificate_der", LargeBinary),
     # The key of that certificate; while there is none, the key of the first CSR.
@@ -76,6 +81,48 @@ network_service = Table(
     Column("created_at_ms", BigInteger, nullable=False),
     Column("updated_at_ms", BigInteger, nullable=False),
     UniqueConstraint("tenant_id", "upstream_host", "upstream_port", name="uq_network_service_upstream"),
+)
+
+named_key = Table(
+    "named_key",
+    metadata,
+    Column("tenant_id", String(63), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("key_use", String(8), nullable=False),
+    Column("algorithm", String(16)),
+    Column("blocked", Boolean, nullable=False),
+    Column("operations", Text, nullable=False),  # words, sorted, a space between
+    ForeignKeyConstraint(["tenant_id", "name"], ["network_service.tenant_id", "network_service.name"]),
+)
+
+service_dialect = Table(
+    "service_dialect",
+    metadata,
+    Column("tenant_id", ForeignKey("tenant.id"), primary_key=True),
+    Column("dialect", String(16), primary_key=True),
+    Column("enabled", Boolean, nullable=False),
+    Column("settings", Text, nullable=False),  # JSON, a Struct of proxy/encryption_service/model.py
+    Column("updated_at_ms", BigInteger, nullable=False),
+)
+
+service_credential = Table(
+    "service_credential",
+    metadata,
+    Column("id", String(30), primary_key=True),
+    Column("tenant_id", ForeignKey("tenant.id"), nullable=False),
+    Column("dialect", String(16), nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("label", String(255), nullable=False),
+    Column("keys", Text),  # names, sorted, a space between; null: all of the tenant's
+    Column("operations", Text, nullable=False),
+    Column("endpoint", String(255)),
+    Column("networks", Text, nullable=False),
+    Column("not_after_ms", BigInteger),
+    Column("verifier", LargeBinary, nullable=False),
+    Column("requests_per_s", Float),
+    Column("replaces", String(30)),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("updated_at_ms", BigInteger, nullable=False),
 )
 
 history = Table(

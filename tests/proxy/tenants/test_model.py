@@ -135,7 +135,7 @@ def test_look_ups_stay_within_the_tenant() -> None:
     assert directory.tenant_of_listener(Listen("127.0.0.1", 2001)) is tenants[0]
     assert directory.tenant_of_listener(Listen("127.0.0.1", 9)) is None
     assert directory.service_of_listener(Listen("127.0.0.1", 2001)) is drive
-    assert directory.service_of_certificate(bytes(32)) is None
+    assert directory.recipient_of_certificate(bytes(32)) is None
     assert directory.services_of("globex") == []
     assert tenants[0].tunnels("A.SSO.example")
     assert not tenants[0].tunnels("drive.example.com")
