@@ -5,9 +5,12 @@ first.
 2. `note` is for what has happened already, or must happen whatever the disk does (a withdrawal): it never
    raises.
 3. One thread, first come, first written: the order in the log is the order of the calls.
+4. What waits while the disk syncs is written together and shares the next sync; if that fails, none of it
+   counts as written.
 """
 
 import asyncio
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -18,6 +21,7 @@ from runtime.audit import AuditLog, AuditUnavailableError
 log = structlog.get_logger(__name__)
 
 type Value = str | int | None
+type _Event = tuple[str, str, dict[str, Value], "Future[None]"]
 _CLOSE_PATIENCE_S: Final = 5.0
 
 
@@ -25,6 +29,7 @@ class Journal:
     def __init__(self, audit: AuditLog) -> None:
         self._audit = audit
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit")
+        self._waiting: deque[_Event] = deque()
         self._failure: str | None = None
 
     @property
@@ -53,15 +58,30 @@ class Journal:
             self._audit.close()
 
     def _submit(self, action: str, outcome: str, fields: dict[str, Value]) -> "Future[None]":
-        return self._writer.submit(self._write, action, outcome, fields)
+        written: Future[None] = Future()
+        self._waiting.append((action, outcome, fields, written))
+        self._writer.submit(self._write_waiting)
+        return written
 
-    def _write(self, action: str, outcome: str, fields: dict[str, Value]) -> None:
-        try:
-            self._audit.append(action, outcome=outcome, durable=True, **fields)
-        except AuditUnavailableError as error:
-            self._failure = str(error)
-            raise
-        self._failure = None
+    def _write_waiting(self) -> None:
+        events = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        # Whoever gave up before the first byte was written gets no event.
+        events = [event for event in events if event[3].set_running_or_notify_cancel()]
+        unsynced: list[Future[None]] = []
+        for number, (action, outcome, fields, written) in enumerate(events, start=1):
+            is_last = number == len(events)
+            try:
+                self._audit.append(action, outcome=outcome, durable=is_last, **fields)
+            except Exception as error:  # noqa: BLE001 - handed on to whoever asked
+                self._failure = str(error) if isinstance(error, AuditUnavailableError) else repr(error)
+                for one in [written, *(unsynced if is_last else ())]:
+                    one.set_exception(error)
+            else:
+                unsynced.append(written)
+                if is_last:
+                    self._failure = None
+                    for one in unsynced:
+                        one.set_result(None)
 
 
 def _report(written: "Future[None]") -> None:

@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 CONCURRENT: Final = 64
 """Questions under way at once: to proxies that answered last time, and as many to those that did not."""
+MAX_QUESTIONS_PER_S: Final = 50
+"""More proxies than that in `presence_s` are asked less often: a hint is not worth a core."""
 MAX_TIMEOUT_S: Final = 5.0
 GATHER_S: Final = 0.25
 """Proxies seen within this time are pushed to together: they then need one unwrapping in the HSM."""
@@ -153,7 +155,8 @@ class PresenceLoop:
                 self._take(proxy, before, found)
         finally:
             # Up to a fifth early, so that the questions of many proxies do not come in one burst for ever.
-            next_s = began_s + self._presence_s * (1 - self._jitter() / 5)
+            pace_s = max(self._presence_s, len(self._targets.fed()) / MAX_QUESTIONS_PER_S)
+            next_s = began_s + pace_s * (1 - self._jitter() / 5)
             self._schedule.done(proxy.id, lambda _: next_s, succeeded=True)
             self._wake.set()
 
@@ -172,6 +175,7 @@ class PresenceLoop:
         now_ms = int(self._clock.wall_s() * 1000)
         metrics.PROXY_ANSWERS.labels(proxy.id).set(isinstance(found, Presence))
         if isinstance(found, PushError):
+            self._pusher.miss(proxy.id)
             if before is not None and not before.answers:
                 self._sightings[proxy.id] = replace(before, error=str(found))
                 return

@@ -3,7 +3,8 @@ at once.
 
 1. *When* is a pure function of what happened (`next_delay`, `Schedule`); the loops only wait and act.
 2. Each proxy has its own schedule: a failed one is tried again after 1, 2, 4 ... s, the others keep their
-   interval.
+   interval. Many that begin together are spread by jitter, a few together, so that the HSM is not asked for
+   everything in one go for ever.
 3. The watch keeps its pace whatever a diagnosis costs. Every other looks at the KEK feed the same `Consent`.
 4. Withdrawals go on until each proxy has confirmed, or nothing that was issued to it can be valid any more.
 5. A loop ends by a bug or by cancellation alone: what proxies, the HSM and the registry do is expected.
@@ -12,6 +13,7 @@ at once.
 import asyncio
 import math
 from collections.abc import Callable, Iterable
+from itertools import batched
 from typing import Any, Final, NoReturn
 
 import structlog
@@ -29,6 +31,10 @@ from runtime.clock import Clock
 log = structlog.get_logger(__name__)
 
 MAX_WITHDRAWAL_DELAY_S: Final = 5.0
+TOGETHER: Final = 32
+"""Proxies that keep the same jitter: as long as they stay together they need one unwrapping."""
+LOOK_AGAIN_S: Final = 1.0
+"""What is to be withdrawn is looked through no more often than this without a cause."""
 
 
 def next_delay(*, interval_s: float, failures: int, jitter: float) -> float:
@@ -52,11 +58,14 @@ class Schedule:
         """Exactly these: a new one is due at once, one that is gone is forgotten."""
         wanted = set(names)
         for name in self._due_s.keys() - wanted:
-            del self._due_s[name]
-            self._failures.pop(name, None)
-            self._again.discard(name)
+            self.forget(name)
         for name in wanted - self._due_s.keys():
             self._due_s[name] = now_s
+
+    def forget(self, name: str) -> None:
+        self._due_s.pop(name, None)
+        self._failures.pop(name, None)
+        self._again.discard(name)
 
     def take_due(self, now_s: float) -> list[str]:
         """The due ones; each is in flight until `done`."""
@@ -189,16 +198,20 @@ class RefreshLoop:
 
     async def _round(self, names: list[str]) -> None:
         began_s = self._clock.boot_s()
-        # One jitter for all of a round: together they need one unwrapping.
-        jitter = self._jitter()
+        jitter = {
+            name: value for some in batched(names, TOGETHER) for value in [self._jitter()] for name in some
+        }
 
-        def next_s(failures: int) -> float:
-            delay_s = next_delay(interval_s=self._interval_s, failures=failures, jitter=jitter)
-            return (began_s if failures == 0 else self._clock.boot_s()) + delay_s
+        def done(name: str, *, succeeded: bool) -> None:
+            def next_s(failures: int) -> float:
+                delay_s = next_delay(interval_s=self._interval_s, failures=failures, jitter=jitter[name])
+                return (began_s if failures == 0 else self._clock.boot_s()) + delay_s
+
+            self.schedule.done(name, next_s, succeeded=succeeded)
 
         def delivered(delivery: Delivery) -> None:
             left.discard(delivery.proxy_id)
-            self.schedule.done(delivery.proxy_id, next_s, succeeded=delivery.is_complete)
+            done(delivery.proxy_id, succeeded=delivery.is_complete)
             self._wake.set()
             self._on_delivery(delivery)
 
@@ -211,7 +224,7 @@ class RefreshLoop:
         except AuditUnavailableError as error:
             log.error("no refresh without an audit log", error=str(error))  # noqa: TRY400 - expected
         for name in left:  # never begun: no audit, or no longer among the targets
-            self.schedule.done(name, next_s, succeeded=False)
+            done(name, succeeded=False)
         self._wake.set()
 
 
@@ -233,6 +246,9 @@ class WithdrawalLoop:
         self._clock = clock
         self._on_delivery = on_delivery
         self._wake = asyncio.Event()
+        self._known: dict[str, frozenset[NetworkService]] = {}
+        """What was pending when it was last looked at, at that proxy or everywhere."""
+        self._looked_s = -math.inf
         self.schedule = Schedule()
 
     def pending(self) -> dict[str, frozenset[NetworkService]]:
@@ -244,10 +260,18 @@ class WithdrawalLoop:
         )
         return {name: frozenset(link.owner for link in links) for name, links in found.items()}
 
+    def is_done(self) -> bool:
+        """Nothing is pending. Cheap while something is."""
+        return not any(map(self._pending_at, list(self._known))) and not self.pending()
+
+    def count(self) -> int:
+        """How many services at how many proxies; as of the last look there, which is cheap."""
+        return sum(map(len, self._known.values()))
+
     def at_once(self) -> None:
         """Something is to be withdrawn: do not wait for any back-off."""
         now_s = self._clock.boot_s()
-        self.schedule.keep(self.pending(), now_s)
+        self._look(now_s)
         self.schedule.at_once(now_s)
         self._wake.set()
 
@@ -255,12 +279,26 @@ class WithdrawalLoop:
         async with asyncio.TaskGroup() as group:
             while True:
                 now_s = self._clock.boot_s()
-                pending = self.pending()
-                self.schedule.keep(pending, now_s)
+                if now_s >= self._looked_s + LOOK_AGAIN_S:
+                    self._look(now_s)
                 for name in self.schedule.take_due(now_s):
-                    group.create_task(self._withdraw(name, pending[name]), name=f"withdraw:{name}")
+                    group.create_task(self._withdraw(name, self._known[name]), name=f"withdraw:{name}")
                 await wait_until(self._clock, self._wake, self.schedule.next_due_s())
         raise AssertionError("unreachable: the loop above does not end")
+
+    def _look(self, now_s: float) -> None:
+        self._looked_s = now_s
+        self._known = self.pending()
+        self.schedule.keep(self._known, now_s)
+
+    def _pending_at(self, name: str) -> frozenset[NetworkService]:
+        links = self._targets.to_withdraw_at(
+            name,
+            int(self._clock.wall_s() * 1000),
+            self._clock.boot_s(),
+            everything=self._consent.standing.is_withdrawn,
+        )
+        return frozenset(link.owner for link in links)
 
     async def _withdraw(self, name: str, owners: frozenset[NetworkService]) -> None:
         def next_s(failures: int) -> float:
@@ -269,6 +307,12 @@ class WithdrawalLoop:
 
         def delivered(delivery: Delivery) -> None:
             self.schedule.done(name, next_s, succeeded=delivery.is_complete)
+            if left := self._pending_at(name):
+                self._known[name] = left
+                self.schedule.keep(self._known, self._clock.boot_s())
+            else:
+                self._known.pop(name, None)
+                self.schedule.forget(name)
             self._wake.set()
             self._on_delivery(delivery)
 

@@ -1,19 +1,21 @@
 """Fan-out: every proxy at once, each with its own deadlines, its own result, its own second chance.
 
 1. One slow, dead or hostile proxy delays nobody: each has a task, each request a deadline, and whatever goes
-   wrong there is that proxy's failure, even what nobody thought of: these loops are the kill switch.
+   wrong there is that proxy's failure, even what nobody thought of: these loops are the kill switch. How many
+   are served at once is bounded, of keys and of withdrawals each for itself, and the slow have places apart.
 2. A challenge is kept and used until the proxy says `nonce` (it restarted, or somebody opened another
    session); then a new session is opened and what was refused is sealed and sent again at once. The same for
    `sequence`, which only a push that overtook another one can earn. Once: what is refused twice is a failure.
 3. Nothing with keys leaves once pushing has stopped; `stop` ends what is on its way.
 4. Which start of a proxy last answered a push of keys is remembered: another start has none of them (`meet`).
-5. Receipts are values, and kept: memory first, then the registry.
+5. Receipts are values, and kept: memory first, then the registry, those of many proxies together.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -21,10 +23,11 @@ import structlog
 from envelope.certificates import CertificateError
 from envelope.keys import NetworkService
 from key_agent.errors import KeyAgentError
+from key_agent.push.places import Places
 from key_agent.push.recipients import leaf_sha256
 from key_agent.push.sealing import KeySealing, Sealed, Sealing
 from key_agent.push.targets import Targets
-from key_agent.push.transport import Answer, PushError, Session, Transport
+from key_agent.push.transport import Answer, Purpose, PushError, Session, Transport
 from key_agent.registry.model import RECEIPT_SLACK_MS, Proxy, Receipt
 from key_agent.registry.store import Registry
 from runtime.clock import Clock
@@ -32,7 +35,12 @@ from runtime.clock import Clock
 log = structlog.get_logger(__name__)
 
 _AGAIN: Final = frozenset({"nonce", "sequence"})
+_SILENCE: Final = frozenset({"timeout", "unreachable"})
 _ATTEMPTS: Final = 2
+# What is under way at once: proxies, each with a batch of envelopes (rule 1).
+_KEYS_AT_ONCE: Final = {"quick": 64, "slow": 192}
+_WITHDRAWALS_AT_ONCE: Final = {"quick": 256, "slow": 768}
+_RECEIPTS_AT_ONCE: Final = 1000
 
 
 class Outcome(StrEnum):
@@ -91,8 +99,15 @@ class Pusher:
         self._sessions: dict[str, Session] = {}
         self._served: dict[str, bytes] = {}
         """By proxy: the instance that last answered a push of keys."""
+        self._silent: set[str] = set()
+        """Proxies that did not answer when they were last spoken to."""
+        self._places = {
+            Purpose.KEYS: Places(**_KEYS_AT_ONCE),
+            Purpose.WITHDRAWAL: Places(**_WITHDRAWALS_AT_ONCE),
+        }
         self._running: set[asyncio.Task[Delivery]] = set()
-        self._storing: set[asyncio.Task[None]] = set()
+        self._unstored: list[Receipt] = []
+        self._storing: asyncio.Task[None] | None = None
 
     @property
     def sessions(self) -> Mapping[str, Session]:
@@ -125,7 +140,9 @@ class Pusher:
         self, proxy: Proxy, owners: frozenset[NetworkService], on_delivery: OnDelivery
     ) -> Delivery:
         """Take back the keys of these services at this proxy. Works without HSM and registry."""
-        return await self._deliver(proxy, self._withdrawal_sealing, owners, on_delivery, keys=False)
+        return await self._deliver(
+            proxy, self._withdrawal_sealing, owners, on_delivery, purpose=Purpose.WITHDRAWAL
+        )
 
     def stop(self) -> None:
         """End the deliveries of keys that are on their way. (`may_push` keeps new ones from beginning.)"""
@@ -134,11 +151,16 @@ class Pusher:
 
     async def settle(self) -> None:
         """Return when the receipts so far are stored, or could not be."""
-        if self._storing:
-            await asyncio.wait(self._storing)
+        if self._storing is not None:
+            await asyncio.wait([self._storing])
+
+    def miss(self, proxy_id: str) -> None:
+        """It does not answer: until it does it waits with others of its kind."""
+        self._silent.add(proxy_id)
 
     def meet(self, proxy_id: str, instance: bytes) -> bool:
         """This start of the proxy is there now. True if an earlier one had our pushes and this one none."""
+        self._silent.discard(proxy_id)
         known = self._sessions.get(proxy_id)
         if known is not None and known.instance not in (None, instance):
             del self._sessions[proxy_id]  # its challenge is as gone as the process that made it
@@ -146,7 +168,7 @@ class Pusher:
 
     async def probe(self, proxy: Proxy) -> Session:
         """Open a session, for `doctor` and to learn what a proxy holds. PushError."""
-        return await self._open_session(proxy)
+        return await self._open_session(proxy, Purpose.KEYS)
 
     async def _deliver_keys(
         self,
@@ -156,7 +178,7 @@ class Pusher:
         on_delivery: OnDelivery,
     ) -> Delivery:
         try:
-            return await self._deliver(proxy, sealing, owners, on_delivery, keys=True)
+            return await self._deliver(proxy, sealing, owners, on_delivery, purpose=Purpose.KEYS)
         except asyncio.CancelledError:
             if self._may_push():
                 raise
@@ -181,30 +203,17 @@ class Pusher:
         owners: frozenset[NetworkService],
         on_delivery: OnDelivery,
         *,
-        keys: bool,
+        purpose: Purpose,
     ) -> Delivery:
         receipts: dict[NetworkService, Receipt] = {}
         failure: PushError | None = None
         try:
-            wanted = owners
-            is_noted = False
-            for attempt in range(_ATTEMPTS):
-                session = await self._session(proxy, anew=attempt > 0)
-                again: set[NetworkService] = set()
-                async for batch in sealing.batches(session, wanted):
-                    for receipt, code in await self._send(proxy, batch, keys=keys):
-                        receipts[receipt.owner] = receipt
-                        if code in _AGAIN:
-                            again.add(receipt.owner)
-                        elif keys and not is_noted and (receipt.accepted or code):
-                            # The first: if the proxy restarts halfway, the new start has not all of them.
-                            is_noted = True
-                            self._note_served(proxy, session)
-                wanted = frozenset(again)
-                if not wanted:
-                    break
+            async with self._places[purpose].taken(is_slow=proxy.id in self._silent):
+                await self._exchange(proxy, sealing, owners, receipts, purpose)
         except PushError as error:
             self._sessions.pop(proxy.id, None)
+            if error.code in _SILENCE:
+                self._silent.add(proxy.id)
             failure = error
         except KeyAgentError as error:
             failure = PushError(type(error).__name__.removesuffix("Error").lower(), str(error))
@@ -215,11 +224,38 @@ class Pusher:
         delivery = self._sum_up(proxy, owners, receipts, failure)
         self._targets.note_receipts(delivery.receipts)
         on_delivery(delivery)
-        # Beside: what is told must not be cut off, nor wait for the disk.
-        task = asyncio.create_task(self._store(delivery), name=f"receipts:{proxy.id}")
-        self._storing.add(task)
-        task.add_done_callback(self._storing.discard)
+        self._unstored += delivery.receipts
+        if self._storing is None or self._storing.done():
+            # Beside: what is told must not be cut off, nor wait for the disk.
+            self._storing = asyncio.create_task(self._store(), name="receipts")
         return delivery
+
+    async def _exchange(
+        self,
+        proxy: Proxy,
+        sealing: Sealing,
+        owners: frozenset[NetworkService],
+        receipts: dict[NetworkService, Receipt],
+        purpose: Purpose,
+    ) -> None:
+        """Sessions and envelopes until each of *owners* has its entry in *receipts*. KeyAgentError."""
+        wanted = owners
+        is_noted = False
+        for attempt in range(_ATTEMPTS):
+            session = await self._session(proxy, purpose, anew=attempt > 0)
+            again: set[NetworkService] = set()
+            async for batch in sealing.batches(session, wanted):
+                for receipt, code in await self._send(proxy, session, batch, purpose):
+                    receipts[receipt.owner] = receipt
+                    if code in _AGAIN:
+                        again.add(receipt.owner)
+                    elif purpose is Purpose.KEYS and not is_noted and (receipt.accepted or code):
+                        # The first: if the proxy restarts halfway, the new start has not all of them.
+                        is_noted = True
+                        self._note_served(proxy, session)
+            wanted = frozenset(again)
+            if not wanted:
+                break
 
     def _note_served(self, proxy: Proxy, session: Session) -> None:
         if session.instance is None:
@@ -227,12 +263,16 @@ class Pusher:
         else:
             self._served[proxy.id] = session.instance
 
-    async def _store(self, delivery: Delivery) -> None:
-        try:
-            await self._registry.record_receipts(delivery.receipts)
-        except KeyAgentError as error:
-            # What is lost is an entry of the status page; the proxy has its keys, or not, all the same.
-            log.error("receipts are not stored", proxy=delivery.proxy_id, error=str(error))  # noqa: TRY400
+    async def _store(self) -> None:
+        """All that wait, together: a thousand proxies that answer at once are no thousand transactions."""
+        while self._unstored:
+            some = list(islice(_until_repeated(self._unstored), _RECEIPTS_AT_ONCE))
+            del self._unstored[: len(some)]
+            try:
+                await self._registry.record_receipts(some)
+            except KeyAgentError as error:
+                # What is lost is an entry of the status page; the proxy has its keys, or not, all the same.
+                log.error("receipts are not stored", count=len(some), error=str(error))  # noqa: TRY400
 
     def _sum_up(
         self,
@@ -257,18 +297,19 @@ class Pusher:
             receipts=tuple(receipts.values()),
         )
 
-    async def _session(self, proxy: Proxy, *, anew: bool) -> Session:
+    async def _session(self, proxy: Proxy, purpose: Purpose, *, anew: bool) -> Session:
         known = self._sessions.get(proxy.id)
-        return known if known is not None and not anew else await self._open_session(proxy)
+        return known if known is not None and not anew else await self._open_session(proxy, purpose)
 
-    async def _open_session(self, proxy: Proxy) -> Session:
+    async def _open_session(self, proxy: Proxy, purpose: Purpose) -> Session:
         try:
             async with asyncio.timeout(self._request_timeout_s):
-                session = await self._transport.open_session(proxy)
+                session = await self._transport.open_session(proxy, purpose=purpose)
         except TimeoutError:
             raise PushError(
                 "timeout", f"{proxy.url}: no session within {self._request_timeout_s:g} s"
             ) from None
+        self._silent.discard(proxy.id)
         self._sessions[proxy.id] = session
         self._compare(proxy, session)
         return session
@@ -276,8 +317,8 @@ class Pusher:
     def _compare(self, proxy: Proxy, session: Session) -> None:
         """Tell early what will be refused: what the proxy hosts against what we believe it hosts."""
         hosted = {service.owner: service.certificate_sha256 for service in session.services}
-        for link in self._targets.links:
-            if link.proxy_id != proxy.id or link.withdrawn:
+        for link in self._targets.links_at(proxy.id):
+            if link.withdrawn:
                 continue
             try:
                 ours = leaf_sha256(link.certificate_pem)
@@ -292,16 +333,23 @@ class Pusher:
                     service=str(link.owner),
                 )
 
-    async def _send(self, proxy: Proxy, batch: list[Sealed], *, keys: bool) -> list[tuple[Receipt, str]]:
+    async def _send(
+        self, proxy: Proxy, session: Session, batch: list[Sealed], purpose: Purpose
+    ) -> list[tuple[Receipt, str]]:
         """Receipts, each with the proxy's refusal code or ""."""
         ready = [sealed for sealed in batch if sealed.token is not None]
         answers: list[Answer] = []
         if ready:
-            if keys and not self._may_push():
+            if purpose is Purpose.KEYS and not self._may_push():
                 raise PushError("stopped", "pushing has stopped")
             try:
                 async with asyncio.timeout(self._request_timeout_s):
-                    answers = await self._transport.send(proxy, [sealed.token or "" for sealed in ready])
+                    answers = await self._transport.send(
+                        proxy,
+                        [sealed.token or "" for sealed in ready],
+                        challenge=session.challenge,
+                        purpose=purpose,
+                    )
             except TimeoutError:
                 raise PushError(
                     "timeout", f"{proxy.url}: no answer within {self._request_timeout_s:g} s"
@@ -342,3 +390,14 @@ class Pusher:
             valid_until_ms=valid_until_ms,
             error=error,
         )
+
+
+def _until_repeated(receipts: Iterable[Receipt]) -> Iterator[Receipt]:
+    """Up to the first that is about the same place as one before: the later one is to be written later."""
+    seen: set[tuple[NetworkService, str]] = set()
+    for receipt in receipts:
+        place = (receipt.owner, receipt.proxy_id)
+        if place in seen:
+            return
+        seen.add(place)
+        yield receipt

@@ -5,13 +5,16 @@
 2. Proxies that are ready at the same time share one unwrapping in the HSM: who asks while a batch is being
    sealed goes into the next one.
 3. Services travel in batches, so that the HSM is free between them and the KEK watch gets its turn.
+4. A batch is made when its proxy is ready for it: what waits to be sent is one batch of each proxy that is
+   being served, however many services and proxies there are.
 """
 
 import asyncio
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import batched
 from typing import Final, override
@@ -44,6 +47,11 @@ from runtime.clock import Clock
 log = structlog.get_logger(__name__)
 
 _COMMIT_PATIENCE_S: Final = 0.25
+_COMMIT_AT_ONCE: Final = 1000
+# One service at many proxies is one unwrapping, but as many envelopes: so many are made before any leaves.
+_ENVELOPES_AT_ONCE: Final = 1000
+# Withdrawals that are sealed before the event loop gets its turn: about a millisecond.
+_SEALED_PER_TURN: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +79,11 @@ class Sealing(ABC):
 
 @dataclass(eq=False)
 class _Ask:
+    """One batch for one proxy, that is ready for it."""
+
     session: Session
     owners: frozenset[NetworkService]
-    batches: asyncio.Queue[list[Sealed] | KeyAgentError | None] = field(default_factory=asyncio.Queue)
+    made: asyncio.Future[list[Sealed]]
 
 
 class KeySealing(Sealing):
@@ -108,13 +118,11 @@ class KeySealing(Sealing):
     async def batches(
         self, session: Session, owners: frozenset[NetworkService]
     ) -> AsyncIterator[list[Sealed]]:
-        ask = _Ask(session, owners)
-        self._asks.append(ask)
-        self._asked.set()
-        while (batch := await ask.batches.get()) is not None:
-            if isinstance(batch, KeyAgentError):
-                raise batch
-            yield batch
+        for some in batched(sorted(owners), self._batch_size):
+            ask = _Ask(session, frozenset(some), asyncio.get_running_loop().create_future())
+            self._asks.append(ask)
+            self._asked.set()
+            yield await ask.made
 
     async def run(self) -> None:
         """Serve the asks, until cancelled."""
@@ -122,24 +130,38 @@ class KeySealing(Sealing):
             await self._asked.wait()
             self._asked.clear()
             asks, self._asks = self._asks, []
-            try:
-                await self._serve(asks)
-            except KeyAgentError as error:
-                for ask in asks:
-                    ask.batches.put_nowait(error)
-            else:
-                for ask in asks:
-                    ask.batches.put_nowait(None)
+            for some in self._together(asks):
+                try:
+                    await self._serve(some)
+                except KeyAgentError as error:
+                    for ask in some:
+                        if not ask.made.done():  # its proxy's task was cancelled
+                            ask.made.set_exception(error)
+
+    def _together(self, asks: Sequence[_Ask]) -> Iterator[list[_Ask]]:
+        """*asks*, first come, first served, in parts of at most a batch of services."""
+        part: list[_Ask] = []
+        owners: set[NetworkService] = set()
+        envelopes = 0
+        for ask in asks:
+            envelopes += len(ask.owners)
+            if part and (len(owners | ask.owners) > self._batch_size or envelopes > _ENVELOPES_AT_ONCE):
+                yield part
+                part, owners, envelopes = [], set(), len(ask.owners)
+            part.append(ask)
+            owners |= ask.owners
+        if part:
+            yield part
 
     async def _serve(self, asks: Sequence[_Ask]) -> None:
-        owners = sorted(frozenset[NetworkService]().union(*(ask.owners for ask in asks)))
-        for some in batched(owners, self._batch_size):
-            if not self._may_push():
-                raise KeyAgentError("pushing has stopped")
-            made = await self._seal(asks, some)
-            for ask in asks:
-                mine = [sealed for sealed in made[ask.session.proxy_id] if sealed.owner in ask.owners]
-                ask.batches.put_nowait(mine)
+        if not self._may_push():
+            raise KeyAgentError("pushing has stopped")
+        made = await self._seal(
+            asks, sorted(frozenset[NetworkService]().union(*(ask.owners for ask in asks)))
+        )
+        for ask in asks:
+            if not ask.made.done():
+                ask.made.set_result(made[ask.session.proxy_id])
 
     async def _seal(
         self, asks: Sequence[_Ask], owners: Sequence[NetworkService]
@@ -148,6 +170,7 @@ class KeySealing(Sealing):
         issued_at_s = int(now_s)
         expires_at_s = issued_at_s + self._validity_s
         sessions = {ask.session.proxy_id: ask.session for ask in asks}
+        wanted = {ask.session.proxy_id: ask.owners for ask in asks}
         kek, reservations = await self._registry.reserve(
             owners, sessions, now_ms=int(now_s * 1000), until_ms=expires_at_s * 1000
         )
@@ -169,6 +192,8 @@ class KeySealing(Sealing):
                 )
             fit: list[Recipient] = []
             for link in reservation.links:
+                if link.owner not in wanted[link.proxy_id]:
+                    continue  # another batch's
                 try:
                     leaf = self._recipients.check(link.owner, link.certificate_pem, now_s=now_s)
                 except CertificateError as error:
@@ -255,16 +280,15 @@ class WithdrawalSealing(Sealing):
         self._clock = clock
         self._validity_s = validity_s
         self._batch_size = min(batch_size, MAX_ENVELOPES)
-        # They outlive the push that began them; somebody must hold them.
-        self._commits: set[asyncio.Task[None]] = set()
+        self._uncommitted: dict[NetworkService, int] = {}
+        # It outlives the push that began it; somebody must hold it.
+        self._commit: asyncio.Task[None] | None = None
 
     @override
     async def batches(
         self, session: Session, owners: frozenset[NetworkService]
     ) -> AsyncIterator[list[Sealed]]:
-        links = [
-            link for link in self._targets.links if link.proxy_id == session.proxy_id and link.owner in owners
-        ]
+        links = [link for link in self._targets.links_at(session.proxy_id) if link.owner in owners]
         # The next batch is made while this one travels.
         ahead: deque[asyncio.Task[list[Sealed]]] = deque()
         try:
@@ -281,30 +305,37 @@ class WithdrawalSealing(Sealing):
     async def _make(self, session: Session, links: Sequence[Link]) -> list[Sealed]:
         now_s = self._clock.wall_s()
         sequences = self._targets.next_sequences((link.owner for link in links), int(now_s * 1000))
-        commit = asyncio.create_task(self._commit(sequences), name="withdraw:commit")
-        self._commits.add(commit)
-        commit.add_done_callback(self._commits.discard)
-        # Off the loop: a thousand of them are a quarter of a second of arithmetic.
-        sealed = await asyncio.to_thread(self._seal_all, session, links, sequences, now_s)
-        if len(self._commits) == 1:  # else one is late already, and nobody waits for a late database twice
-            await asyncio.wait([commit], timeout=_COMMIT_PATIENCE_S)
+        begun = self._commit_soon(sequences)
+        sealed: list[Sealed] = []
+        for some in batched(links, _SEALED_PER_TURN):
+            if sealed:
+                await asyncio.sleep(0)
+            sealed += [self._seal(session, link, sequences[link.owner], now_s) for link in some]
+        if begun is not None:
+            await asyncio.wait([begun], timeout=_COMMIT_PATIENCE_S)
         return sealed
 
-    async def _commit(self, sequences: Mapping[NetworkService, int]) -> None:
-        try:
-            await self._registry.spend_sequences(sequences)
-        except KeyAgentError as error:
-            # The next ones follow the clock, so they still rise.
-            log.error("withdrawal sequences are not stored", error=str(error))  # noqa: TRY400
+    def _commit_soon(self, sequences: Mapping[NetworkService, int]) -> asyncio.Task[None] | None:
+        """Have *sequences* stored, with all others that wait. The task, if this call began it.
 
-    def _seal_all(
-        self,
-        session: Session,
-        links: Iterable[Link],
-        sequences: Mapping[NetworkService, int],
-        now_s: float,
-    ) -> list[Sealed]:
-        return [self._seal(session, link, sequences[link.owner], now_s) for link in links]
+        Whoever finds one begun waits for none: the database is late already, or busy with the first.
+        """
+        self._uncommitted |= sequences
+        if self._commit is not None and not self._commit.done():
+            return None
+        self._commit = asyncio.create_task(self._commit_all(), name="withdraw:commit")
+        return self._commit
+
+    async def _commit_all(self) -> None:
+        while self._uncommitted:
+            some = dict(list(self._uncommitted.items())[:_COMMIT_AT_ONCE])
+            for owner in some:
+                del self._uncommitted[owner]
+            try:
+                await self._registry.spend_sequences(some)
+            except KeyAgentError as error:
+                # The next ones follow the clock, so they still rise.
+                log.error("withdrawal sequences are not stored", error=str(error))  # noqa: TRY400
 
     def _seal(self, session: Session, link: Link, sequence: int, now_s: float) -> Sealed:
         issued_at_s = int(now_s)
@@ -325,7 +356,7 @@ class WithdrawalSealing(Sealing):
             # It was checked when it was added. It may have expired since: a withdrawal tells no secret.
             token = seal_envelope(
                 claims,
-                recipient=read_chain(link.certificate_pem)[0],
+                recipient=_leaf(link.certificate_pem),
                 signing_key=self._signing_key,
                 signing_certificate=self._signing_certificate,
             )
@@ -334,3 +365,9 @@ class WithdrawalSealing(Sealing):
                 owner=link.owner, sequence=sequence, expires_at_s=expires_at_s, error=f"not-sealed: {error}"
             )
         return Sealed(owner=link.owner, sequence=sequence, expires_at_s=expires_at_s, token=token)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _leaf(chain_pem: str) -> x509.Certificate:
+    """CertificateError if there is none."""
+    return read_chain(chain_pem)[0]

@@ -2,6 +2,7 @@
 
 1. Each change is written to the registry; memory follows. Only this process writes (the lock in `state_dir`).
 2. A withdrawal works from memory alone: a database that hangs or is gone does not stop it.
+3. What is asked once per proxy costs as much as that proxy has services, not as many as there are in all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,9 @@ class Targets:
         self._proxies: dict[str, Proxy] = {}
         self._links: dict[Place, Link] = {}
         self._sequences: dict[NetworkService, int] = {}
+        self._owners: dict[str, list[NetworkService]] = {}
+        """By proxy id: whose links there are."""
+        self._fed: dict[str, Proxy] | None = None
         self.load(book)
 
     def load(self, book: Book) -> None:
@@ -29,6 +33,10 @@ class Targets:
             self._links[place] = replace(
                 self._links[place], issued_until_boot_s=before[place].issued_until_boot_s
             )
+        self._owners = {}
+        for owner, proxy_id in self._links:
+            self._owners.setdefault(proxy_id, []).append(owner)
+        self._fed = None
         for owner, sequence in book.sequences.items():
             # Withdrawals may have used higher ones that the database never got to hear of.
             self._sequences[owner] = max(sequence, self._sequences.get(owner, 0))
@@ -41,27 +49,41 @@ class Targets:
     def links(self) -> list[Link]:
         return list(self._links.values())
 
-    def fed(self) -> dict[str, Proxy]:
-        """The proxies that should hold keys: not removed, with at least one service."""
-        wanted = {link.proxy_id for link in self._links.values() if not link.withdrawn}
-        return {name: proxy for name, proxy in self._proxies.items() if name in wanted and not proxy.removed}
+    def links_at(self, proxy_id: str) -> list[Link]:
+        """Withdrawn ones too."""
+        return [self._links[owner, proxy_id] for owner in self._owners.get(proxy_id, ())]
+
+    def fed(self) -> Mapping[str, Proxy]:
+        """The proxies that should hold keys: not removed, with at least one service.
+
+        The same object until the registry is read again.
+        """
+        if self._fed is None:
+            wanted = {link.proxy_id for link in self._links.values() if not link.withdrawn}
+            self._fed = {
+                name: proxy for name, proxy in self._proxies.items() if name in wanted and not proxy.removed
+            }
+        return self._fed
 
     def owners_at(self, proxy_id: str) -> list[NetworkService]:
-        return [
-            link.owner for link in self._links.values() if link.proxy_id == proxy_id and not link.withdrawn
-        ]
+        return [link.owner for link in self.links_at(proxy_id) if not link.withdrawn]
 
     def to_withdraw(self, now_ms: int, boot_s: float, *, everything: bool) -> dict[str, list[Link]]:
         """By proxy: links where keys may be valid though they should not be. All of them, if *everything*."""
-        found: dict[str, list[Link]] = {}
-        for link in self._links.values():
-            if (
-                (everything or link.withdrawn)
-                and link.may_hold_keys(now_ms, boot_s)
-                and link.proxy_id in self._proxies
-            ):
-                found.setdefault(link.proxy_id, []).append(link)
-        return found
+        found = {
+            name: self.to_withdraw_at(name, now_ms, boot_s, everything=everything) for name in self._owners
+        }
+        return {name: links for name, links in found.items() if links}
+
+    def to_withdraw_at(self, proxy_id: str, now_ms: int, boot_s: float, *, everything: bool) -> list[Link]:
+        """The same for one proxy."""
+        if proxy_id not in self._proxies:
+            return []
+        return [
+            link
+            for link in self.links_at(proxy_id)
+            if (everything or link.withdrawn) and link.may_hold_keys(now_ms, boot_s)
+        ]
 
     def next_sequences(self, owners: Iterable[NetworkService], now_ms: int) -> dict[NetworkService, int]:
         """A sequence above every earlier one for each of *owners*, by the rule of format.md 5."""

@@ -19,6 +19,7 @@ import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Final, Literal, Self, override
@@ -47,6 +48,13 @@ _PROBE_AFTER_S: Final = 30
 _MAX_TEXT: Final = 300
 
 
+class Purpose(StrEnum):
+    """What something is sent for. A proxy keeps a rate and places of their own for withdrawals."""
+
+    KEYS = "keys"
+    WITHDRAWAL = "withdrawal"
+
+
 class PushError(KeyAgentError):
     """The proxy did not take what was sent. `code` is stable: for status, metrics and audit."""
 
@@ -70,7 +78,8 @@ class Session:
     """A proxy's challenge, good until the next session or its restart."""
 
     proxy_id: str
-    challenge: bytes
+    challenge: bytes | None
+    """None: the proxy cannot be asked; only what follows an earlier session, by a broker, is believed."""
     time_ms: int
     services: tuple[HeldService, ...]
     instance: bytes | None = None
@@ -103,7 +112,7 @@ class Transport(ABC):
     """One way to the proxies. Raises PushError and nothing else on failure; has no time-out of its own."""
 
     @abstractmethod
-    async def open_session(self, proxy: Proxy) -> Session:
+    async def open_session(self, proxy: Proxy, *, purpose: Purpose = Purpose.KEYS) -> Session:
         """Ask for a challenge. PushError if the proxy cannot be reached or is not who it should be."""
 
     @abstractmethod
@@ -111,8 +120,18 @@ class Transport(ABC):
         """Ask who is there: changes nothing at the proxy. PushError as for `open_session`."""
 
     @abstractmethod
-    async def send(self, proxy: Proxy, tokens: Sequence[str]) -> list[Answer]:
-        """Deliver envelopes, at most MAX_ENVELOPES and MAX_REQUEST_BYTES; one answer each, in order."""
+    async def send(
+        self,
+        proxy: Proxy,
+        tokens: Sequence[str],
+        *,
+        challenge: bytes | None = None,
+        purpose: Purpose = Purpose.KEYS,
+    ) -> list[Answer]:
+        """Deliver envelopes, at most MAX_ENVELOPES and MAX_REQUEST_BYTES; one answer each, in order.
+
+        *challenge*: the one that they answer, None if they answer none.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -192,11 +211,13 @@ class HttpsTransport(Transport):
         self._certificate_file = certificate_file
         self._key_file = key_file
         self._clients: dict[Proxy, aiohttp.ClientSession] = {}
+        self._contexts: dict[str, ssl.SSLContext] = {}
+        """By authority: a thousand proxies under one need one."""
 
     @override
-    async def open_session(self, proxy: Proxy) -> Session:
+    async def open_session(self, proxy: Proxy, *, purpose: Purpose = Purpose.KEYS) -> Session:
         body = msgspec.json.encode({"agent": self._agent_id} | self._introduction())
-        answer = _decode(await self._request(proxy, "/push/v1/session", body), _SessionAnswer)
+        answer = _decode(await self._request(proxy, _path("session", purpose), body), _SessionAnswer)
         _check_id(proxy, answer.proxy)
         return Session(
             proxy_id=answer.proxy,
@@ -225,23 +246,17 @@ class HttpsTransport(Transport):
         )
 
     @override
-    async def send(self, proxy: Proxy, tokens: Sequence[str]) -> list[Answer]:
+    async def send(
+        self,
+        proxy: Proxy,
+        tokens: Sequence[str],
+        *,
+        challenge: bytes | None = None,
+        purpose: Purpose = Purpose.KEYS,
+    ) -> list[Answer]:
+        del challenge  # it is inside the envelopes
         body = msgspec.json.encode({"envelopes": list(tokens)})
-        answer = _decode(await self._request(proxy, "/push/v1/envelopes", body), _Receipts)
-        if len(answer.receipts) != len(tokens):
-            raise PushError("bad-answer", f"{len(answer.receipts)} receipts for {len(tokens)} envelopes")
-        return [
-            Answer(
-                accepted=receipt.status == "accepted",
-                owner=None if receipt.service is None else _owner(receipt.service),
-                sequence=receipt.sequence,
-                keys=receipt.keys,
-                valid_for_s=receipt.valid_for_s,
-                code=receipt.code,
-                detail=_printable(receipt.detail),
-            )
-            for receipt in answer.receipts
-        ]
+        return read_receipts(await self._request(proxy, _path("envelopes", purpose), body), len(tokens))
 
     @override
     async def close(self) -> None:
@@ -296,7 +311,7 @@ class HttpsTransport(Transport):
         for stale in [known for known in self._clients if known.id == proxy.id]:
             await self._clients.pop(stale).close()  # its address or its authority changed
         try:
-            context = client_context(proxy.ca_pem, self._certificate_file, self._key_file)
+            context = self._context(proxy.ca_pem)
         except (OSError, ValueError) as error:
             raise PushError("tls", f"own certificate or {proxy.id}'s authority: {_reason(error)}") from error
         client = aiohttp.ClientSession(
@@ -319,6 +334,37 @@ class HttpsTransport(Transport):
         )
         self._clients[proxy] = client
         return client
+
+    def _context(self, ca_pem: str) -> ssl.SSLContext:
+        if (context := self._contexts.get(ca_pem)) is None:
+            context = client_context(ca_pem, self._certificate_file, self._key_file)
+            self._contexts[ca_pem] = context
+        return context
+
+
+def read_receipts(content: bytes, count: int) -> list[Answer]:
+    """The *count* answers in a proxy's receipts (JSON). PushError `bad-answer` if it is anything else."""
+    answer = _decode(content, _Receipts)
+    if len(answer.receipts) != count:
+        raise PushError("bad-answer", f"{len(answer.receipts)} receipts for {count} envelopes")
+    return [
+        Answer(
+            accepted=receipt.status == "accepted",
+            owner=None if receipt.service is None else _owner(receipt.service),
+            sequence=receipt.sequence,
+            keys=receipt.keys,
+            valid_for_s=receipt.valid_for_s,
+            code=receipt.code,
+            detail=_printable(receipt.detail),
+        )
+        for receipt in answer.receipts
+    ]
+
+
+def _path(what: str, purpose: Purpose) -> str:
+    """Proxies before 0.2 read no purpose: they take withdrawals as they take keys."""
+    path = f"/push/v1/{what}"
+    return path if purpose is Purpose.KEYS else f"{path}?purpose={purpose}"
 
 
 def client_context(ca_pem: str, certificate_file: Path, key_file: Path) -> ssl.SSLContext:

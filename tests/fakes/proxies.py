@@ -24,7 +24,7 @@ from envelope.certificates import fingerprint
 from envelope.errors import EnvelopeError
 from envelope.keys import NetworkService
 from envelope.material import Claims, Expectation, Signer, open_envelope, recipient_thumbprint
-from key_agent.push.transport import Answer, HeldService, Presence, PushError, Session, Transport
+from key_agent.push.transport import Answer, HeldService, Presence, Purpose, PushError, Session, Transport
 from key_agent.registry.model import Proxy
 from runtime.clock import Clock
 from tests.pki import ServiceCredential
@@ -177,7 +177,7 @@ class FakeProxies(Transport):
         self.closed = False
 
     @override
-    async def open_session(self, proxy: Proxy) -> Session:
+    async def open_session(self, proxy: Proxy, *, purpose: Purpose = Purpose.KEYS) -> Session:
         return await self.proxies[proxy.id].session()
 
     @override
@@ -185,7 +185,14 @@ class FakeProxies(Transport):
         return await self.proxies[proxy.id].presence()
 
     @override
-    async def send(self, proxy: Proxy, tokens: Sequence[str]) -> list[Answer]:
+    async def send(
+        self,
+        proxy: Proxy,
+        tokens: Sequence[str],
+        *,
+        challenge: bytes | None = None,
+        purpose: Purpose = Purpose.KEYS,
+    ) -> list[Answer]:
         return await self.proxies[proxy.id].envelopes(tokens)
 
     @override
@@ -234,6 +241,7 @@ class FakeProxyServer:
             session = await self.proxy.session()
         except PushError as error:
             return _problem(error)
+        assert session.challenge is not None
         return web.json_response(
             {
                 "proxy": session.proxy_id,

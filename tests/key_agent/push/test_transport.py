@@ -28,7 +28,7 @@ from tests.pki import Tenant, issue_server, make_server_ca, write_credential
 async def test_a_session_and_a_push_over_one_connection(tmp_path: Path, acme: Tenant) -> None:
     async with served(tmp_path, acme) as (server, transport, proxy):
         session = await transport.open_session(proxy)
-        assert len(session.challenge) == 16
+        assert len(session.challenge or b"") == 16
         assert [str(held.owner) for held in session.services] == ["acme/s3"]
         answers = await transport.send(proxy, ["not.an.envelope.at.all"])
         assert [(answer.accepted, answer.code) for answer in answers] == [(False, "malformed")]
