@@ -31,7 +31,9 @@ _REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) (/[!-\"$-~]*) HTTP/(\d)\.(\d)"
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _DECIDING: Final = frozenset({"content-length", "transfer-encoding", "host", "connection", "expect"})
 _DIGITS: Final = re.compile(r"[0-9]{1,18}")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~]*)?")
+_WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_EXTENSION: Final = rb";" + _WORD + rb"(?:=(?:" + _WORD + rb'|"[!#-\[\]-~ ]*"))?'
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + _EXTENSION + rb")*")
 # What may stand in a head besides CR LF, which are counted: everything but the other control characters.
 _ALLOWED: Final = bytes([9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _HEAD_END: Final = b"\r\n\r\n"
@@ -93,6 +95,7 @@ class RequestReader:
 
     __slots__ = (
         "_at",
+        "_blank",
         "_chunks",
         "_data",
         "_failure",
@@ -117,6 +120,7 @@ class RequestReader:
         self._pieces: list[bytes] = []
         self._path = ""
         self._failure: MalformedError | None = None
+        self._blank = False
         self._last_raw = b""
         self._last_head: Head | None = None
 
@@ -147,7 +151,8 @@ class RequestReader:
         """
         self._check()
         data, start = self._data, self._pos
-        if data.startswith(b"\r\n", start):  # RFC 9112 2.2: one empty line before a request is let pass
+        if not self._blank and data.startswith(b"\r\n", start):
+            self._blank = True  # RFC 9112 2.2: one empty line before a request is let pass
             start = self._pos = start + 2
         end = data.find(_HEAD_END, max(start, self._scanned))
         if end < 0:
@@ -164,6 +169,7 @@ class RequestReader:
             head = self._parsed(raw)
             self._last_raw, self._last_head = raw, head
         self._pos = self._scanned = end + 4
+        self._blank = False
         self._size = self._chunks = 0
         if head.content_length is None:
             self._at = _At.CHUNK_SIZE
@@ -228,7 +234,7 @@ class RequestReader:
     def _read_chunk_size(self) -> bool:
         end = self._data.find(b"\r\n", self._pos, self._pos + MAX_CHUNK_LINE_BYTES + 2)
         if end < 0:
-            if self.buffered_bytes > MAX_CHUNK_LINE_BYTES:
+            if self.buffered_bytes > MAX_CHUNK_LINE_BYTES or self._data.find(b"\n", self._pos) >= 0:
                 raise self._failed("a chunk's size is not understood")
             return False
         match = _CHUNK_LINE.fullmatch(self._data, self._pos, end)
@@ -262,7 +268,9 @@ class RequestReader:
             if self.buffered_bytes >= MAX_TRAILER_BYTES:
                 raise self._failed("the trailers are too large")
             return False
-        self._fields(self._lines(self._data[self._pos : end]))
+        trailers = self._fields(self._lines(self._data[self._pos : end]))
+        if not _DECIDING.isdisjoint(name for name, _ in trailers):
+            raise self._failed("a trailer says what only a head may say")
         self._pos = end + 4
         self._at = _At.HEAD
         return True
