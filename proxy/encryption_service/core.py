@@ -234,13 +234,14 @@ class Core:
     def state_of(self, key: NamedKey) -> KeyState | None:
         """The state of the key as a whole: that of its active version, else of its newest that lives.
 
-        DESTROYED if no version lives. None if none was ever pushed here, or what was has run out.
+        DESTROYED if no version lives. None if none was ever pushed here, what was has run out, or all of it
+        was withdrawn: that says something of the tenant's will, and nothing of the key.
         """
         try:
             return self._active(key).state
         except KeyUnavailableError:
             pass
-        versions = self._versions_of(key)
+        versions = [] if self._keys.word(key.owner).withdrawn else self._versions_of(key)
         living = [state for _version, state in versions if state is not KeyState.DESTROYED]
         if not living:
             return KeyState.DESTROYED if versions else None
