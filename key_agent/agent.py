@@ -29,6 +29,7 @@ from key_agent.push.transport import Transport
 from key_agent.refresh import KekWatch, RefreshLoop, WithdrawalLoop, next_delay, wait_until
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
+from key_agent.rotation import RotationLoop
 from key_agent.sources.source import Diagnosis, Kek, KeySource
 from runtime.clock import Clock
 
@@ -49,6 +50,8 @@ class Rhythm:
     presence_s: float
     request_timeout_s: float
     batch_size: int
+    rotate_after_days: int = 90
+    """Age at which keys are rotated where their service says nothing else; 0: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +101,8 @@ class Agent:
         self._to_persist: Change | None = None
         self._persist_wake = asyncio.Event()
         self.is_running = False
+        self.one_at_a_time = asyncio.Lock()
+        """Held by whatever makes keys or KEKs, or changes who gets them."""
         self.pusher = Pusher(
             transport=transport,
             registry=registry,
@@ -136,6 +141,18 @@ class Agent:
             on_delivery=self._withdrawal_delivered,
         )
 
+        self.rotations = RotationLoop(
+            source=source,
+            registry=registry,
+            targets=targets,
+            consent=self.consent,
+            journal=journal,
+            clock=clock,
+            interval_s=rhythm.interval_s,
+            rotate_after_days=rhythm.rotate_after_days,
+            one_at_a_time=self.one_at_a_time,
+            push_at_once=self.refresh.at_once,
+        )
         self.presence = PresenceLoop(
             transport=transport,
             pusher=self.pusher,
@@ -182,6 +199,7 @@ class Agent:
                 tasks.append(group.create_task(self.watch.run(), name="kek-watch"))
                 tasks.append(group.create_task(self.refresh.run(), name="refresh"))
                 tasks.append(group.create_task(self.presence.run(), name="presence"))
+                tasks.append(group.create_task(self.rotations.run(), name="rotations"))
             try:
                 yield
             except Exception as error:  # noqa: BLE001 - raised again, outside of the group
@@ -223,7 +241,7 @@ class Agent:
         """True as soon as nothing is left to withdraw, False after *timeout_s*."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self.withdrawals.pending():
+                while not self.withdrawals.is_done():
                     self._delivered.clear()
                     await self._delivered.wait()
         except TimeoutError:
@@ -274,6 +292,8 @@ class Agent:
             self._persist_wake.set()
         elif change.new is Standing.CONSENTED:
             self.refresh.at_once()
+        if change.new is Standing.CONSENTED:
+            self.rotations.resume()
         diagnosis = change.diagnosis
         self.journal.note(
             "kek-standing",
@@ -327,12 +347,13 @@ class Agent:
         metrics.PUSHES.labels(delivery.proxy_id, delivery.outcome).inc()
         if delivery.is_complete:
             metrics.LAST_ACCEPTED.labels(delivery.proxy_id).set(self.clock.wall_s())
+        self.rotations.delivered(delivery.proxy_id)
         self._report("keys-pushed", delivery)
 
     def _withdrawal_delivered(self, delivery: Delivery) -> None:
         self.withdrawals_seen[delivery.proxy_id] = delivery
         metrics.WITHDRAWALS.labels(delivery.proxy_id, delivery.outcome).inc()
-        metrics.WITHDRAWALS_PENDING.set(sum(map(len, self.withdrawals.pending().values())))
+        metrics.WITHDRAWALS_PENDING.set(self.withdrawals.count())
         self._report("keys-withdrawn", delivery)
 
     def _report(self, action: str, delivery: Delivery) -> None:

@@ -22,8 +22,9 @@ from aiohttp import web
 
 from envelope.errors import SealgateError
 from key_agent.agent import Agent
+from key_agent.commands import Json
 from key_agent.errors import KeySourceError
-from key_agent.operations import Json, Operations
+from key_agent.operations import Operations
 from key_agent.registry.database import RegistryError, RegistryInUseError
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.verdict import Verdict
@@ -44,13 +45,41 @@ class Nothing(_Body, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Reinstate(_Body, frozen=True, forbid_unknown_fields=True):
+class NewKek(_Body, frozen=True, forbid_unknown_fields=True):
+    kek_type: str | None = None
+    valid_days: int | None = None
+    hsm_label: str | None = None
+    hsm_id: str | None = None
+
+
+class Reinstate(NewKek, frozen=True, forbid_unknown_fields=True):
     restore: bool = False
 
 
 class ServiceAdd(_Body, frozen=True, forbid_unknown_fields=True):
     proxy: str
     certificate_pem: str
+    use: str = "data"
+    algorithm: str | None = None
+
+
+class ServiceSet(_Body, frozen=True, forbid_unknown_fields=True):
+    rotate_after_days: int | None
+
+
+class Reason(_Body, frozen=True, forbid_unknown_fields=True):
+    reason: str | None = None
+
+
+class Destroy(Reason, frozen=True, forbid_unknown_fields=True):
+    confirm: str = ""
+    """The key id, once more."""
+
+
+class Rotate(_Body, frozen=True, forbid_unknown_fields=True):
+    service: str | None = None
+    everything: bool = False
+    use: str | None = None
 
 
 class ServiceRemove(_Body, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +101,7 @@ class Route:
     changes: bool = True
 
 
+_KEY: Final = "/v1/services/{service}/keys/{kid}"
 ROUTES: Final = (
     Route("status", "GET", "/v1/status", Nothing, "Who holds what until when", changes=False),
     Route("kek_status", "GET", "/v1/kek", Nothing, "The KEK and a fresh look at it", changes=False),
@@ -79,11 +109,22 @@ ROUTES: Final = (
     Route("proxy_list", "GET", "/v1/proxies", Nothing, "Proxies and their services", changes=False),
     Route("diagnosis", "GET", "/v1/diagnosis", Nothing, "HSM, KEK, certificates and proxies, looked at now"),
     Route("restorable", "GET", "/v1/kek/restorable", Nothing, "What a restore would make readable"),
-    Route("kek_create", "POST", "/v1/kek", Nothing, "Make the first KEK in the HSM"),
+    Route("kek_create", "POST", "/v1/kek", NewKek, "Make the first KEK in the HSM, or adopt one"),
+    Route("kek_rotate", "POST", "/v1/kek/rotate", NewKek, "Move every key to a new KEK"),
     Route("kek_revoke", "POST", "/v1/kek/revoke", Nothing, "Take every key back and destroy the KEK"),
     Route("reinstate", "POST", "/v1/kek/reinstate", Reinstate, "New KEK and keys, or the old KEK restored"),
     Route("service_add", "PUT", "/v1/services/{service}", ServiceAdd, "Provision a service at a proxy"),
     Route("service_remove", "POST", "/v1/services/{service}/remove", ServiceRemove, "Withdraw and erase"),
+    Route("service_set", "PATCH", "/v1/services/{service}", ServiceSet, "Age at which its keys rotate"),
+    Route("rotate", "POST", "/v1/rotations", Rotate, "The next key of a service, or of all, in two phases"),
+    Route("rotate_cancel", "POST", "/v1/services/{service}/rotation/cancel", Nothing, "Give up a rotation"),
+    Route("key_list", "GET", "/v1/services/{service}/keys", Nothing, "Keys, and who holds them"),
+    Route("key_suspend", "POST", f"{_KEY}/suspend", Reason, "No use until it is resumed"),
+    Route("key_resume", "POST", f"{_KEY}/resume", Nothing, "Undo a suspension"),
+    Route("key_deactivate", "POST", f"{_KEY}/deactivate", Reason, "To open only"),
+    Route("key_compromise", "POST", f"{_KEY}/compromise", Reason, "No use, for good"),
+    Route("key_loss", "GET", f"{_KEY}/loss", Nothing, "What its destruction makes unreadable"),
+    Route("key_destroy", "POST", f"{_KEY}/destroy", Destroy, "Erase it; its id stands in the body again"),
     Route("proxy_add", "PUT", "/v1/proxies/{proxy}", ProxyAdd, "Make a proxy known, or change it"),
     Route("proxy_remove", "POST", "/v1/proxies/{proxy}/remove", Nothing, "Withdraw everything from a proxy"),
 )

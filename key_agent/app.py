@@ -107,6 +107,7 @@ def rhythm_of(settings: Settings) -> Rhythm:
         presence_s=settings.push.presence_s,
         request_timeout_s=settings.push.request_timeout_s,
         batch_size=settings.push.batch_size,
+        rotate_after_days=settings.keys.rotate_after_days,
     )
 
 

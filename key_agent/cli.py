@@ -21,7 +21,8 @@ import typer
 
 from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, setup
-from key_agent.operations import Json, Operations
+from key_agent.commands import Json
+from key_agent.operations import Operations
 from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
 from runtime import doctor as report
@@ -41,9 +42,11 @@ program = cli.make_app(
 )
 kek_app = typer.Typer(no_args_is_help=True, help="The key-encryption key in the HSM.")
 service_app = typer.Typer(no_args_is_help=True, help="Network services: what keys are made for.")
+key_app = typer.Typer(no_args_is_help=True, help="Keys of network services, and their states.")
 proxy_app = typer.Typer(no_args_is_help=True, help="Proxies: where keys are pushed to.")
 program.add_typer(kek_app, name="kek")
 program.add_typer(service_app, name="service")
+program.add_typer(key_app, name="key")
 program.add_typer(proxy_app, name="proxy")
 
 
@@ -63,6 +66,17 @@ def _audit_file(settings: config.Settings) -> Path:
 
 add_audit(program, audit_file=_audit_file)
 YesFlag = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+ServiceName = Annotated[str, typer.Argument(metavar="SERVICE", help="SERVICE or TENANT/SERVICE.")]
+KeyName = Annotated[str, typer.Argument(metavar="KID", help="The key id in hex: `key list` shows it.")]
+ReasonText = Annotated[str | None, typer.Option("--reason", help="Why, for the list and the audit log.")]
+KekTypeName = Annotated[
+    str | None, typer.Option("--type", help="aes-256, rsa-3072 or ec-p256. Default: the first that works.")
+]
+ValidDays = Annotated[int | None, typer.Option(help="The KEK ends so many days from now. Default: never.")]
+HsmLabel = Annotated[
+    str | None, typer.Option(help="Adopt the key of this label that the HSM's owner made; with --hsm-id.")
+]
+HsmId = Annotated[str | None, typer.Option(help="CKA_ID in hex of the key to adopt.")]
 
 
 def main() -> NoReturn:
@@ -217,12 +231,16 @@ def _diagnose(settings: config.Settings) -> Json:
 
 
 @program.command()
-def reinstate(
+def reinstate(  # noqa: PLR0917 - typer calls it by name
     context: typer.Context,
     restore: Annotated[
         bool,
         typer.Option("--restore", help="An old KEK is back in the HSM: its keys again, if that is proven."),
     ] = False,
+    kek_type: KekTypeName = None,
+    valid_days: ValidDays = None,
+    hsm_label: HsmLabel = None,
+    hsm_id: HsmId = None,
     yes: YesFlag = False,
 ) -> None:
     """After a revocation: a new KEK and new keys. Old objects stay unreadable unless the old KEK returns."""
@@ -239,7 +257,15 @@ def reinstate(
             "also come back later.",
             yes=yes,
         )
-    result = perform(options, "reinstate", restore=False)
+    result = perform(
+        options,
+        "reinstate",
+        restore=False,
+        kek_type=kek_type,
+        valid_days=valid_days,
+        hsm_label=hsm_label,
+        hsm_id=hsm_id,
+    )
     _show(context, result, lambda data: f"KEK {data['kek']} is in use\n{_outcomes(data)}")
 
 
@@ -261,16 +287,56 @@ def _restore(context: typer.Context, options: Options, *, yes: bool) -> None:
 
 
 @kek_app.command("create")
-def kek_create(context: typer.Context) -> None:
-    """Make the first KEK in the HSM, where it stays."""
+def kek_create(
+    context: typer.Context,
+    kek_type: KekTypeName = None,
+    valid_days: ValidDays = None,
+    hsm_label: HsmLabel = None,
+    hsm_id: HsmId = None,
+) -> None:
+    """Make the first KEK in the HSM, where it stays; or adopt one that was made there for Sealgate."""
 
     def text(data: Any) -> str:
+        made = "made" if hsm_label is None else "adopted"
         return (
-            f"KEK {data['kek']} made in token {data['token_serial']} (label {data['label']}, "
+            f"KEK {data['kek']} {made} in token {data['token_serial']} (label {data['label']}, "
             f"wraps by {data['method']})"
         )
 
-    _show(context, perform(context.obj, "kek_create"), text)
+    wish = {"kek_type": kek_type, "valid_days": valid_days, "hsm_label": hsm_label, "hsm_id": hsm_id}
+    _show(context, perform(context.obj, "kek_create", **wish), text)
+
+
+@kek_app.command("rotate")
+def kek_rotate(  # noqa: PLR0917 - typer calls it by name
+    context: typer.Context,
+    kek_type: KekTypeName = None,
+    valid_days: ValidDays = None,
+    hsm_label: HsmLabel = None,
+    hsm_id: HsmId = None,
+    yes: YesFlag = False,
+) -> None:
+    """Move every key to a new KEK while the old one works; then destroy the old one. Can be repeated."""
+    options: Options = context.obj
+    _confirm(
+        options,
+        "Every key will be wrapped by a new KEK, and the old KEK destroyed in the HSM. Backups of the "
+        "registry made before that are of no use afterwards: make a new one.",
+        yes=yes,
+    )
+    wish = {"kek_type": kek_type, "valid_days": valid_days, "hsm_label": hsm_label, "hsm_id": hsm_id}
+    data: Any = perform(options, "kek_rotate", **wish)
+
+    def text(data: Any) -> str:
+        end = "destroyed in the HSM" if data["retired"] else f"STILL in the HSM: {data['problem']}"
+        return (
+            f"KEK {data['kek']} is in use (label {data['label']}, wraps by {data['method']}); "
+            f"{data['moved']} keys moved\nKEK {data['replaced']}: {end}"
+        )
+
+    _show(context, data, text)
+    if data["problem"]:
+        raise CommandError(data["problem"], "mend the cause, then repeat `key-agent kek rotate`")
 
 
 @kek_app.command("status")
@@ -305,13 +371,20 @@ def kek_revoke(context: typer.Context, yes: YesFlag = False) -> None:
 
 
 @service_app.command("add")
-def service_add(
+def service_add(  # noqa: PLR0917 - typer calls it by name
     context: typer.Context,
     service: Annotated[str, typer.Argument(help="SERVICE or TENANT/SERVICE.")],
     proxy: Annotated[str, typer.Option(help="The proxy that hosts it.")],
     certificate: Annotated[Path, typer.Option(help="The service's certificate at that proxy (PEM).")],
+    use: Annotated[str, typer.Option(help="What its key is for: data or sign.")] = "data",
+    algorithm: Annotated[
+        str | None, typer.Option(help="Of a signing key: ES256, PS256, RS256 or EdDSA.")
+    ] = None,
 ) -> None:
-    """Provision a network service at a proxy. Its key is made in the HSM, stored wrapped, and pushed."""
+    """Provision a network service at a proxy. Its key is made in the HSM, stored wrapped, and pushed.
+
+    With --use sign it gets a signing key, besides its data key if it has one.
+    """
 
     def text(data: Any) -> str:
         key = f"new key {data['new_key']}" if data["new_key"] else "its key exists already"
@@ -320,7 +393,37 @@ def service_add(
     pem = _read(certificate)
     _show(
         context,
-        perform(context.obj, "service_add", service=service, proxy=proxy, certificate_pem=pem),
+        perform(
+            context.obj,
+            "service_add",
+            service=service,
+            proxy=proxy,
+            certificate_pem=pem,
+            use=use,
+            algorithm=algorithm,
+        ),
+        text,
+    )
+
+
+@service_app.command("set")
+def service_set(
+    context: typer.Context,
+    service: ServiceName,
+    rotate_after_days: Annotated[
+        int | None, typer.Option(help="Age at which its keys are followed by new ones; 0: never.")
+    ] = None,
+) -> None:
+    """A service's own settings. Without an option: as the agent's settings say (keys.rotate_after_days)."""
+
+    def text(data: Any) -> str:
+        days = data["rotate_after_days"]
+        when = "as the agent's settings say" if days is None else f"after {days} days" if days else "never"
+        return f"{data['service']}: keys rotate {when}"
+
+    _show(
+        context,
+        perform(context.obj, "service_set", service=service, rotate_after_days=rotate_after_days),
         text,
     )
 
@@ -335,7 +438,9 @@ def service_list(context: typer.Context) -> None:
             lines.append(
                 f"{row['service']}  at {', '.join(p['proxy'] for p in row['proxies']) or 'no proxy'}"
             )
-            lines += [f"    {key['kid']}  {key['state']}" for key in row["keys"]]
+            lines += [
+                f"    {key['kid']}  {_use(key)} {key['version']}  {key['state']}" for key in row["keys"]
+            ]
         return "\n".join(lines) or "no network services"
 
     _show(context, perform(context.obj, "service_list"), text)
@@ -358,6 +463,161 @@ def service_remove(
         )
     data = perform(options, "service_remove", service=service, proxy=proxy)
     _show(context, data, lambda data: f"{data['service']} removed\n{_outcomes(data)}")
+
+
+# Keys.
+
+
+@program.command()
+def rotate(
+    context: typer.Context,
+    service: Annotated[str | None, typer.Argument(help="SERVICE or TENANT/SERVICE; or --all.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every service.")] = False,
+    use: Annotated[str | None, typer.Option(help="Only keys for: data, sign.")] = None,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Give up a rotation that has activated nothing yet.")
+    ] = False,
+) -> None:
+    """The next key of a service: every proxy learns it first, then it seals and the old one only opens."""
+    options: Options = context.obj
+    if cancel:
+        if service is None or everything:
+            raise CommandError("whose rotation?", "name the service", ExitCode.USAGE)
+        data = perform(options, "rotate_cancel", service=service)
+        _show(context, data, lambda data: f"{data['service']}: rotation given up\n{_outcomes(data)}")
+        return
+    result: Any = perform(options, "rotate", service=service, everything=everything, use=use)
+
+    def text(data: Any) -> str:
+        lines = [rotation_text(row) for row in data["rotations"]]
+        if not data["running"]:
+            lines.append("no agent runs: `key-agent run` goes on with it")
+        return "\n".join([*lines, _outcomes(data)])
+
+    _show(context, result, text)
+
+
+@key_app.command("list")
+def key_list(context: typer.Context, service: ServiceName) -> None:
+    """A service's keys: use, version, state, since when, and which proxies hold each now."""
+
+    def text(data: Any) -> str:
+        lines = []
+        for key in data["keys"]:
+            held = ", ".join(key["held_by"]) or "no proxy"
+            why = f" ({key['reason']})" if key["reason"] else ""
+            lines.append(
+                f"{key['kid']}  {_use(key)} {key['version']}  {key['state']} since "
+                f"{_time(key['since_ms'])}{why}  held by {held}"
+            )
+        return "\n".join(lines) or "no keys"
+
+    _show(context, perform(context.obj, "key_list", service=service), text)
+
+
+@key_app.command("suspend")
+def key_suspend(
+    context: typer.Context, service: ServiceName, kid: KeyName, reason: ReasonText = None
+) -> None:
+    """No proxy opens or seals with it until it is resumed."""
+    _change(context, "key_suspend", service=service, kid=kid, reason=reason)
+
+
+@key_app.command("resume")
+def key_resume(context: typer.Context, service: ServiceName, kid: KeyName) -> None:
+    """Undo a suspension. If another key has become active meanwhile, it opens only."""
+    _change(context, "key_resume", service=service, kid=kid)
+
+
+@key_app.command("deactivate")
+def key_deactivate(
+    context: typer.Context,
+    service: ServiceName,
+    kid: KeyName,
+    reason: ReasonText = None,
+    yes: YesFlag = False,
+) -> None:
+    """It opens what it sealed and seals no more. `rotate` does that too, and has another one seal."""
+    _confirm(
+        context.obj,
+        f"Key {kid} of {service} will seal nothing any more, for good. If it is the active one, nothing is "
+        "sealed for this service until `key-agent rotate`.",
+        yes=yes,
+    )
+    _change(context, "key_deactivate", service=service, kid=kid, reason=reason)
+
+
+@key_app.command("compromise")
+def key_compromise(
+    context: typer.Context,
+    service: ServiceName,
+    kid: KeyName,
+    reason: ReasonText = None,
+    yes: YesFlag = False,
+) -> None:
+    """Others may know it: no proxy opens or seals with it from now on, and there is no way back."""
+    _confirm(
+        context.obj,
+        f"What key {kid} of {service} sealed will not be opened any more, for good. Nothing is erased.",
+        yes=yes,
+    )
+    _change(context, "key_compromise", service=service, kid=kid, reason=reason)
+
+
+@key_app.command("destroy")
+def key_destroy(
+    context: typer.Context,
+    service: ServiceName,
+    kid: KeyName,
+    confirm: Annotated[
+        str | None, typer.Option(metavar="KID", help="The key id once more, where nobody can be asked.")
+    ] = None,
+    reason: ReasonText = None,
+) -> None:
+    """Erase a deactivated or compromised key: what it sealed is unreadable for ever."""
+    options: Options = context.obj
+    if confirm is None:
+        loss: Any = perform(options, "key_loss", service=service, kid=kid)
+        confirm = _typed_again(options, loss_text(loss), kid)
+    _change(context, "key_destroy", service=service, kid=kid, confirm=confirm, reason=reason)
+
+
+def _typed_again(options: Options, warning: str, kid: str) -> str:
+    """Show what will be lost, and have the key id typed. CommandError if nobody can."""
+    if options.as_json or not sys.stdin.isatty():
+        raise CommandError(
+            warning, f"repeat the command with --confirm {kid}", ExitCode.REFUSED, code="not-confirmed"
+        )
+    typer.echo(warning, err=True)
+    typed = str(typer.prompt("Type the key id to destroy it", err=True)).strip()
+    if typed != kid:
+        raise CommandError("not confirmed", "nothing was changed", ExitCode.REFUSED, code="not-confirmed")
+    return typed
+
+
+def loss_text(data: Any) -> str:
+    """What `key destroy` asks for."""
+    active = _time(data["activated_at_ms"]) if data["activated_at_ms"] else "never"
+    return (
+        f"{data['service']}: {_use(data)} key {data['kid']}, version {data['version']}, {data['state']} "
+        f"since {_time(data['since_ms'])}, active from {active}; held by {len(data['held_by'])} proxies "
+        "now.\n"
+        f"Unreadable for ever: {data['unreadable']}. Backups of registry and keys bring it back nowhere."
+    )
+
+
+def _change(context: typer.Context, operation: str, **arguments: object) -> None:
+    def text(data: Any) -> str:
+        lines = [f"{data['service']}: key {data['kid']} is {data['state']}, was {data['before']}"]
+        if not data["another_seals"]:
+            lines.append(f"NOTHING seals for {data['service']}: `key-agent rotate {data['service']}`")
+        return "\n".join([*lines, _outcomes(data)])
+
+    _show(context, perform(context.obj, operation, **arguments), text)
+
+
+def _use(key: Any) -> str:
+    return f"sign {key['algorithm']}" if key["use"] == "sign" else str(key["use"])
 
 
 @proxy_app.command("add")
@@ -487,6 +747,7 @@ def status_text(data: Any) -> str:
         f"KEK: {kek['id']} {kek['state']}" if kek else "KEK: none",
     ]
     lines += [f"problem: {problem}" for problem in data["problems"]]
+    lines += [f"rotation: {rotation_text(row)}" for row in data["rotations"]]
     for service in data["services"]:
         lost = f", {service['unreadable_keys']} under a lost KEK" if service["unreadable_keys"] else ""
         lines.append(f"{service['service']}  ({service['keys']} keys{lost})")
@@ -495,6 +756,18 @@ def status_text(data: Any) -> str:
         f"proxy {proxy['proxy']}  {proxy['url']}  last push: {_push_text(proxy)}" for proxy in data["proxies"]
     ]
     return "\n".join(lines)
+
+
+def rotation_text(row: Any) -> str:
+    """Where a rotation stands, in one line."""
+    text = (
+        f"{row['service']} ({row['use']}) to {row['new_kid']}: {row['phase']} since {_time(row['since_ms'])}"
+    )
+    if row["waiting_for"]:
+        text += f"; waits for {', '.join(row['waiting_for'])}, until {_time(row['until_ms'])} at most"
+    if row["late"]:
+        text += f"; activated without {', '.join(row['late'])}"
+    return text + (f"; NOT activated: {row['problem']}" if row["problem"] else "")
 
 
 def _place_text(place: Any) -> str:

@@ -75,6 +75,15 @@ class RefreshSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError("refresh.watch_s must be at least 0.05 and at most refresh.interval_s")
 
 
+class KeySettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rotate_after_days: int = 90
+    """Age at which a service's key is followed by a new one; 0: never. A service may have its own."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rotate_after_days <= 3660:
+            raise ValueError("keys.rotate_after_days must be between 0 (never) and 3660")
+
+
 class PushSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     request_timeout_s: float = 10.0
     """One request to one proxy: connection, TLS and answer included."""
@@ -122,6 +131,7 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pkcs11: Pkcs11Settings
     refresh: RefreshSettings = RefreshSettings()
     push: PushSettings = PushSettings()
+    keys: KeySettings = KeySettings()
     admin: AdminSettings = AdminSettings()
     log: LogSettings = LogSettings()
 

@@ -110,6 +110,18 @@ class Consent:
         self.diagnosed_at_ms = None
         self._enter(Standing.NO_KEK if row is None else _BY_STATE[row.state])
 
+    def succeed(self, row: KekRow, diagnosis: Diagnosis) -> None:
+        """The keys have moved to another KEK, proven to work: consent goes on if there was consent.
+
+        Whatever else there was (an outage, a refused PIN) has to be looked at anew.
+        """
+        if self.standing is not Standing.CONSENTED or diagnosis.verdict is not Verdict.OK:
+            self.adopt(row)
+            return
+        self.kek = row.kek
+        self.diagnosis = diagnosis
+        self.diagnosed_at_ms = self._now_ms()
+
     def observe(self, kek: Kek, diagnosis: Diagnosis) -> None:
         """A diagnosis of *kek* was made. One of another KEK than today's is old news."""
         if self.kek is None or kek.reference != self.kek.reference:

@@ -10,7 +10,6 @@
 """
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Final
@@ -20,10 +19,11 @@ import structlog
 from cryptography import x509
 
 from envelope.certificates import fingerprint
-from envelope.errors import FormatError
-from envelope.keys import KeyState, KeyUse, NetworkService, check_name
+from envelope.errors import FormatError, MisuseError
+from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, check_name
 from key_agent.commands import Json
 from key_agent.errors import KeyAgentError, KeySourceError
+from key_agent.kek_making import KekWish, make_kek, wish_of
 from key_agent.kek_rotation import KekRotation, give_up
 from key_agent.key_commands import KeyCommands
 from key_agent.push.pusher import Outcome
@@ -34,20 +34,27 @@ from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.restoration import Restoration
 from key_agent.rotation import hosts_of
-from key_agent.sources.source import Kek, KekReference, NewKey, Verdict
+from key_agent.sources.source import Kek, NewKey, Verdict
 from runtime.audit import AuditUnavailableError
 
 log = structlog.get_logger(__name__)
 
 _WITHDRAWAL_PATIENCE_S: Final = 8.0
-_OBJECT_ID_PREFIX: Final = b"sealgate-kek"
 
 
 class Operations(KeyCommands):
     # The KEK.
 
-    async def kek_create(self) -> Json:
-        """The first KEK of this environment, made in the HSM."""
+    async def kek_create(
+        self,
+        *,
+        kek_type: str | None = None,
+        valid_days: int | None = None,
+        hsm_label: str | None = None,
+        hsm_id: str | None = None,
+    ) -> Json:
+        """The first KEK of this environment, made in the HSM; or, with label and id, one that is there."""
+        wish = wish_of(kek_type=kek_type, valid_days=valid_days, hsm_label=hsm_label, hsm_id=hsm_id)
         async with self._one_at_a_time:
             current = await self._agent.registry.current_kek()
             if current is not None:
@@ -55,7 +62,7 @@ class Operations(KeyCommands):
                     f"there is a KEK already: {current.reference.kek_id} ({current.state})",
                     "`key-agent kek status` shows it; a revoked one is followed by `key-agent reinstate`",
                 )
-            return await self._make_kek("kek-create")
+            return await self._make_kek("kek-create", wish)
 
     async def kek_status(self) -> Json:
         """The registry's word on the KEK, and a fresh look at it."""
@@ -137,10 +144,19 @@ class Operations(KeyCommands):
         except AuditUnavailableError as error:
             problems.append(str(error))
 
-    async def reinstate(self, *, restore: bool = False) -> Json:
+    async def reinstate(
+        self,
+        *,
+        restore: bool = False,
+        kek_type: str | None = None,
+        valid_days: int | None = None,
+        hsm_label: str | None = None,
+        hsm_id: str | None = None,
+    ) -> Json:
         """After a revocation: a new KEK and new keys. With *restore* the old KEK, proven to be back, and the
         keys of earlier ones that are.
         """
+        wish = wish_of(kek_type=kek_type, valid_days=valid_days, hsm_label=hsm_label, hsm_id=hsm_id)
         async with self._one_at_a_time:
             if restore:
                 return await self._restore()
@@ -161,7 +177,7 @@ class Operations(KeyCommands):
             # Of a rotation that the revocation met halfway.
             if problems := await give_up(self._agent, f"{row.reference.kek_id} was revoked"):
                 raise KeySourceError("; ".join(problems))
-            return {"replaced": row.reference.kek_id, **await self._make_kek("kek-reinstate")}
+            return {"replaced": row.reference.kek_id, **await self._make_kek("kek-reinstate", wish)}
 
     async def restorable(self) -> Json:
         """What `reinstate --restore` would make readable, looked at now. Refused if that is nothing."""
@@ -188,31 +204,23 @@ class Operations(KeyCommands):
             "proxies": await self._pushed(),
         }
 
-    async def kek_rotate(self) -> Json:
+    async def kek_rotate(
+        self,
+        *,
+        kek_type: str | None = None,
+        valid_days: int | None = None,
+        hsm_label: str | None = None,
+        hsm_id: str | None = None,
+    ) -> Json:
         """All keys move to a new KEK while the old one works; then the old one is destroyed in the HSM."""
+        wish = wish_of(kek_type=kek_type, valid_days=valid_days, hsm_label=hsm_label, hsm_id=hsm_id)
         async with self._one_at_a_time:
-            return await KekRotation(self._agent).run(self._new_reference())
+            return await KekRotation(self._agent).run(wish)
 
-    def _new_reference(self) -> KekReference:
-        """A name no registry ever used.
-
-        Were this registry lost, a KEK it made is not taken for a half-made new one.
-        """
-        kek_id = os.urandom(8).hex()
-        return KekReference(
-            kek_id=kek_id,
-            label=f"sealgate-{kek_id}",
-            object_id=_OBJECT_ID_PREFIX + bytes.fromhex(kek_id)[:4],
-            environment_id=self._agent.environment_id,
-        )
-
-    async def _make_kek(self, action: str) -> Json:
+    async def _make_kek(self, action: str, wish: KekWish) -> Json:
         agent = self._agent
-        reference, is_unfinished = await agent.registry.begin_kek(
-            self._new_reference(), now_ms=agent.now_ms()
-        )
-        await agent.journal.record(action, outcome="begun", kek=reference.kek_id)
-        kek = await agent.source.create_kek(reference, replace_unfinished=is_unfinished)
+        kek = await make_kek(agent, action, wish)
+        reference = kek.reference
         wanted = await self._wanted_anew()
         keys = await agent.source.generate(kek, wanted) if wanted else []
         await agent.registry.complete_kek(kek, keys, now_ms=agent.now_ms(), patience=agent.rotations.patience)
@@ -270,7 +278,7 @@ class Operations(KeyCommands):
             ):
                 raise RefusedChangeError(f"no proxy {proxy!r}", "`key-agent proxy add` adds it")
             kek = await self._usable_kek()
-            new = NewKey(owner=owner, use=KeyUse(use), algorithm=algorithm)
+            new = _new_key(owner, use, algorithm)
             sha256 = fingerprint(leaf).hex()
             await agent.journal.record(
                 "service-add", outcome="begun", service=str(owner), proxy=proxy, certificate_sha256=sha256
@@ -585,6 +593,17 @@ class Operations(KeyCommands):
         }
 
 
+def _new_key(owner: NetworkService, use: str, algorithm: str | None) -> NewKey:
+    """RefusedChangeError if there is no such key."""
+    try:
+        return NewKey(owner=owner, use=KeyUse(use), algorithm=algorithm)
+    except (MisuseError, ValueError):
+        raise RefusedChangeError(
+            f"no key has the use {use!r} and the algorithm {algorithm!r}",
+            "`data` without an algorithm, or `sign` with one of " + ", ".join(SigningAlgorithm),
+        ) from None
+
+
 def _kek_json(row: KekRow) -> Json:
     return {
         "id": row.reference.kek_id,
@@ -595,8 +614,14 @@ def _kek_json(row: KekRow) -> Json:
         "reason": row.reason,
         "since_ms": row.since_ms,
         "method": None if row.kek is None else row.kek.method,
+        "type": None if row.kek is None else row.kek.kek_type,
         "token_serial": None if row.kek is None else row.kek.token_serial,
         "created_at_ms": None if row.kek is None else row.kek.created_at_ms,
+        "valid_until_ms": None
+        if row.kek is None or row.kek.valid_until_s is None
+        else row.kek.valid_until_s * 1000,
+        "adopted": row.kek is not None and row.kek.is_adopted,
+        "rotated_to": row.rotated_to,
     }
 
 

@@ -115,16 +115,18 @@ class Restoration:
                 "bring it back in the HSM first; or `key-agent reinstate` makes a new one, and keys of KEKs "
                 "that are back can be restored to that",
             )
-        plan = Plan(current=row, into=row.kek, proof=proof, earlier=await self._earlier())
+        plan = Plan(current=row, into=row.kek, proof=proof, earlier=await self._earlier(row))
         if not plan.restores_current and not any(one.is_back or one.is_spent for one in plan.earlier):
             raise _nothing_to_restore(plan)
         return plan
 
-    async def _earlier(self) -> tuple[Earlier, ...]:
+    async def _earlier(self, current: KekRow) -> tuple[Earlier, ...]:
         agent = self._agent
         keys = [key for key in await agent.registry.data_keys() if key.state is not KeyState.DESTROYED]
         found = []
         for row in await agent.registry.keks():
+            if row.rotated_to == current.reference.kek_id:
+                continue  # its keys are here already: `kek rotate` ends it
             if row.state is KekState.DEACTIVATED and row.kek is not None:
                 mine = tuple(key for key in keys if row.reference.kek_id in key.wrapped_by)
                 diagnosis = await agent.source.diagnose(row.kek)

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final
 
-from envelope.keys import KeyId, KeyState, NetworkService
-from key_agent.registry.states import KekState
+from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
+from key_agent.registry.states import KekState, RotationPhase
 from key_agent.sources.source import Kek, KekReference, WrappedKey
 
 RECEIPT_SLACK_MS: Final = 40_000
 """By how much a proxy's deadline may be after `exp`: its clock is at most 30 s behind ours, or it refuses."""
+UNSERVED_MS: Final = 15_000
+"""How long a new key waits for late proxies if nothing seals meanwhile: longer than one request to one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,8 @@ class KekRow:
     state: KekState
     reason: str | None
     since_ms: int
+    rotated_to: str | None = None
+    """The KEK that its keys moved to while it worked; until it is retired, that is not finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +91,62 @@ class DataKeyRow:
     kcv: bytes
     created_at_ms: int
     wrapped_by: tuple[str, ...]
-    """Ids of the KEKs that hold a wrap of it."""
+    """Ids of the KEKs that hold a wrap of it that the HSM has opened."""
+    use: KeyUse = KeyUse.DATA
+    algorithm: str | None = None
+    since_ms: int = 0
+    activated_at_ms: int | None = None
+    suspended_from: KeyState | None = None
+    reason: str | None = None
+    after_sequence: int = 0
+    """An envelope with a higher sequence carries this key."""
+
+
+class RotationCause(StrEnum):
+    COMMAND = "command"
+    SCHEDULE = "schedule"
+    LOST = "lost"
+    """The service had no key that opens any more: a new KEK, or a damaged registry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a new key waits for proxies that have not acknowledged it."""
+
+    usual_ms: int
+    """Another key seals meanwhile."""
+    unserved_ms: int = UNSERVED_MS
+    """Nothing seals meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """One key taking over from another, in two phases."""
+
+    id: str
+    owner: NetworkService
+    use: KeyUse
+    new_key: KeyId
+    old_key: KeyId | None
+    phase: RotationPhase
+    cause: RotationCause
+    after_sequence: int
+    """A proxy that acknowledged a higher sequence has what this phase is about."""
+    begun_at_ms: int
+    since_ms: int
+    until_ms: int
+    """This phase then ends without the proxies that are late."""
+    late: tuple[str, ...]
+    """Proxies that had not acknowledged when the first phase ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueRing:
+    """A ring of keys whose active key is older than its service wants."""
+
+    owner: NetworkService
+    use: KeyUse
+    algorithm: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,25 +8,41 @@
 4. Only an active KEK gives a reservation. This is the second lock; the first is `key_agent.consent`.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
+from dataclasses import replace
 from typing import Any, Final, Self
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, delete, func, insert, select, update
 
-from envelope.keys import TRANSITIONS, KeyId, KeyState, NetworkService
-from key_agent.errors import KeyAgentError
-from key_agent.registry.database import Database, RegistryError
+from envelope.errors import MisuseError
+from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
+from key_agent.registry.access import (
+    VERIFIED,
+    RefusedChangeError,
+    all_links,
+    insert_wrap,
+    is_sound,
+    kek_row,
+    link_row,
+    made_values,
+    place_of,
+    proxy_row,
+    set_key_state,
+    wrapped_key,
+)
+from key_agent.registry.database import Database
+from key_agent.registry.kek_succession import KekSuccession
+from key_agent.registry.key_life import KeyLife
 from key_agent.registry.model import (
     Book,
     DataKeyRow,
     KekRow,
     Link,
+    Patience,
     Proxy,
     Receipt,
     Reservation,
+    RotationCause,
 )
 from key_agent.registry.states import KekState, check_transition
 from key_agent.registry.tables import (
@@ -41,30 +57,18 @@ from key_agent.registry.tables import (
     service_proxy,
     tenant,
 )
-from key_agent.sources.source import Kek, KekReference, WrapMethod, WrappedKey
+from key_agent.sources.source import Kek, KekReference, WrappedKey
 
-EKM_FORMAT: Final = 1
+__all__ = ["MAX_SEQUENCE", "MAX_TOMBSTONES", "RefusedChangeError", "Registry"]
+
 MAX_SEQUENCE: Final = 2**53 - 1
-_PURPOSE: Final = "km"
-# States that a newer KEK does not share a table with: see the index one_current_kek.
-_NOT_CURRENT: Final = (KekState.PRE_ACTIVE, KekState.DEACTIVATED, KekState.RETIRED)
+MAX_TOMBSTONES: Final = 64
+"""Of destroyed keys, the newest of a service travel, so that proxies say "destroyed" and not "unknown"."""
+_AT_ONCE: Final = Patience(usual_ms=0, unserved_ms=0)
+_NEVER: Final = 1 << 30
 
 
-class RefusedChangeError(KeyAgentError):
-    """The registry's content forbids this change; the text names the cause, `next_step` the way out."""
-
-    def __init__(self, cause: str, next_step: str) -> None:
-        super().__init__(cause)
-        self.next_step = next_step
-
-
-class Registry:
-    def __init__(self, database: Database, *, tenant_id: str, environment_id: str, agent_id: str) -> None:
-        self._database = database
-        self._tenant = tenant_id
-        self._environment = environment_id
-        self._agent = agent_id
-
+class Registry(KeyLife, KekSuccession):
     @classmethod
     async def open(cls, url: str, *, tenant_id: str, environment_id: str, agent_id: str, now_ms: int) -> Self:
         """Open, migrate, and check that it is this environment's.
@@ -117,8 +121,8 @@ class Registry:
         return Book(
             kek=self._current(c),
             services=tuple(NetworkService.parse(name) for name in services),
-            proxies={row.id: _proxy(row) for row in c.execute(select(proxy))},
-            links=tuple(_link(row) for row in c.execute(_links())),
+            proxies={row.id: proxy_row(row) for row in c.execute(select(proxy))},
+            links=tuple(link_row(row) for row in c.execute(all_links())),
             sequences={
                 NetworkService.parse(row.network_service_id): row.sequence
                 for row in c.execute(select(push_sequence).where(push_sequence.c.issuer == self._agent))
@@ -132,7 +136,7 @@ class Registry:
         """Every KEK this environment ever had, oldest first."""
         return await self._database.transact(
             lambda c: [
-                _kek_row(row)
+                kek_row(row)
                 for row in c.execute(
                     select(kek).where(kek.c.environment_id == self._environment).order_by(kek.c.version)
                 )
@@ -144,12 +148,14 @@ class Registry:
 
     def _data_keys(self, c: Connection) -> list[DataKeyRow]:
         wraps: dict[str, list[str]] = {}
-        for row in c.execute(select(dek_wrap.c.dek_id, dek_wrap.c.kek_id)):
+        for row in c.execute(
+            select(dek_wrap.c.dek_id, dek_wrap.c.kek_id).where(dek_wrap.c.state == VERIFIED)
+        ):
             wraps.setdefault(row.dek_id, []).append(row.kek_id)
         rows = c.execute(
             select(dek, key_ring.c.network_service_id)
             .join(key_ring, dek.c.ring_id == key_ring.c.id)
-            .order_by(key_ring.c.network_service_id, dek.c.version)
+            .order_by(key_ring.c.network_service_id, dek.c.key_type, dek.c.version)
         )
         return [
             DataKeyRow(
@@ -160,33 +166,52 @@ class Registry:
                 kcv=row.kcv,
                 created_at_ms=row.created_at_ms,
                 wrapped_by=tuple(sorted(wraps.get(row.id, ()))),
+                use=KeyUse(row.key_type),
+                algorithm=row.alg,
+                since_ms=row.state_since_ms,
+                activated_at_ms=row.activated_at_ms,
+                suspended_from=None if row.suspended_from is None else KeyState(row.suspended_from),
+                reason=row.state_reason,
+                after_sequence=row.after_sequence,
             )
             for row in rows
         ]
 
     async def wrapped_keys(self, kek_id: str) -> list[WrappedKey]:
-        """Every sound wrap under one KEK."""
+        """Every sound wrap under one KEK, those too that came from a backup and wait for their KEK."""
         return await self._database.transact(
             lambda c: [
-                _wrapped_key(row)
+                wrapped_key(row)
                 for row in c.execute(self._wraps(kek_id).where(dek.c.state != KeyState.DESTROYED))
-                if _is_sound(row)
+                if is_sound(row)
             ]
         )
 
     # KEKs.
 
-    async def begin_kek(self, reference: KekReference, *, now_ms: int) -> tuple[KekReference, bool]:
+    async def begin_kek(
+        self, reference: KekReference, *, now_ms: int, adopts: bool = False
+    ) -> tuple[KekReference, bool]:
         """Name a KEK before the HSM makes it, by *reference* or by the name of one begun earlier and never
         finished.
 
-        True with the latter: the HSM may hold it half-made.
+        True with the latter: the HSM may hold it half-made. One that was to be adopted is no such: it gives
+        way to another wish. RefusedChangeError if *adopts* finds one half-made.
         """
 
         def work(c: Connection) -> tuple[KekReference, bool]:
-            unfinished = c.execute(self._my_keks().where(kek.c.state == KekState.PRE_ACTIVE)).one_or_none()
-            if unfinished is not None:
-                return _kek_row(unfinished).reference, True
+            found = c.execute(self._my_keks().where(kek.c.state == KekState.PRE_ACTIVE)).one_or_none()
+            if found is not None:
+                unfinished, was_adoption = kek_row(found), found.attributes is not None
+                if not was_adoption and adopts:
+                    raise RefusedChangeError(
+                        f"KEK {unfinished.reference.kek_id} may be half-made in the HSM",
+                        "repeat the command that was interrupted, without label and id: it cleans up",
+                    )
+                same = replace(reference, kek_id=unfinished.reference.kek_id) == unfinished.reference
+                if not was_adoption or (adopts and same):
+                    return unfinished.reference, not was_adoption
+                self._set_kek_state(c, unfinished, KekState.RETIRED, "never adopted", now_ms)
             version = c.scalar(
                 select(func.max(kek.c.version)).where(kek.c.environment_id == self._environment)
             )
@@ -197,6 +222,8 @@ class Registry:
                     version=(version or 0) + 1,
                     label=reference.label,
                     object_id=reference.object_id,
+                    # Before it is made, this says no more than that the key is another's.
+                    attributes="{}" if adopts else None,
                     state=KekState.PRE_ACTIVE,
                     state_since_ms=now_ms,
                     created_at_ms=now_ms,
@@ -207,15 +234,21 @@ class Registry:
 
         return await self._database.transact(work)
 
-    async def complete_kek(self, made: Kek, keys: Sequence[WrappedKey], *, now_ms: int) -> None:
+    async def complete_kek(
+        self, made: Kek, keys: Sequence[WrappedKey], *, now_ms: int, patience: Patience = _AT_ONCE
+    ) -> None:
         """The KEK is made, and *keys* under it: it becomes the current one and they the active ones.
 
-        A KEK before it is deactivated, and so are the active keys of the same services; their wraps stay.
+        A KEK before it, which must not work any more, is deactivated; its wraps stay. A service that several
+        proxies host gets its new key in two phases, unless there is no *patience*.
         """
+        two_phases_from = 2 if patience.unserved_ms else _NEVER
 
         def work(c: Connection) -> None:
             old = self._current(c)
             if old is not None:
+                if not old.state.is_withdrawn:
+                    raise MisuseError(f"KEK {old.reference.kek_id} is {old.state}: rotate it instead")
                 self._set_kek_state(
                     c, old, KekState.DEACTIVATED, f"replaced by {made.reference.kek_id}", now_ms
                 )
@@ -225,12 +258,7 @@ class Registry:
                 update(kek)
                 .where(kek.c.id == made.reference.kek_id)
                 .values(
-                    method=made.method,
-                    token_serial=made.token_serial,
-                    canary_ciphertext=made.canary_ciphertext,
-                    canary_sha256=made.canary_sha256,
-                    made_at_ms=made.created_at_ms,
-                    made_sha256=_kek_checksum(made),
+                    **made_values(made),
                     state=KekState.ACTIVE,
                     state_reason=None,
                     state_since_ms=now_ms,
@@ -238,7 +266,14 @@ class Registry:
                 )
             )
             for key in keys:
-                self._add_key(c, key, now_ms)
+                self._place_key(
+                    c,
+                    key,
+                    now_ms,
+                    cause=RotationCause.LOST,
+                    patience=patience,
+                    two_phases_from=two_phases_from,
+                )
 
         await self._database.transact(work)
 
@@ -246,21 +281,11 @@ class Registry:
         """MisuseError if the KEK may not go there. The state it already has is success."""
 
         def work(c: Connection) -> None:
-            row = _kek_row(c.execute(self._my_keks().where(kek.c.id == kek_id)).one())
+            row = kek_row(c.execute(self._my_keks().where(kek.c.id == kek_id)).one())
             if row.state is not state:
                 self._set_kek_state(c, row, state, reason, now_ms)
 
         await self._database.transact(work)
-
-    def _set_kek_state(
-        self, c: Connection, row: KekRow, state: KekState, reason: str | None, now_ms: int
-    ) -> None:
-        check_transition(row.state, state)
-        c.execute(
-            update(kek)
-            .where(kek.c.id == row.reference.kek_id)
-            .values(state=state, state_reason=reason, state_since_ms=now_ms, updated_at_ms=now_ms)
-        )
 
     async def move_wraps(self, old_kek_id: str, keys: Sequence[WrappedKey], *, now_ms: int) -> int:
         """*keys* are wrapped anew, under the current KEK: their wraps under *old_kek_id* are erased.
@@ -287,43 +312,17 @@ class Registry:
             moved = [key for key in keys if str(key.key_id) in old]
             for key in moved:
                 key_id = str(key.key_id)
-                if old[key_id] in (KeyState.ACTIVE, KeyState.SUSPENDED):
-                    _set_key_state(c, key_id, old[key_id], KeyState.DEACTIVATED, now_ms)
+                if old[key_id] is KeyState.ACTIVE:
+                    set_key_state(c, key_id, old[key_id], KeyState.DEACTIVATED, now_ms)
                 c.execute(
                     delete(dek_wrap).where(
                         dek_wrap.c.dek_id == key_id, dek_wrap.c.kek_id.in_((old_kek_id, key.kek_id))
                     )
                 )
-                _insert_wrap(c, key, now_ms)
+                insert_wrap(c, key, now_ms)
             return len(moved)
 
         return await self._database.transact(work)
-
-    async def wraps_under(self, kek_id: str) -> int:
-        """How many wraps there are under one KEK, damaged ones included."""
-
-        def work(c: Connection) -> int:
-            return self._wraps_under(c, kek_id)
-
-        return await self._database.transact(work)
-
-    def _wraps_under(self, c: Connection, kek_id: str) -> int:
-        count = c.scalar(select(func.count()).select_from(dek_wrap).where(dek_wrap.c.kek_id == kek_id))
-        return count or 0
-
-    async def retire_kek(self, kek_id: str, reason: str, *, now_ms: int) -> None:
-        """The HSM has it no more, and nothing here needs it. RefusedChangeError if something does."""
-
-        def work(c: Connection) -> None:
-            if left := self._wraps_under(c, kek_id):
-                raise RefusedChangeError(
-                    f"{left} keys are still wrapped by KEK {kek_id}", "see `key-agent service list`"
-                )
-            row = _kek_row(c.execute(self._my_keks().where(kek.c.id == kek_id)).one())
-            if row.state is not KekState.RETIRED:
-                self._set_kek_state(c, row, KekState.RETIRED, reason, now_ms)
-
-        await self._database.transact(work)
 
     # Network services and proxies.
 
@@ -362,17 +361,22 @@ class Registry:
             )
         return row
 
-    async def has_active_key(self, owner: NetworkService) -> bool:
-        """An active key under the current KEK: a further proxy then needs no new one."""
+    async def has_active_key(self, owner: NetworkService, use: KeyUse = KeyUse.DATA) -> bool:
+        """An active key under the current KEK, or one on its way: a further proxy then needs no new one."""
 
         def work(c: Connection) -> bool:
             current = self._current(c)
             if current is None:
                 return False
-            query = self._wraps(current.reference.kek_id).where(
-                key_ring.c.network_service_id == str(owner), dek.c.state == KeyState.ACTIVE
+            query = self._verified_wraps(current.reference.kek_id).where(
+                key_ring.c.network_service_id == str(owner), dek.c.key_type == use
             )
-            return c.execute(query).first() is not None
+            states = {KeyState(row.state) for row in c.execute(query)}
+            is_coming = any(
+                rotation.owner == owner and rotation.use is use
+                for rotation in self._rotations(c, is_open=True)
+            )
+            return KeyState.ACTIVE in states or (KeyState.PRE_ACTIVE in states and is_coming)
 
         return await self._database.transact(work)
 
@@ -384,10 +388,14 @@ class Registry:
         certificate_pem: str,
         key: WrappedKey | None,
         now_ms: int,
-    ) -> None:
-        """The service is hosted by that proxy under that certificate; *key* becomes its active one."""
+        patience: Patience = _AT_ONCE,
+    ) -> str | None:
+        """The service is hosted by that proxy under that certificate; *key* becomes its active one.
 
-        def work(c: Connection) -> None:
+        In two phases if several proxies host it, unless there is no *patience*; then the rotation's id.
+        """
+
+        def work(c: Connection) -> str | None:
             self._require_proxy(c, proxy_id)
             times = {"created_at_ms": now_ms, "updated_at_ms": now_ms}
             if c.execute(select(network_service).where(network_service.c.id == str(owner))).first() is None:
@@ -402,11 +410,7 @@ class Registry:
                     .where(network_service.c.id == str(owner))
                     .values(removed=False, updated_at_ms=now_ms)
                 )
-            if key is not None:
-                self._add_key(c, key, now_ms)
-            place = and_(
-                service_proxy.c.network_service_id == str(owner), service_proxy.c.proxy_id == proxy_id
-            )
+            place = place_of(owner, proxy_id)
             values = {"certificate_pem": certificate_pem, "withdrawn": False}
             if c.execute(select(service_proxy.c.proxy_id).where(place)).first() is None:
                 c.execute(
@@ -423,8 +427,18 @@ class Registry:
                 )
             else:
                 c.execute(update(service_proxy).where(place).values(updated_at_ms=now_ms, **values))
+            if key is None:
+                return None
+            return self._place_key(
+                c,
+                key,
+                now_ms,
+                cause=RotationCause.LOST,
+                patience=patience,
+                two_phases_from=2 if patience.unserved_ms else _NEVER,
+            )
 
-        await self._database.transact(work)
+        return await self._database.transact(work)
 
     async def remove_service(
         self, owner: NetworkService, *, proxy_id: str | None = None, now_ms: int
@@ -464,19 +478,16 @@ class Registry:
         return await self._database.transact(work)
 
     def _erase_keys(self, c: Connection, owner: NetworkService, now_ms: int) -> None:
-        rows = c.execute(
-            select(dek.c.id, dek.c.state)
+        for rotation in self._rotations(c, is_open=True):
+            if rotation.owner == owner:
+                self._give_up(c, rotation, now_ms)
+        rows = c.scalars(
+            select(dek.c.id)
             .join(key_ring, dek.c.ring_id == key_ring.c.id)
             .where(key_ring.c.network_service_id == str(owner), dek.c.state != KeyState.DESTROYED)
         ).all()
-        for row in rows:
-            if KeyState.DESTROYED not in TRANSITIONS[KeyState(row.state)]:
-                _set_key_state(c, row.id, KeyState(row.state), KeyState.DEACTIVATED, now_ms)
-                _set_key_state(c, row.id, KeyState.DEACTIVATED, KeyState.DESTROYED, now_ms)
-            else:
-                _set_key_state(c, row.id, KeyState(row.state), KeyState.DESTROYED, now_ms)
-            # The row stays as a tombstone: the key id is never used again.
-            c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == row.id))
+        for key_id in rows:
+            self._destroy_key(c, key_id, now_ms)
 
     # Pushing.
 
@@ -504,11 +515,14 @@ class Registry:
             links = self._links_by_owner(c, names, places)
             rows: dict[str, list[Row[Any]]] = {}
             for row in c.execute(
-                self._wraps(current.reference.kek_id)
-                .where(key_ring.c.network_service_id.in_(names), dek.c.state != KeyState.DESTROYED)
-                .order_by(dek.c.version)
+                self._verified_wraps(current.reference.kek_id)
+                .where(key_ring.c.network_service_id.in_(names))
+                .order_by(dek.c.key_type, dek.c.version)
             ):
                 rows.setdefault(row.network_service_id, []).append(row)
+            tombstones = self._tombstones(c, names)
+            for name in tombstones:
+                rows.setdefault(name, [])
             wanted = [name for name in names if name in rows and name in links]
             sequences = self._spend_sequences(c, wanted, lambda _, stored: max(stored + 1, now_ms))
             issued = [
@@ -519,16 +533,51 @@ class Registry:
             if issued:
                 c.execute(_ISSUED, [row | {"b_until_ms": until_ms} for row in issued])
             made = [
-                _reservation(name, sequences[name], rows=rows[name], links=links[name]) for name in wanted
+                _reservation(
+                    name,
+                    sequences[name],
+                    rows=rows[name],
+                    links=links[name],
+                    tombstones=[_tombstone(row, current.kek) for row in tombstones.get(name, ())],
+                )
+                for name in wanted
             ]
             return current.kek, made
 
         return await self._database.transact(work)
 
+    def _tombstones(self, c: Connection, names: list[str]) -> dict[str, list[Any]]:
+        """The newest destroyed keys of each service."""
+        found: dict[str, list[Any]] = {}
+        query = (
+            select(
+                dek.c.id,
+                dek.c.kcv,
+                dek.c.key_type,
+                dek.c.alg,
+                dek.c.version,
+                dek.c.created_at_ms,
+                key_ring.c.network_service_id,
+            )
+            .join(key_ring, dek.c.ring_id == key_ring.c.id)
+            # One that never was active is in no object.
+            .where(
+                key_ring.c.network_service_id.in_(names),
+                dek.c.state == KeyState.DESTROYED,
+                dek.c.activated_at_ms.is_not(None),
+            )
+            .order_by(dek.c.state_since_ms.desc(), dek.c.id)
+        )
+        for row in c.execute(query):
+            mine = found.setdefault(row.network_service_id, [])
+            if len(mine) < MAX_TOMBSTONES:
+                mine.append(row)
+        return found
+
     def _links_by_owner(self, c: Connection, names: list[str], places: list[str]) -> dict[str, list[Link]]:
         links: dict[str, list[Link]] = {}
         query = (
-            _links()
+            all_links()
             .join(proxy, proxy.c.id == service_proxy.c.proxy_id)
             .join(network_service, network_service.c.id == service_proxy.c.network_service_id)
             .where(
@@ -540,7 +589,7 @@ class Registry:
             )
         )
         for row in c.execute(query):
-            links.setdefault(row.network_service_id, []).append(_link(row))
+            links.setdefault(row.network_service_id, []).append(link_row(row))
         return links
 
     async def spend_sequences(self, sequences: Mapping[NetworkService, int]) -> None:
@@ -590,132 +639,44 @@ class Registry:
 
         await self._database.transact(work)
 
-    # Shared by the above.
 
-    def _my_keks(self) -> Select[Any]:
-        return select(kek).where(kek.c.environment_id == self._environment)
-
-    def _current(self, c: Connection) -> KekRow | None:
-        row = c.execute(self._my_keks().where(kek.c.state.not_in(_NOT_CURRENT))).one_or_none()
-        return None if row is None else _kek_row(row)
-
-    def _wraps(self, kek_id: str) -> Select[Any]:
-        return (
-            select(
-                dek.c.id,
-                dek.c.state,
-                dek.c.kcv,
-                key_ring.c.network_service_id,
-                kek.c.environment_id,
-                dek_wrap.c.kek_id,
-                dek_wrap.c.format,
-                dek_wrap.c.wrap_alg,
-                dek_wrap.c.wrapped,
-                dek_wrap.c.wrapped_sha256,
-                dek_wrap.c.token_serial,
-                dek_wrap.c.made_at_ms,
-            )
-            .select_from(dek)
-            .join(dek_wrap, dek_wrap.c.dek_id == dek.c.id)
-            .join(kek, kek.c.id == dek_wrap.c.kek_id)
-            .join(key_ring, dek.c.ring_id == key_ring.c.id)
-            .where(dek_wrap.c.kek_id == kek_id)
-        )
-
-    def _add_key(self, c: Connection, key: WrappedKey, now_ms: int) -> None:
-        ring_id = self._ring(c, key.owner, now_ms)
-        previous = c.execute(
-            select(dek.c.id, dek.c.version, dek.c.state)
-            .where(dek.c.ring_id == ring_id)
-            .order_by(dek.c.version)
-        ).all()
-        for row in previous:
-            # First, and flushed: the index one_active cannot be deferred.
-            if row.state in (KeyState.ACTIVE, KeyState.SUSPENDED):
-                _set_key_state(c, row.id, KeyState(row.state), KeyState.DEACTIVATED, now_ms)
-        c.execute(
-            insert(dek).values(
-                id=str(key.key_id),
-                tenant_id=key.owner.tenant,
-                ring_id=ring_id,
-                owner_environment_id=self._environment,
-                generator_environment_id=self._environment,
-                key_type="data",
-                version=previous[-1].version + 1 if previous else 1,
-                state=KeyState.ACTIVE,
-                state_since_ms=now_ms,
-                kcv=key.kcv,
-                predecessor_id=previous[-1].id if previous else None,
-                created_at_ms=now_ms,
-                updated_at_ms=now_ms,
-            )
-        )
-        _insert_wrap(c, key, now_ms)
-
-    def _ring(self, c: Connection, owner: NetworkService, now_ms: int) -> str:
-        found = c.scalar(
-            select(key_ring.c.id).where(
-                key_ring.c.network_service_id == str(owner), key_ring.c.purpose == _PURPOSE
-            )
-        )
-        if found is not None:
-            return str(found)
-        ring_id = os.urandom(16).hex()
-        c.execute(
-            insert(key_ring).values(
-                id=ring_id,
-                tenant_id=owner.tenant,
-                name=owner.service,
-                purpose=_PURPOSE,
-                network_service_id=str(owner),
-                created_at_ms=now_ms,
-                updated_at_ms=now_ms,
-            )
-        )
-        return ring_id
-
-
-def _links() -> Select[Any]:
-    return select(service_proxy).order_by(service_proxy.c.network_service_id, service_proxy.c.proxy_id)
-
-
-def _set_key_state(c: Connection, key_id: str, old: KeyState, new: KeyState, now_ms: int) -> None:
-    if new not in TRANSITIONS[old]:
-        raise RefusedChangeError(f"key {key_id} does not go from {old} to {new}", "see `key-agent status`")
-    c.execute(
-        update(dek).where(dek.c.id == key_id).values(state=new, state_since_ms=now_ms, updated_at_ms=now_ms)
-    )
-
-
-def _insert_wrap(c: Connection, key: WrappedKey, now_ms: int) -> None:
-    c.execute(
-        insert(dek_wrap).values(
-            dek_id=str(key.key_id),
-            kek_id=key.kek_id,
-            format=EKM_FORMAT,
-            route="kms",
-            wrap_alg=key.method,
-            wrapped=key.wrapped,
-            wrapped_sha256=sha256(key.wrapped).digest(),
-            token_serial=key.token_serial,
-            # The source opened it again and compared before it returned it.
-            state="verified",
-            made_at_ms=key.created_at_ms,
-            verified_at_ms=now_ms,
-            created_at_ms=now_ms,
-            updated_at_ms=now_ms,
-        )
-    )
-
-
-def _reservation(name: str, sequence: int, *, rows: list[Row[Any]], links: list[Link]) -> Reservation:
+def _reservation(
+    name: str,
+    sequence: int,
+    *,
+    rows: list[Row[Any]],
+    links: list[Link],
+    tombstones: list[tuple[WrappedKey, KeyState]],
+) -> Reservation:
+    sound = [(wrapped_key(row), KeyState(row.state)) for row in rows if is_sound(row)]
+    # Tombstones alone would take a service's keys back: they do so only if there are no others.
+    keys = [*sound, *tombstones] if sound or not rows else []
     return Reservation(
         owner=NetworkService.parse(name),
         sequence=sequence,
-        keys=tuple((_wrapped_key(row), KeyState(row.state)) for row in rows if _is_sound(row)),
-        damaged=tuple(KeyId.parse(row.id) for row in rows if not _is_sound(row)),
+        keys=tuple(keys),
+        damaged=tuple(KeyId.parse(row.id) for row in rows if not is_sound(row)),
         links=tuple(links),
     )
+
+
+def _tombstone(row: Row[Any], current: Kek) -> tuple[WrappedKey, KeyState]:
+    """A destroyed key: its name travels, there is nothing else of it."""
+    key = WrappedKey(
+        owner=NetworkService.parse(row.network_service_id),
+        key_id=KeyId.parse(row.id),
+        kek_id=current.reference.kek_id,
+        environment_id=current.reference.environment_id,
+        method=current.method,
+        wrapped=b"",
+        kcv=bytes(row.kcv),
+        token_serial=current.token_serial,
+        created_at_ms=row.created_at_ms,
+        use=KeyUse(row.key_type),
+        algorithm=row.alg,
+        version=row.version,
+    )
+    return key, KeyState.DESTROYED
 
 
 # Statements for many rows at once; their parameters are `b_...`.
@@ -781,89 +742,3 @@ def _receipt_row(receipt: Receipt) -> dict[str, object]:
         "b_until_ms": receipt.valid_until_ms,
         "b_error": receipt.error,
     }
-
-
-def _proxy(row: Row[Any]) -> Proxy:
-    return Proxy(id=row.id, url=row.url, ca_pem=row.ca_pem, removed=row.removed)
-
-
-def _link(row: Row[Any]) -> Link:
-    return Link(
-        owner=NetworkService.parse(row.network_service_id),
-        proxy_id=row.proxy_id,
-        certificate_pem=row.certificate_pem,
-        withdrawn=row.withdrawn,
-        issued_sequence=row.issued_sequence,
-        issued_until_ms=row.issued_until_ms,
-        accepted_sequence=row.accepted_sequence,
-        accepted_at_ms=row.accepted_at_ms,
-        valid_until_ms=row.valid_until_ms,
-        withdrawn_sequence=row.withdrawn_sequence,
-        withdrawn_at_ms=row.withdrawn_at_ms,
-        error=row.error,
-        error_at_ms=row.error_at_ms,
-    )
-
-
-def _kek_row(row: Row[Any]) -> KekRow:
-    reference = KekReference(
-        kek_id=row.id, label=row.label, object_id=bytes(row.object_id), environment_id=row.environment_id
-    )
-    made = None
-    if row.canary_ciphertext is not None:
-        made = Kek(
-            reference=reference,
-            method=WrapMethod(row.method),
-            token_serial=row.token_serial,
-            canary_ciphertext=bytes(row.canary_ciphertext),
-            canary_sha256=bytes(row.canary_sha256),
-            created_at_ms=row.made_at_ms,
-        )
-        if _kek_checksum(made) != row.made_sha256:
-            raise RegistryError(
-                f"registry: the row of KEK {row.id} is damaged: restore the registry from a backup "
-                "(nothing is said about the KEK in the HSM)"
-            )
-    return KekRow(
-        reference=reference,
-        version=row.version,
-        kek=made,
-        state=KekState(row.state),
-        reason=row.state_reason,
-        since_ms=row.state_since_ms,
-    )
-
-
-def _kek_checksum(made: Kek) -> bytes:
-    """Of all that a diagnosis compares with the HSM: damaged, it would look like a revocation."""
-    reference = made.reference
-    parts = [
-        reference.kek_id,
-        reference.environment_id,
-        reference.label,
-        reference.object_id.hex(),
-        made.method,
-        made.token_serial,
-        made.canary_ciphertext.hex(),
-        made.canary_sha256.hex(),
-        made.created_at_ms,
-    ]
-    return sha256(json.dumps(parts).encode()).digest()
-
-
-def _is_sound(row: Row[Any]) -> bool:
-    return bool(sha256(row.wrapped).digest() == row.wrapped_sha256 and row.format == EKM_FORMAT)
-
-
-def _wrapped_key(row: Row[Any]) -> WrappedKey:
-    return WrappedKey(
-        owner=NetworkService.parse(row.network_service_id),
-        key_id=KeyId.parse(row.id),
-        kek_id=row.kek_id,
-        environment_id=row.environment_id,
-        method=WrapMethod(row.wrap_alg),
-        wrapped=bytes(row.wrapped),
-        kcv=bytes(row.kcv),
-        token_serial=row.token_serial,
-        created_at_ms=row.made_at_ms,
-    )

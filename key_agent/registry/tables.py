@@ -73,26 +73,28 @@ kek = Table(
     _ms("made_at_ms", nullable=True),
     # Of all that the proof about the KEK rests on: bit rot in it would look like a revocation.
     Column("made_sha256", LargeBinary),
+    Column("attributes", Text),  # JSON: what else is known of the key in the HSM
+    Column("rotated_to", String(64)),  # the KEK that its keys moved to while it worked
     Column("state", String(16), nullable=False),
     Column("state_reason", Text),
     _ms("state_since_ms"),
     _ms("created_at_ms"),
     _ms("updated_at_ms"),
     Index("one_kek_version", "environment_id", "version", unique=True),
-    # At most one KEK serves and at most one is being made; `reinstate` changes both in one transaction.
+    # At most one KEK serves and at most one is on its way; they change places in one transaction.
     Index(
         "one_current_kek",
         "environment_id",
         unique=True,
-        sqlite_where=text("state NOT IN ('pre-active', 'deactivated', 'retired')"),
-        postgresql_where=text("state NOT IN ('pre-active', 'deactivated', 'retired')"),
+        sqlite_where=text("state NOT IN ('pre-active', 'staged', 'deactivated', 'retired')"),
+        postgresql_where=text("state NOT IN ('pre-active', 'staged', 'deactivated', 'retired')"),
     ),
     Index(
         "one_unfinished_kek",
         "environment_id",
         unique=True,
-        sqlite_where=text("state = 'pre-active'"),
-        postgresql_where=text("state = 'pre-active'"),
+        sqlite_where=text("state IN ('pre-active', 'staged')"),
+        postgresql_where=text("state IN ('pre-active', 'staged')"),
     ),
 )
 
@@ -103,6 +105,7 @@ network_service = Table(
     Column("tenant_id", ForeignKey("tenant.id"), nullable=False),
     Column("name", String(63), nullable=False),
     Column("removed", Boolean, nullable=False),
+    Column("rotate_after_days", Integer),  # NULL: the agent's setting; 0: never
     _ms("created_at_ms"),
     _ms("updated_at_ms"),
 )
@@ -129,10 +132,15 @@ dek = Table(
     Column("owner_environment_id", ForeignKey("environment.id"), nullable=False),
     Column("generator_environment_id", ForeignKey("environment.id"), nullable=False),
     Column("key_type", String(16), nullable=False),
+    Column("alg", String(16)),  # of a signing key
     Column("version", Integer, nullable=False),
     Column("state", String(16), nullable=False),
     Column("state_reason", Text),
     _ms("state_since_ms"),
+    _ms("activated_at_ms", nullable=True),
+    Column("suspended_from", String(16)),  # where `resume` leads
+    # An envelope with a higher sequence carries this key.
+    Column("after_sequence", BigInteger, nullable=False, server_default="0"),
     Column("kcv", LargeBinary, nullable=False),
     Column("predecessor_id", ForeignKey("dek.id")),
     _ms("created_at_ms"),
@@ -166,6 +174,31 @@ dek_wrap = Table(
     _ms("created_at_ms"),
     _ms("updated_at_ms"),
     Index("dek_wrap_by_kek", "kek_id"),
+)
+
+key_rotation = Table(
+    "key_rotation",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("ring_id", ForeignKey("key_ring.id"), nullable=False),
+    Column("new_dek_id", ForeignKey("dek.id"), nullable=False),
+    Column("old_dek_id", ForeignKey("dek.id")),
+    Column("phase", String(16), nullable=False),
+    Column("cause", String(16), nullable=False),
+    # Who acknowledged a higher sequence has what the phase is about.
+    Column("after_sequence", BigInteger, nullable=False),
+    _ms("phase_since_ms"),
+    _ms("phase_until_ms"),
+    Column("late_proxies", Text),  # JSON: who had not acknowledged when the phase ended
+    _ms("created_at_ms"),
+    _ms("updated_at_ms"),
+    Index(
+        "one_open_rotation",
+        "ring_id",
+        unique=True,
+        sqlite_where=text("phase IN ('distributing', 'activated')"),
+        postgresql_where=text("phase IN ('distributing', 'activated')"),
+    ),
 )
 
 proxy = Table(

@@ -50,6 +50,11 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/push/recipients.py": _AGENT,
     "key_agent/push/sealing.py": _AGENT,
     "key_agent/push/targets.py": _AGENT,
+    "key_agent/commands.py": (
+        "tests/key_agent/test_key_commands.py",
+        "what all commands share, seen through them",
+    ),
+    "key_agent/registry/access.py": _STORE,
     "key_agent/registry/database.py": _STORE,
     "key_agent/registry/model.py": _STORE,
     "key_agent/registry/states.py": _STORE,

@@ -37,8 +37,9 @@ async def test_a_new_service_gets_its_key_at_once(bench: Bench) -> None:
         assert (str(row.key_id), row.state) == (result["new_key"], KeyState.ACTIVE)
 
 
-async def test_a_new_key_of_a_hosted_service_goes_to_all_its_proxies_at_once(bench: Bench) -> None:
-    """Until a proxy has it, it cannot open what another one seals: no proxy waits for another one's push."""
+async def test_a_new_key_of_a_hosted_service_is_known_to_all_its_proxies_before_one_seals_with_it(
+    bench: Bench,
+) -> None:
     async with bench.agent() as (agent, operations):
         await bench.provision(operations, proxy="p1")
         await bench.provision(operations, proxy="p2")
@@ -57,7 +58,11 @@ async def test_a_new_key_of_a_hosted_service_goes_to_all_its_proxies_at_once(ben
         ]
         for name in ("p1", "p2"):
             assert bench.proxy(name).valid_keys(S3) == [result["new_key"]]
-        assert calls.count("seal_envelopes") == 1, "one unwrapping for both: neither waits for the other"
+            states = [claims.keys[-1].state for claims in bench.proxy(name).accepted[-2:]]
+            assert states == [KeyState.PRE_ACTIVE, KeyState.ACTIVE]
+        assert calls.count("seal_envelopes") == 3, (
+            "one for both proxies in each phase, one to be sure between"
+        )
         assert bench.proxy("p3").posts == posts
 
 

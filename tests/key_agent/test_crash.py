@@ -19,7 +19,7 @@ from tests.fakes.proxies import pem
 from tests.key_agent.conftest import Bench, until
 
 S3, BOX = NetworkService("acme", "s3"), NetworkService("acme", "box")
-MOST_STEPS = 17  # one more than the longest command has, and its test asserts so
+MOST_STEPS = 21  # one more than the longest command has, and its test asserts so
 MOST_RESTORING_STEPS = 27  # the same of `reinstate --restore`
 
 
@@ -60,7 +60,7 @@ class Steps:
             raise Crash(name)
 
 
-async def _dies(
+async def dies(
     bench: Bench, fatal: int, command: Callable[[Operations], Awaitable[object]], *, working: bool = False
 ) -> str | None:
     """Run *command* in one life that ends at the *fatal*-th step; the step, None if it came through."""
@@ -77,7 +77,7 @@ async def _dies(
 
 @pytest.mark.parametrize("fatal", range(MOST_STEPS))
 async def test_kek_create(bench: Bench, fatal: int) -> None:
-    died_at = await _dies(bench, fatal, lambda operations: operations.kek_create())
+    died_at = await dies(bench, fatal, lambda operations: operations.kek_create())
     async with bench.agent() as (agent, operations):
         try:
             await operations.kek_create()
@@ -100,7 +100,7 @@ async def test_service_add(bench: Bench, fatal: int) -> None:
     async def add(operations: Operations) -> object:
         return await operations.service_add(service="s3", proxy="p1", certificate_pem=certificate)
 
-    await _dies(bench, fatal, add)
+    await dies(bench, fatal, add)
     async with bench.agent() as (agent, operations):
         await add(operations)
         [key] = await agent.registry.data_keys()
@@ -113,7 +113,7 @@ async def test_reinstate(bench: Bench, fatal: int) -> None:
         await bench.provision(operations)
         [old] = bench.proxy().valid_keys(S3)
         await operations.kek_revoke()
-    died_at = await _dies(bench, fatal, lambda operations: operations.reinstate())
+    died_at = await dies(bench, fatal, lambda operations: operations.reinstate())
     assert (died_at is None) == (fatal == MOST_STEPS - 1), "every step is tried"
     async with bench.agent() as (agent, operations):
         row = await agent.registry.current_kek()
@@ -141,7 +141,7 @@ async def test_restore_of_a_kek_that_had_been_replaced(
         await operations.kek_revoke()
         await operations.reinstate()
     bench.source.bring_back(old)
-    died_at = await _dies(bench, fatal, lambda operations: operations.reinstate(restore=True))
+    died_at = await dies(bench, fatal, lambda operations: operations.reinstate(restore=True))
     assert (died_at is None) == (fatal == MOST_RESTORING_STEPS - 1), "every step is tried"
     async with bench.agent() as (agent, operations):
         keys = await agent.registry.data_keys()
@@ -162,7 +162,7 @@ async def test_kek_revoke(bench: Bench, fatal: int) -> None:
     """Once begun, it ends with the keys withdrawn, whichever step was the last of this life."""
     async with bench.agent() as (_, operations):
         await bench.provision(operations)
-    died_at = await _dies(bench, fatal, lambda operations: operations.kek_revoke(), working=True)
+    died_at = await dies(bench, fatal, lambda operations: operations.kek_revoke(), working=True)
     async with bench.agent() as (_, operations):
         if died_at is not None and bench.source.keks:
             await operations.kek_revoke()
@@ -186,7 +186,7 @@ async def test_a_proxy_never_holds_what_the_registry_does_not_know(bench: Bench,
         await agent.watch.look()
         await agent.pusher.push_keys(agent.targets.fed().values(), lambda _: None)
 
-    await _dies(bench, fatal, add_and_push)
+    await dies(bench, fatal, add_and_push)
     held = bench.proxy().held.get(S3)
     async with bench.agent(working=False) as (agent, _):
         known = {key.key_id for key in await agent.registry.data_keys()}
