@@ -10,30 +10,37 @@
 """
 
 import contextlib
-import errno
 import os
-import pwd
-import stat
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
 import typer
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.certificates import fingerprint
 from envelope.errors import FormatError
 from envelope.inspect import Description, Kind, describe
 from envelope.keys import NetworkService, check_name
 from proxy import config, refusals
+from proxy.encryption_service.cli import credential_app, dialect_app, key_app
+from proxy.operating import (
+    Operator,
+    certificate_from,
+    check_csr_file,
+    check_state_dir,
+    not_there,
+    operating,
+    options_of,
+    parse_owner,
+    usage_error,
+    write_csr,
+)
 from proxy.profiles import PROFILES, UnknownProfileError, profile_named
 from proxy.refusals import Refusal
 from proxy.tenants import certificates
-from proxy.tenants.certificates import CredentialError, KeyType
-from proxy.tenants.directory import ChangeRefusedError, DirectoryStore, DirectoryUnavailableError
+from proxy.tenants.certificates import KeyType
 from proxy.tenants.model import (
     Directory,
     LegacyPolicy,
@@ -63,6 +70,9 @@ profile_app = typer.Typer(
 program.add_typer(tenant_app, name="tenant")
 program.add_typer(service_app, name="service")
 program.add_typer(profile_app, name="profile")
+program.add_typer(key_app, name="key")
+program.add_typer(credential_app, name="credential")
+program.add_typer(dialect_app, name="dialect")
 
 
 cli.add_options(
@@ -72,7 +82,6 @@ cli.add_options(
     read=config.load,
     check=config.unusable_files,
 )
-type Options = cli.Options[config.Settings]
 
 
 def _audit_file(settings: config.Settings) -> Path:
@@ -121,8 +130,8 @@ def tenant_add(  # noqa: PLR0917 - typer calls it by name
     signer: SignerFiles = None,
 ) -> None:
     """Provision a tenant; makes its interception CA."""
-    with _operating(context) as operator:
-        certificate, signers = _certificate(root), _certificates(signer)
+    with operating(context) as operator:
+        certificate, signers = certificate_from(root), _certificates(signer)
         listen, rules = _listen(forward_listen), _rules(tunnel_host)
         known = operator.store.snapshot().tenants.get(check_name("tenant", name))
         wanted = (certificate, listen, rules, set(signers))
@@ -132,7 +141,7 @@ def tenant_add(  # noqa: PLR0917 - typer calls it by name
             known.tunnel_hosts,
             set(known.signers),
         ):
-            operator.report(changed=False, tenant=known)
+            show(operator, changed=False, tenant=known)
             return
         entry = operator.store.add_tenant(
             name,
@@ -143,7 +152,7 @@ def tenant_add(  # noqa: PLR0917 - typer calls it by name
             signers=signers,
             reserved=operator.reserved,
         )
-        operator.report(changed=True, tenant=entry)
+        show(operator, changed=True, tenant=entry)
 
 
 @tenant_app.command(
@@ -164,7 +173,7 @@ def tenant_update(  # noqa: PLR0917 - typer calls it by name
     no_signers: Annotated[bool, typer.Option("--no-signers", help="Pin no signing certificate.")] = False,
 ) -> None:
     """Replace what is given of a tenant; lists are replaced whole."""
-    with _operating(context) as operator:
+    with operating(context) as operator:
         changes: dict[str, object] = {}
         if forward_listen is not None or no_forward:
             _exclusive("--forward-listen", forward_listen is not None, "--no-forward", no_forward)
@@ -176,7 +185,7 @@ def tenant_update(  # noqa: PLR0917 - typer calls it by name
             _exclusive("--signer", signer is not None, "--no-signers", no_signers)
             changes["signers"] = _certificates(signer)
         if root is not None:
-            changes["root"] = _certificate(root)
+            changes["root"] = certificate_from(root)
         if not changes:
             raise CommandError("nothing to change", "see sealgate tenant update --help", ExitCode.USAGE)
         entry = operator.store.update_tenant(
@@ -185,13 +194,13 @@ def tenant_update(  # noqa: PLR0917 - typer calls it by name
             reserved=operator.reserved,
             **changes,  # type: ignore[arg-type]
         )
-        operator.report(changed=True, tenant=entry)
+        show(operator, changed=True, tenant=entry)
 
 
 @tenant_app.command("remove", epilog="Example: sealgate tenant remove acme")
 def tenant_remove(context: typer.Context, name: TenantName) -> None:
     """Remove a tenant that has no network services, with its interception CA."""
-    with _operating(context) as operator:
+    with operating(context) as operator:
         operator.store.remove_tenant(name, actor=operator.actor)
         operator.say({"changed": True, "removed": name}, f"tenant {name} removed")
 
@@ -199,10 +208,10 @@ def tenant_remove(context: typer.Context, name: TenantName) -> None:
 @tenant_app.command("ca", epilog="Example: sealgate tenant ca acme > acme-interception-ca.pem")
 def tenant_ca(context: typer.Context, name: TenantName) -> None:
     """Print the interception CA's certificate (PEM), for the tenant's clients to trust."""
-    with _operating(context, looks=True) as operator:
+    with operating(context, looks=True) as operator:
         entry = operator.store.snapshot().tenants.get(name)
         if entry is None:
-            raise _absent(f"there is no tenant {name}")
+            raise not_there(f"there is no tenant {name}")
         certificate = certificates.read_certificate(entry.interception_ca.certificate_file)
         pem = certificates.certificate_pem(certificate).decode()
         operator.say(
@@ -244,10 +253,10 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
     key_type: KeyTypeOption = KeyType.P256,
 ) -> None:
     """Provision a network service: make its private key here, write the CSR for the tenant's root."""
-    with _operating(context) as operator:
-        owner, address, listen = _owner(service), _upstream(upstream), _listen(reverse_listen)
+    with operating(context) as operator:
+        owner, address, listen = parse_owner(service), _upstream(upstream), _listen(reverse_listen)
         _check_profile(profile)
-        _check_csr_file(csr)
+        check_csr_file(csr)
         known = operator.store.snapshot().services.get(owner)
         if known is not None and (known.upstream, known.profile, known.legacy, known.reverse_listen) == (
             address,
@@ -268,8 +277,8 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
                 key_type=key_type,
                 reserved=operator.reserved,
             )
-        _write_csr(request, csr)
-        operator.report(changed=known is None, service=operator.store.snapshot().services[owner], csr=csr)
+        write_csr(request, csr)
+        show(operator, changed=known is None, service=operator.store.snapshot().services[owner], csr=csr)
 
 
 @service_app.command("update", epilog="Example: sealgate service update acme/drive --legacy strict")
@@ -283,8 +292,8 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
     no_reverse: Annotated[bool, typer.Option("--no-reverse", help="Not in reverse mode any more.")] = False,
 ) -> None:
     """Replace what is given of a network service; keys and certificate stay."""
-    with _operating(context) as operator:
-        owner = _owner(service)
+    with operating(context) as operator:
+        owner = parse_owner(service)
         changes: dict[str, object] = {}
         if upstream is not None:
             changes["upstream"] = _upstream(upstream)
@@ -303,7 +312,7 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
             reserved=operator.reserved,
             **changes,  # type: ignore[arg-type]
         )
-        operator.report(changed=True, service=entry)
+        show(operator, changed=True, service=entry)
 
 
 @service_app.command("renew", epilog="Example: sealgate service renew acme/drive --csr drive.csr")
@@ -311,13 +320,13 @@ def service_renew(
     context: typer.Context, service: ServiceName, csr: CsrFile, key_type: KeyTypeOption = KeyType.P256
 ) -> None:
     """Make a new key and its CSR; the present certificate serves until the new one is imported."""
-    with _operating(context) as operator:
-        owner = _owner(service)
+    with operating(context) as operator:
+        owner = parse_owner(service)
+        check_csr_file(csr)
         _service_of(operator, owner)
-        _check_csr_file(csr)
         request = operator.store.renew_service(owner, actor=operator.actor, key_type=key_type)
-        _write_csr(request, csr)
-        operator.report(changed=True, service=operator.store.snapshot().services[owner], csr=csr)
+        write_csr(request, csr)
+        show(operator, changed=True, service=operator.store.snapshot().services[owner], csr=csr)
 
 
 @service_app.command("import-cert", epilog="Example: sealgate service import-cert acme/drive drive.pem")
@@ -327,20 +336,20 @@ def service_import(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The certificate (PEM or DER).")],
 ) -> None:
     """Take the certificate that the tenant's root made of the CSR."""
-    with _operating(context) as operator:
-        owner = _owner(service)
+    with operating(context) as operator:
+        owner, certificate = parse_owner(service), certificate_from(file)
         _service_of(operator, owner)
         before = operator.store.revision()
-        operator.store.import_certificate(owner, _certificate(file), actor=operator.actor)
+        operator.store.import_certificate(owner, certificate, actor=operator.actor)
         changed = operator.store.revision() != before
-        operator.report(changed=changed, service=_service_of(operator, owner))
+        show(operator, changed=changed, service=_service_of(operator, owner))
 
 
 @service_app.command("remove", epilog="Example: sealgate service remove acme/drive")
 def service_remove(context: typer.Context, service: ServiceName) -> None:
     """Remove a network service and its private key; the running proxy drops its keys."""
-    with _operating(context) as operator:
-        owner = _owner(service)
+    with operating(context) as operator:
+        owner = parse_owner(service)
         operator.store.remove_service(owner, actor=operator.actor)
         operator.say({"changed": True, "removed": str(owner)}, f"network service {owner} removed")
 
@@ -351,7 +360,7 @@ def service_remove(context: typer.Context, service: ServiceName) -> None:
 @program.command("list", epilog="Example: sealgate list --json")
 def list_all(context: typer.Context) -> None:
     """Tenants and network services."""
-    with _operating(context, looks=True) as operator:
+    with operating(context, looks=True) as operator:
         directory = operator.store.snapshot()
         data = {
             "revision": directory.revision,
@@ -371,7 +380,7 @@ def history(
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most so many.")] = 1000,
 ) -> None:
     """Who changed what, oldest first."""
-    with _operating(context, looks=True) as operator:
+    with operating(context, looks=True) as operator:
         changes = operator.store.history(after=after, limit=limit)
 
         def text() -> str:
@@ -389,7 +398,7 @@ def history(
 def profile_list(context: typer.Context) -> None:
     """The profiles there are."""
     found = [PROFILES[name] for name in sorted(PROFILES)]
-    _options(context).emit(
+    options_of(context).emit(
         {"profiles": [profile.describe() for profile in found]},
         lambda: "\n".join(f"{profile.name:12} {profile.summary}" for profile in found),
     )
@@ -399,14 +408,14 @@ def profile_list(context: typer.Context) -> None:
 def profile_show(context: typer.Context, name: Annotated[str, typer.Argument(metavar="PROFILE")]) -> None:
     """What becomes of each operation, and what stops working on ciphertext."""
     profile = profile_named(_check_profile(name))
-    _options(context).emit(profile.describe(), profile.text)
+    options_of(context).emit(profile.describe(), profile.text)
 
 
 @program.command("errors", epilog="Example: sealgate errors > errors.md")
 def errors(context: typer.Context) -> None:
     """Every answer the proxy gives in place of forwarding, as a Markdown table."""
     found = all_refusals()
-    _options(context).emit(
+    options_of(context).emit(
         {
             "errors": [
                 {
@@ -435,7 +444,7 @@ def inspect(
         stream.seek(max(0, size - _TAIL_BYTES))
         tail = stream.read(_TAIL_BYTES)
     description = describe(data, stored_bytes=max(size, len(data)), tail=tail)
-    _options(context).emit(_description_json(description), lambda: _description_text(description))
+    options_of(context).emit(_description_json(description), lambda: _description_text(description))
     if description.problems:
         raise typer.Exit(ExitCode.REFUSED)
 
@@ -446,7 +455,7 @@ def doctor_command(context: typer.Context) -> None:
     with _packages_of_the_proxy():
         from proxy import doctor  # noqa: PLC0415 - it imports the engine
 
-    chosen = _options(context)
+    chosen = options_of(context)
     checks = doctor.examine(chosen.config_file, chosen.load, SystemClock())
     chosen.emit(report.as_json(checks), lambda: report.as_text(checks))
     if report.has_failed(checks):
@@ -456,8 +465,8 @@ def doctor_command(context: typer.Context) -> None:
 @program.command("run", epilog="Example: sealgate --config /etc/sealgate/sealgate.toml run")
 def run(context: typer.Context) -> None:
     """Serve until SIGTERM."""
-    settings = _options(context).load()
-    _check_state_dir(settings.proxy.state_dir)
+    settings = options_of(context).load()
+    check_state_dir(settings.proxy.state_dir)
     certificates.make_private_directory(settings.proxy.state_dir)
     with _packages_of_the_proxy():
         from proxy.app import run_proxy  # noqa: PLC0415 - it imports the engine
@@ -479,164 +488,41 @@ def _packages_of_the_proxy() -> Iterator[None]:
         ) from error
 
 
-# Working on the directory.
-
-
-@dataclass(frozen=True, slots=True)
-class _Operator:
-    options: Options
-    settings: config.Settings
-    store: DirectoryStore
-    actor: str
-
-    @property
-    def reserved(self) -> list[Listen]:
-        """Addresses of the proxy's own listeners."""
-        push, health = self.settings.push, self.settings.health
-        return [Listen(part.host, part.port) for part in (push, health) if part.port]
-
-    def say(self, data: dict[str, object], text: Callable[[], str] | str) -> None:
-        self.options.emit(data, text)
-
-    def report(
-        self,
-        *,
-        changed: bool,
-        tenant: TenantEntry | None = None,
-        service: ServiceEntry | None = None,
-        csr: Path | None = None,
-    ) -> None:
-        data: dict[str, object] = {"changed": changed, "revision": self.store.revision()}
-        lines = [] if changed else ["unchanged"]
-        if tenant is not None:
-            data["tenant"] = _tenant_json(tenant)
-            lines += _tenant_lines(tenant)
-        if service is not None:
-            data["service"] = _service_json(service)
-            lines += _service_lines(service)
-        if csr is not None and service is not None:
-            data["csr_file"] = str(csr)
-            lines.append(f"  request written to {csr}; have the tenant's root sign it, then")
-            lines.append(f"  sealgate service import-cert {service.owner} FILE")
-        self.say(data, "\n".join(lines))
-
-
-@contextlib.contextmanager
-def _operating(context: typer.Context, *, looks: bool = False) -> Iterator[_Operator]:
-    """The directory, opened; what it raises becomes an error with a next step and an exit code.
-
-    Who only *looks* creates and migrates nothing.
-    """
-    chosen = _options(context)
-    settings = chosen.load()
-    url = config.database_url(settings.proxy)
-    _check_state_dir(settings.proxy.state_dir)
-    try:
-        state_dir = settings.proxy.state_dir
-        with DirectoryStore.open(url, state_dir, clock=SystemClock(), migrate=not looks) as store:
-            yield _Operator(chosen, settings, store, _actor())
-    except ChangeRefusedError as error:
-        raise CommandError(str(error), error.next_step, ExitCode.REFUSED, code=error.code) from error
-    except DirectoryUnavailableError as error:
-        raise CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="database") from error
-    except CredentialError as error:
-        next_step = "give a file that exists and holds one certificate, or mend the key file it names"
-        raise CommandError(str(error), next_step, ExitCode.REFUSED, code="file") from error
-
-
-def _options(context: typer.Context) -> Options:
-    chosen = context.obj
-    assert isinstance(chosen, cli.Options)  # noqa: S101 - set by the callback before any command
-    return chosen
-
-
-def _check_state_dir(state_dir: Path) -> None:
-    """Private keys lie there. Files that another user makes could not be read by the proxy."""
-    try:
-        status = state_dir.stat()
-    except OSError:
-        return  # made by the first change, as ours
-    owner = status.st_uid
-    if owner != os.geteuid():
-        raise CommandError(
-            f"{state_dir} belongs to {_user_name(owner)}, not to {_user_name(os.geteuid())}",
-            f"run the command as that user: sudo -u {_user_name(owner)} sealgate ...",
-            ExitCode.REFUSED,
-            code="user",
-        )
-    if status.st_mode & 0o077:
-        raise CommandError(
-            f"{state_dir} has mode {stat.S_IMODE(status.st_mode):04o}; it holds private keys",
-            f"chmod 700 {state_dir}",
-            ExitCode.REFUSED,
-            code="mode",
-        )
-
-
-def _actor() -> str:
-    """Who does it, as far as the system says."""
-    user = f"{_user_name(os.getuid())} (uid {os.getuid()})"
-    behind = os.environ.get("SUDO_USER")
-    return f"{user} for {behind[:64]}" if behind and behind.isprintable() else user
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 # Arguments.
-
-
-def _usage(error: FormatError | UnknownProfileError, next_step: str) -> CommandError:
-    return CommandError(str(error), next_step, ExitCode.USAGE)
-
-
-def _owner(text: str) -> NetworkService:
-    try:
-        return NetworkService.parse(text)
-    except FormatError as error:
-        raise _usage(error, "give tenant/service, as `sealgate list` shows them") from None
 
 
 def _listen(text: str | None) -> Listen | None:
     try:
         return None if text is None else Listen.parse(text)
     except FormatError as error:
-        raise _usage(error, "give an IP address and a port: 127.0.0.1:3128, 0.0.0.0:443, [::]:443") from None
+        raise usage_error(
+            error, "give an IP address and a port: 127.0.0.1:3128, 0.0.0.0:443, [::]:443"
+        ) from None
 
 
 def _upstream(text: str) -> Upstream:
     try:
         return Upstream.parse(text)
     except FormatError as error:
-        raise _usage(error, "give the service's address: https://drive.example.com") from None
+        raise usage_error(error, "give the service's address: https://drive.example.com") from None
 
 
 def _rules(patterns: Sequence[str] | None) -> frozenset[str]:
     try:
         return frozenset(TunnelRule.parse(pattern).pattern for pattern in patterns or ())
     except FormatError as error:
-        raise _usage(error, "give host names, or *.domain.example for all below it") from None
+        raise usage_error(error, "give host names, or *.domain.example for all below it") from None
 
 
 def _check_profile(name: str) -> str:
     try:
         return profile_named(name).name
     except UnknownProfileError as error:
-        raise _usage(error, "see `sealgate profile list`") from None
-
-
-def _certificate(path: Path) -> x509.Certificate:
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return certificates.read_certificate(path)
+        raise usage_error(error, "see `sealgate profile list`") from None
 
 
 def _certificates(paths: Sequence[Path] | None) -> list[x509.Certificate]:
-    return [_certificate(path) for path in paths or ()]
+    return [certificate_from(path) for path in paths or ()]
 
 
 def _exclusive(one: str, has_one: bool, other: str, has_other: bool) -> None:
@@ -644,46 +530,37 @@ def _exclusive(one: str, has_one: bool, other: str, has_other: bool) -> None:
         raise CommandError(f"{one} and {other} exclude each other", "give one of them", ExitCode.USAGE)
 
 
-def _absent(cause: str) -> CommandError:
-    return CommandError(cause, "see `sealgate list`", ExitCode.REFUSED, code="not-there")
-
-
-def _service_of(operator: _Operator, owner: NetworkService) -> ServiceEntry:
+def _service_of(operator: Operator, owner: NetworkService) -> ServiceEntry:
     entry = operator.store.snapshot().services.get(owner)
     if entry is None:
-        raise _absent(f"there is no network service {owner}")
+        raise not_there(f"there is no network service {owner}")
     return entry
 
 
-def _check_csr_file(path: Path) -> None:
-    """Before a key is made for it: a change whose result cannot be handed over is none."""
-    directory = path.absolute().parent
-    target = path if path.exists() else directory
-    if not directory.is_dir() or path.is_dir() or not os.access(target, os.W_OK):
-        raise CommandError(
-            f"--csr {path}: this user cannot write that file",
-            "name a file in an existing directory that this user may write",
-            ExitCode.USAGE,
-        )
-
-
-def _write_csr(request: x509.CertificateSigningRequest, path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        with os.fdopen(descriptor, "wb") as file:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.fchmod(descriptor, 0o644)  # nothing secret; our umask would keep it from the tenant
-            file.write(request.public_bytes(Encoding.PEM))
-    except OSError as error:
-        raise CommandError(
-            f"the key is made, but its request was not written: {path}: {error.strerror}",
-            "mend that, then repeat the command: it gives the request again",
-            ExitCode.FAILED,
-            code="csr-not-written",
-        ) from error
-
-
 # Results.
+
+
+def show(
+    operator: Operator,
+    *,
+    changed: bool,
+    tenant: TenantEntry | None = None,
+    service: ServiceEntry | None = None,
+    csr: Path | None = None,
+) -> None:
+    data: dict[str, object] = {"changed": changed, "revision": operator.store.revision()}
+    lines = [] if changed else ["unchanged"]
+    if tenant is not None:
+        data["tenant"] = _tenant_json(tenant)
+        lines += _tenant_lines(tenant)
+    if service is not None:
+        data["service"] = _service_json(service)
+        lines += _service_lines(service)
+    if csr is not None and service is not None:
+        data["csr_file"] = str(csr)
+        lines.append(f"  request written to {csr}; have the tenant's root sign it, then")
+        lines.append(f"  sealgate service import-cert {service.owner} FILE")
+    operator.say(data, "\n".join(lines))
 
 
 def _tenant_json(tenant: TenantEntry) -> dict[str, object]:

@@ -15,12 +15,16 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
+from proxy.encryption_service.settings import EncryptionServiceSettings, listener_files
 from runtime import database
 from runtime import settings as runtime_settings
 
 ENVIRONMENT_PREFIX: Final = "SEALGATE"
 MAX_VALIDITY_S: Final = 3600
 """Longer would turn the promise of minutes into hours."""
+
+
+MAX_WORKERS: Final = 64
 
 
 def _check_host(name: str, host: str) -> None:
@@ -50,8 +54,11 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Default: SQLite in `state_dir`. PostgreSQL: postgresql+psycopg://user@host/database."""
     database_url_file: Path | None = None
     """A file that holds the URL, for one with a password in it."""
-    reload_s: float = 1.0
-    """How often the running proxy looks whether the directory has changed."""
+    reload_s: float = 0.25
+    """How often the running proxy looks whether the directory has changed, so how long a revoked credential
+    may still let in. A look costs about a third of a millisecond."""
+    workers: int = 1
+    """Processes that serve clients, sharing their ports; above 1 each is a child of one that does not."""
 
     def __post_init__(self) -> None:
         try:
@@ -60,6 +67,7 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"proxy.id: {error}") from None
         database.check_url_settings("proxy", self.database_url, self.database_url_file)
         _check_range("proxy.reload_s", self.reload_s, 0.05, 60)
+        _check_range("proxy.workers", self.workers, 1, MAX_WORKERS)
 
     @property
     def audit_file(self) -> Path:
@@ -138,8 +146,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     engine: EngineSettings = EngineSettings()
     health: HealthSettings = HealthSettings()
     log: LogSettings = LogSettings()
+    encryption_service: EncryptionServiceSettings = EncryptionServiceSettings()
 
     def __post_init__(self) -> None:
+        own = {(self.push.host, self.push.port): "push", (self.health.host, self.health.port): "health"}
+        for listen in self.encryption_service.listen:
+            if listen.port and (taken := own.get((listen.host, listen.port))):
+                raise ValueError(f"encryption_service and {taken} must not listen at the same address")
+            if not listen.port and self.proxy.workers > 1:
+                raise ValueError("with proxy.workers > 1 a listener of encryption_service needs a port")
         if self.push.port and (self.push.host, self.push.port) == (self.health.host, self.health.port):
             raise ValueError("push and health must not listen at the same address")
 
@@ -157,7 +172,10 @@ def unusable_files(settings: Settings) -> Iterator[str]:
     files = {"push.certificate_file": settings.push.certificate_file}
     if settings.engine.upstream_ca_file is not None:
         files["engine.upstream_ca_file"] = settings.engine.upstream_ca_file
-    yield from runtime_settings.unusable_files(files, secrets={"push.key_file": settings.push.key_file})
+    secrets = {"push.key_file": settings.push.key_file}
+    for name, path, is_secret in listener_files(settings.encryption_service):
+        (secrets if is_secret else files)[name] = path
+    yield from runtime_settings.unusable_files(files, secrets=secrets)
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:

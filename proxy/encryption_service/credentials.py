@@ -89,11 +89,15 @@ class FileKeyError(SealgateError):
 
 
 class SecretSealer:
-    """Seals and opens what is stored (rules 2 and 3). Keys are read when they are first needed."""
+    """Seals and opens what is stored (rules 2 and 3)."""
 
     def __init__(self, state_dir: Path) -> None:
         self._directory = state_dir / FILE_KEY_DIRECTORY
         self._keys: dict[bytes, AESGCM] = {}
+        for (
+            name
+        ) in self.names():  # what a rotation removes stays in force until the rows it replaced are gone
+            self._cipher(name)
         self._pretended = AESGCM(secrets.token_bytes(_SECRET_BYTES))
         self._pretended_nonce = secrets.token_bytes(_NONCE_BYTES)
         self._pretended_text = self._pretended.encrypt(self._pretended_nonce, random_secret().encode(), b"")
