@@ -29,14 +29,11 @@ from envelope.errors import FormatError, IntegrityError, MisuseError, SealgateEr
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer
 from proxy import gate
-from proxy.addon import SealgateAddon
 from proxy.api.push import make_push_application
 from proxy.config import Settings, database_url
-from proxy.engine import Engine, upstream_trust
+from proxy.data_plane import DataPlane
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
-from proxy.metrics import ProxyMetrics
-from proxy.prefetch import Prefetch
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Directory
 from proxy.tenants.watch import DirectoryWatch
@@ -119,22 +116,17 @@ class ProxyProcess:
         self._clock = clock or SystemClock()
         self._registry = registry
         self._phase: str | None = "starting"
-        self._addon: SealgateAddon | None = None
-        self._engine: Engine | None = None
+        self._plane: DataPlane | None = None
         self._watch: DirectoryWatch | None = None
         self._receiver: Receiver | None = None
         self._push_tls: ServerTls | None = None
         self.ports: dict[str, int] = {}
-        """Of `push` and `health`, once they listen."""
+        """Of `push`, `health` and the encryption service (`service:0`, `service:1` ...), once they listen."""
 
     def not_ready(self) -> list[str]:
         """The reasons why no traffic should come here."""
-        reasons = [
-            self._phase,
-            self._watch and self._watch.failure,
-            self._addon and self._addon.audit_trouble,
-        ]
-        problems = self._engine.problems if self._engine is not None else []
+        reasons = [self._phase, self._watch and self._watch.failure]
+        problems = self._plane.problems if self._plane is not None else []
         return [reason for reason in reasons if reason] + problems
 
     def hang_up(self) -> None:
@@ -178,51 +170,46 @@ class ProxyProcess:
             countdown = KeyCountdown(keys, receiver)
             self._registry.register(countdown)
             parts.callback(self._registry.unregister, countdown)
-            prefetch = await parts.enter_async_context(
-                Prefetch(upstream_trust(settings.engine.upstream_ca_file))
+            self._plane = plane = await parts.enter_async_context(
+                DataPlane(
+                    settings,
+                    keys=keys,
+                    audit=audit,
+                    clock=clock,
+                    directory=directory,
+                    registry=self._registry,
+                )
             )
-            self._addon = SealgateAddon(
-                keys=keys,
-                audit=audit,
-                prefetch=prefetch,
-                metrics=ProxyMetrics(self._registry),
-                wait_s=settings.keys.wait_s,
-            )
-            self._engine = engine = Engine(settings.engine, self._addon, clock)
-            await engine.prepare()
             audit.append("proxy-started", proxy=settings.proxy.id, revision=directory.revision)
             await parts.enter_async_context(self._health())
             await parts.enter_async_context(self._push(receiver))
-            await self._serve(engine, keys, directory, stop)
+            await self._serve(plane, directory, stop)
             audit.append("proxy-stopped", proxy=settings.proxy.id)
 
-    async def _serve(self, engine: Engine, keys: KeyCache, directory: Directory, stop: asyncio.Event) -> None:
+    async def _serve(self, plane: DataPlane, directory: Directory, stop: asyncio.Event) -> None:
         watch = _present(self._watch)
         try:
             async with asyncio.TaskGroup() as group:
-                await engine.start(directory)
-                tasks = [
-                    group.create_task(keys.run_sweeper(), name="keys:sweep"),
-                    group.create_task(engine.cut_ended(), name="engine:cut-ended"),
-                    group.create_task(engine.retry_problems(), name="engine:retry"),
-                    group.create_task(watch.run(directory, self._apply), name="directory:watch"),
-                ]
+                await plane.start(directory)
+                self.ports |= {f"service:{index}": port for index, port in enumerate(plane.service_ports)}
+                tasks = plane.tasks(group)
+                tasks.append(group.create_task(watch.run(directory, self._apply), name="directory:watch"))
                 self._phase = None
-                log.info("serving", listeners=engine.listening(), ports=self.ports)
+                log.info("serving", listeners=plane.listening(), ports=self.ports)
                 await stop.wait()
                 self._phase = "stopping"
-                await engine.stop(grace_s=self._settings.engine.drain_s)
+                await plane.stop(grace_s=self._settings.engine.drain_s)
                 for task in tasks:
                     task.cancel()
         finally:
             self._phase = "stopping"
-            await engine.stop(grace_s=0)
+            await plane.stop(grace_s=0)
 
     async def _apply(self, directory: Directory) -> None:
         """Serve what the directory says now."""
         _present(self._receiver).apply(directory)
         self.hang_up()
-        await _present(self._engine).apply(directory)
+        await _present(self._plane).apply(directory)
 
     @contextlib.asynccontextmanager
     async def _health(self) -> AsyncIterator[None]:

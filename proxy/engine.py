@@ -56,8 +56,12 @@ def upstream_trust(ca_file: Path | None) -> ssl.SSLContext:
 class Engine:
     """The data plane. `start`, `apply` as often as the directory changes, `stop`; one event loop."""
 
-    def __init__(self, settings: EngineSettings, addon: SealgateAddon, clock: Clock) -> None:
+    def __init__(
+        self, settings: EngineSettings, addon: SealgateAddon, clock: Clock, *, reuse_port: bool = False
+    ) -> None:
+        """*reuse_port*: other processes of ours listen at the same addresses."""
         self._settings = settings
+        self._reuse_port = reuse_port
         self._addon = addon
         self._clock = clock
         self._authorities: dict[str, InterceptionCa] = {}
@@ -87,7 +91,7 @@ class Engine:
     async def prepare(self) -> None:
         """Put the gate in place and rehearse it. UnknownEngineError, SelfTestError: do not go on."""
         gate.check_versions()
-        gate.install(levers=self._levers)
+        gate.install(levers=self._levers, reuse_port=self._reuse_port)
         await gate.self_test()
         self._prepared = True
 

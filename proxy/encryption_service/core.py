@@ -191,15 +191,20 @@ class Core:
         audit: AuditLog,
         clock: Clock,
         limiter: Limiter | None = None,
+        counted: Callable[[str, str, str], None] | None = None,
         degraded_below_s: float = DEGRADED_BELOW_S,
     ) -> None:
-        """*limiter*: is told how much of the process's time each call took."""
+        """*limiter*: is told how much of the process's time each call took.
+
+        *counted*: is told of each recorded call its dialect, operation, and error or `ok`: for metrics.
+        """
         self._keys = keys
         self._access = access
         self._directory = directory
         self._audit = audit
         self._clock = clock
         self._limiter = limiter
+        self._counted = counted
         self._degraded_below_s = degraded_below_s
 
     # Looking.
@@ -314,6 +319,8 @@ class Core:
             self._audit.append(ACTION, outcome=entry.outcome.value, durable=False, **fields_of(entry))
         except AuditUnavailableError as error:
             raise NotRecorded(str(error)) from error
+        if self._counted is not None:
+            self._counted(entry.dialect.value, entry.operation, entry.error or entry.outcome.value)
 
     # Work.
 

@@ -51,6 +51,30 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ValueError(f"{name} must be between 1 and 1000000, not {getattr(self, name)}")
 
 
+class QuotaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much each tenant and each credential may ask for; one of a batch counts as one call."""
+
+    tenant_requests_per_s: float = 10_000.0
+    tenant_burst: float = 20_000.0
+    credential_requests_per_s: float = 5_000.0
+    """Of a credential that was issued without a rate of its own."""
+    credential_burst: float = 10_000.0
+    places: int = 256
+    """Calls of one tenant that wait or stream at the same time."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tenant_requests_per_s",
+            "tenant_burst",
+            "credential_requests_per_s",
+            "credential_burst",
+        ):
+            if not 1 <= getattr(self, name) <= 1e9:
+                raise ValueError(f"{name} must be between 1 and 1e9, not {getattr(self, name):g}")
+        if not 1 <= self.places <= 100_000:
+            raise ValueError(f"places must be between 1 and 100000, not {self.places}")
+
+
 class ListenSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One address that the encryption service is called at."""
 
@@ -103,6 +127,7 @@ class EncryptionServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbi
     listen: tuple[ListenSettings, ...] = ()
     """Empty: this proxy runs no encryption service."""
     limits: HttpLimits = HttpLimits()
+    quota: QuotaSettings = QuotaSettings()
 
     def __post_init__(self) -> None:
         if len(self.listen) > MAX_LISTENERS:

@@ -73,6 +73,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/verdict.py": ("tests/key_agent/sources/test_diagnosis.py", "the words of a diagnosis"),
     "key_agent/sources/worker_main.py": _WORKER,
     "proxy/addon.py": _JOB,
+    "proxy/data_plane.py": (
+        "tests/integration/test_proxy_process.py",
+        "the parts of one process, right when the process serves",
+    ),
     "proxy/engine.py": _JOB,
     "proxy/gate/__init__.py": _ROWS,
     "proxy/gate/handler.py": _ROWS,
