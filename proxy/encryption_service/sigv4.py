@@ -17,11 +17,10 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from envelope.errors import SealgateError
 
@@ -36,6 +35,7 @@ type Headers = Sequence[tuple[str, str]]
 
 _TERMINATOR: Final = "aws4_request"
 _REQUIRED: Final = ("host", "x-amz-date")
+_DECIDING: Final = frozenset({"authorization", *_REQUIRED})
 # The access key id may be anything here: what is malformed is unknown, and answered like it.
 _AUTHORIZATION: Final = re.compile(
     r"AWS4-HMAC-SHA256 +"
@@ -68,8 +68,7 @@ class NotSignedError(SealgateError):
         self.cause: Final = cause
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(NamedTuple):
     """What a request says of its signature. Nothing is believed before `verify`."""
 
     access_key_id: str
@@ -93,9 +92,15 @@ def read_claim(headers: Headers, *, now_s: float, service: str, region: str | No
 
     *now_s*: seconds since the Unix epoch. *region*: the only one to accept; None accepts any.
     """
-    authorization = _only(headers, "authorization")
-    amz_date = _only(headers, "x-amz-date")
-    _only(headers, "host")
+    deciding: dict[str, str] = {}
+    for name, value in headers:
+        if name in _DECIDING:
+            if name in deciding:
+                raise NotSignedError(Cause.DUPLICATE)
+            deciding[name] = value
+    if len(deciding) < len(_DECIDING):
+        raise NotSignedError(Cause.MISSING)
+    authorization, amz_date = deciding["authorization"], deciding["x-amz-date"]
     if len(authorization) > MAX_AUTHORIZATION_LENGTH:
         raise NotSignedError(Cause.MALFORMED)
     match = _AUTHORIZATION.fullmatch(authorization)
@@ -159,13 +164,6 @@ def signature(claim: Claim, secret: bytes, canonical: bytes) -> str:
         key = hmac.digest(key, step.encode(), "sha256")
     to_sign = "\n".join((ALGORITHM, claim.amz_date, claim.scope, hashlib.sha256(canonical).hexdigest()))
     return hmac.digest(key, to_sign.encode(), "sha256").hex()
-
-
-def _only(headers: Headers, name: str) -> str:
-    values = [value for its_name, value in headers if its_name == name]
-    if len(values) != 1:
-        raise NotSignedError(Cause.DUPLICATE if values else Cause.MISSING)
-    return values[0]
 
 
 def _instant_s(amz_date: str) -> float:
