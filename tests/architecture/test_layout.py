@@ -35,6 +35,10 @@ _JOB: Final = (
     "tests/integration/test_proxy_main_job.py",
     "an adapter of mitmproxy, right when real clients and services are served",
 )
+_TRANSIT: Final = (
+    "tests/proxy/encryption_service/dialects/test_transit_against_bao.py",
+    "its words are right when the original says the same",
+)
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
@@ -78,6 +82,13 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/integration/test_proxy_process.py",
         "the parts of one process, right when the process serves",
     ),
+    "proxy/encryption_service/dialects/bearer.py": (
+        "tests/proxy/encryption_service/dialects/test_transit.py",
+        "what two dialects have in common, seen through both",
+    ),
+    "proxy/encryption_service/dialects/transit_errors.py": _TRANSIT,
+    "proxy/encryption_service/dialects/transit_keys.py": _TRANSIT,
+    "proxy/encryption_service/dialects/transit_signing.py": _TRANSIT,
     "proxy/engine.py": _JOB,
     "proxy/gate/__init__.py": _ROWS,
     "proxy/gate/handler.py": _ROWS,
