@@ -52,7 +52,7 @@ from proxy.encryption_service.errors import (
     UsageRefused,
 )
 from proxy.encryption_service.limits import Limiter
-from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory, XksStore
+from proxy.encryption_service.model import DialectEntry, DialectName, NamedKey, Op, ServiceDirectory, XksStore
 from proxy.encryption_service.recording import error_code
 from runtime.clock import Clock
 
@@ -285,15 +285,12 @@ class XksDialect(Dialect):
     def handle(self, call: Call) -> Answer:
         if call.path == PING_PATH:
             return _ping(call)
-        route = route_of(call)
-        found = None if route is None else self._directory().xks_store(route.prefix)
-        if route is None or found is None:
-            return self.refuse(Trouble.NOT_FOUND, call)
-        if call.method != "POST":
-            return self.refuse(Trouble.METHOD, call)
+        found = self._found(call)
+        if isinstance(found, Trouble):
+            return self.refuse(found, call)
         if len(call.body) > MAX_BODY_BYTES:
             return self.refuse(Trouble.TOO_LARGE, call)
-        dialect_entry, store = found
+        route, dialect_entry, store = found
         record = Record(tenant=dialect_entry.tenant, route=route, began_s=self._clock.boot_s())
         try:
             caller = self._authenticate(store, record, call)
@@ -305,11 +302,23 @@ class XksDialect(Dialect):
 
     @override
     def refuse(self, trouble: Trouble, call: Call | None, detail: str = "") -> Answer:
+        if trouble is Trouble.TOO_LARGE and call is not None:
+            found = self._found(call)
+            if isinstance(found, Trouble):  # which comes first (rule 2)
+                trouble, detail = found, ""
         status, name, message = ANSWER_TO[trouble]
         headers = (("allow", "POST"),) if trouble is Trouble.METHOD else ()
         return error_answer(name, detail or message, status=status, headers=headers)
 
     # Steps of every call.
+
+    def _found(self, call: Call) -> tuple[Route, DialectEntry, XksStore] | Trouble:
+        """What *call* is about and whose store it names; else what is the matter with path or method."""
+        route = route_of(call)
+        found = None if route is None else self._directory().xks_store(route.prefix)
+        if route is None or found is None:
+            return Trouble.NOT_FOUND
+        return (route, *found) if call.method == "POST" else Trouble.METHOD
 
     def _authenticate(self, store: XksStore, record: Record, call: Call) -> Caller:
         """NotAuthenticated, whose cause is in the record alone."""
