@@ -431,6 +431,19 @@ class Core:
             raise Revoked("the keys were withdrawn by their owner")
         if word.valid_for_s <= 0:
             raise Stale("no valid key is here at the moment")
+        self._check_openable(key)
+
+    def _check_openable(self, key: NamedKey) -> None:
+        """Return if some version may decrypt or verify: an active one, or else any that is here."""
+        try:
+            self._active(key)
+        except KeyUnavailableError as error:
+            reason = error.reason
+        else:
+            return
+        held = (holding.key for holding in self._keys.versions(key.owner, key.use))
+        if not any(found is not None and self._may_open(found, key) for found in held):
+            self._refuse_key(key, reason)
 
     def _active(self, key: NamedKey) -> DataKey:
         if key.use is KeyUse.SIGN:
