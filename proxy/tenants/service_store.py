@@ -31,6 +31,7 @@ from proxy.encryption_service.credentials import (
     new_access_key,
     new_bearer,
 )
+from proxy.encryption_service.dialects.xks_store import check_store
 from proxy.encryption_service.model import (
     KIND_OF,
     OPERATIONS_OF,
@@ -65,10 +66,6 @@ from proxy.tenants.tables import named_key, network_service, service_credential,
 
 MAX_LABEL_CHARS: Final = 100
 MAX_PER_LINE: Final = 2
-_XKS_PREFIX: Final = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-_XKS_PATH_SUFFIX: Final = "/kms/xks/v1"
-_MAX_XKS_PATH: Final = 128
-_XKS_KEY_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MOUNT: Final = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 _LABEL: Final = re.compile(r"[ -~]+")
 
@@ -507,22 +504,13 @@ def _check_stores(before: Directory, tenant: str, settings: XksSettings) -> None
         for store in entry.settings.stores
     }
     for store in settings.stores:
-        if not _XKS_PREFIX.fullmatch(store.prefix) or (
-            len(f"/{store.prefix}{_XKS_PATH_SUFFIX}") > _MAX_XKS_PATH
-        ):
-            raise ChangeRefusedError(
-                f"not a prefix of a key store: {store.prefix!r}",
-                "give segments of A-Z, a-z, 0-9, _ and -, joined by /, unguessable; at most "
-                f"{_MAX_XKS_PATH - len(_XKS_PATH_SUFFIX) - 1} characters",
-            )
+        try:
+            check_store(store)
+        except ValueError as error:
+            raise ChangeRefusedError(str(error), "see docs/encryption-service-xks.md") from None
         if store.prefix in taken:
             raise ChangeRefusedError(f"the prefix {store.prefix} is taken", "choose another one")
         taken[store.prefix] = tenant
-        for key_id in store.keys:
-            if not _XKS_KEY_ID.fullmatch(key_id) or key_id in {".", ".."}:
-                raise ChangeRefusedError(
-                    f"not an external key id: {key_id!r}", "give 1 to 128 characters of A-Z, a-z, 0-9, . _ -"
-                )
 
 
 def _check_mounts(settings: TransitSettings) -> None:
