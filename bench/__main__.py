@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench import core, levers, proxies, results
+from bench import agent, core, levers, proxies, results
 from bench.machine import BenchError
 
 type Rows = list[dict[str, Any]]
@@ -32,6 +32,7 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (("proxy_new_connections",), _as_json(proxies.new_connections)),
     (("proxy_rss_growth",), _as_json(proxies.rss_growth)),
     (levers.NAMES, _as_json(levers.run)),
+    (agent.NAMES, _as_json(agent.run)),
 ]
 
 
