@@ -19,6 +19,7 @@ import typer
 
 from envelope.certificates import fingerprint
 from envelope.keys import KeyUse, SigningAlgorithm, check_name
+from proxy.encryption_service.dialects.xks_store import console_file, new_prefix, uri_path
 from proxy.encryption_service.model import (
     CredentialEntry,
     CredentialKind,
@@ -333,6 +334,20 @@ def dialect_set(
     _set_dialect(context, tenant, dialect, settings=settings)
 
 
+@dialect_app.command("new-prefix", epilog="Example: sealgate dialect new-prefix acme")
+def dialect_new_prefix(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it begins with; may be empty.")] = "",
+) -> None:
+    """Draw an unguessable prefix for a key store of AWS KMS; nothing is changed."""
+    with operating(context, looks=True) as operator:
+        try:
+            prefix = new_prefix(name)
+        except ValueError as error:
+            raise usage_error(error, "give segments of A-Z a-z 0-9 _ -, or nothing") from None
+        operator.say({"prefix": prefix, "uri_path": uri_path(prefix)}, prefix)
+
+
 @dialect_app.command("list", epilog="Example: sealgate dialect list --json")
 def dialect_list(context: typer.Context, tenant: OnlyTenant = None) -> None:
     """Dialects, tenant by tenant, with their settings."""
@@ -466,9 +481,8 @@ def _show_issued(operator: Operator, issued: Issued, secret_file: Path | None) -
         lines += [f"  {name} {value}" for name, value in document.items()]
         lines.append("  keep it now: nobody can read it again")
     else:
-        text = json.dumps(_import_file(issued), indent=2) + "\n"
         try:
-            certificates.write_new_file(secret_file, text.encode(), mode=0o600)
+            certificates.write_new_file(secret_file, _secret_file_content(issued), mode=0o600)
         except CredentialError as error:
             raise CommandError(
                 f"the credential {entry.id} is issued, but its secret was not written: {error}",
@@ -487,17 +501,11 @@ def _secret_document(issued: Issued) -> dict[str, str]:
     return {"access_key_id": issued.entry.id, "raw_secret_access_key": issued.secret}
 
 
-def _import_file(issued: Issued) -> dict[str, object]:
+def _secret_file_content(issued: Issued) -> bytes:
     """What a secret file holds: for XKS the file that the AWS console imports."""
     if issued.entry.kind is CredentialKind.BEARER:
-        return {"token": issued.secret}
-    return {
-        "XksProxyUriPath": f"/{issued.entry.endpoint}/kms/xks/v1",
-        "XksProxyAuthenticationCredential": {
-            "AccessKeyId": issued.entry.id,
-            "RawSecretAccessKey": issued.secret,
-        },
-    }
+        return json.dumps({"token": issued.secret}, indent=2).encode() + b"\n"
+    return console_file(issued.entry.endpoint or "", issued.entry.id, issued.secret)
 
 
 def _key_json(key: NamedKey) -> dict[str, object]:
