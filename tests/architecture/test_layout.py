@@ -26,6 +26,10 @@ _WORKER: Final = (
     "tests/key_agent/sources/test_pkcs11.py",
     "runs in the worker process only, seen through its answers",
 )
+_SERVERS: Final = (
+    "tests/key_agent/sources/servers/test_work.py",
+    "an adapter of a key server, right when the real one gives the right verdicts",
+)
 _STORE: Final = ("tests/key_agent/registry/test_store.py", "seen through the store, on both databases")
 _ROWS: Final = (
     "tests/proxy/gate/test_rows.py",
@@ -71,6 +75,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/hsm/module.py": _WORKER,
     "key_agent/sources/hsm/session.py": _WORKER,
     "key_agent/sources/hsm/wrapping.py": _WORKER,
+    "key_agent/sources/servers/kmip.py": _SERVERS,
+    "key_agent/sources/servers/openbao.py": _SERVERS,
+    "key_agent/sources/servers/server.py": _SERVERS,
     "key_agent/sources/source.py": (
         "tests/key_agent/sources/test_contract.py",
         "an interface: one contract for all sources",
