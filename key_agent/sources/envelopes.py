@@ -15,13 +15,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from envelope.derive import ekm_binding
+from envelope.derive import ekm_binding, lp
 from envelope.errors import MisuseError, SealgateError
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import Claims, Operation, key_check, seal_envelope
 from key_agent.errors import KeySourceError
 from key_agent.sources.signing_keys import is_key_for
-from key_agent.sources.source import EnvelopeRequest, Kek, Recipient, WrappedKey
+from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, Recipient, WrappedKey
 from key_agent.sources.wire import SealedEnvelopes
 
 TOKEN_ID_SIZE: Final = 16
@@ -154,3 +154,8 @@ def binding_under(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:
     return ekm_binding(
         owner, key_id, kek_id=kek.reference.kek_id, environment_id=kek.reference.environment_id
     )
+
+
+def canary_binding(reference: KekReference) -> bytes:
+    """The canary is bound like a wrapped key, under a label that no wrapped key has."""
+    return lp(b"sealgate/v1 canary") + lp(reference.kek_id.encode()) + lp(reference.environment_id.encode())
