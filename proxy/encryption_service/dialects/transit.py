@@ -89,6 +89,7 @@ VERSION: Final = "0.1.0+sealgate"
 
 _TOKEN: Final = "x-vault-token"  # noqa: S105 - a header's name
 _WANTED: Final = frozenset({_TOKEN, "authorization", "x-vault-namespace", "x-vault-wrap-ttl"})
+_HEALTH: Final = frozenset({"health", "seal-status", "leader", "init"})
 _READING: Final = frozenset({"GET", "LIST"})
 _WRITING: Final = frozenset({"POST", "PUT"})
 _KNOWN_METHODS: Final = frozenset({"GET", "LIST", "POST", "PUT", "DELETE", "PATCH", "HEAD"})
@@ -215,7 +216,7 @@ class TransitDialect(Dialect):
         path = call.path[4:]
         if call.method not in _KNOWN_METHODS:
             raise VaultError(405)
-        if path.startswith("sys/") and path[4:] in {"health", "seal-status", "leader"}:
+        if path.startswith("sys/") and path[4:] in _HEALTH:
             return self._health(call, work, path[4:])
         headers = _headers(call)
         caller = self._calls.authenticate(work, _token(headers), call)
@@ -620,6 +621,8 @@ class TransitDialect(Dialect):
             raise VaultError(405)
         standing = self._standing_for(call, work)
         sealed = standing in {Standing.REVOKED, Standing.STALE}
+        if what == "init":
+            return _json(200, {"initialized": True})
         if what == "leader":
             return _json(200, {"ha_enabled": False, "is_self": False, "leader_address": ""})
         if what == "seal-status":
