@@ -1,5 +1,6 @@
 """Derived keys: one per scope, no way to mix scopes, none from what was wiped. Values: test_vectors.py."""
 
+import hmac
 import itertools
 from collections.abc import Callable
 
@@ -29,6 +30,9 @@ DERIVATIONS: dict[str, Derivation] = {
     "check value": derive.key_check_value,
     "index": lambda material, owner, key_id: derive.index_key(material, owner, key_id, PATH),
     "fpe": lambda material, owner, key_id: derive.fpe_key(material, owner, key_id, PATH),
+    "xks": lambda material, owner, key_id: derive.service_key(material, owner, key_id, "xks"),
+    "transit": lambda material, owner, key_id: derive.service_key(material, owner, key_id, "transit"),
+    "context": lambda material, owner, key_id: derive.service_key(material, owner, key_id, "transit", b"c"),
 }
 
 
@@ -43,6 +47,35 @@ def test_every_scope_has_keys_of_its_own() -> None:
 def test_a_boundary_moved_between_tenant_and_service_gives_another_key() -> None:
     one, other = NetworkService("tenant-a", "drive"), NetworkService("tenant", "adrive")
     assert derive.object_key(MATERIAL, one, KEY_ID) != derive.object_key(MATERIAL, other, KEY_ID)
+
+
+def test_dialects_and_contexts_have_keys_of_their_own() -> None:
+    scopes = [(dialect, context) for dialect in ("xks", "xk", "native", "") for context in (b"", b"s", b"\0")]
+    keys = {derive.service_key(MATERIAL, OWNER, KEY_ID, *scope) for scope in scopes}
+    assert len(keys) == len(scopes)
+    with pytest.raises(MisuseError):
+        derive.service_key(MATERIAL, OWNER, KEY_ID, "xks", bytes(65_536))
+
+
+def test_the_vector_of_the_encryption_service() -> None:
+    """docs/format.md 6.1; found by HKDF of the standard library's HMAC as well."""
+    material, owner, key_id = (
+        bytes(range(32)),
+        NetworkService("tenant-a", "drive"),
+        KeyId(bytes(range(160, 176))),
+    )
+    for context, expected in (
+        (b"", "74542d5d30a7e1531a45811fe8c2d200bf30489c31be204b5725925790c9f946"),
+        (b"customer 4711", "ed68f51645760cdf16cb2cfda51d629957bfe5d3e174c96b8a3412527f2a7039"),
+    ):
+        info = b"".join(
+            len(part).to_bytes(2) + part
+            for part in (b"sealgate/v1 service xks", b"tenant-a", b"drive", key_id.raw, context)
+            if part
+        )
+        extracted = hmac.digest(b"sealgate/v1", material, "sha512")
+        assert hmac.digest(extracted, info + b"\x01", "sha512")[:32].hex() == expected
+        assert derive.service_key(material, owner, key_id, "xks", context).hex() == expected
 
 
 def test_paths_have_keys_of_their_own() -> None:
