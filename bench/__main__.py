@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench import agent, core, levers, proxies, results
+from bench import agent, core, levers, proxies, results, service
 from bench.machine import BenchError
 
 type Rows = list[dict[str, Any]]
@@ -31,6 +31,9 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (("proxy_small_get",), _as_json(lambda: proxies.small("GET"))),
     (("proxy_new_connections",), _as_json(proxies.new_connections)),
     (("proxy_rss_growth",), _as_json(proxies.rss_growth)),
+    (service.NAMES, _as_json(service.encrypt)),
+    (("xks_p99_1800",), _as_json(service.xks)),
+    (("service_noisy_neighbour",), _as_json(service.noisy_neighbour)),
     (levers.NAMES, _as_json(levers.run)),
     (agent.NAMES, _as_json(agent.run)),
 ]

@@ -22,8 +22,10 @@ class BenchError(Exception):
     """A part of the bench did not start or did not do what it was asked."""
 
 
-def pinned(argv: Sequence[str], core: int) -> list[str]:
-    """*argv*, to run on *core* alone, where there is more than one."""
+def pinned(argv: Sequence[str], core: int | None) -> list[str]:
+    """*argv*, to run on *core* alone, where there is more than one; None: wherever the kernel likes."""
+    if core is None:
+        return list(argv)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         return list(argv)
@@ -82,7 +84,7 @@ def serving(
     argv: Sequence[str],
     *,
     port: int,
-    core: int,
+    core: int | None,
     log: IO[bytes],
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Process]:
