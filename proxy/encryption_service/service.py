@@ -72,7 +72,12 @@ class EncryptionService:
             )
         if DialectName.XKS in names:
             dialects[DialectName.XKS] = XksDialect(
-                core=core, access=access, limiter=self._limiter, directory=self._current, clock=clock
+                core=core,
+                access=access,
+                limiter=self._limiter,
+                directory=self._current,
+                clock=clock,
+                fleet=settings.xks,
             )
         self._server = ServiceServer(
             settings, dialects, metrics=self.metrics, clock=clock, reuse_port=processes > 1

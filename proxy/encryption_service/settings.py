@@ -16,6 +16,7 @@ import msgspec
 from proxy.encryption_service.model import DialectName
 
 MAX_LISTENERS: Final = 64
+MAX_MODEL_LENGTH: Final = 128
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,11 +124,28 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
+class XksFleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a health call tells AWS KMS of this installation; AWS judges requests for more quota by it."""
+
+    proxies: int = 1
+    """How many Sealgate proxies serve the same key stores behind one name."""
+    manager_model: str = "Sealgate key agent"
+    """What stands behind them at the enterprise, such as the HSM's product and version."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.proxies <= 100_000:
+            raise ValueError(f"proxies must be between 1 and 100000, not {self.proxies}")
+        text = self.manager_model
+        if not 1 <= len(text) <= MAX_MODEL_LENGTH or not (text.isascii() and text.isprintable()):
+            raise ValueError(f"manager_model must be 1 to {MAX_MODEL_LENGTH} printable ASCII characters")
+
+
 class EncryptionServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     listen: tuple[ListenSettings, ...] = ()
     """Empty: this proxy runs no encryption service."""
     limits: HttpLimits = HttpLimits()
     quota: QuotaSettings = QuotaSettings()
+    xks: XksFleet = XksFleet()
 
     def __post_init__(self) -> None:
         if len(self.listen) > MAX_LISTENERS:

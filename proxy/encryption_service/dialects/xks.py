@@ -14,6 +14,7 @@
 7. `kmsOperation` is never judged but by secondary authorization; an unknown one is served.
 """
 
+import importlib.metadata
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -54,6 +55,7 @@ from proxy.encryption_service.errors import (
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectEntry, DialectName, NamedKey, Op, ServiceDirectory, XksStore
 from proxy.encryption_service.recording import error_code
+from proxy.encryption_service.settings import XksFleet
 from runtime.clock import Clock
 
 SERVICE: Final = "kms-xks-proxy"
@@ -64,6 +66,7 @@ MAX_MESSAGE_LENGTH: Final = 511
 TRIAL_MAX_AGE_S: Final = 30.0
 """Half of what the specification allows a cached health result."""
 VENDOR: Final = "Sealgate"
+MODEL: Final = f"Sealgate {importlib.metadata.version('sealgate')}"
 PING_PATH: Final = "/ping"
 
 _PATH: Final = re.compile(
@@ -172,17 +175,6 @@ class ErrorBody(msgspec.Struct, frozen=True, rename="camel", gc=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """What health tells AWS of this installation."""
-
-    size: int = 1
-    """Proxies that serve the same stores behind one name; AWS raises quotas by it."""
-    model: str = "Sealgate"
-    """Product and version."""
-    manager_model: str = "Sealgate key agent"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     prefix: str
     operation: str
@@ -255,14 +247,14 @@ class XksDialect(Dialect):
         limiter: Limiter,
         directory: Callable[[], ServiceDirectory],
         clock: Clock,
-        fleet: Fleet | None = None,
+        fleet: XksFleet | None = None,
     ) -> None:
         self._core: Final = core
         self._access: Final = access
         self._limiter: Final = limiter
         self._directory: Final = directory
         self._clock: Final = clock
-        self._fleet: Final = Fleet() if fleet is None else fleet
+        self._fleet: Final = XksFleet() if fleet is None else fleet
         self._tried_at_s = -math.inf
         self._encrypts: Final = messages.Reader(messages.EncryptRequest)
         self._decrypts: Final = messages.Reader(messages.DecryptRequest)
@@ -469,7 +461,7 @@ class XksDialect(Dialect):
         record.detail["health"] = _HEALTH_OF[standing]
         manager = messages.Manager(record.tenant, self._fleet.manager_model, _HEALTH_OF[standing])
         response = messages.HealthResponse(
-            self._fleet.size, VENDOR, self._fleet.model, VENDOR, ekm_fleet_details=(manager,)
+            self._fleet.proxies, VENDOR, MODEL, VENDOR, ekm_fleet_details=(manager,)
         )
         self._core.record(record.entry(self._clock.boot_s()))
         return Answer(status=200, body=messages.written(response))

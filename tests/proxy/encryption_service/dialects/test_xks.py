@@ -21,15 +21,16 @@ from proxy.encryption_service.dialects.xks import (
     ERROR_OF,
     ERROR_OF_REFUSAL,
     MAX_BODY_BYTES,
+    MODEL,
     STATUS,
     TRIAL_MAX_AGE_S,
     ErrorName,
-    Fleet,
     error_name,
 )
 from proxy.encryption_service.errors import Refusal, ServiceError
 from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectName, Op, XksRule, XksSettings, XksStore
+from proxy.encryption_service.settings import XksFleet
 from tests.pki import issue_server, make_server_ca
 from tests.proxy.encryption_service.aws_signer import Credentials, signed_headers
 from tests.proxy.encryption_service.dialects.xks_rig import (
@@ -184,18 +185,26 @@ def test_metadata_of_an_active_key(rig: XksRig) -> None:
 
 
 def test_health_of_a_serving_tenant(tmp_path: Path) -> None:
-    rig = XksRig(tmp_path, fleet=Fleet(size=3, model="Sealgate 9"))
+    rig = XksRig(tmp_path, fleet=XksFleet(proxies=3, manager_model="Luna 7.8"))
     assert rig.health() == (
         200,
         {
             "xksProxyFleetSize": 3,
             "xksProxyVendor": "Sealgate",
-            "xksProxyModel": "Sealgate 9",
+            "xksProxyModel": MODEL,
             "ekmVendor": "Sealgate",
-            "ekmFleetDetails": [{"id": "acme", "model": "Sealgate key agent", "healthStatus": "ACTIVE"}],
+            "ekmFleetDetails": [{"id": "acme", "model": "Luna 7.8", "healthStatus": "ACTIVE"}],
         },
     )
     rig.close()
+
+
+@pytest.mark.parametrize(
+    "said", [{"proxies": 0}, {"manager_model": ""}, {"manager_model": "é"}, {"manager_model": "x" * 129}]
+)
+def test_what_aws_is_told_of_the_fleet_is_checked(said: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(said))):
+        XksFleet(**said)
 
 
 def test_an_operation_that_aws_has_not_thought_of_yet_is_served(rig: XksRig) -> None:

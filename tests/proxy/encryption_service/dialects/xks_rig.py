@@ -8,9 +8,10 @@ from typing import Any
 
 from proxy.encryption_service.call import Answer, Call, Peer
 from proxy.encryption_service.core import Core
-from proxy.encryption_service.dialects.xks import Fleet, XksDialect
+from proxy.encryption_service.dialects.xks import XksDialect
 from proxy.encryption_service.limits import Limits
 from proxy.encryption_service.model import DialectName, NamedKey, Op, XksRule, XksSettings, XksStore
+from proxy.encryption_service.settings import XksFleet
 from tests.proxy.encryption_service.aws_signer import Credentials, signed_headers
 from tests.proxy.encryption_service.service_rig import TENANT, ServiceRig
 
@@ -36,7 +37,7 @@ class XksRig:
         directory: Path,
         *,
         limits: Limits | None = None,
-        fleet: Fleet | None = None,
+        fleet: XksFleet | None = None,
         core_type: type[Core] = Core,
     ) -> None:
         self.service = ServiceRig(directory, limits=limits)
