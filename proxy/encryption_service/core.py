@@ -380,6 +380,23 @@ class Core:
         data_key = os.urandom(size_bytes)
         return data_key, self.encrypt(ticket, data_key, aad, purpose=purpose)
 
+    def object_key(self, ticket: Ticket, key_id: KeyId | None = None) -> DataKey:
+        """Whose K_obj seals an object: the active version; or opens one: the version *key_id*.
+
+        For bodies that stream; who holds it asks `DataKey.check` at every piece. As `encrypt`, `decrypt`.
+        """
+        if key_id is None:
+            if ticket.op is not Op.ENCRYPT:
+                raise UsageRefused(f"this is not leave to encrypt: {ticket.op}")
+            return self._active_for(ticket, None)
+        if ticket.op is not Op.DECRYPT:
+            raise UsageRefused(f"this is not leave to decrypt: {ticket.op}")
+        key = self._of_key_id(ticket.key, key_id)
+        if not self._may_open(key, ticket.key):
+            self._refuse_state(key.state)
+        self._note(ticket, key)
+        return key
+
     def sign(
         self, ticket: Ticket, message: bytes, scheme: SignatureScheme, *, version: int | None = None
     ) -> Signature:
@@ -478,6 +495,12 @@ class Core:
     def _find_version(self, key: NamedKey, version: int) -> DataKey:
         try:
             return self._keys.key_of_version(key.owner, key.use, version)
+        except KeyUnavailableError as error:
+            self._refuse(key, error.reason)
+
+    def _of_key_id(self, key: NamedKey, key_id: KeyId) -> DataKey:
+        try:
+            return self._keys.opening_key(key.owner, key_id)
         except KeyUnavailableError as error:
             self._refuse(key, error.reason)
 

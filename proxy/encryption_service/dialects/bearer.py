@@ -156,6 +156,11 @@ class BearerCalls:
             raise AccessDenied("the credential is not for this key")
         return key
 
+    def operations_of(self, caller: Caller) -> frozenset[Op]:
+        """What the caller's credential is for; none if it has ended."""
+        entry = self.directory().credentials.get(caller.credential_id or "")
+        return frozenset() if entry is None else entry.operations
+
     def finish(self, work: Work, ticket: Ticket) -> None:
         """`Core.finish`: all is asked again, then recorded. What it raises stands in the log already."""
         work.is_recorded = True
