@@ -91,6 +91,7 @@ class Agent:
         self.targets = targets
         self.transport = transport
         self.journal = journal
+        self.signing = signing
         self.clock = clock
         self.recipients = Recipients(root, tenant)
         self.consent = Consent(clock)

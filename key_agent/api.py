@@ -22,6 +22,7 @@ from aiohttp import web
 
 from envelope.errors import SealgateError
 from key_agent.agent import Agent
+from key_agent.backup import MAX_FILE_BYTES, BackupError
 from key_agent.commands import Json
 from key_agent.errors import KeySourceError
 from key_agent.operations import Operations
@@ -35,6 +36,8 @@ from runtime.serve import ProblemError, health_routes, make_application, openapi
 
 PROGRAM: Final = "key-agent"
 _SLOW_S: Final = 300.0
+# A backup's content, in base64.
+_MAX_COMMAND_BYTES: Final = 2 * MAX_FILE_BYTES
 
 
 class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,6 +77,11 @@ class Reason(_Body, frozen=True, forbid_unknown_fields=True):
 class Destroy(Reason, frozen=True, forbid_unknown_fields=True):
     confirm: str = ""
     """The key id, once more."""
+
+
+class BackupImport(_Body, frozen=True, forbid_unknown_fields=True):
+    content_base64: str
+    trial: bool = False
 
 
 class Rotate(_Body, frozen=True, forbid_unknown_fields=True):
@@ -125,6 +133,8 @@ ROUTES: Final = (
     Route("key_compromise", "POST", f"{_KEY}/compromise", Reason, "No use, for good"),
     Route("key_loss", "GET", f"{_KEY}/loss", Nothing, "What its destruction makes unreadable"),
     Route("key_destroy", "POST", f"{_KEY}/destroy", Destroy, "Erase it; its id stands in the body again"),
+    Route("backup_export", "POST", "/v1/backup/export", Nothing, "The registry as a file for this HSM alone"),
+    Route("backup_import", "POST", "/v1/backup/import", BackupImport, "Fill what is missing from a file"),
     Route("proxy_add", "PUT", "/v1/proxies/{proxy}", ProxyAdd, "Make a proxy known, or change it"),
     Route("proxy_remove", "POST", "/v1/proxies/{proxy}/remove", Nothing, "Withdraw everything from a proxy"),
 )
@@ -139,7 +149,7 @@ _STATUS: Final = {
 
 def commands(operations: Operations) -> web.Application:
     """Everything, for the socket."""
-    application = make_application()
+    application = make_application(client_max_size_bytes=_MAX_COMMAND_BYTES)
     for route in ROUTES:
         application.router.add_route(route.method, route.path, _handler(operations, route))
     openapi_route(application, openapi())
@@ -205,6 +215,13 @@ def explain_agent(error: Exception) -> CommandError:
                 next_step,
                 ExitCode.REFUSED if withdrawn else ExitCode.UNAVAILABLE,
                 code=str(error.verdict).replace("_", "-"),
+            )
+        case BackupError():
+            return CommandError(
+                str(error),
+                "give a file that `key-agent backup export` wrote",
+                ExitCode.REFUSED,
+                code="backup",
             )
         case StateLockedError():
             return CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="locked")

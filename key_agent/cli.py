@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import base64
 import errno
 import logging
 import sys
@@ -28,6 +29,7 @@ from runtime import cli, lifecycle, observe
 from runtime import doctor as report
 from runtime.audit_command import add_audit
 from runtime.cli import CommandError, ExitCode
+from runtime.files import write_new_file
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
 CONFIG_VARIABLE: Final = "KEY_AGENT_CONFIG"
@@ -43,10 +45,12 @@ program = cli.make_app(
 kek_app = typer.Typer(no_args_is_help=True, help="The key-encryption key in the HSM.")
 service_app = typer.Typer(no_args_is_help=True, help="Network services: what keys are made for.")
 key_app = typer.Typer(no_args_is_help=True, help="Keys of network services, and their states.")
+backup_app = typer.Typer(no_args_is_help=True, help="The registry in a file that only this HSM opens.")
 proxy_app = typer.Typer(no_args_is_help=True, help="Proxies: where keys are pushed to.")
 program.add_typer(kek_app, name="kek")
 program.add_typer(service_app, name="service")
 program.add_typer(key_app, name="key")
+program.add_typer(backup_app, name="backup")
 program.add_typer(proxy_app, name="proxy")
 
 
@@ -648,6 +652,76 @@ def proxy_remove(context: typer.Context, proxy: Annotated[str, typer.Argument(me
     """Take every key back from a proxy and push nothing to it any more."""
     data = perform(context.obj, "proxy_remove", proxy=proxy)
     _show(context, data, lambda data: f"proxy {data['proxy']} removed\n{_outcomes(data)}")
+
+
+# Backups.
+
+
+@backup_app.command("export")
+def backup_export(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it; must not exist.")],
+) -> None:
+    """Write wrapped keys, states, services and proxies to FILE, encrypted: it needs the HSM to be read."""
+    if file.exists():
+        raise CommandError(f"{file} exists and is not overwritten", "name another file", ExitCode.REFUSED)
+    data: Any = perform(context.obj, "backup_export")
+    content = base64.b64decode(data.pop("content_base64"))
+    try:
+        write_new_file(file, content)
+    except OSError as error:
+        raise CommandError(
+            f"{file}: {error.strerror}", "name a file in a directory that you may write"
+        ) from None
+    data["file"] = str(file)
+    _show(
+        context,
+        data,
+        lambda data: (
+            f"{data['file']}: {data['keys']} keys of {data['services']} services, {data['bytes']} bytes\n"
+            f"It opens only where KEK {data['kek']} is in the HSM. Keep it apart from the HSM's own backup."
+        ),
+    )
+
+
+@backup_app.command("import")
+def backup_import(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `backup export` wrote.")],
+    trial: Annotated[
+        bool, typer.Option("--try", help="Only verify it, and say what an import would do.")
+    ] = False,
+) -> None:
+    """Fill what is missing here. What exists stays as it is, what is destroyed stays destroyed."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}", "give a file that you may read") from None
+    data = perform(
+        context.obj, "backup_import", content_base64=base64.b64encode(content).decode(), trial=trial
+    )
+    _show(context, data, imported_text)
+
+
+def imported_text(data: Any) -> str:
+    """What `backup import` did, or with `--try` would do."""
+    would = "would be " if data["trial"] else ""
+    lines = [
+        f"backup of {_time(data['made_at_ms'])}, every wrap opened in the HSM where its KEK is there",
+        f"{len(data['keys'])} keys {would}added, {len(data['wraps'])} wraps {would}restored",
+        f"{len(data['services'])} services, {len(data['proxies_added'])} proxies {would}added",
+    ]
+    lines += [f"KEK {kek_id} {would}added" for kek_id in data["keks"]]
+    lines += [f"KEK {kek_id} is not in the HSM: {why}" for kek_id, why in data["absent_keks"].items()]
+    if data["waiting"]:
+        lines.append(
+            f"{len(data['waiting'])} keys wait for their KEK: bring it back, then "
+            "`key-agent reinstate --restore`"
+        )
+    lines += [f"{kid} {would}{state}: the backup knew that" for kid, state in data["ended"].items()]
+    lines += [f"{kid} stays: {why}" for kid, why in data["kept"].items()]
+    lines += [f"{kid} is NOT taken: {why}" for kid, why in data["refused"].items()]
+    return "\n".join([*lines, _outcomes(data)])
 
 
 # What people read.

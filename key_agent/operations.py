@@ -21,6 +21,7 @@ from cryptography import x509
 from envelope.certificates import fingerprint
 from envelope.errors import FormatError, MisuseError
 from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, check_name
+from key_agent.backup import RESERVED_SERVICE, BackupCommands
 from key_agent.commands import Json
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
@@ -42,7 +43,7 @@ log = structlog.get_logger(__name__)
 _WITHDRAWAL_PATIENCE_S: Final = 8.0
 
 
-class Operations(KeyCommands):
+class Operations(KeyCommands, BackupCommands):
     # The KEK.
 
     async def kek_create(
@@ -272,6 +273,10 @@ class Operations(KeyCommands):
         async with self._one_at_a_time:
             agent = self._agent
             owner = self._owner(service)
+            if owner.service == RESERVED_SERVICE:
+                raise RefusedChangeError(
+                    f"{RESERVED_SERVICE} names the keys of backups", "choose another name"
+                )
             leaf = agent.recipients.check(owner, certificate_pem, now_s=agent.clock.wall_s())
             if proxy not in agent.targets.fed() and (
                 proxy not in agent.targets.proxies or agent.targets.proxies[proxy].removed

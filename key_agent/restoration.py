@@ -128,7 +128,7 @@ class Restoration:
             if row.rotated_to == current.reference.kek_id:
                 continue  # its keys are here already: `kek rotate` ends it
             if row.state is KekState.DEACTIVATED and row.kek is not None:
-                mine = tuple(key for key in keys if row.reference.kek_id in key.wrapped_by)
+                mine = tuple(key for key in keys if row.reference.kek_id in (*key.wrapped_by, *key.waits_for))
                 diagnosis = await agent.source.diagnose(row.kek)
                 found.append(Earlier(row=row, kek=row.kek, keys=mine, found=diagnosis))
         return tuple(found)

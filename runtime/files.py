@@ -5,6 +5,7 @@
 """
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -17,6 +18,21 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(descriptor)
     temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def write_new_file(path: Path, content: bytes) -> None:
+    """Have *path*, made with mode 0600, hold *content* durably. FileExistsError if there is one; OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - with a mode
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        os.link(temporary, path)  # unlike rename, refuses to replace
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 

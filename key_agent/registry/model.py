@@ -92,6 +92,8 @@ class DataKeyRow:
     created_at_ms: int
     wrapped_by: tuple[str, ...]
     """Ids of the KEKs that hold a wrap of it that the HSM has opened."""
+    waits_for: tuple[str, ...] = ()
+    """The same, of wraps from a backup that it has not opened yet."""
     use: KeyUse = KeyUse.DATA
     algorithm: str | None = None
     since_ms: int = 0

@@ -30,6 +30,7 @@ from key_agent.registry.access import (
     set_key_state,
     wrapped_key,
 )
+from key_agent.registry.archiving import Archives
 from key_agent.registry.database import Database
 from key_agent.registry.kek_succession import KekSuccession
 from key_agent.registry.key_life import KeyLife
@@ -68,7 +69,7 @@ _AT_ONCE: Final = Patience(usual_ms=0, unserved_ms=0)
 _NEVER: Final = 1 << 30
 
 
-class Registry(KeyLife, KekSuccession):
+class Registry(KeyLife, KekSuccession, Archives):
     @classmethod
     async def open(cls, url: str, *, tenant_id: str, environment_id: str, agent_id: str, now_ms: int) -> Self:
         """Open, migrate, and check that it is this environment's.
@@ -148,10 +149,9 @@ class Registry(KeyLife, KekSuccession):
 
     def _data_keys(self, c: Connection) -> list[DataKeyRow]:
         wraps: dict[str, list[str]] = {}
-        for row in c.execute(
-            select(dek_wrap.c.dek_id, dek_wrap.c.kek_id).where(dek_wrap.c.state == VERIFIED)
-        ):
-            wraps.setdefault(row.dek_id, []).append(row.kek_id)
+        waiting: dict[str, list[str]] = {}
+        for row in c.execute(select(dek_wrap.c.dek_id, dek_wrap.c.kek_id, dek_wrap.c.state)):
+            (wraps if row.state == VERIFIED else waiting).setdefault(row.dek_id, []).append(row.kek_id)
         rows = c.execute(
             select(dek, key_ring.c.network_service_id)
             .join(key_ring, dek.c.ring_id == key_ring.c.id)
@@ -166,6 +166,7 @@ class Registry(KeyLife, KekSuccession):
                 kcv=row.kcv,
                 created_at_ms=row.created_at_ms,
                 wrapped_by=tuple(sorted(wraps.get(row.id, ()))),
+                waits_for=tuple(sorted(waiting.get(row.id, ()))),
                 use=KeyUse(row.key_type),
                 algorithm=row.alg,
                 since_ms=row.state_since_ms,

@@ -63,6 +63,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "what all commands share, seen through them",
     ),
     "key_agent/registry/access.py": _STORE,
+    "key_agent/registry/archive.py": (
+        "tests/key_agent/registry/test_archiving.py",
+        "values, made and taken apart by archiving.py",
+    ),
     "key_agent/registry/database.py": _STORE,
     "key_agent/registry/model.py": _STORE,
     "key_agent/registry/states.py": _STORE,

@@ -1,11 +1,12 @@
 """A file is replaced whole or not at all. (That it survives a power cut, no test here can show.)"""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from runtime.files import replace_file, sync_directory
+from runtime.files import replace_file, sync_directory, write_new_file
 
 
 def test_the_old_content_or_the_new(tmp_path: Path) -> None:
@@ -43,3 +44,15 @@ def test_a_directory_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sync_directory(tmp_path / "missing")
     assert len(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
+
+
+def test_a_new_file_is_whole_private_and_never_overwritten(tmp_path: Path) -> None:
+    write_new_file(tmp_path / "new", b"one")
+    assert (tmp_path / "new").read_bytes() == b"one"
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        write_new_file(tmp_path / "new", b"two")
+    assert (tmp_path / "new").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"], "nothing is left behind"
+    with pytest.raises(FileNotFoundError):
+        write_new_file(tmp_path / "missing" / "new", b"one")
