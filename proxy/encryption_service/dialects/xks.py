@@ -70,7 +70,7 @@ MODEL: Final = f"Sealgate {importlib.metadata.version('sealgate')}"
 PING_PATH: Final = "/ping"
 
 _PATH: Final = re.compile(
-    r"(/[A-Za-z0-9/_-]*)?/kms/xks/v1/(?:keys/([A-Za-z0-9._-]{1,128})/(metadata|encrypt|decrypt)|(health))"
+    r"((?:/[A-Za-z0-9_-]+)*)/kms/xks/v1/(?:keys/([A-Za-z0-9._-]{1,128})/(metadata|encrypt|decrypt)|(health))"
 )
 _UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 _PURPOSE: Final = Purpose(DialectName.XKS)
@@ -348,7 +348,8 @@ class XksDialect(Dialect):
             record.detail["cause"] = "credential" if candidate.caller is None else "signature"
             record.detail["claimed"] = claim.access_key_id
             raise
-        if caller.tenant != record.tenant or caller.endpoint != store.prefix:  # `sigv4` has seen to it
+        if caller.tenant != record.tenant:  # the prefix was another tenant's when the credential was issued
+            record.detail["cause"] = "tenant"
             raise NotAuthenticated
         return caller
 
@@ -541,15 +542,15 @@ class XksDialect(Dialect):
 
 def route_of(call: Call) -> Route | None:
     """What *call* is about, whatever its method; None if its path is none of the API's (rule 1)."""
-    if call.query or len(call.path) > MAX_PATH_LENGTH or "//" in call.path:
+    if call.query or len(call.path) > MAX_PATH_LENGTH:
         return None
     match = _PATH.fullmatch(call.path)
     if match is None:
         return None
     prefix, key_id, operation, health = match.groups()
-    if key_id in (".", "..") or len(prefix or "") + len(API_PATH) > MAX_URI_PATH_LENGTH:
+    if key_id in (".", "..") or len(prefix) + len(API_PATH) > MAX_URI_PATH_LENGTH:
         return None
-    return Route(prefix=(prefix or "").removeprefix("/"), operation=health or operation, key_id=key_id or "")
+    return Route(prefix=prefix.removeprefix("/"), operation=health or operation, key_id=key_id or "")
 
 
 def error_name(error: SealgateError) -> ErrorName:

@@ -399,6 +399,15 @@ def test_a_credential_is_for_its_own_prefix(rig: XksRig) -> None:
             assert status == (200 if prefix == of_prefix else 401)
 
 
+def test_a_credential_does_not_follow_its_prefix_to_another_tenant(rig: XksRig) -> None:
+    """The rival had this prefix once, and a credential for it; now it is acme's."""
+    rig.service.add_key("orders", tenant="rival")
+    rig.service.add_dialect(DialectName.XKS, tenant="rival")
+    answer = rig.ask("keys/foo/encrypt", encrypt_body(), credentials=rig.issue(PREFIX, tenant="rival"))
+    assert name_of(answer) == (401, "AuthenticationFailedException")
+    assert rig.service.records()[-1]["cause"] == "tenant"
+
+
 def test_a_rivals_ciphertext_does_not_decrypt(rig: XksRig) -> None:
     theirs = rig.service.add_key("orders", tenant="rival")
     rig.service.push(theirs)
