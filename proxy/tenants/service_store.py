@@ -535,7 +535,7 @@ def _check_kacls(before: Directory, tenant: str, settings: KaclsSettings) -> Non
     for place in settings.endpoints:
         for url in (place.url, *place.trusted_kacls):
             _check_url(url)
-        for issuer in (*place.authentication_issuers, *place.authorization_issuers):
+        for issuer in (*place.authentication_issuers, *place.authorization_issuers, *place.guest_issuers):
             _check_url(issuer.jwks_url)
         path = url_path(place.url)
         if path == "/":

@@ -1,24 +1,16 @@
 """The directory on real databases: SQLite, and PostgreSQL where SEALGATE_TEST_POSTGRES_URL names one."""
 
-import os
-import secrets
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from cryptography import x509
 from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 
-from certs import pki
 from envelope.certificates import CertificateError, fingerprint
 from envelope.errors import FormatError
 from envelope.keys import NetworkService
@@ -34,71 +26,11 @@ from proxy.tenants.model import LegacyPolicy, Listen, Upstream
 from proxy.tenants.tables import metadata
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, make_csr, make_tenant, new_key
+from tests.proxy.tenants.places import Place, sign
 
-POSTGRES_URL = os.environ.get("SEALGATE_TEST_POSTGRES_URL", "")
 ACTOR = "tester"
 DRIVE = NetworkService("acme", "drive")
 UPSTREAM = Upstream.parse("https://drive.example.com")
-
-
-@dataclass
-class Place:
-    """Where one test's directory is."""
-
-    url: str
-    state_dir: Path
-    clock: ManualClock
-
-    def open(self, *, migrate: bool = True) -> DirectoryStore:
-        return DirectoryStore.open(self.url, self.state_dir, clock=self.clock, migrate=migrate)
-
-    def files(self) -> set[str]:
-        return {
-            str(path.relative_to(self.state_dir))
-            for path in self.state_dir.rglob("*")
-            if path.is_file() and path.suffix in {".key", ".pem"}
-        }
-
-
-@pytest.fixture(
-    params=[
-        "sqlite",
-        pytest.param(
-            "postgresql",
-            marks=pytest.mark.skipif(
-                not POSTGRES_URL, reason="SEALGATE_TEST_POSTGRES_URL names no PostgreSQL server"
-            ),
-        ),
-    ]
-)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    state_dir = tmp_path / "state"
-    if request.param == "sqlite":
-        yield Place(f"sqlite:///{state_dir / 'directory.db'}", state_dir, ManualClock())
-        return
-    name = f"sealgate_test_{secrets.token_hex(6)}"
-    admin = create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    url = make_url(POSTGRES_URL).set(database=name).render_as_string(hide_password=False)
-    try:
-        yield Place(url, state_dir, ManualClock())
-    finally:
-        with admin.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-        admin.dispose()
-
-
-@pytest.fixture
-def store(place: Place) -> Iterator[DirectoryStore]:
-    with place.open() as store:
-        yield store
-
-
-def sign(tenant: Tenant, csr: x509.CertificateSigningRequest) -> x509.Certificate:
-    return pki.sign_service_csr(
-        tenant.root, csr, timedelta(days=3650), valid_from=datetime(2026, 1, 1, tzinfo=UTC)
-    )
 
 
 def test_what_is_provisioned_is_found_again(place: Place, store: DirectoryStore, acme: Tenant) -> None:
@@ -281,7 +213,8 @@ def test_renewal_serves_on_until_the_new_certificate_comes(
     entry = store.snapshot().services[DRIVE]
     assert entry.certificate == first
     assert read_private_key(entry.key_file).public_key() == first.public_key()
-    entry = store.import_certificate(DRIVE, second, actor=ACTOR)
+    store.import_certificate(DRIVE, second, actor=ACTOR)
+    entry = store.snapshot().services[DRIVE]
     assert entry.certificate == second
     assert read_private_key(entry.key_file).public_key() == second.public_key()
     keys = {name for name in place.files() if name.startswith("keys/")}

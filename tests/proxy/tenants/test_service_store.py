@@ -1,0 +1,607 @@
+"""Provisioning of the encryption service: on SQLite, and what the database itself does on PostgreSQL too."""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from sqlalchemy import create_engine, text
+
+from envelope.certificates import CertificateError
+from envelope.errors import FormatError
+from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
+from proxy.encryption_service.access import Access
+from proxy.encryption_service.call import Peer
+from proxy.encryption_service.credentials import FILE_KEY_DIRECTORY, SecretSealer
+from proxy.encryption_service.errors import NotAuthenticated
+from proxy.encryption_service.model import (
+    OPERATIONS_OF,
+    DialectName,
+    DialectSettings,
+    KaclsEndpoint,
+    KaclsSettings,
+    NativeSettings,
+    Op,
+    TokenIssuer,
+    TransitMount,
+    TransitSettings,
+    XksSettings,
+    XksStore,
+)
+from proxy.tenants import migrations
+from proxy.tenants.certificates import read_private_key
+from proxy.tenants.directory import (
+    ChangeRefusedError,
+    DirectoryStore,
+    DirectoryUnavailableError,
+    NotThereError,
+)
+from proxy.tenants.model import Upstream
+from proxy.tenants.service_store import Grant, Issued, ServiceStore
+from tests.pki import Tenant
+from tests.proxy.tenants.places import BOTH, Place, make_place, sign
+
+ACTOR = "tester"
+ORDERS = NetworkService("acme", "orders")
+SIGNER = NetworkService("acme", "signer")
+PEER = Peer(address="127.0.0.1")
+NATIVE, TRANSIT, XKS, KACLS = DialectName.NATIVE, DialectName.TRANSIT, DialectName.XKS, DialectName.KACLS
+ISSUER = TokenIssuer(issuer="https://idp.example", jwks_url="https://idp.example/jwks", audience="kacls")
+
+
+on_both = pytest.mark.parametrize("place", BOTH, indirect=True)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    with make_place(getattr(request, "param", "sqlite"), tmp_path) as place:
+        yield place
+
+
+@pytest.fixture
+def service(store: DirectoryStore, acme: Tenant, globex: Tenant) -> ServiceStore:
+    for tenant in (acme, globex):
+        store.add_tenant(tenant.name, tenant.root.certificate, actor=ACTOR)
+    service = ServiceStore(store)
+    service.add_key(ORDERS, actor=ACTOR)
+    return service
+
+
+def xks(*prefixes: str, key: str = "orders") -> XksSettings:
+    return XksSettings(stores=tuple(XksStore(prefix=prefix, keys={"key-1": key}) for prefix in prefixes))
+
+
+def kacls(url: str = "https://kacls.example/kacls/acme", **more: Any) -> KaclsSettings:
+    settings = {"wrapping_key": "orders", "authentication_issuers": (ISSUER,), **more}
+    return KaclsSettings(endpoints=(KaclsEndpoint(url=url, **settings),))
+
+
+def refused(attempt: Callable[[], object], store: DirectoryStore) -> str:
+    """Why; nothing has changed, and there is a next step."""
+    before = store.revision()
+    with pytest.raises(ChangeRefusedError) as caught:
+        attempt()
+    assert store.revision() == before
+    assert caught.value.next_step
+    return str(caught.value)
+
+
+# Named keys.
+
+
+@on_both
+def test_a_named_key_is_a_recipient_without_an_upstream(
+    place: Place, store: DirectoryStore, service: ServiceStore, acme: Tenant
+) -> None:
+    csr = service.add_key(
+        SIGNER,
+        actor=ACTOR,
+        use=KeyUse.SIGN,
+        algorithm=SigningAlgorithm.ES256,
+        operations=frozenset({Op.SIGN}),
+    )
+    with pytest.raises(CertificateError):
+        store.import_certificate(SIGNER, sign(acme, store.certificate_request(ORDERS)), actor=ACTOR)
+    certificate = sign(acme, csr)
+    store.import_certificate(SIGNER, certificate, actor=ACTOR)
+    with place.open() as again:
+        directory = again.snapshot()
+        key = directory.encryption_service.keys[SIGNER]
+        assert (key.use, key.algorithm) == (KeyUse.SIGN, SigningAlgorithm.ES256)
+        assert key.operations == frozenset({Op.SIGN})
+        assert (key.blocked, key.certificate) == (False, certificate)
+        assert key.created_at_s == int(place.clock.wall_s())
+        assert read_private_key(key.key_file).public_key() == certificate.public_key()
+        assert directory.services == {}
+        assert directory.recipients_of("acme") == [directory.encryption_service.keys[ORDERS], key]
+        assert directory.recipient_of_certificate(certificate.fingerprint(SHA256())) is key
+        assert store.certificate_request(SIGNER).public_key() == certificate.public_key()
+        orders = directory.encryption_service.keys[ORDERS]
+        assert (orders.use, orders.algorithm, orders.operations) == (
+            KeyUse.DATA,
+            None,
+            OPERATIONS_OF[KeyUse.DATA],
+        )
+
+
+def test_a_key_is_renewed_like_a_service(store: DirectoryStore, service: ServiceStore, acme: Tenant) -> None:
+    csr = store.certificate_request(ORDERS)
+    store.import_certificate(ORDERS, sign(acme, csr), actor=ACTOR)
+    renewed = store.renew_service(ORDERS, actor=ACTOR)
+    assert renewed.public_key() != csr.public_key()
+    entry = store.import_certificate(ORDERS, sign(acme, renewed), actor=ACTOR)
+    assert entry.certificate is not None
+    assert entry.certificate.public_key() == renewed.public_key()
+
+
+@pytest.mark.parametrize(
+    ("use", "algorithm", "operations"),
+    [
+        (KeyUse.SIGN, None, None),
+        (KeyUse.DATA, SigningAlgorithm.ES256, None),
+        (KeyUse.DATA, None, frozenset({Op.SIGN})),
+        (KeyUse.SIGN, SigningAlgorithm.ES256, frozenset({Op.SIGN, Op.ENCRYPT})),
+        (KeyUse.DATA, None, frozenset[Op]()),
+    ],
+)
+def test_use_algorithm_and_operations_fit(
+    store: DirectoryStore,
+    service: ServiceStore,
+    use: KeyUse,
+    algorithm: SigningAlgorithm | None,
+    operations: frozenset[Op] | None,
+) -> None:
+    refused(
+        lambda: service.add_key(SIGNER, actor=ACTOR, use=use, algorithm=algorithm, operations=operations),
+        store,
+    )
+
+
+def test_names_are_shared_with_services(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+    upstream = Upstream.parse("https://drive.example")
+    drive = NetworkService("acme", "drive")
+    store.add_service(drive, upstream, actor=ACTOR)
+    files = place.files()
+    refused(lambda: service.add_key(drive, actor=ACTOR), store)
+    refused(lambda: service.add_key(ORDERS, actor=ACTOR), store)
+    refused(lambda: service.add_key(NetworkService("nobody", "x"), actor=ACTOR), store)
+    refused(lambda: store.add_service(ORDERS, Upstream.parse("https://x.example"), actor=ACTOR), store)
+    for attempt in (store.remove_service, store.update_service):
+        with pytest.raises(NotThereError):
+            attempt(ORDERS, actor=ACTOR)
+    assert place.files() == files, "a refused change leaves no private key behind"
+
+
+@on_both
+def test_two_keys_have_no_upstream_in_common(service: ServiceStore) -> None:
+    """The uniqueness of upstreams does not count what is null."""
+    for number in range(3):
+        service.add_key(NetworkService("acme", f"k{number}"), actor=ACTOR)
+
+
+def test_blocking_is_a_change_once(store: DirectoryStore, service: ServiceStore) -> None:
+    assert service.set_blocked(ORDERS, blocked=True, actor=ACTOR).blocked
+    revision = store.revision()
+    assert service.set_blocked(ORDERS, blocked=True, actor=ACTOR).blocked
+    assert store.revision() == revision
+    assert not service.set_blocked(ORDERS, blocked=False, actor=ACTOR).blocked
+    with pytest.raises(NotThereError):
+        service.set_blocked(SIGNER, blocked=True, actor=ACTOR)
+    assert [change.action for change in store.history(after=3)] == ["key-blocked", "key-unblocked"]
+
+
+def test_a_key_that_is_named_stays(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+    service.set_dialect("acme", XKS, settings=xks("prefix"), actor=ACTOR)
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    grant = Grant(tenant="acme", dialect=NATIVE, label="x", keys=frozenset({"orders"}))
+    issued = service.issue(grant, actor=ACTOR)
+    why = refused(lambda: service.remove_key(ORDERS, actor=ACTOR), store)
+    assert issued.entry.id in why
+    assert "xks" in why
+    service.revoke(issued.entry.id, actor=ACTOR)
+    service.set_dialect("acme", XKS, settings=XksSettings(), actor=ACTOR)
+    assert sum("orders" in name for name in place.files()) == 1
+    service.remove_key(ORDERS, actor=ACTOR)
+    assert sum("orders" in name for name in place.files()) == 0
+    with pytest.raises(NotThereError):
+        service.remove_key(ORDERS, actor=ACTOR)
+    service.add_key(ORDERS, actor=ACTOR)
+
+
+@on_both
+def test_a_tenant_goes_with_its_dialects_and_credentials(
+    store: DirectoryStore, service: ServiceStore
+) -> None:
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR)
+    assert "sealgate key remove acme/orders" in refused_next(lambda: store.remove_tenant("acme", actor=ACTOR))
+    service.remove_key(ORDERS, actor=ACTOR)
+    store.remove_tenant("acme", actor=ACTOR)
+    left = store.snapshot().encryption_service
+    assert (dict(left.keys), dict(left.dialects), dict(left.credentials)) == ({}, {}, {})
+
+
+def refused_next(attempt: Callable[[], object]) -> str:
+    with pytest.raises(ChangeRefusedError) as caught:
+        attempt()
+    return caught.value.next_step
+
+
+# Dialects.
+
+
+def test_a_dialect_is_off_until_it_is_switched_on(store: DirectoryStore, service: ServiceStore) -> None:
+    assert store.snapshot().encryption_service.dialect("acme", NATIVE) is None
+    assert service.set_dialect("acme", NATIVE, enabled=True, actor=ACTOR).settings == NativeSettings()
+    assert service.set_dialect("acme", TRANSIT, actor=ACTOR).settings == TransitSettings()
+    revision = store.revision()
+    service.set_dialect("acme", NATIVE, enabled=True, actor=ACTOR)
+    assert store.revision() == revision
+    off = service.set_dialect("acme", TRANSIT, enabled=False, actor=ACTOR)
+    assert (off.enabled, off.settings) == (False, TransitSettings())
+    assert store.snapshot().encryption_service.dialect("acme", TRANSIT) is None
+    assert store.snapshot().encryption_service.dialect("globex", NATIVE) is None
+    refused(lambda: service.set_dialect("acme", XKS, enabled=True, actor=ACTOR), store)
+    refused(lambda: service.set_dialect("acme", KACLS, enabled=True, actor=ACTOR), store)
+
+
+@on_both
+def test_settings_are_read_as_they_were_written(place: Place, service: ServiceStore) -> None:
+    service.add_key(SIGNER, actor=ACTOR, use=KeyUse.SIGN, algorithm=SigningAlgorithm.RS256)
+    wanted: dict[DialectName, DialectSettings] = {
+        NATIVE: NativeSettings(),
+        XKS: xks("a/b_c-D", "other"),
+        TRANSIT: TransitSettings(
+            mounts=(TransitMount(mount="acme/transit"), TransitMount(mount="transit", namespace="ns1"))
+        ),
+        KACLS: kacls(
+            signing_key="signer",
+            owner_domain="acme.example",
+            admins={"root@acme.example": ("privilegedwrap",)},
+        ),
+    }
+    for dialect, settings in wanted.items():
+        service.set_dialect("acme", dialect, settings=settings, actor=ACTOR)
+    with place.open() as again:
+        found = again.snapshot().encryption_service.dialects
+        assert {name: found["acme", name].settings for name in DialectName} == wanted
+
+
+BAD_SETTINGS: list[tuple[DialectName, DialectSettings]] = [
+    (XKS, xks("")),
+    (XKS, xks("/a")),
+    (XKS, xks("a/")),
+    (XKS, xks("a//b")),
+    (XKS, xks("a/../b")),
+    (XKS, xks("a.b")),
+    (XKS, xks("a%2f")),
+    (XKS, xks("a\n")),
+    (XKS, xks("a" * 117)),
+    (XKS, xks("a", "a")),
+    (XKS, xks("a", key="nothing")),
+    (XKS, xks("a", key="signer")),
+    (XKS, XksSettings(stores=(XksStore(prefix="a", keys={".": "orders"}),))),
+    (XKS, XksSettings(stores=(XksStore(prefix="a", keys={"..": "orders"}),))),
+    (XKS, XksSettings(stores=(XksStore(prefix="a", keys={"": "orders"}),))),
+    (XKS, XksSettings(stores=(XksStore(prefix="a", keys={"a/b": "orders"}),))),
+    (XKS, XksSettings(stores=(XksStore(prefix="a", keys={"a" * 129: "orders"}),))),
+    (TRANSIT, TransitSettings(mounts=(TransitMount(mount=""),))),
+    (TRANSIT, TransitSettings(mounts=(TransitMount(mount="sys"),))),
+    (TRANSIT, TransitSettings(mounts=(TransitMount(mount="auth/x"),))),
+    (TRANSIT, TransitSettings(mounts=(TransitMount(mount="../x"),))),
+    (TRANSIT, TransitSettings(mounts=(TransitMount(), TransitMount()))),
+    (KACLS, kacls("http://kacls.example/kacls")),
+    (KACLS, kacls("https://kacls.example/")),
+    (KACLS, kacls("https://user:word@kacls.example/x")),
+    (KACLS, kacls(authentication_issuers=())),
+    (KACLS, kacls(wrapping_key="signer")),
+    (KACLS, kacls(signing_key="orders")),
+    (KACLS, kacls(wrapping_key="nothing")),
+    (KACLS, kacls(trusted_kacls=("http://other.example/x",))),
+    (
+        KACLS,
+        kacls(authentication_issuers=(TokenIssuer(issuer="i", jwks_url="http://idp.example", audience="a"),)),
+    ),
+]
+
+
+def test_settings_that_break_a_rule_are_refused(store: DirectoryStore, service: ServiceStore) -> None:
+    service.add_key(SIGNER, actor=ACTOR, use=KeyUse.SIGN, algorithm=SigningAlgorithm.RS256)
+    for dialect, settings in BAD_SETTINGS:
+        refused(
+            lambda dialect=dialect, settings=settings: service.set_dialect(  # type: ignore[misc]
+                "acme", dialect, settings=settings, actor=ACTOR
+            ),
+            store,
+        )
+    longest = "a" * (128 - len("//kms/xks/v1"))
+    service.set_dialect("acme", XKS, settings=xks(longest), actor=ACTOR)
+
+
+def test_what_yields_the_tenant_is_one_tenants(store: DirectoryStore, service: ServiceStore) -> None:
+    service.add_key(NetworkService("globex", "orders"), actor=ACTOR)
+    service.set_dialect("acme", XKS, settings=xks("taken"), actor=ACTOR)
+    service.set_dialect("acme", KACLS, settings=kacls(), actor=ACTOR)
+    refused(lambda: service.set_dialect("globex", XKS, settings=xks("free", "taken"), actor=ACTOR), store)
+    refused(lambda: service.set_dialect("globex", KACLS, settings=kacls(), actor=ACTOR), store)
+    service.set_dialect("acme", XKS, enabled=False, actor=ACTOR)  # and it stays the tenant's
+    refused(lambda: service.set_dialect("globex", XKS, settings=xks("taken"), actor=ACTOR), store)
+
+
+# Credentials.
+
+
+def access_of(store: DirectoryStore, place: Place) -> Access:
+    return Access(lambda: store.snapshot().encryption_service, place.clock, SecretSealer(place.state_dir))
+
+
+def enters(store: DirectoryStore, place: Place, issued: Issued) -> bool:
+    access, entry = access_of(store, place), issued.entry
+    try:
+        if entry.dialect is XKS:
+            candidate = access.sigv4(entry.id, dialect=XKS, endpoint=entry.endpoint or "", peer=PEER)
+            candidate.admit(matches=candidate.secret == issued.secret.encode())
+        else:
+            access.bearer(issued.secret, dialect=entry.dialect, peer=PEER)
+    except NotAuthenticated:
+        return False
+    return True
+
+
+@on_both
+def test_a_credential_is_issued_used_and_revoked(
+    place: Place, store: DirectoryStore, service: ServiceStore
+) -> None:
+    service.set_dialect("acme", TRANSIT, actor=ACTOR)
+    grant = Grant(
+        tenant="acme",
+        dialect=TRANSIT,
+        label="sops of team x",
+        keys=frozenset({"orders"}),
+        operations=frozenset({Op.DECRYPT}),
+        endpoint="transit",
+        networks=(ip_network("127.0.0.0/8"), ip_network("2001:db8::/32")),
+        not_after_s=place.clock.wall_s() + 3600,
+        requests_per_s=2.5,
+    )
+    issued = service.issue(grant, actor=ACTOR)
+    with place.open() as again:
+        found = again.snapshot().encryption_service.credentials[issued.entry.id]
+    assert found == issued.entry
+    assert enters(store, place, issued)
+    place.clock.shift(3600)
+    assert not enters(store, place, issued)
+    assert service.revoke(issued.entry.id, actor=ACTOR) == issued.entry
+    assert store.snapshot().encryption_service.credentials == {}
+    with pytest.raises(NotThereError):
+        service.revoke(issued.entry.id, actor=ACTOR)
+
+
+@on_both
+def test_secrets_stand_nowhere(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+    """Neither in the database nor in the history, nor in files but the file key; nor in a repr."""
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    service.set_dialect("acme", XKS, settings=xks("prefix"), actor=ACTOR)
+    made = [
+        service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR),
+        service.issue(Grant(tenant="acme", dialect=XKS, label="x", endpoint="prefix"), actor=ACTOR),
+    ]
+    store.close()
+    everything = b"".join(path.read_bytes() for path in place.state_dir.rglob("*") if path.is_file())
+    engine = create_engine(place.url)
+    with engine.connect() as connection:
+        for table in ("service_credential", "history"):
+            rows = connection.execute(text(f"SELECT * FROM {table}")).all()
+            everything += repr([list(row) for row in rows]).encode()
+    engine.dispose()
+    for issued in made:
+        assert issued.entry.id.encode() in everything
+        for secret in (issued.secret, issued.secret.split(".")[-1]):
+            assert secret.encode() not in everything
+            assert secret not in repr(issued)
+
+
+def test_an_xks_credential_is_for_one_key_store(
+    place: Place, store: DirectoryStore, service: ServiceStore
+) -> None:
+    service.set_dialect("acme", XKS, settings=xks("one", "two"), actor=ACTOR)
+    refused(lambda: service.issue(Grant(tenant="acme", dialect=XKS, label="x"), actor=ACTOR), store)
+    refused(
+        lambda: service.issue(Grant(tenant="acme", dialect=XKS, label="x", endpoint="three"), actor=ACTOR),
+        store,
+    )
+    issued = service.issue(Grant(tenant="acme", dialect=XKS, label="x", endpoint="one"), actor=ACTOR)
+    assert enters(store, place, issued)
+    refused(lambda: service.set_dialect("acme", XKS, settings=xks("two"), actor=ACTOR), store)
+    service.revoke(issued.entry.id, actor=ACTOR)
+    service.set_dialect("acme", XKS, settings=xks("two"), actor=ACTOR)
+
+
+def test_an_access_key_of_the_tenants_own(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+    service.set_dialect("acme", XKS, settings=xks("one"), actor=ACTOR)
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    grant = Grant(tenant="acme", dialect=XKS, label="x", endpoint="one")
+    pair = ("A" * 20, "s" * 64)
+    issued = service.issue(grant, actor=ACTOR, access_key=pair)
+    assert (issued.entry.id, issued.secret) == pair
+    assert enters(store, place, issued)
+    refused(lambda: service.issue(grant, actor=ACTOR, access_key=pair), store)
+    with pytest.raises(FormatError):
+        service.issue(grant, actor=ACTOR, access_key=("A" * 20, "short"))
+    native = Grant(tenant="acme", dialect=NATIVE, label="x")
+    refused(lambda: service.issue(native, actor=ACTOR, access_key=("B" * 20, "s" * 64)), store)
+
+
+def test_grants_that_name_nothing_are_refused(store: DirectoryStore, service: ServiceStore) -> None:
+    native = Grant(tenant="acme", dialect=NATIVE, label="x")
+    refused(lambda: service.issue(native, actor=ACTOR), store)  # the dialect is not set up
+    for dialect in (NATIVE, TRANSIT):
+        service.set_dialect("acme", dialect, actor=ACTOR)
+    for grant in (
+        Grant(tenant="nobody", dialect=NATIVE, label="x"),
+        Grant(tenant="globex", dialect=NATIVE, label="x"),
+        Grant(tenant="acme", dialect=KACLS, label="x"),
+        Grant(tenant="acme", dialect=NATIVE, label=""),
+        Grant(tenant="acme", dialect=NATIVE, label="x" * 101),
+        Grant(tenant="acme", dialect=NATIVE, label="line\nbreak"),
+        Grant(tenant="acme", dialect=NATIVE, label="x", keys=frozenset({"nothing"})),
+        Grant(tenant="acme", dialect=NATIVE, label="x", keys=frozenset()),
+        Grant(tenant="acme", dialect=NATIVE, label="x", operations=frozenset()),
+        Grant(tenant="acme", dialect=NATIVE, label="x", endpoint="transit"),
+        Grant(tenant="acme", dialect=TRANSIT, label="x", endpoint="other"),
+        Grant(tenant="acme", dialect=NATIVE, label="x", requests_per_s=0),
+    ):
+        refused(lambda grant=grant: service.issue(grant, actor=ACTOR), store)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dialect", [NATIVE, XKS])
+def test_rotation_has_two_live_at_once_and_no_third(
+    place: Place, store: DirectoryStore, service: ServiceStore, dialect: DialectName
+) -> None:
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    service.set_dialect("acme", XKS, settings=xks("one"), actor=ACTOR)
+    grant = Grant(
+        tenant="acme",
+        dialect=dialect,
+        label="x",
+        keys=frozenset({"orders"}),
+        operations=frozenset({Op.ENCRYPT}),
+        endpoint="one" if dialect is XKS else None,
+        networks=(ip_network("127.0.0.0/8"),),
+    )
+    first = service.issue(grant, actor=ACTOR)
+    second = service.rotate(first.entry.id, actor=ACTOR, old_ends_s=None)
+    assert enters(store, place, first)
+    assert enters(store, place, second)
+    for name in ("tenant", "dialect", "label", "keys", "operations", "endpoint", "networks", "not_after_s"):
+        assert getattr(second.entry, name) == getattr(first.entry, name)
+    assert second.entry.replaces == first.entry.id
+    for one in (first, second):
+        refused(lambda one=one: service.rotate(one.entry.id, actor=ACTOR, old_ends_s=None), store)  # type: ignore[misc]
+    service.revoke(first.entry.id, actor=ACTOR)
+    assert not enters(store, place, first)
+    third = service.rotate(second.entry.id, actor=ACTOR, old_ends_s=place.clock.wall_s() + 60)
+    assert enters(store, place, second)
+    place.clock.shift(60)
+    assert not enters(store, place, second)
+    assert enters(store, place, third)
+    fourth = service.rotate(third.entry.id, actor=ACTOR, old_ends_s=None)  # what has ended does not count
+    assert enters(store, place, fourth)
+    with pytest.raises(NotThereError):
+        service.rotate("nothing", actor=ACTOR, old_ends_s=None)
+
+
+def test_rotation_lengthens_no_life(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    end_s = place.clock.wall_s() + 60
+    first = service.issue(Grant(tenant="acme", dialect=NATIVE, label="x", not_after_s=end_s), actor=ACTOR)
+    second = service.rotate(first.entry.id, actor=ACTOR, old_ends_s=end_s + 3600)
+    found = store.snapshot().encryption_service.credentials
+    assert found[first.entry.id].not_after_s == found[second.entry.id].not_after_s == end_s
+
+
+@on_both
+def test_the_file_key_is_rotated(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+    service.set_dialect("acme", XKS, settings=xks("one"), actor=ACTOR)
+    grant = Grant(tenant="acme", dialect=XKS, label="x", endpoint="one")
+    made = [service.issue(grant, actor=ACTOR) for _ in range(3)]
+    directory = place.state_dir / FILE_KEY_DIRECTORY
+    (old,) = directory.iterdir()
+    running = access_of(store, place)
+    assert service.rotate_file_key(actor=ACTOR) == 3
+    (new,) = directory.iterdir()
+    assert new != old
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+    for issued in made:
+        assert enters(store, place, issued)
+        candidate = running.sigv4(issued.entry.id, dialect=XKS, endpoint="one", peer=PEER)
+        assert candidate.secret == issued.secret.encode(), "the running proxy goes on"
+    # One that does not open stops it before anything has changed.
+    verifiers = {
+        name: entry.verifier for name, entry in store.snapshot().encryption_service.credentials.items()
+    }
+    with store._transaction() as connection:
+        connection.execute(
+            text("UPDATE service_credential SET verifier = :verifier WHERE id = :id"),
+            {"verifier": os.urandom(80), "id": made[2].entry.id},
+        )
+    assert made[2].entry.id in refused(lambda: service.rotate_file_key(actor=ACTOR), store)
+    assert list(directory.iterdir()) == [new]
+    now = store.snapshot().encryption_service.credentials
+    assert all(now[issued.entry.id].verifier == verifiers[issued.entry.id] for issued in made[:2])
+
+
+def test_every_change_is_in_the_history_with_its_actor(store: DirectoryStore, service: ServiceStore) -> None:
+    service.set_dialect("acme", NATIVE, actor="alice")
+    issued = service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor="bob")
+    service.rotate(issued.entry.id, actor="carol", old_ends_s=None)
+    service.revoke(issued.entry.id, actor="dave")
+    service.rotate_file_key(actor="erin")
+    changes = store.history(after=2)
+    assert [(change.action, change.actor) for change in changes] == [
+        ("key-added", ACTOR),
+        ("dialect-set", "alice"),
+        ("credential-issued", "bob"),
+        ("credential-rotated", "carol"),
+        ("credential-revoked", "dave"),
+        ("file-key-rotated", "erin"),
+    ]
+    assert changes[3].detail["replaces"] == issued.entry.id
+    assert json.dumps([change.as_json() for change in changes])
+
+
+# The schema.
+
+
+@on_both
+def test_a_directory_of_the_version_before_is_taken_along(place: Place, acme: Tenant) -> None:
+    """Rows of schema 0001 are there after the upgrade, and new ones fit beside them."""
+    place.state_dir.mkdir(mode=0o700)
+    engine = create_engine(place.url)
+    with engine.begin() as connection:
+        command.upgrade(migrations.configuration(connection), "0001")
+        der = acme.root.certificate.public_bytes(Encoding.DER)
+        connection.execute(
+            text("INSERT INTO tenant VALUES ('acme', :der, NULL, 'ca/a.pem', 'ca/a.key', 1, 1)"), {"der": der}
+        )
+        connection.execute(
+            text(
+                "INSERT INTO network_service VALUES ('acme', 'drive', 'https', 'drive.example', 443, "
+                "'generic', 'strict', NULL, NULL, 'keys/drive.key', NULL, 1, 1)"
+            )
+        )
+    engine.dispose()
+    with pytest.raises(DirectoryUnavailableError, match="0001"):
+        place.open(migrate=False)
+    with place.open() as store:
+        directory = store.snapshot()
+        drive = directory.services[NetworkService("acme", "drive")]
+        assert (str(drive.upstream), drive.profile) == ("https://drive.example:443", "generic")
+        ServiceStore(store).add_key(ORDERS, actor=ACTOR)
+        taken = Upstream.parse("https://drive.example")
+        with pytest.raises(ChangeRefusedError):
+            store.add_service(NetworkService("acme", "again"), taken, actor=ACTOR)
+        with pytest.raises(DirectoryUnavailableError), store._transaction() as connection:
+            connection.execute(  # the unique constraint came along
+                text(
+                    "INSERT INTO network_service VALUES ('acme', 'x', 'https', 'drive.example', 443, "
+                    "'generic', 'strict', NULL, NULL, 'keys/x.key', NULL, 1, 1)"
+                )
+            )
+
+
+def test_a_row_that_cannot_be_read_is_an_unusable_database(
+    store: DirectoryStore, service: ServiceStore
+) -> None:
+    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    with store._transaction() as connection:
+        connection.execute(text("UPDATE service_dialect SET settings = '{\"unknown\": 1}'"))
+    with pytest.raises(DirectoryUnavailableError, match="unknown"):
+        store.snapshot()
