@@ -437,18 +437,34 @@ async def test_a_withdrawal_under_the_certificate_before_counts(renewal: _Renewa
         held.check()
 
 
-async def test_keys_under_the_certificate_before_do_not(renewal: _Renewal) -> None:
+async def _switch(renewal: _Renewal) -> None:
+    """The agent has heard of the new certificate."""
+    challenge = renewal.proxy.challenge(renewal.acme)
+    sealed = renewal.acme.seal(renewal.proxy.clock, challenge, renewal.acme.key())
+    assert await renewal.proxy.push(renewal.acme, sealed) == ["accepted"]
+
+
+async def test_a_renewal_interrupts_nothing(renewal: _Renewal) -> None:
+    """Validity after validity, until the agent has heard of it."""
+    for _ in range(3):
+        renewal.proxy.clock.shift(VALIDITY_S - 1)
+        assert await renewal.outcome(renewal.acme.key()) == "accepted"
+        renewal.proxy.cache.sealing_key(renewal.acme.owner()).check()
+
+
+async def test_once_the_agent_uses_the_new_certificate_the_one_before_takes_no_keys(
+    renewal: _Renewal,
+) -> None:
+    assert await renewal.outcome(renewal.acme.key()) == "accepted"
+    await _switch(renewal)
     held = renewal.proxy.cache.sealing_key(renewal.acme.owner())
     assert await renewal.outcome(renewal.acme.key()) == "recipient"
     assert renewal.proxy.cache.sealing_key(renewal.acme.owner()).key_id == held.key_id
-    challenge = renewal.proxy.challenge(renewal.acme)
-    sealed = renewal.acme.seal(renewal.proxy.clock, challenge, renewal.acme.key(), sequence=1_000_001)
-    assert await renewal.proxy.push(renewal.acme, sealed) == ["accepted"], (
-        "the refused one used up no sequence"
-    )
+    await _switch(renewal)
 
 
-async def test_the_certificate_before_ends_with_one_validity(renewal: _Renewal) -> None:
+async def test_after_the_switch_the_certificate_before_ends_with_one_validity(renewal: _Renewal) -> None:
+    await _switch(renewal)
     renewal.proxy.clock.shift(VALIDITY_S - 1)
     assert await renewal.outcome() == "accepted"
     renewal.proxy.clock.shift(1)
