@@ -4,40 +4,43 @@
 2. SQLite lies in a 0700 directory.
 3. Calls run in the writer's own thread, never on the event loop. A caller that is cancelled leaves its
    transaction to end by itself, whole or not at all.
-4. One agent per registry, wherever its `state_dir` is: two would not know of each other's keys and sequences.
-   SQLite: a lock on a file beside it. PostgreSQL: an advisory lock held by the one connection, so that
-   nothing is read or written without it; taken again after a lost connection, unless another agent came in
-   between.
+4. One agent at a time works with a registry, wherever its `state_dir` is: two would not know of each other's
+   keys and sequences. Who does holds the lease (lease.py), renews it while it lives, and finds its own term
+   in every transaction; one that has lost it keeps nothing any more and has to start anew.
 """
 
 import asyncio
-import fcntl
+import contextlib
 import os
 import stat
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
-from sqlalchemy import Connection, delete, insert
+import structlog
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL, make_url
 
 from key_agent.errors import KeyAgentError
-from key_agent.registry import migrations
-from key_agent.registry.tables import holder
-from runtime.database import ask, make_engine, transaction
+from key_agent.registry import lease, migrations
+from key_agent.registry.lease import LOOK_S, RENEW_S, TRUST_S, Holding, Process, Watch
+from runtime.clock import Clock, SystemClock
+from runtime.database import make_engine, transaction
 
 _BUSY_TIMEOUT_S: Final = 5.0
-# A session whose agent lost its machine ends within a minute, and with it its lock.
+# A session whose agent lost its machine ends within a minute, and what it had begun with it.
 _POSTGRES_SESSION: Final = {
     "tcp_keepalives_idle": "30",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
 }
-_POSTGRES_LOCK: Final = "hashtextextended('sealgate key agent in ' || current_schema(), 0)"
-# A server notices within milliseconds that a process was killed.
-_LOCK_PATIENCE_S: Final = 2.0
+_POSTGRES_LOCK_TIMEOUT: Final = "2s"
+
+log = structlog.get_logger(__name__)
+
+type OnStandby = Callable[[Holding], Awaitable[None]]
+"""Told who leads, each time that we looked in vain."""
 
 
 class RegistryError(KeyAgentError):
@@ -49,7 +52,7 @@ def _failure(cause: str) -> RegistryError:
 
 
 class RegistryInUseError(RegistryError):
-    """Another agent works with this registry, or did while our connection was lost."""
+    """Another agent works with this registry, or has taken it over from this one."""
 
     def __init__(self, cause: str, next_step: str) -> None:
         super().__init__(f"registry: {cause}")
@@ -59,10 +62,16 @@ class RegistryInUseError(RegistryError):
 class Database:
     """`transact` is the only way to the tables."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, agent_id: str, clock: Clock) -> None:
+        self._agent_id = agent_id
+        self._clock = clock
         self._instance = os.urandom(8).hex()
-        self._is_claimed = False
-        self._lock = None if url.drivername != "sqlite" else _lock_file(url)
+        self._here = Process.own()
+        self._term: int | None = None
+        self._trusted_until_boot_s = -1.0
+        self._deposed: RegistryInUseError | None = None
+        self.deposed = asyncio.Event()
+        """Another has taken over: whatever is in memory may be old. Set once and for good."""
         self._engine = make_engine(
             url,
             failure=_failure,
@@ -70,35 +79,74 @@ class Database:
             # The one connection, used by the writer thread alone.
             pool_size=1,
             max_overflow=0,
-            application_name=self._application_name,
-            prepare=self._prepare_postgres,
+            application_name=_application_name(self._instance),
+            prepare=_prepare_postgres,
         )
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
+        self._renewing: asyncio.Task[NoReturn] | None = None
+        self._loop = asyncio.get_running_loop()
         self._closed = False
 
     @classmethod
-    async def open(cls, url: str) -> Self:
-        """Connect, check durability, migrate. RegistryError says what is wrong and where.
+    async def open(
+        cls,
+        url: str,
+        *,
+        agent_id: str = "",
+        clock: Clock | None = None,
+        on_standby: OnStandby | None = None,
+    ) -> Self:
+        """Connect, check durability, migrate, take the lease. RegistryError says what is wrong and where.
 
-        RegistryInUseError: another agent has it open.
+        While another agent holds the lease: RegistryInUseError, or, with *on_standby*, wait until it is free.
         """
         parsed = make_url(url)
         if parsed.drivername == "sqlite":
             _check_directory(parsed)
-        database = cls(parsed)
+        database = cls(parsed, agent_id=agent_id, clock=clock or SystemClock())
         try:
-            await database.transact(migrations.upgrade)
-            await database.transact(database._claim)
+            await database._run(migrations.upgrade)
+            await database._lead(on_standby)
         except BaseException:
             await database.close()
             raise
         return database
 
+    @property
+    def leads(self) -> bool:
+        """Whether the lease can be relied on at this moment (lease.py, rule 3)."""
+        return self._deposed is None and self._clock.boot_s() < self._trusted_until_boot_s
+
+    @property
+    def term(self) -> int:
+        return self._term or 0
+
     async def transact[T](self, work: Callable[[Connection], T]) -> T:
         """Run *work* in one transaction, in the writer thread; its result after COMMIT returned.
 
         RegistryError for what the database raises; anything else that *work* raises passes, after ROLLBACK.
+        RegistryInUseError: the lease is another's by now.
         """
+        return await self._run(lambda c: self._fenced(c, work))
+
+    async def read_lease(self) -> Holding | None:
+        """Who holds the lease, for people."""
+        return await self._run(lease.read)
+
+    async def close(self) -> None:
+        """Idempotent; waits for a transaction that is running, and lets the lease go."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._renewing is not None:
+            self._renewing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._renewing
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._writer, self._let_go)
+        self._writer.shutdown(wait=False)
+
+    async def _run[T](self, work: Callable[[Connection], T]) -> T:
         if self._closed:
             raise RegistryError("the registry is closed")
         return await asyncio.get_running_loop().run_in_executor(self._writer, self._transact, work)
@@ -107,59 +155,125 @@ class Database:
         with transaction(self._engine, failure=_failure) as connection:
             return work(connection)
 
-    async def close(self) -> None:
-        """Idempotent; waits for a transaction that is running."""
-        if self._closed:
-            return
-        self._closed = True
-        loop = asyncio.get_running_loop()
+    def _fenced[T](self, c: Connection, work: Callable[[Connection], T]) -> T:
+        if self._deposed is not None:
+            raise self._deposed
+        if self._term is not None and not lease.check(c, instance=self._instance, term=self._term):
+            raise self._depose(lease.read(c))
+        return work(c)
+
+    # The lease.
+
+    async def _lead(self, on_standby: OnStandby | None) -> None:
+        watch = Watch(self._here)
+        while True:
+            holding = await self._run(lease.read)
+            if watch.may_take(holding, self._clock.boot_s()):
+                if await self._take(holding):
+                    break
+            elif holding is not None:
+                if on_standby is not None:
+                    await on_standby(holding)
+                elif watch.is_alive:
+                    raise RegistryInUseError(
+                        f"another key agent works with it ({holding.describe()})",
+                        "stop that one first, or let it lead: `key-agent run` stands by; "
+                        "or give this agent a database of its own (agent.database_url)",
+                    )
+            await self._clock.sleep(LOOK_S)
+        self._renewing = asyncio.create_task(self._renew_for_ever(), name="registry:lease")
+
+    async def _take(self, seen: Holding | None) -> bool:
+        began_boot_s = self._clock.boot_s()
+
+        def work(c: Connection) -> int | None:
+            if c.dialect.name == "postgresql":
+                _end_session(c, seen)
+            return lease.take(
+                c,
+                seen,
+                instance=self._instance,
+                agent_id=self._agent_id,
+                here=self._here,
+                boot_s=began_boot_s,
+                now_ms=int(self._clock.wall_s() * 1000),
+            )
+
         try:
-            await loop.run_in_executor(self._writer, self._engine.dispose)
+            self._term = await self._run(work)
+        except RegistryInUseError:
+            raise
+        except RegistryError as error:
+            # Two reach for it at once, or its frozen holder is inside a transaction: look again.
+            log.warning("the registry's lease could not be taken yet", cause=str(error))
+            return False
+        if self._term is None:
+            return False
+        self._trusted_until_boot_s = began_boot_s + TRUST_S
+        if seen is not None and not seen.is_free:
+            log.warning("took the registry over", term=self._term, before=seen.describe())
+        return True
+
+    async def _renew_for_ever(self) -> NoReturn:
+        while True:
+            await self._clock.sleep(RENEW_S)
+            began_boot_s = self._clock.boot_s()
+            try:
+                is_ours = await self._run(lambda c: self._renewed(c, self._clock.boot_s()))
+            except RegistryError as error:
+                log.warning("the registry's lease could not be renewed", cause=str(error))
+                continue
+            if is_ours:
+                self._trusted_until_boot_s = began_boot_s + TRUST_S
+
+    def _renewed(self, c: Connection, boot_s: float) -> bool:
+        if self._deposed is None and lease.renew(c, instance=self._instance, term=self.term, boot_s=boot_s):
+            return True
+        if self._deposed is None:
+            self._depose(lease.read(c))
+        return False
+
+    def _depose(self, holding: Holding | None) -> RegistryInUseError:
+        """In the writer's thread."""
+        by = "nobody is named" if holding is None else holding.describe()
+        self._deposed = RegistryInUseError(
+            f"another key agent has taken it over ({by})",
+            "restart this one: it reads the registry anew, and stands by while the other leads",
+        )
+        log.error("this agent leads no more", by=by, term=self._term)
+        self._loop.call_soon_threadsafe(self.deposed.set)
+        return self._deposed
+
+    def _let_go(self) -> None:
+        try:
+            if self._term is not None and self._deposed is None:
+                term = self._term
+                with contextlib.suppress(RegistryError):
+                    self._transact(lambda c: lease.release(c, instance=self._instance, term=term))
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
-        self._writer.shutdown(wait=False)
+            self._engine.dispose()
 
-    def _claim(self, c: Connection) -> None:
-        c.execute(delete(holder))
-        c.execute(insert(holder).values(id=1, instance=self._instance))
-        self._is_claimed = True
 
-    @property
-    def _application_name(self) -> str:
-        return f"sealgate-key-agent {self._instance}"
+def _application_name(instance: str) -> str:
+    return f"sealgate-key-agent {instance}"
 
-    def _prepare_postgres(self, cursor: Any) -> None:
-        for name, value in _POSTGRES_SESSION.items():
-            cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
-        self._hold_alone(cursor)
-        if self._is_claimed:
-            self._check_holder(cursor)
 
-    def _hold_alone(self, cursor: Any) -> None:
-        """Take the lock, which then ends with this connection."""
-        give_up_s = time.monotonic() + _LOCK_PATIENCE_S
-        while not ask(cursor, f"SELECT pg_try_advisory_lock({_POSTGRES_LOCK})"):
-            # Our own lost connection may hold it, if the server has not noticed yet that it is lost.
-            ask(
-                cursor,
+def _prepare_postgres(cursor: Any) -> None:
+    for name, value in _POSTGRES_SESSION.items():
+        cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
+
+
+def _end_session(c: Connection, seen: Holding | None) -> None:
+    """End what the holder, who is out of time, has left open at the server; and do not wait for it long."""
+    c.execute(text("SELECT set_config('lock_timeout', :value, true)"), {"value": _POSTGRES_LOCK_TIMEOUT})
+    if seen is not None and not seen.is_free:
+        c.execute(
+            text(
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE application_name = %s AND pid <> pg_backend_pid()",
-                self._application_name,
-            )
-            if time.monotonic() > give_up_s:
-                raise RegistryInUseError(
-                    f"another key agent works with it ({_lock_holder(cursor)})",
-                    "stop that one first; or give this agent a database of its own (agent.database_url)",
-                )
-            time.sleep(0.05)
-
-    def _check_holder(self, cursor: Any) -> None:
-        if ask(cursor, "SELECT instance FROM holder") != self._instance:
-            raise RegistryInUseError(
-                "another key agent worked with it while this one's connection was lost",
-                "see to it that only one runs, then restart this one: it reads the registry anew",
-            )
+                "WHERE application_name = :name AND pid <> pg_backend_pid()"
+            ),
+            {"name": _application_name(seen.instance)},
+        )
 
 
 def _check_directory(url: URL) -> None:
@@ -173,38 +287,3 @@ def _check_directory(url: URL) -> None:
         raise _failure(f"{directory} is open to others: chmod 700 {directory}")
     if status.st_uid != os.geteuid():
         raise _failure(f"{directory} belongs to user {status.st_uid}, not to user {os.geteuid()}")
-
-
-def _lock_file(url: URL) -> int:
-    """A descriptor that holds the lock of the database's file, until it is closed or the process ends."""
-    # A file of its own: closing any descriptor of the database's would drop SQLite's locks.
-    path = Path(str(Path(url.database or "").resolve()) + ".lock")
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise _failure(f"{path}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise RegistryInUseError(
-                f"another key agent works with {url.database}",
-                "stop that one first; or give this agent a database of its own (agent.database_url)",
-            ) from None
-        raise _failure(f"{path}: {error.strerror}") from error
-    return descriptor
-
-
-def _lock_holder(cursor: Any) -> str:
-    """Who holds the lock, for people."""
-    found = ask(
-        cursor,
-        "SELECT "  # noqa: S608 - of constants
-        "coalesce('from ' || host(a.client_addr), 'on the database server itself') || ', since ' || "
-        "date_trunc('second', a.backend_start) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
-        "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
-        "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-        f"AND (l.classid::bigint << 32) | l.objid::bigint = {_POSTGRES_LOCK}",
-    )
-    return found or "it has just ended"

@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -30,11 +31,20 @@ def _ms(name: str, *, nullable: bool = False) -> Column[int]:
     return Column(name, BigInteger, nullable=nullable)
 
 
-holder = Table(
-    "holder",
+lease = Table(  # lease.py says what it means
+    "lease",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),  # one row
-    Column("instance", String(32), nullable=False),  # the process that opened the registry last
+    Column("term", BigInteger, nullable=False),
+    Column("instance", String(32), nullable=False),
+    Column("agent_id", String(63), nullable=False),
+    Column("machine", String(128), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("started", String(32), nullable=False),
+    Column("host", String(64), nullable=False),
+    Column("renewals", BigInteger, nullable=False),
+    Column("renewed_boot_s", Float, nullable=False),
+    _ms("since_ms"),
 )
 
 environment = Table(

@@ -1,10 +1,6 @@
 """Two agents never work with one registry, wherever their `state_dir` is."""
 
 import asyncio
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, create_engine, text
 
 from key_agent.api import explain_agent
-from key_agent.registry.database import Database, RegistryError, RegistryInUseError
+from key_agent.registry.database import Database, RegistryInUseError
 from runtime.cli import ExitCode
 from tests.key_agent.conftest import Bench
 from tests.key_agent.registry.conftest import POSTGRES_URL, needs_postgres
@@ -40,8 +36,8 @@ async def _pid(database: Database) -> object:
 
 
 async def test_the_second_one_is_refused_until_the_first_has_gone(url: str) -> None:
-    first = await Database.open(url)
-    with pytest.raises(RegistryInUseError, match="another key agent") as caught:
+    first = await Database.open(url, agent_id="hq")
+    with pytest.raises(RegistryInUseError, match=r"another key agent works with it .agent hq on") as caught:
         await Database.open(url)
     assert "stop that one" in caught.value.next_step
     assert await first.transact(_one) == 1, "the first one does not notice"
@@ -49,30 +45,6 @@ async def test_the_second_one_is_refused_until_the_first_has_gone(url: str) -> N
     second = await Database.open(url)
     assert await second.transact(_one) == 1
     await second.close()
-
-
-async def test_a_killed_one_leaves_no_lock(url: str) -> None:
-    script = (
-        "import asyncio, sys, time\n"
-        "from key_agent.registry.database import Database\n"
-        "async def main():\n"
-        "    database = await Database.open(sys.argv[1])\n"
-        "    print('open', flush=True); time.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
-    holder = subprocess.Popen(  # noqa: ASYNC220 - starting it takes no time
-        [sys.executable, "-c", script, url],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-    )
-    assert holder.stdout is not None
-    assert await asyncio.to_thread(holder.stdout.readline) == b"open\n"
-    with pytest.raises(RegistryInUseError):
-        await Database.open(url)
-    holder.kill()
-    await asyncio.to_thread(holder.wait)
-    holder.stdout.close()
-    await (await Database.open(url)).close()
 
 
 async def test_two_names_of_one_file_are_one_registry(directory: Path) -> None:
@@ -99,17 +71,7 @@ async def test_an_agent_with_another_state_dir_does_not_start(url: str, bench: B
 
 
 @needs_postgres
-async def test_who_holds_it_is_said(url_of_postgres: str) -> None:
-    first = await Database.open(url_of_postgres)
-    with pytest.raises(
-        RegistryInUseError, match=r"on the database server itself, since 20|from [0-9a-f.:]+, since"
-    ):
-        await Database.open(url_of_postgres)
-    await first.close()
-
-
-@needs_postgres
-async def test_a_lost_connection_takes_its_lock_again(url_of_postgres: str) -> None:
+async def test_a_lost_connection_keeps_the_lease(url_of_postgres: str) -> None:
     database = await Database.open(url_of_postgres)
     await _terminate(await _pid(database))
     assert await database.transact(_one) == 1
@@ -119,26 +81,28 @@ async def test_a_lost_connection_takes_its_lock_again(url_of_postgres: str) -> N
 
 
 @needs_postgres
-async def test_ones_own_lost_session_does_not_lock_one_out(url_of_postgres: str) -> None:
-    """The network died, the server keeps the old session and its lock: the new one ends it."""
+async def test_a_session_left_inside_a_transaction_is_ended_by_who_takes_over(url_of_postgres: str) -> None:
+    """Its agent is frozen, or its network died: the server holds its locks still."""
     database = await Database.open(url_of_postgres)
-    twin = create_engine(
-        url_of_postgres, connect_args={"application_name": f"sealgate-key-agent {database._instance}"}
-    )
+    instance = database._instance
+    await database.close()
+    twin = create_engine(url_of_postgres, connect_args={"application_name": f"sealgate-key-agent {instance}"})
 
     def hold() -> Connection:
         connection = twin.connect()
+        # As the frozen one would: alive by its process, overdue by its renewals.
         connection.execute(
-            text("SELECT pg_advisory_lock(hashtextextended('sealgate key agent in ' || current_schema(), 0))")
+            text("UPDATE lease SET instance = :instance, renewed_boot_s = -100"), {"instance": instance}
         )
+        connection.commit()
+        connection.execute(text("SELECT * FROM lease FOR SHARE"))
         return connection
 
-    lost = asyncio.create_task(asyncio.to_thread(hold))
-    await asyncio.sleep(0)
-    await _waits_for_the_lock(url_of_postgres)
-    await _terminate(await _pid(database))
-    held = await lost
-    assert await database.transact(_one) == 1
+    held = await asyncio.to_thread(hold)
+    async with asyncio.timeout(20):
+        other = await Database.open(url_of_postgres)
+    await other.transact(_one)
+    await other.close()
 
     def gone() -> None:
         with pytest.raises(Exception, match="terminat"):
@@ -148,45 +112,3 @@ async def test_ones_own_lost_session_does_not_lock_one_out(url_of_postgres: str)
         twin.dispose()
 
     await asyncio.to_thread(gone)
-    await database.close()
-
-
-async def _waits_for_the_lock(url: str) -> None:
-    def look() -> bool:
-        with engine.connect() as connection:
-            query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-            return bool(connection.scalar(text(query)))
-
-    engine = create_engine(url)
-    deadline_s = time.monotonic() + 20
-    while not await asyncio.to_thread(look):
-        assert time.monotonic() < deadline_s
-    engine.dispose()
-
-
-@needs_postgres
-async def test_one_that_another_came_after_does_not_write_again(url_of_postgres: str) -> None:
-    """What it holds in memory may be old: only a new start reads the registry anew."""
-    database = await Database.open(url_of_postgres)
-    await database.transact(_one)
-    pid = await _pid(database)
-    opening = asyncio.create_task(_opened_as_soon_as_possible(url_of_postgres))
-    await _terminate(pid)
-    other = await opening
-    with pytest.raises(RegistryInUseError, match="another key agent works"):
-        await database.transact(_one)
-    await other.close()
-    for _ in range(2):
-        with pytest.raises(RegistryInUseError, match="while this one's connection was lost"):
-            await database.transact(_one)
-    await database.close()
-    await (await Database.open(url_of_postgres)).close()
-
-
-async def _opened_as_soon_as_possible(url: str) -> Database:
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                return await Database.open(url)
-            except RegistryError:
-                continue
