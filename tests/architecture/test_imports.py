@@ -30,7 +30,14 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
     "key_agent.sources.worker_main": (),
     "alembic": ("runtime.database", "key_agent.registry", "proxy.tenants"),
     "sqlalchemy": ("runtime.database", "key_agent.registry", "proxy.tenants"),
-    "typer": ("runtime.cli", "runtime.audit_command", "key_agent.cli", "proxy.cli"),
+    "typer": (
+        "runtime.cli",
+        "runtime.audit_command",
+        "key_agent.cli",
+        "proxy.cli",
+        "proxy.operating",
+        "proxy.encryption_service.cli",
+    ),
     "prometheus_client.REGISTRY": (),  # the global one; ours is runtime.observe's
     "structlog.configure": ("runtime.observe",),
 }

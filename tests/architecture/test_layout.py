@@ -43,6 +43,10 @@ _TRANSIT: Final = (
     "tests/proxy/encryption_service/dialects/test_transit_against_bao.py",
     "its words are right when the original says the same",
 )
+_BROKER: Final = (
+    "tests/key_agent/push/test_roads.py",
+    "one end of a broker: only a real broker between both ends shows that it is right",
+)
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
@@ -54,6 +58,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "key_agent/journal.py": _AGENT,
     "key_agent/operations.py": _AGENT,
+    "key_agent/push/broker.py": _BROKER,
     "key_agent/push/pusher.py": _AGENT,
     "key_agent/push/recipients.py": _AGENT,
     "key_agent/push/sealing.py": _AGENT,
@@ -89,6 +94,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/verdict.py": ("tests/key_agent/sources/test_diagnosis.py", "the words of a diagnosis"),
     "key_agent/sources/worker_main.py": _WORKER,
     "proxy/addon.py": _JOB,
+    "proxy/api/broker.py": _BROKER,
     "proxy/data_plane.py": (
         "tests/integration/test_proxy_process.py",
         "the parts of one process, right when the process serves",
@@ -100,6 +106,14 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/encryption_service/dialects/transit_errors.py": _TRANSIT,
     "proxy/encryption_service/dialects/transit_keys.py": _TRANSIT,
     "proxy/encryption_service/dialects/transit_signing.py": _TRANSIT,
+    "proxy/encryption_service/dialects/dialect.py": (
+        "tests/proxy/encryption_service/test_http_server.py",
+        "an interface: what the HTTP layer asks of every dialect",
+    ),
+    "proxy/encryption_service/errors.py": (
+        "tests/proxy/encryption_service/test_core.py",
+        "declarations; who raises them is tested",
+    ),
     "proxy/engine.py": _JOB,
     "proxy/gate/__init__.py": _ROWS,
     "proxy/gate/handler.py": _ROWS,
@@ -111,6 +125,11 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/profiles/__init__.py": _PLANS,
     "proxy/profiles/generic.py": _PLANS,
     "proxy/profiles/profile.py": _PLANS,
+    "proxy/operating.py": ("tests/proxy/test_cli.py", "what every command does, seen through the commands"),
+    "proxy/tenants/service_rows.py": (
+        "tests/proxy/tenants/test_service_store.py",
+        "rows read as they were written, on both databases",
+    ),
     "proxy/refusals.py": (
         "tests/integration/test_proxy_refusals.py",
         "a table: each row is answered on a real socket",
