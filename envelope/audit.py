@@ -37,6 +37,7 @@ _TAIL_SIZE: Final = len(',"hash":""}') + 64
 
 # Made once: json.dumps with arguments builds an encoder per call, a third of an event's cost.
 _encode: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_quote: Final = json.encoder.encode_basestring_ascii  # what that encoder writes a string with
 
 type Value = str | int | None
 
@@ -84,28 +85,28 @@ def encode_event(
     """
     if not _is_word(action) or not _is_word(outcome):
         raise MisuseError(f"not a word for an audit event: {action!r}, {outcome!r}")
-    event: dict[str, Value] = {
-        "seq": head.seq + 1,
-        "time": _format_time(wall_s),
-        "action": action,
-        "outcome": outcome,
-    }
+    seq = head.seq + 1
+    # The words and the time need no escapes; written piece by piece it costs half of what an encoder costs.
+    pieces = [f'{{"seq":{seq},"time":"{_format_time(wall_s)}","action":"{action}","outcome":"{outcome}"']
     for name in sorted(fields):
         value = fields[name]
         if not _is_field(name):
             raise MisuseError(f"not a name for an audit field: {name!r}")
-        if value is not None and not isinstance(value, str | int):
+        if isinstance(value, str):
+            pieces.append(f'"{name}":{_quote(value)}')
+        elif value is None or isinstance(value, int):
+            pieces.append(f'"{name}":{_encode(value)}' if type(value) is not int else f'"{name}":{value}')
+        else:
             raise MisuseError(
                 f"audit field {name} is a {type(value).__name__}; text, integer or nothing can be"
             )
-        event[name] = value
-    event["prev"] = head.hash
-    body = _encode(event).encode("ascii")
-    digest = hashlib.sha256(body).hexdigest()
-    line = b'%b,"hash":"%b"}\n' % (body[:-1], digest.encode("ascii"))
+    pieces.append(f'"prev":"{head.hash}"')
+    body = ",".join(pieces).encode("ascii")
+    digest = hashlib.sha256(body + b"}").hexdigest()
+    line = b'%b,"hash":"%b"}\n' % (body, digest.encode("ascii"))
     if len(line) > MAX_LINE_BYTES:
         raise MisuseError(f"audit event {action} has {len(line)} bytes, at most {MAX_LINE_BYTES} can be")
-    return line, Head(head.seq + 1, digest)
+    return line, Head(seq, digest)
 
 
 def check_line(line: bytes, head: Head) -> Head:

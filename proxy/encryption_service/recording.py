@@ -33,9 +33,12 @@ class Outcome(StrEnum):
     FAILED = "failed"  # ours
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Entry:
-    """The audit record of one call, whatever came of it."""
+    """The audit record of one call, whatever came of it.
+
+    (Not frozen: that alone would cost a tenth of an encryption.)
+    """
 
     dialect: DialectName
     operation: str
