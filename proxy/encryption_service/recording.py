@@ -27,6 +27,18 @@ _REPLACEMENT: Final = "�"
 _UNWANTED: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
+_TEXTS: Final = (
+    ("tenant", "tenant"),
+    ("key", "key"),
+    ("caller", "caller"),
+    ("credential", "credential_id"),
+    ("request_id", "request_id"),
+    ("resource", "resource"),
+    ("reason", "reason"),
+    ("error", "error"),
+)
+
+
 class Outcome(StrEnum):
     OK = "ok"
     REFUSED = "refused"  # the caller's or the key's fault
@@ -79,22 +91,16 @@ def fields_of(entry: Entry) -> dict[str, Value]:
         "operation": clean(entry.operation),
         "latency_us": entry.latency_us,
     }
-    for name, text in (
-        ("tenant", entry.tenant),
-        ("key", entry.key),
-        ("caller", entry.caller),
-        ("credential", entry.credential_id),
-        ("request_id", entry.request_id),
-        ("resource", entry.resource),
-        ("reason", entry.reason),
-        ("error", entry.error),
-    ):
+    for name, attribute in _TEXTS:
+        text = getattr(entry, attribute)
         if text:
-            fields[name] = clean(text)
+            fields[name] = (
+                text if len(text) <= MAX_CHARS and text.isascii() and text.isprintable() else clean(text)
+            )
     if entry.version:
         fields["version"] = entry.version
     if entry.key_id is not None:
-        fields["key_id"] = str(entry.key_id)
+        fields["key_id"] = entry.key_id.raw.hex()
     if entry.items != 1:
         fields["items"] = entry.items
     for name, text in list(entry.detail.items())[:MAX_DETAILS]:
