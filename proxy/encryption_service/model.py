@@ -147,13 +147,18 @@ class KaclsEndpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The tenant's identity providers."""
     authorization_issuers: tuple[TokenIssuer, ...] = ()
     """Google's token issuers; empty: the well-known ones."""
+    guest_issuers: tuple[TokenIssuer, ...] = ()
+    """Identity providers of people without a Google account; empty: none is let in."""
     owner_domain: str | None = None
-    admins: tuple[str, ...] = ()
-    """E-mail addresses that may make the privileged calls."""
+    """The Workspace domain; without it a token that names one is refused."""
+    admins: dict[str, tuple[str, ...]] = {}
+    """E-mail address -> the privileged calls that it may make."""
     perimeters: dict[str, dict[str, tuple[str, ...]]] = {}
     """Perimeter id -> claim of the authentication token -> values of which it must have one."""
     trusted_kacls: tuple[str, ...] = ()
     """Base URLs of other KACLS: `/rewrap` calls these only, `/privilegedunwrap` believes these only."""
+    allowed_origins: tuple[str, ...] = ("https://client-side-encryption.google.com",)
+    """Web origins whose pages may call and read the answers."""
 
 
 class KaclsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,12 +12,15 @@ from proxy.encryption_service.access import Access
 from proxy.encryption_service.core import Core
 from proxy.encryption_service.credentials import SecretSealer
 from proxy.encryption_service.dialects.dialect import Dialect
+from proxy.encryption_service.dialects.kacls import KaclsDialect
 from proxy.encryption_service.dialects.transit import TransitDialect
 from proxy.encryption_service.dialects.xks import XksDialect
 from proxy.encryption_service.http_server import ServiceServer
+from proxy.encryption_service.jwks import KeySets
 from proxy.encryption_service.limits import Limiter, Limits, Quota
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName, ServiceDirectory
+from proxy.encryption_service.outbound import Outbound, outbound_context
 from proxy.encryption_service.settings import EncryptionServiceSettings
 from proxy.keys.cache import KeyCache
 from runtime.audit import AuditLog
@@ -79,6 +82,20 @@ class EncryptionService:
                 clock=clock,
                 fleet=settings.xks,
             )
+        # Made for whoever calls out; no connection and no thread before the first call.
+        self._outbound = Outbound(
+            outbound_context(settings.outbound.ca_file), private_hosts=settings.outbound.private_hosts
+        )
+        self._issuer_keys = KeySets(self._outbound.get, clock)
+        if DialectName.KACLS in names:
+            dialects[DialectName.KACLS] = KaclsDialect(
+                core=core,
+                limiter=self._limiter,
+                directory=self._current,
+                clock=clock,
+                issuer_keys=self._issuer_keys,
+                post=self._outbound.post_json,
+            )
         self._server = ServiceServer(
             settings, dialects, metrics=self.metrics, clock=clock, reuse_port=processes > 1
         )
@@ -110,6 +127,8 @@ class EncryptionService:
     async def stop(self, *, grace_s: float) -> None:
         """Take no more connections, let answers under way end within *grace_s*, reset the rest."""
         await self._server.stop(grace_s=grace_s)
+        await self._issuer_keys.aclose()
+        await self._outbound.aclose()
 
     def _current(self) -> ServiceDirectory:
         return self._directory

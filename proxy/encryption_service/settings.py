@@ -76,6 +76,15 @@ class QuotaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"places must be between 1 and 100000, not {self.places}")
 
 
+class OutboundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the service itself calls: for the key sets of token issuers, and another KACLS on migration."""
+
+    ca_file: Path | None = None
+    """PEM roots that are believed besides the system's."""
+    private_hosts: tuple[str, ...] = ()
+    """Host names, as in URLs, that may be at an address of the inside; all others must be outside."""
+
+
 class ListenSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One address that the encryption service is called at."""
 
@@ -144,6 +153,7 @@ class EncryptionServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbi
     listen: tuple[ListenSettings, ...] = ()
     """Empty: this proxy runs no encryption service."""
     limits: HttpLimits = HttpLimits()
+    outbound: OutboundSettings = OutboundSettings()
     quota: QuotaSettings = QuotaSettings()
     xks: XksFleet = XksFleet()
 
@@ -157,6 +167,8 @@ class EncryptionServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbi
 
 def listener_files(settings: EncryptionServiceSettings) -> Iterator[tuple[str, Path, bool]]:
     """Setting, file, and whether it is secret, of every file that the listeners name."""
+    if settings.outbound.ca_file is not None:
+        yield "encryption_service.outbound.ca_file", settings.outbound.ca_file, False
     for index, listen in enumerate(settings.listen):
         for name, secret in (("certificate_file", False), ("key_file", True), ("client_roots_file", False)):
             path = getattr(listen, name)

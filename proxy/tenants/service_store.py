@@ -12,13 +12,11 @@
    revoked; there are never more than two of one line, so that a forgotten rotation is noticed.
 """
 
-import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from cryptography import x509
 from sqlalchemy import ColumnElement, Connection, delete, insert, update
@@ -31,6 +29,7 @@ from proxy.encryption_service.credentials import (
     new_access_key,
     new_bearer,
 )
+from proxy.encryption_service.dialects.kacls_endpoint import check_endpoint
 from proxy.encryption_service.dialects.xks_store import check_store
 from proxy.encryption_service.model import (
     KIND_OF,
@@ -533,30 +532,20 @@ def _check_kacls(before: Directory, tenant: str, settings: KaclsSettings) -> Non
         for place in entry.settings.endpoints
     }
     for place in settings.endpoints:
-        for url in (place.url, *place.trusted_kacls):
-            _check_url(url)
-        for issuer in (*place.authentication_issuers, *place.authorization_issuers, *place.guest_issuers):
-            _check_url(issuer.jwks_url)
+        try:
+            check_endpoint(place)
+        except ValueError as error:
+            raise ChangeRefusedError(str(error), "see docs/encryption-service-kacls.md") from None
         path = url_path(place.url)
-        if path == "/":
-            raise ChangeRefusedError(
-                f"{place.url} has no path", "give each KACLS a path of its own: /kacls/acme"
-            )
         if path in taken:
             raise ChangeRefusedError(f"the path {path} is taken", "choose another one")
         taken.add(path)
-        if not place.authentication_issuers:
+        signing = before.encryption_service.key(tenant, place.signing_key or "")
+        if signing is not None and signing.algorithm is not SigningAlgorithm.RS256:
             raise ChangeRefusedError(
-                f"{place.url} believes no identity provider", "name it in authentication_issuers"
+                f"{signing.owner} does not sign by RS256, which the other side of a KACLS expects",
+                f"`sealgate key add {tenant}/NAME --algorithm RS256` makes one that does",
             )
-
-
-def _check_url(url: str) -> None:
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(url)
-        if parts.scheme == "https" and parts.hostname and not parts.username and not parts.fragment:
-            return
-    raise ChangeRefusedError(f"not an https URL: {url!r}", "give https://host/path")
 
 
 def _check_endpoints_used(before: Directory, entry: DialectEntry) -> None:
