@@ -15,8 +15,9 @@ from certs import pki as dev_pki
 from envelope import derive
 from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
-from envelope.keys import KeyMaterial, KeyState
+from envelope.keys import KeyMaterial, KeyState, KeyUse
 from envelope.material import MAX_SEQUENCE, Operation
+from proxy.encryption_service.model import NamedKey, ServiceDirectory
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
 from proxy.tenants import certificates
@@ -388,6 +389,42 @@ async def test_what_the_directory_drops_loses_its_keys(
     with pytest.raises(KeyUnavailableError):
         drive.check()
     assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["nonce"]
+
+
+async def test_a_named_key_is_pushed_and_withdrawn_like_a_service(
+    proxy: Proxy, acme: HostedTenant, rival: HostedTenant
+) -> None:
+    """ "mail" becomes a named key of the encryption service: no upstream, the same envelopes."""
+    (mail,) = [entry for entry in acme.entries if entry.owner == acme.owner("mail")]
+    named = NamedKey(owner=mail.owner, certificate=mail.certificate, key_file=mail.key_file)
+    directory = directory_of(acme, rival, revision=2)
+    services = {owner: entry for owner, entry in directory.services.items() if owner != mail.owner}
+    hosting = replace(directory, services=services, encryption_service=ServiceDirectory.of([named]))
+    proxy.receiver.apply(hosting)
+    session = proxy.receiver.open_session(
+        acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
+    )
+    assert mail.owner in {service.owner for service in session.services}
+
+    def seal(*keys: KeyMaterial) -> str:
+        return acme.seal(proxy.clock, session.challenge, *keys, service="mail")
+
+    one, two = acme.key(service="mail"), acme.key(service="mail")
+    assert await proxy.push(acme, seal(one, replace(two, state=KeyState.DEACTIVATED))) == ["accepted"]
+    for made in (one, two):
+        found = proxy.cache.key_of_version(mail.owner, KeyUse.DATA, made.version)
+        assert found.key_id == made.key_id
+    impostor = replace(acme.key(service="mail"), version=one.version)
+    assert await proxy.push(acme, seal(impostor)) == ["key-conflict"]
+    assert not proxy.cache.word(mail.owner).withdrawn
+    assert await proxy.push(acme, seal()) == ["accepted"]
+    assert proxy.cache.word(mail.owner).withdrawn
+    again = acme.key(service="mail")
+    assert await proxy.push(acme, seal(again)) == ["accepted"]
+    held = proxy.cache.sealing_key(mail.owner)
+    proxy.receiver.apply(replace(hosting, encryption_service=ServiceDirectory.of()))
+    with pytest.raises(KeyUnavailableError):
+        held.check()
 
 
 @dataclass
