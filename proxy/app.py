@@ -8,7 +8,9 @@
 3. A change of the directory is served within `reload_s`. While it cannot be read, what was last read goes on;
    keys expire regardless.
 4. A task that ends by an error ends the process: a supervisor restarts it, and a proxy without keys refuses.
-5. SIGTERM: not ready, listeners closed, bodies in flight may end within `drain_s` while keys are still
+5. With `proxy.workers` above 1 clients are served by processes of their own (workers/fleet.py); this one
+   receives keys, watches, and answers for all of them.
+6. SIGTERM: not ready, listeners closed, bodies in flight may end within `drain_s` while keys are still
    refreshed, then the rest is reset and keys are overwritten.
 """
 
@@ -29,6 +31,7 @@ from envelope.errors import FormatError, IntegrityError, MisuseError, SealgateEr
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer
 from proxy import gate
+from proxy.api.broker import BrokerListener
 from proxy.api.push import make_push_application
 from proxy.config import Settings, database_url
 from proxy.data_plane import DataPlane
@@ -37,6 +40,7 @@ from proxy.keys.receive import Receiver
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Directory
 from proxy.tenants.watch import DirectoryWatch
+from proxy.workers.fleet import Fleet
 from runtime import lifecycle, serve
 from runtime.audit import AuditLog
 from runtime.cli import CommandError, ExitCode
@@ -99,7 +103,7 @@ class KeyCountdown(Collector):
             f"{NAMESPACE}_key_valid_seconds", "Until the service is blind if nobody renews", labels=labels
         )
         seals = GaugeMetricFamily(f"{NAMESPACE}_key_can_seal", "Whether uploads can be sealed", labels=labels)
-        for status in self._keys.status(sorted(self._receiver.directory.services)):
+        for status in self._keys.status(sorted(self._receiver.directory.recipients)):
             names = (status.owner.tenant, status.owner.service)
             valid.add_metric(names, status.valid_for_s)
             seals.add_metric(names, 1.0 if status.can_seal else 0.0)
@@ -116,7 +120,7 @@ class ProxyProcess:
         self._clock = clock or SystemClock()
         self._registry = registry
         self._phase: str | None = "starting"
-        self._plane: DataPlane | None = None
+        self._plane: DataPlane | Fleet | None = None
         self._watch: DirectoryWatch | None = None
         self._receiver: Receiver | None = None
         self._push_tls: ServerTls | None = None
@@ -159,6 +163,9 @@ class ProxyProcess:
             directory = await watch.load()
             keys = KeyCache(clock)
             parts.callback(keys.close)
+            fleet = None
+            if settings.proxy.workers > 1:
+                fleet = Fleet(settings, clock=clock, registry=self._registry, on_blind=self._forget_past)
             self._receiver = receiver = Receiver(
                 proxy_id=settings.proxy.id,
                 cache=keys,
@@ -166,34 +173,46 @@ class ProxyProcess:
                 clock=clock,
                 validity_s=settings.keys.validity_s,
                 directory=directory,
+                relay=fleet,
             )
             countdown = KeyCountdown(keys, receiver)
             self._registry.register(countdown)
             parts.callback(self._registry.unregister, countdown)
-            self._plane = plane = await parts.enter_async_context(
-                DataPlane(
-                    settings,
-                    keys=keys,
-                    audit=audit,
-                    clock=clock,
-                    directory=directory,
-                    registry=self._registry,
-                )
+            plane: DataPlane | Fleet = fleet or DataPlane(
+                settings,
+                keys=keys,
+                audit=audit,
+                clock=clock,
+                directory=directory,
+                registry=self._registry,
             )
+            self._plane = plane
+            await parts.enter_async_context(plane)
             audit.append("proxy-started", proxy=settings.proxy.id, revision=directory.revision)
-            await parts.enter_async_context(self._health())
+            await parts.enter_async_context(self._health(fleet))
             await parts.enter_async_context(self._push(receiver))
-            await self._serve(plane, directory, stop)
+            await self._serve(plane, keys, directory, stop)
             audit.append("proxy-stopped", proxy=settings.proxy.id)
 
-    async def _serve(self, plane: DataPlane, directory: Directory, stop: asyncio.Event) -> None:
+    async def _serve(
+        self, plane: DataPlane | Fleet, keys: KeyCache, directory: Directory, stop: asyncio.Event
+    ) -> None:
         watch = _present(self._watch)
         try:
             async with asyncio.TaskGroup() as group:
                 await plane.start(directory)
                 self.ports |= {f"service:{index}": port for index, port in enumerate(plane.service_ports)}
                 tasks = plane.tasks(group)
+                tasks.append(group.create_task(keys.run_sweeper(), name="keys:sweep"))
                 tasks.append(group.create_task(watch.run(directory, self._apply), name="directory:watch"))
+                if self._settings.nats is not None:
+                    listener = BrokerListener(
+                        self._settings.nats,
+                        _present(self._receiver),
+                        clock=self._clock,
+                        requests_per_s=self._settings.push.requests_per_s,
+                    )
+                    tasks.append(group.create_task(listener.run(), name="push:broker"))
                 self._phase = None
                 log.info("serving", listeners=plane.listening(), ports=self.ports)
                 await stop.wait()
@@ -207,14 +226,26 @@ class ProxyProcess:
 
     async def _apply(self, directory: Directory) -> None:
         """Serve what the directory says now."""
+        plane = _present(self._plane)
+        if isinstance(plane, Fleet):  # first those that serve: what we take they must know
+            await plane.apply(directory)
         _present(self._receiver).apply(directory)
         self.hang_up()
-        await _present(self._plane).apply(directory)
+        if isinstance(plane, DataPlane):
+            await plane.apply(directory)
+
+    def _forget_past(self) -> None:
+        _present(self._receiver).forget_past()
 
     @contextlib.asynccontextmanager
-    async def _health(self) -> AsyncIterator[None]:
+    async def _health(self, fleet: Fleet | None) -> AsyncIterator[None]:
         application = serve.make_application()
-        serve.health_routes(application, readyz=self.not_ready, registry=self._registry)
+        serve.health_routes(
+            application,
+            readyz=self.not_ready,
+            registry=self._registry,
+            scrape=None if fleet is None else fleet.scrape,
+        )
         health = self._settings.health
         with _binding("health", health.host, health.port):
             server = serve.serving(application, host=health.host, port=health.port)

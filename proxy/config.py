@@ -16,7 +16,7 @@ import msgspec
 from envelope.errors import FormatError
 from envelope.keys import check_name
 from proxy.encryption_service.settings import EncryptionServiceSettings, listener_files
-from runtime import database
+from runtime import broker, database
 from runtime import settings as runtime_settings
 
 ENVIRONMENT_PREFIX: Final = "SEALGATE"
@@ -59,6 +59,8 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     may still let in. A look costs about a third of a millisecond."""
     workers: int = 1
     """Processes that serve clients, sharing their ports; above 1 each is a child of one that does not."""
+    worker_patience_s: float = 1.0
+    """A worker that has not put a push or a withdrawal in force by then is killed and replaced."""
 
     def __post_init__(self) -> None:
         try:
@@ -68,10 +70,15 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         database.check_url_settings("proxy", self.database_url, self.database_url_file)
         _check_range("proxy.reload_s", self.reload_s, 0.05, 60)
         _check_range("proxy.workers", self.workers, 1, MAX_WORKERS)
+        _check_range("proxy.worker_patience_s", self.worker_patience_s, 0.1, 5)
 
     @property
     def audit_file(self) -> Path:
         return self.state_dir / "audit.jsonl"
+
+    def worker_audit_file(self, number: int) -> Path:
+        """Worker processes have a chain each, numbered from 0."""
+        return self.state_dir / f"audit-worker-{number}.jsonl"
 
 
 class PushSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,6 +149,8 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     proxy: ProxySettings
     push: PushSettings
+    nats: broker.BrokerSettings | None = None
+    """A broker that envelopes may come by, beside the push listener."""
     keys: KeySettings = KeySettings()
     engine: EngineSettings = EngineSettings()
     health: HealthSettings = HealthSettings()
@@ -175,6 +184,10 @@ def unusable_files(settings: Settings) -> Iterator[str]:
     secrets = {"push.key_file": settings.push.key_file}
     for name, path, is_secret in listener_files(settings.encryption_service):
         (secrets if is_secret else files)[name] = path
+    if settings.nats is not None:
+        broker.check_library()
+        more, more_secrets = broker.unusable_files(settings.nats)
+        files, secrets = files | more, secrets | more_secrets
     yield from runtime_settings.unusable_files(files, secrets=secrets)
 
 

@@ -124,7 +124,6 @@ class DataPlane:
         if self._engine is None:
             raise MisuseError("the data plane was not prepared")
         tasks = [
-            group.create_task(self._keys.run_sweeper(), name="keys:sweep"),
             group.create_task(self._engine.cut_ended(), name="engine:cut-ended"),
             group.create_task(self._engine.retry_problems(), name="engine:retry"),
         ]

@@ -96,8 +96,12 @@ def health_routes(
     readyz: Callable[[], Sequence[str]],
     registry: CollectorRegistry,
     livez: Callable[[], Sequence[str]] = tuple,
+    scrape: Callable[[], Awaitable[bytes]] | None = None,
 ) -> None:
-    """Add `/livez`, `/readyz`, `/metrics`. *livez* and *readyz* return the reasons against; none is well."""
+    """Add `/livez`, `/readyz`, `/metrics`. *livez* and *readyz* return the reasons against; none is well.
+
+    *scrape*: where the metrics are not those of *registry* alone, their text.
+    """
 
     def health(reasons_against: Callable[[], Sequence[str]]) -> Handler:
         async def answer(_request: web.Request) -> web.Response:
@@ -110,7 +114,8 @@ def health_routes(
         return answer
 
     async def metrics(_request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        text = generate_latest(registry) if scrape is None else await scrape()
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     application.router.add_get("/livez", health(livez))
     application.router.add_get("/readyz", health(readyz))

@@ -14,9 +14,11 @@
    withdrawal.
 5. The challenge is ours and random; an agent without one is told to open a session (code "nonce"). What came
    by a broker may answer no challenge: then it counts above a sequence that was accepted under one only.
-6. Sealed to the certificate that a service had before its renewal, a withdrawal counts, and nothing else does
-   (former.py).
-7. Thousands at once hold up nobody: the event loop gets its turn after every envelope that is opened or
+6. Where several processes serve the proxy's clients (relay.py), what is accepted is in force in each of them
+   before its receipt is written; a withdrawal is passed on while it is recorded.
+7. Sealed to the certificate that a service had before its renewal, keys count until the agent uses the new
+   one, and withdrawals for one validity longer (former.py).
+8. Thousands at once hold up nobody: the event loop gets its turn after every envelope that is opened or
    installed. (Not in threads: opening holds Python's lock, and a thread keeps it for longer.)
 """
 
@@ -31,8 +33,10 @@ from typing import Final, Literal
 import structlog
 from cachetools import LRUCache, TLRUCache
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from prometheus_client import Counter
 
+from envelope.broker import agent_tag
 from envelope.certificates import (
     CertificateError,
     Identity,
@@ -54,6 +58,7 @@ from envelope.material import (
 )
 from proxy.keys.cache import KeyCache, ServiceStatus
 from proxy.keys.former import FormerCertificates
+from proxy.keys.relay import Relay, Relayed
 from proxy.tenants.certificates import CredentialError, PrivateKey, read_private_key
 from proxy.tenants.model import Directory, Recipient, TenantEntry
 from runtime.audit import AuditLog, AuditUnavailableError
@@ -127,6 +132,15 @@ class Session:
     services: tuple[HostedService, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSession:
+    """Whose session is open, with the challenge it has now."""
+
+    tenant: str
+    agent_id: str
+    challenge: bytes = field(repr=False)
+
+
 class _Track:
     """What one issuer has sent for one network service."""
 
@@ -153,6 +167,8 @@ class _Opened:
     claims: Claims
     deadline_boot_s: float
     track: _Track
+    is_former: bool = False
+    """Sealed to the certificate before the one of today."""
 
     def wipe(self) -> None:
         for key in self.claims.keys:
@@ -170,6 +186,19 @@ class _Addressee:
     is_former: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """What came at once, and under which session."""
+
+    tenant: str
+    agent_id: str
+    tokens: Sequence[str]
+    session: _Agent | None
+    """As it was when they came; its tracks are the agent's."""
+    is_challenged: bool
+    takes_keys: bool
+
+
 class Receiver:
     """Opens push sessions and takes envelopes. One per process; one event loop."""
 
@@ -183,10 +212,18 @@ class Receiver:
         validity_s: int,
         directory: Directory,
         audit_patience_s: float = AUDIT_PATIENCE_S,
+        relay: Relay | None = None,
+        is_durable: bool = True,
     ) -> None:
+        """*relay*: to other processes that must hold what this one holds.
+
+        *is_durable* False: another process has put the same events on disk, ours may follow.
+        """
         self.proxy_id: Final = proxy_id
-        self.instance: Final = os.urandom(INSTANCE_SIZE)
+        self.instance = os.urandom(INSTANCE_SIZE)
         """This process, told from the ones before it: keys and challenges live as long as it does."""
+        self._relay = relay
+        self._is_durable = is_durable
         self._audit_patience_s = audit_patience_s
         # Of its own: were the disk to hang, nobody else's work waits behind these events.
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-audit")
@@ -235,6 +272,35 @@ class Receiver:
         self._recipient_keys = {name: key for name, key in self._recipient_keys.items() if name in used}
         self._pinned = {tenant: self._verified_pins(entry) for tenant, entry in directory.tenants.items()}
 
+    def forget_past(self) -> None:
+        """Be another instance: agents that ask who is there push all they have once more."""
+        self.instance = os.urandom(INSTANCE_SIZE)
+
+    async def receive_relayed(self, relayed: Relayed) -> list[Receipt]:
+        """As `receive`: envelopes that another process of this proxy has opened, under its session."""
+        entry = self._directory.tenants.get(relayed.tenant)
+        signer = None
+        try:
+            if entry is not None and relayed.signing_certificate_der is not None:
+                certificate = x509.load_der_x509_certificate(relayed.signing_certificate_der)
+                signer = self._signer(entry, relayed.agent, certificate)
+        except (SessionRefusedError, ValueError) as error:
+            _log.warning("relayed session refused", tenant=relayed.tenant, cause=str(error))
+        agents = self._agents.setdefault(relayed.tenant, LRUCache(maxsize=MAX_AGENTS_PER_TENANT))
+        known = agents.get(relayed.agent)
+        if known is None:  # nobody was given this challenge: here, no envelope counts but by relay
+            known = agents[relayed.agent] = _Agent(os.urandom(NONCE_SIZE), None)
+        return await self._received(
+            _Batch(
+                tenant=relayed.tenant,
+                agent_id=relayed.agent,
+                tokens=relayed.tokens,
+                session=_Agent(relayed.challenge, signer, known.tracks),
+                is_challenged=relayed.is_challenged,
+                takes_keys=relayed.takes_keys,
+            )
+        )
+
     def open_session(
         self, tenant: str, agent_id: str, *, signing_certificate: x509.Certificate | None = None
     ) -> Session:
@@ -267,6 +333,14 @@ class Receiver:
             ),
         )
 
+    def session_of(self, tag: bytes) -> OpenSession | None:
+        """The session of the agent with this tag (envelope/broker.py); None if it has none here."""
+        for tenant, agents in self._agents.items():
+            for agent_id, agent in agents.items():
+                if agent_tag(tenant, agent_id) == tag:
+                    return OpenSession(tenant=tenant, agent_id=agent_id, challenge=agent.challenge)
+        return None
+
     async def receive(
         self,
         tenant: str,
@@ -281,20 +355,34 @@ class Receiver:
         *is_challenged* False: they came by a broker and answer no challenge (rule 5). *takes_keys* False:
         withdrawals are taken and nothing else; keys are refused (code "purpose").
         """
+        agents = self._agents.get(tenant)
+        known = None if agents is None else agents.get(agent_id)
+        session = None if known is None else _Agent(known.challenge, known.signer, known.tracks)
+        return await self._received(
+            _Batch(
+                tenant=tenant,
+                agent_id=agent_id,
+                tokens=tokens,
+                session=session,
+                is_challenged=is_challenged,
+                takes_keys=takes_keys,
+            )
+        )
+
+    async def _received(self, batch: _Batch) -> list[Receipt]:
         receipts: dict[int, Receipt] = {}
         accepted: dict[int, _Opened] = {}
         withdrawn: dict[int, _Opened] = {}
+        tenant, agent_id = batch.tenant, batch.agent_id
         try:
-            for index, token in enumerate(tokens):
+            for index, token in enumerate(batch.tokens):
                 if index:
                     await asyncio.sleep(0)  # each costs a fraction of a millisecond; bodies in flight go on
                 service: NetworkService | None = None
                 try:
                     recipient = self._addressee(tenant, token)
                     service = recipient.owner
-                    opened = self._open(
-                        recipient, agent_id, token, is_challenged=is_challenged, takes_keys=takes_keys
-                    )
+                    opened = self._open(recipient, token, batch)
                     if _withdraws(opened.claims):
                         self._withdraw(opened)
                         withdrawn[index] = opened
@@ -302,15 +390,15 @@ class Receiver:
                         accepted[index] = opened
                 except EnvelopeError as error:
                     receipts[index] = self._refused(tenant, agent_id, service, error)
-            receipts |= await self._acknowledged(withdrawn)
-            await self._install(accepted, receipts)
+            receipts |= await self._acknowledged(withdrawn, batch)
+            await self._install(accepted, receipts, batch)
         finally:
             for index, opened in accepted.items():
                 if index not in receipts:  # cancelled before they were installed
                     opened.wipe()
         for receipt in receipts.values():
             _ENVELOPES.labels(outcome=receipt.status, code=receipt.code or "none").inc()
-        return [receipts[index] for index in range(len(tokens))]
+        return [receipts[index] for index in range(len(batch.tokens))]
 
     # Opening.
 
@@ -331,12 +419,8 @@ class Receiver:
             "recipient", "none of your network services here has the certificate it is sealed to"
         )
 
-    def _open(
-        self, recipient: _Addressee, agent_id: str, token: str, *, is_challenged: bool, takes_keys: bool
-    ) -> _Opened:
-        owner = recipient.owner
-        agents = self._agents.get(owner.tenant)
-        agent = None if agents is None else agents.get(agent_id)
+    def _open(self, recipient: _Addressee, token: str, batch: _Batch) -> _Opened:
+        owner, agent = recipient.owner, batch.session
         if agent is None:
             raise EnvelopeError("nonce", "no session is open here: ask for a challenge first")
         track = agent.tracks.setdefault(owner, _Track(self._clock))
@@ -348,18 +432,19 @@ class Receiver:
                 audience=self.proxy_id,
                 recipient_certificate=recipient.certificate,
                 recipient_key=recipient.find_key(),
-                signers=self._signers(owner.tenant, agent_id, agent),
+                signers=self._signers(owner.tenant, batch.agent_id, agent),
                 now_s=now_s,
                 validity_s=self._validity_s,
-                nonce=agent.challenge if is_challenged else None,
+                nonce=agent.challenge if batch.is_challenged else None,
                 last_sequence=track.highest,
                 seen_token_ids=track.live_tokens,
             ),
         )
-        if (recipient.is_former or not takes_keys) and not _withdraws(claims):
+        is_replaced = recipient.is_former and not self._former.takes_keys(fingerprint(recipient.certificate))
+        if (is_replaced or not batch.takes_keys) and not _withdraws(claims):
             for key in claims.keys:
                 key.wipe()
-            if recipient.is_former:
+            if is_replaced:
                 raise EnvelopeError(
                     "recipient", "the certificate it is sealed to was replaced: withdrawals only"
                 )
@@ -368,7 +453,12 @@ class Receiver:
         valid_for_s = min(claims.expires_at_s - now_s, self._validity_s)
         track.highest = claims.sequence
         track.live_tokens[claims.token_id] = received_boot_s + valid_for_s
-        return _Opened(claims=claims, deadline_boot_s=received_boot_s + valid_for_s, track=track)
+        return _Opened(
+            claims=claims,
+            deadline_boot_s=received_boot_s + valid_for_s,
+            track=track,
+            is_former=recipient.is_former,
+        )
 
     def _recipient_key(self, entry: Recipient, certificate: x509.Certificate) -> PrivateKey:
         name = fingerprint(certificate)
@@ -389,7 +479,7 @@ class Receiver:
         return key
 
     def _keep_former(self, before: Recipient, now: Recipient) -> None:
-        """Rule 6, if *before* was renewed and its private key is in memory, or still in its file."""
+        """Rule 7, if *before* was renewed and its private key is in memory, or still in its file."""
         if before.certificate is None or before.certificate == now.certificate:
             return
         try:
@@ -449,20 +539,59 @@ class Receiver:
             "keys withdrawn", service=str(claims.owner), agent=claims.issuer, sequence=claims.sequence
         )
 
-    async def _acknowledged(self, withdrawn: Mapping[int, _Opened]) -> dict[int, Receipt]:
-        """The receipts of what is withdrawn, once that is on disk."""
+    async def _acknowledged(self, withdrawn: Mapping[int, _Opened], batch: _Batch) -> dict[int, Receipt]:
+        """The receipts of what is withdrawn, once that is on disk and every process is blind."""
         if not withdrawn:
             return {}
+        relaying = asyncio.create_task(self._relayed(withdrawn, batch), name="push:relay-withdrawal")
         try:
             await self._recorded(functools.partial(self._record_withdrawals, list(withdrawn.values())))
         except AuditUnavailableError as error:
+            await relaying
             return {index: self._audit_refused(opened, error) for index, opened in withdrawn.items()}
+        refused = await relaying
         return {
-            index: Receipt(status="accepted", service=opened.claims.owner, sequence=opened.claims.sequence)
+            index: refused.get(index)
+            or Receipt(status="accepted", service=opened.claims.owner, sequence=opened.claims.sequence)
             for index, opened in withdrawn.items()
         }
 
-    async def _install(self, accepted: Mapping[int, _Opened], receipts: dict[int, Receipt]) -> None:
+    async def _relayed(self, opened: Mapping[int, _Opened], batch: _Batch) -> dict[int, Receipt]:
+        """Have the other processes take the same envelopes; the receipts of what one of them refused."""
+        session = batch.session
+        if self._relay is None or session is None:
+            return {}
+        claims = [one.claims for one in opened.values()]
+        certificate = None if session.signer is None else session.signer.certificate
+        codes = await self._relay.take(
+            Relayed(
+                tenant=batch.tenant,
+                agent=batch.agent_id,
+                challenge=session.challenge,
+                signing_certificate_der=None
+                if certificate is None
+                else certificate.public_bytes(Encoding.DER),
+                tokens=tuple(batch.tokens[index] for index in opened),
+                services=tuple(str(one.owner) for one in claims),
+                replaces=tuple(one.operation is Operation.SET for one in claims),
+                is_challenged=batch.is_challenged,
+                takes_keys=batch.takes_keys,
+            )
+        )
+        return {
+            index: self._refused(
+                batch.tenant,
+                batch.agent_id,
+                one.claims.owner,
+                EnvelopeError(code, "a worker process of this proxy refused it"),
+            )
+            for (index, one), code in zip(opened.items(), codes, strict=True)
+            if code
+        }
+
+    async def _install(
+        self, accepted: dict[int, _Opened], receipts: dict[int, Receipt], batch: _Batch
+    ) -> None:
         """Install *accepted*; each receipt is in *receipts* from the moment that the cache has its keys."""
         if not accepted:
             return
@@ -473,9 +602,14 @@ class Receiver:
                 opened.wipe()
                 receipts[index] = self._audit_refused(opened, error)
             return
+        refused = await self._relayed(accepted, batch)
         for number, (index, opened) in enumerate(accepted.items()):
             if number:
                 await asyncio.sleep(0)
+            if index in refused:
+                opened.wipe()
+                receipts[index] = refused[index]
+                continue
             receipts[index] = self._install_one(opened)
 
     async def _recorded(self, work: Callable[[], None]) -> None:
@@ -495,7 +629,7 @@ class Receiver:
             claims = opened.claims
             self._audit.append(
                 "keys-withdrawn",
-                durable=number == len(withdrawn),
+                durable=self._is_durable and number == len(withdrawn),
                 service=str(claims.owner),
                 agent=claims.issuer,
                 sequence=claims.sequence,
@@ -507,7 +641,7 @@ class Receiver:
             claims = opened.claims
             self._audit.append(
                 "keys-accepted",
-                durable=number == len(accepted),
+                durable=self._is_durable and number == len(accepted),
                 service=str(claims.owner),
                 agent=claims.issuer,
                 sequence=claims.sequence,
@@ -530,6 +664,8 @@ class Receiver:
         except EnvelopeError as error:
             opened.wipe()
             return self._refused(claims.owner.tenant, claims.issuer, claims.owner, error)
+        if not opened.is_former:
+            self._former.supersede(claims.owner)
         valid_for_s = max(0.0, opened.deadline_boot_s - self._clock.boot_s())
         _log.info(
             "keys accepted",

@@ -30,6 +30,10 @@ _SERVERS: Final = (
     "tests/key_agent/sources/servers/test_work.py",
     "an adapter of a key server, right when the real one gives the right verdicts",
 )
+_METHODS: Final = (
+    "tests/key_agent/sources/test_methods.py",
+    "runs in the worker process only: every method on every module that does it, and refused where it lies",
+)
 _STORE: Final = ("tests/key_agent/registry/test_store.py", "seen through the store, on both databases")
 _ROWS: Final = (
     "tests/proxy/gate/test_rows.py",
@@ -46,6 +50,10 @@ _TRANSIT: Final = (
 _BROKER: Final = (
     "tests/key_agent/push/test_roads.py",
     "one end of a broker: only a real broker between both ends shows that it is right",
+)
+_WORKERS: Final = (
+    "tests/integration/test_workers.py",
+    "only real processes show that keys are everywhere and that a dead one is replaced",
 )
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
@@ -79,11 +87,17 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/setup.py": ("tests/key_agent/test_config.py", "what it sets up is what the settings say"),
     "key_agent/sources/envelopes.py": _WORKER,
     "key_agent/sources/hsm/diagnosis.py": ("tests/key_agent/sources/test_diagnosis.py", _WORKER[1]),
-    "key_agent/sources/hsm/keks.py": _WORKER,
+    "key_agent/sources/hsm/gcm.py": _METHODS,
+    "key_agent/sources/hsm/hybrid_wrapping.py": _METHODS,
+    "key_agent/sources/hsm/keks.py": _METHODS,
+    "key_agent/sources/hsm/key_objects.py": _METHODS,
+    "key_agent/sources/hsm/key_wrapping.py": _METHODS,
     "key_agent/sources/hsm/material.py": _WORKER,
+    "key_agent/sources/hsm/methods.py": _METHODS,
     "key_agent/sources/hsm/module.py": _WORKER,
+    "key_agent/sources/hsm/proof.py": _METHODS,
     "key_agent/sources/hsm/session.py": _WORKER,
-    "key_agent/sources/hsm/wrapping.py": _WORKER,
+    "key_agent/sources/hsm/wrapping.py": _METHODS,
     "key_agent/sources/servers/kmip.py": _SERVERS,
     "key_agent/sources/servers/openbao.py": _SERVERS,
     "key_agent/sources/servers/server.py": _SERVERS,
@@ -130,6 +144,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/tenants/test_service_store.py",
         "rows read as they were written, on both databases",
     ),
+    "proxy/keys/relay.py": _WORKERS,
+    "proxy/workers/link.py": _WORKERS,
+    "proxy/workers/worker_main.py": _WORKERS,
     "proxy/refusals.py": (
         "tests/integration/test_proxy_refusals.py",
         "a table: each row is answered on a real socket",

@@ -1,0 +1,1 @@
+"""Several processes that serve clients at the same ports (docs/adr/0011)."""
