@@ -117,6 +117,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/encryption_service/dialects/test_transit.py",
         "what two dialects have in common, seen through both",
     ),
+    "proxy/encryption_service/dialects/native_errors.py": (
+        "tests/proxy/encryption_service/dialects/test_native.py",
+        "a table: its rows are what the calls are answered",
+    ),
     "proxy/encryption_service/dialects/transit_errors.py": _TRANSIT,
     "proxy/encryption_service/dialects/transit_keys.py": _TRANSIT,
     "proxy/encryption_service/dialects/transit_signing.py": _TRANSIT,

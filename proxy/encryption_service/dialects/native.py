@@ -187,6 +187,7 @@ class NativeDialect(Dialect):
         if what is None:
             _check_method(method, "GET")
             return self._describe(caller, work, name)
+        work.operation = what
         if found["batch"] and what not in self._batch_readers:
             raise RefusedError(NOT_FOUND)
         _check_method(method, "POST")
