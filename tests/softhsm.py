@@ -183,7 +183,7 @@ def _keys(session: Any, request: dict[str, Any]) -> list[Any]:
     return list(
         session.get_objects(
             {
-                Attribute.CLASS: ObjectClass.SECRET_KEY,
+                Attribute.CLASS: ObjectClass[request.get("class", "SECRET_KEY")],
                 Attribute.LABEL: request["label"],
                 Attribute.ID: bytes.fromhex(request["id"]),
             }
@@ -214,21 +214,41 @@ def _do_set(request: dict[str, Any]) -> str:
     return "done"
 
 
+def _do_rename(request: dict[str, Any]) -> str:
+    """Give the key the label *to*."""
+    from pkcs11 import Attribute
+
+    [key] = _keys(_session(request), request)
+    key[Attribute.LABEL] = request["to"]
+    return "done"
+
+
 def _do_make(request: dict[str, Any]) -> str:
-    """One more key of that name, able to do everything. `bits` and `type` may be given."""
+    """One more key, or key pair, of that name. `type`, `bits`, `capabilities`, `extractable` may be given."""
     from pkcs11 import Attribute, KeyType, MechanismFlag
 
-    _session(request).generate_key(
-        KeyType.AES,
-        request.get("bits", 256),
-        id=bytes.fromhex(request["id"]),
-        label=request["label"],
-        store=True,
-        capabilities=MechanismFlag(request["capabilities"])
+    session, kind = _session(request), KeyType[request.get("type", "AES")]
+    common = {
+        "id": bytes.fromhex(request["id"]),
+        "label": request["label"],
+        "store": True,
+        "capabilities": MechanismFlag(request["capabilities"])
         if "capabilities" in request
         else MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
-        template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.PRIVATE: True},
-    )
+    }
+    hidden = {
+        Attribute.SENSITIVE: True,
+        Attribute.EXTRACTABLE: request.get("extractable", False),
+        Attribute.PRIVATE: True,
+    }
+    if kind is KeyType.RSA:
+        session.generate_keypair(kind, request.get("bits", 3072), private_template=hidden, **common)
+    elif kind is KeyType.EC:
+        curve = {Attribute.EC_PARAMS: bytes.fromhex("06082a8648ce3d030107")}
+        parameters = session.create_domain_parameters(kind, curve, local=True)
+        parameters.generate_keypair(private_template=hidden, **common)
+    else:
+        session.generate_key(kind, request.get("bits", 256), template=hidden, **common)
     return "done"
 
 
@@ -236,8 +256,20 @@ def _do_attributes(request: dict[str, Any]) -> dict[str, bool]:
     from pkcs11 import Attribute
 
     [key] = _keys(_session(request), request)
-    names = ("SENSITIVE", "EXTRACTABLE", "TOKEN", "PRIVATE", "ENCRYPT", "DECRYPT", "WRAP", "UNWRAP", "DERIVE")
-    return {name: bool(key[Attribute[name]]) for name in names}
+    names = [
+        "SENSITIVE",
+        "EXTRACTABLE",
+        "TOKEN",
+        "PRIVATE",
+        "ENCRYPT",
+        "DECRYPT",
+        "WRAP",
+        "UNWRAP",
+        "SIGN",
+        "DERIVE",
+    ]
+    found = key.get_attributes([Attribute[name] for name in names])
+    return {name: bool(found.get(Attribute[name])) for name in names}
 
 
 def _do_serials(request: dict[str, Any]) -> list[str]:

@@ -9,6 +9,8 @@
 6. A refused PIN is not tried again before its file changes (pin.py).
 """
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import msgspec
 import structlog
 
 from envelope.keys import KeyId
-from key_agent.errors import KeySourceError, error_of
+from key_agent.errors import KeySourceError, UnsupportedError, error_of
 from key_agent.sources import wire
 from key_agent.sources.pin import PinGate, RefusedPin
 from key_agent.sources.source import (
@@ -27,6 +29,7 @@ from key_agent.sources.source import (
     EnvelopeResult,
     Kek,
     KekReference,
+    KekType,
     KeySource,
     NewKey,
     Rewrapped,
@@ -34,11 +37,9 @@ from key_agent.sources.source import (
     WrapMethod,
     WrappedKey,
 )
+from key_agent.sources.vendors import GENERIC, Vendor, load_vendor, read_vendor_file
 from key_agent.sources.worker import Worker
 from runtime.clock import Clock, SystemClock
-
-NEGOTIATED_METHODS: Final = (WrapMethod.GCM, WrapMethod.KW)
-"""In order of preference."""
 
 # What a batch may weigh, in bytes on the pipe, either way; far below wire.FRAME_LIMIT.
 BATCH_BYTES_LIMIT: Final = 8 * 1024 * 1024
@@ -67,7 +68,12 @@ class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Readable by its owner only. One line break at the end is not part of the PIN."""
     refused_pin_file: Path | None = None
     """Where to note that the PIN was refused; in a directory that the agent may write."""
-    method: Literal["auto", "gcm", "kw"] = "auto"
+    vendor: str = GENERIC
+    """Whose module it is (`key-agent init --hsm` lists them): which methods to try, and how to treat it."""
+    vendor_file: Path | None = None
+    """A file of that form in place of ours, for a site that knows better."""
+    method: Literal["auto"] | WrapMethod = "auto"
+    """Pin the wrap method of KEKs that are made or adopted from now on."""
     environment: dict[str, str] = {}
     """Further variables for the module, such as SOFTHSM2_CONF."""
     request_timeout_s: float = 10.0
@@ -89,10 +95,30 @@ class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError("token_label must not be empty")
         if not self.module_path.is_absolute():
             raise ValueError("module_path must be absolute: the dynamic linker must not choose the library")
+        vendor = self.vendor_facts
+        if not vendor.pkcs11:
+            raise ValueError(f"{vendor.title} has no PKCS#11 module: {vendor.instead}")
+        if vendor.needs_serial and self.token_serial is None:
+            raise ValueError(f"all tokens of {vendor.title} have one label: set token_serial")
+        if vendor.needs_module_arguments and not self.module_arguments:
+            raise ValueError(
+                f"{vendor.title} takes its configuration as module_arguments, such as "
+                f"{vendor.needs_module_arguments}"
+            )
 
     @property
-    def methods(self) -> tuple[WrapMethod, ...]:
-        return NEGOTIATED_METHODS if self.method == "auto" else (WrapMethod(self.method),)
+    def vendor_facts(self) -> Vendor:
+        return load_vendor(self.vendor) if self.vendor_file is None else read_vendor_file(self.vendor_file)
+
+    def methods(self, kek_type: KekType | None = None) -> tuple[WrapMethod, ...]:
+        """Candidates for a KEK of that type, best first. UnsupportedError if there is none."""
+        known = self.vendor_facts.quirks.methods if self.method == "auto" else (WrapMethod(self.method),)
+        found = tuple(method for method in known if kek_type in (None, method.kek_type))
+        if not found:
+            raise UnsupportedError(
+                f"no wrap method for a KEK of type {kek_type}; the settings allow {', '.join(known)}"
+            )
+        return found
 
 
 class Pkcs11Source(KeySource):
@@ -130,7 +156,7 @@ class Pkcs11Source(KeySource):
         self._worker = Worker(
             self._hello,
             self._on_refusal,
-            environment=settings.environment,
+            environment=_vendor_environment(settings),
             request_timeout_s=settings.request_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             clock=self._clock,
@@ -142,13 +168,44 @@ class Pkcs11Source(KeySource):
         return self._worker.pid
 
     @override
-    async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
+    async def create_kek(
+        self,
+        reference: KekReference,
+        *,
+        kek_type: KekType | None = None,
+        valid_until_s: int | None = None,
+        replace_unfinished: bool = False,
+    ) -> Kek:
         reply = await self._administer(
             wire.CreateKek(
                 reference=reference,
-                methods=self._settings.methods,
+                methods=self._settings.methods(kek_type),
                 replace_unfinished=replace_unfinished,
                 now_ms=self._now_ms(),
+                valid_until_s=valid_until_s,
+            )
+        )
+        return _expect(reply, wire.KekMade).kek
+
+    @override
+    async def adopt_kek(
+        self,
+        reference: KekReference,
+        *,
+        kek_type: KekType | None = None,
+        valid_from_s: int | None = None,
+        valid_until_s: int | None = None,
+    ) -> Kek:
+        settings = self._settings
+        is_pinned = settings.method != "auto" or len(settings.vendor_facts.quirks.methods) == 1
+        reply = await self._administer(
+            wire.AdoptKek(
+                reference=reference,
+                methods=settings.methods(kek_type),
+                is_method_pinned=is_pinned,
+                now_ms=self._now_ms(),
+                valid_from_s=valid_from_s,
+                valid_until_s=valid_until_s,
             )
         )
         return _expect(reply, wire.KekMade).kek
@@ -243,8 +300,10 @@ class Pkcs11Source(KeySource):
 
     @override
     async def describe(self) -> dict[str, object]:
-        reply = await self._administer(wire.Describe(methods=NEGOTIATED_METHODS))
-        return _expect(reply, wire.Described).facts
+        vendor = self._settings.vendor_facts
+        reply = await self._administer(wire.Describe(methods=vendor.quirks.methods))
+        known = {"title": vendor.title, "ran_on": vendor.ran_on, "notes": list(vendor.notes)}
+        return _expect(reply, wire.Described).facts | {"vendor": known}
 
     @override
     async def close(self) -> None:
@@ -252,6 +311,11 @@ class Pkcs11Source(KeySource):
 
     def _hello(self) -> wire.Hello:
         pin = self._gate.read()
+        vendor = self._settings.vendor_facts
+        if vendor.pin_pattern and not re.fullmatch(vendor.pin_pattern, pin.text, re.DOTALL):
+            raise KeySourceError(
+                f"PIN file {self._settings.pin_file}: {vendor.title} wants {vendor.pin_form}; not tried"
+            )
         self._pin_note = pin.note
         return wire.Hello(
             module_path=str(self._settings.module_path),
@@ -262,6 +326,7 @@ class Pkcs11Source(KeySource):
             agent_id=self._agent_id,
             signing_key_file=_absolute(self._signing_key_file),
             signing_certificate_file=_absolute(self._signing_certificate_file),
+            quirks=vendor.quirks,
         )
 
     async def _one_pass(self, kek: Kek, *, fresh: bool) -> Diagnosis:
@@ -369,6 +434,12 @@ def _expect[T: wire.Message](reply: wire.Reply, kind: type[T]) -> T:
     if not isinstance(reply, kind):
         raise KeySourceError(f"the HSM worker answered {type(reply).__name__}, not {kind.__name__}")
     return reply
+
+
+def _vendor_environment(settings: Pkcs11Settings) -> dict[str, str]:
+    """What the vendor's module reads and is set here, then what the settings say."""
+    inherited = {name: os.environ[name] for name in settings.vendor_facts.variables if name in os.environ}
+    return inherited | settings.environment
 
 
 def _absolute(path: Path | None) -> str | None:

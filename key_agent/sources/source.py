@@ -21,6 +21,7 @@ __all__ = [
     "EnvelopeResult",
     "Kek",
     "KekReference",
+    "KekType",
     "KeySource",
     "NewKey",
     "Recipient",
@@ -31,15 +32,55 @@ __all__ = [
 ]
 
 
+class KekType(StrEnum):
+    """What kind of key a KEK is. The public half of an asymmetric one lets other environments wrap for it."""
+
+    AES_256 = "aes-256"
+    RSA_3072 = "rsa-3072"
+    EC_P256 = "ec-p256"
+
+
 class WrapMethod(StrEnum):
-    """How the KEK wraps KM; stored with every wrapped key and never changed silently (hsm.md 4)."""
+    """How the KEK wraps KM; stored with every wrapped key and never changed silently (docs/hsm.md)."""
 
     GCM = "gcm"
     """AES-256-GCM, IV from the HSM's generator: IV (12) ‖ ciphertext ‖ tag (16), binding as AAD."""
+    GCM_IN_PLACE = "gcm-in-place"
+    """The same bytes; the HSM makes the IV and writes it over the zeros that it was given."""
+    GCM_APPENDED = "gcm-appended"
+    """The HSM makes the IV and appends it: IV size (1) ‖ IV (12 or 16) ‖ ciphertext ‖ tag (16)."""
     KW = "kw"
-    """AES key wrap (RFC 3394) of SHA-256(binding) ‖ KM."""
+    """AES key wrap (RFC 3394) of SHA-256(binding) ‖ KM ‖ zeros up to a multiple of 8."""
     CBC_HMAC = "cbc+hmac"
-    """Reserved for tokens with neither; refused today."""
+    """AES-256-CBC and HMAC-SHA-256 by two HSM keys: IV (16) ‖ ciphertext ‖ HMAC (32)."""
+    RSA_OAEP_256 = "rsa-oaep-256"
+    """OAEP (SHA-256) of a content key ‖ AES-256-GCM of KM by it ‖ HMAC by a second HSM key."""
+    RSA_OAEP_1 = "rsa-oaep-1"
+    """The same with SHA-1 in the OAEP, for HSMs that have no other. OAEP needs no collision resistance."""
+    ECDH_ES = "ecdh-es"
+    """ECDH-ES+A256KW of a content key ‖ AES-256-GCM of KM by it ‖ HMAC by a second HSM key."""
+    TRANSIT = "transit"
+    """OpenBao's transit engine: its ciphertext, the binding as associated data."""
+
+    @property
+    def kek_type(self) -> KekType:
+        match self:
+            case WrapMethod.RSA_OAEP_256 | WrapMethod.RSA_OAEP_1:
+                return KekType.RSA_3072
+            case WrapMethod.ECDH_ES:
+                return KekType.EC_P256
+            case _:
+                return KekType.AES_256
+
+    @property
+    def has_mac_key(self) -> bool:
+        """Whether a second key in the HSM authenticates what the KEK wraps. One gone, the KEK is gone."""
+        return self in (
+            WrapMethod.CBC_HMAC,
+            WrapMethod.RSA_OAEP_256,
+            WrapMethod.RSA_OAEP_1,
+            WrapMethod.ECDH_ES,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +107,18 @@ class Kek:
     """Worthless random bytes under this KEK: opening them proves the KEK."""
     canary_sha256: bytes
     created_at_ms: int
+    public_key_der: bytes = b""
+    """SubjectPublicKeyInfo of an asymmetric KEK, pinned: what is sealed to it is not asked of the token."""
+    valid_from_s: int | None = None
+    """Unix seconds; before it a diagnosis says `kek_expired`. Besides CKA_START_DATE."""
+    valid_until_s: int | None = None
+    """Unix seconds, not included. Besides CKA_END_DATE, which no token enforces and some cannot read."""
+    is_adopted: bool = False
+    """Made by the HSM's owner, not by `create_kek`."""
+
+    @property
+    def kek_type(self) -> KekType:
+        return self.method.kek_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +212,37 @@ class KeySource(ABC):
     """An HSM or key server. Each method raises `KeySourceError` (or a child) and nothing else on failure."""
 
     @abstractmethod
-    async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
+    async def create_kek(
+        self,
+        reference: KekReference,
+        *,
+        kek_type: KekType | None = None,
+        valid_until_s: int | None = None,
+        replace_unfinished: bool = False,
+    ) -> Kek:
         """Make the KEK in the HSM, check that it is sensitive and cannot be extracted, and make its canary.
+
+        Without *kek_type* the first wrap method that works decides. *valid_until_s*: Unix seconds.
 
         A key of that name in the token is an error, for somebody's data may need it. *replace_unfinished*
         says that the registry knows better: it named this KEK and crashed before it was made; then what is
         there is destroyed. UnsupportedError if the token weakens the key or offers no wrap method.
+        """
+
+    @abstractmethod
+    async def adopt_kek(
+        self,
+        reference: KekReference,
+        *,
+        kek_type: KekType | None = None,
+        valid_from_s: int | None = None,
+        valid_until_s: int | None = None,
+    ) -> Kek:
+        """Take a key that the HSM's owner made, named by label and id, as the KEK; nothing in it is changed.
+
+        It has to be as strong as one that `create_kek` makes and to show a wrap method. Where the method
+        needs a second key for its HMAC, its label and its id are the KEK's with `-mac`; it is made if the
+        token lets it be. UnsupportedError says what is missing.
         """
 
     @abstractmethod

@@ -14,6 +14,7 @@ import msgspec
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, NetworkService
 from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, NewKey, WrapMethod, WrappedKey
+from key_agent.sources.vendors import Quirks
 from key_agent.sources.verdict import Verdict
 
 LENGTH_SIZE: Final = 4
@@ -39,6 +40,7 @@ class Hello(Message, tag="hello"):
     agent_id: str
     signing_key_file: str | None
     signing_certificate_file: str | None
+    quirks: Quirks = msgspec.field(default_factory=Quirks)
 
     @override
     def __repr__(self) -> str:
@@ -51,6 +53,17 @@ class CreateKek(Message, tag="create-kek"):
     """Candidates, best first."""
     replace_unfinished: bool
     now_ms: int
+    valid_until_s: int | None = None
+
+
+class AdoptKek(Message, tag="adopt-kek"):
+    reference: KekReference
+    methods: tuple[WrapMethod, ...]
+    is_method_pinned: bool
+    """The operator or the vendor's file names the method: it is not tried on a throw-away key first."""
+    now_ms: int
+    valid_from_s: int | None = None
+    valid_until_s: int | None = None
 
 
 class DestroyKek(Message, tag="destroy-kek"):
@@ -93,7 +106,18 @@ class Describe(Message, tag="describe"):
     methods: tuple[WrapMethod, ...]
 
 
-Request = Hello | CreateKek | DestroyKek | EnableKek | Generate | Rewrap | SealEnvelopes | Diagnose | Describe
+Request = (
+    Hello
+    | CreateKek
+    | AdoptKek
+    | DestroyKek
+    | EnableKek
+    | Generate
+    | Rewrap
+    | SealEnvelopes
+    | Diagnose
+    | Describe
+)
 
 
 class Done(Message, tag="done"):

@@ -14,19 +14,18 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import BinaryIO, Final, NoReturn
+from typing import BinaryIO, NoReturn
 
 from pkcs11 import PKCS11Error
 
 from envelope.errors import SealgateError
 from key_agent.errors import KeySourceError
 from key_agent.sources import wire
+from key_agent.sources.envelopes import Signer
 from key_agent.sources.hsm import diagnosis, keks, material
 from key_agent.sources.hsm.session import Token
 from key_agent.sources.verdict import Verdict
 from runtime.lifecycle import end_with_parent, harden_process
-
-PROBE_ID_SIZE: Final = 16
 
 
 def main() -> NoReturn:
@@ -75,7 +74,12 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
 class _Worker:
     def __init__(self, hello: wire.Hello) -> None:
         self._token = Token(
-            hello.module_path, hello.token_label, hello.token_serial, hello.pin, hello.module_arguments
+            hello.module_path,
+            hello.token_label,
+            hello.token_serial,
+            hello.pin,
+            hello.module_arguments,
+            hello.quirks,
         )
         self._agent_id = hello.agent_id
         self._signing_files = (hello.signing_key_file, hello.signing_certificate_file)
@@ -102,9 +106,23 @@ class _Worker:
                 kek = keks.create_kek(
                     token,
                     request.reference,
-                    request.methods,
+                    keks.Making(
+                        methods=request.methods, now_ms=request.now_ms, valid_until_s=request.valid_until_s
+                    ),
                     replace_unfinished=request.replace_unfinished,
-                    now_ms=request.now_ms,
+                )
+                return wire.KekMade(kek=kek)
+            case wire.AdoptKek():
+                kek = keks.adopt_kek(
+                    token,
+                    request.reference,
+                    keks.Making(
+                        methods=request.methods,
+                        now_ms=request.now_ms,
+                        valid_from_s=request.valid_from_s,
+                        valid_until_s=request.valid_until_s,
+                    ),
+                    is_method_pinned=request.is_method_pinned,
                 )
                 return wire.KekMade(kek=kek)
             case wire.DestroyKek():
@@ -132,18 +150,19 @@ class _Worker:
                 )
                 return wire.Sealed(results=results)
             case wire.Diagnose():
+                token.look_afresh()
                 found = diagnosis.diagnose(token, request.kek, now_s=request.now_s)
                 return wire.Diagnosed(verdict=found.verdict, detail=found.detail)
             case wire.Describe():
                 return wire.Described(facts=self._describe(request))
         return wire.Done()
 
-    def _signer(self) -> material.Signer:
+    def _signer(self) -> Signer:
         """Read anew for every batch: a renewed certificate is used without a restart."""
         key_file, certificate_file = self._signing_files
         if key_file is None or certificate_file is None:
             raise KeySourceError("no signing key is configured")
-        return material.Signer.load(self._agent_id, Path(key_file), Path(certificate_file))
+        return Signer.load(self._agent_id, Path(key_file), Path(certificate_file))
 
     def _describe(self, request: wire.Describe) -> dict[str, object]:
         token, library = self._token.token(), self._token.library
@@ -162,7 +181,7 @@ class _Worker:
                 "model": token.model,
             },
         }
-        facts["methods"] = keks.try_methods(self._token, request.methods, os.urandom(PROBE_ID_SIZE))
+        facts["methods"] = keks.try_methods(self._token, request.methods)
         return facts
 
 

@@ -6,20 +6,29 @@
    on a clean session. A token whose decryption is broken is unreachable, however well its searches and its
    generator do.
 3. One pass is not the verdict. The caller makes a second one in a new worker, and that one counts.
+4. The registry's dates are compared first: no token enforces its own, and some cannot even read them.
 """
 
 import hmac
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from hashlib import sha256
 from typing import Any
 
-from pkcs11 import Attribute, KeyType, PKCS11Error
+from pkcs11 import Attribute, ObjectClass, PKCS11Error
 
 from envelope.keys import KEY_MATERIAL_SIZE
 from key_agent.errors import KeySourceError, error_of
-from key_agent.sources.hsm.keks import find_kek
-from key_agent.sources.hsm.session import Token, attribute, find_keys, sees_canary_key
-from key_agent.sources.hsm.wrapping import Wrapping, WrongBindingError, canary_binding, wrapping_of
+from key_agent.sources.hsm.key_objects import KekName, find_kek, look_for_kek, public_keys_in_token
+from key_agent.sources.hsm.methods import wrapping_of
+from key_agent.sources.hsm.session import Token, attribute, sees_canary_key
+from key_agent.sources.hsm.wrapping import (
+    KekObjects,
+    Wrapping,
+    WrongBindingError,
+    canary_binding,
+    random_bytes,
+)
 from key_agent.sources.source import Kek
 from key_agent.sources.verdict import Diagnosis, Verdict
 
@@ -27,29 +36,32 @@ from key_agent.sources.verdict import Diagnosis, Verdict
 def diagnose(token: Token, kek: Kek, *, now_s: float) -> Diagnosis:
     """One pass, on a session of its own."""
     try:
-        return _diagnose(token, kek, _day(now_s))
+        return _diagnose(token, kek, now_s)
     except KeySourceError as error:
         return error.diagnosis
     except PKCS11Error as error:
         return Diagnosis(Verdict.UNREACHABLE, f"PKCS#11: {type(error).__name__}")
 
 
-def _diagnose(token: Token, kek: Kek, today: date) -> Diagnosis:
-    wrapping = wrapping_of(kek.method)
-    found = _search(token, kek)
+def _diagnose(token: Token, kek: Kek, now_s: float) -> Diagnosis:
+    ended = _end_in_registry(kek, now_s)
+    if ended is not None:
+        return ended
+    wrapping = wrapping_of(kek.method, token.quirks.mechanisms)
+    found = _search(token, kek, wrapping)
     if isinstance(found, Diagnosis):
         return found
-    state = _state(found, wrapping, today)
+    state = _state(found, wrapping, _day(now_s))
     if state is not None:
         return state
     if _opens_canary(token, kek, wrapping, found):
         return Diagnosis(Verdict.OK, "the KEK opened its canary")
-    found = _search(token, kek)
+    found = _search(token, kek, wrapping)
     if isinstance(found, Diagnosis):
         return found
     if _opens_canary(token, kek, wrapping, found):
         return Diagnosis(Verdict.OK, "the KEK opened its canary at the second attempt")
-    found = _search(token, kek)
+    found = _search(token, kek, wrapping)
     if isinstance(found, Diagnosis):
         return found
     if _round_trips(token, kek, wrapping, found):
@@ -57,14 +69,17 @@ def _diagnose(token: Token, kek: Kek, today: date) -> Diagnosis:
     return Diagnosis(Verdict.UNREACHABLE, "the KEK seals and does not open what it sealed")
 
 
-def usable_kek(token: Token, kek: Kek, *, now_s: float) -> Any:
-    """The key object of *kek* on the current session, to be used for this call only.
+def usable_kek(token: Token, kek: Kek, *, now_s: float) -> KekObjects:
+    """The key objects of *kek* on the current session, to be used for this call only.
 
     It has opened its canary: nothing is ever wrapped by another key of that name. KeySourceError
     if it is missing, ambiguous, disabled, past its end, or not that key; that alone proves nothing yet.
     """
-    found = find_kek(token, kek)
-    wrapping = wrapping_of(kek.method)
+    ended = _end_in_registry(kek, now_s)
+    if ended is not None:
+        raise error_of(ended)
+    wrapping = wrapping_of(kek.method, token.quirks.mechanisms)
+    found = find_kek(token.session(serial=kek.token_serial), KekName.of(kek), wrapping)
     state = _state(found, wrapping, _day(now_s))
     if state is not None:
         raise error_of(state)
@@ -77,28 +92,43 @@ def _day(now_s: float) -> date:
     return datetime.fromtimestamp(now_s, UTC).date()
 
 
-def _search(token: Token, kek: Kek) -> Any | Diagnosis:
+def _end_in_registry(kek: Kek, now_s: float) -> Diagnosis | None:
+    if kek.valid_until_s is not None and now_s >= kek.valid_until_s:
+        return Diagnosis(Verdict.KEK_EXPIRED, f"the KEK ended on {_text(kek.valid_until_s)}")
+    if kek.valid_from_s is not None and now_s < kek.valid_from_s:
+        return Diagnosis(Verdict.KEK_EXPIRED, f"the KEK begins on {_text(kek.valid_from_s)} only")
+    return None
+
+
+def _text(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(sep=" ")
+
+
+def _search(token: Token, kek: Kek, wrapping: Wrapping) -> KekObjects | Diagnosis:
     """The KEK on a new session, or what its absence means."""
     session = token.renew(serial=kek.token_serial)
     label = kek.reference.label
-    found = find_keys(session, label, kek.reference.object_id)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        return Diagnosis(Verdict.KEK_AMBIGUOUS, f"{len(found)} keys are named {label!r}")
+    found = look_for_kek(session, KekName.of(kek), wrapping)
+    if found.kek is not None:
+        return found.kek
+    if not found.is_missing:
+        return Diagnosis(Verdict.KEK_AMBIGUOUS, f"{found.what} are named {label!r}")
     if sees_canary_key(session):
-        return Diagnosis(Verdict.KEK_DESTROYED, f"no key is named {label!r}, and the canary key is visible")
+        return Diagnosis(
+            Verdict.KEK_DESTROYED, f"{found.what} named {label!r}, and the canary key is visible"
+        )
     return Diagnosis(Verdict.TOKEN_CHANGED, "neither the KEK nor the canary key is in the token")
 
 
-def _state(found: Any, wrapping: Wrapping, today: date) -> Diagnosis | None:
+def _state(found: KekObjects, wrapping: Wrapping, today: date) -> Diagnosis | None:
     """What the KEK's attributes say, or None for nothing."""
-    if attribute(found, Attribute.KEY_TYPE) not in (None, KeyType.AES):
-        return Diagnosis(Verdict.KEK_REPLACED, "the key of that name is no AES key")
-    if attribute(found, wrapping.opening) is False:
+    if attribute(found.key, Attribute.KEY_TYPE) not in (None, wrapping.key_type):
+        return Diagnosis(Verdict.KEK_REPLACED, f"the key of that name is no {wrapping.key_type.name} key")
+    if attribute(found.key, wrapping.opening) is False:
         return Diagnosis(Verdict.KEK_DISABLED, f"{wrapping.opening.name} of the KEK is false")
-    # No token enforces these dates (hsm.md 1.9).
-    ends, starts = _date(found, Attribute.END_DATE), _date(found, Attribute.START_DATE)
+    if found.mac is not None and attribute(found.mac, Attribute.SIGN) is False:
+        return Diagnosis(Verdict.KEK_DISABLED, "SIGN of the KEK's HMAC key is false")
+    ends, starts = _date(found.key, Attribute.END_DATE), _date(found.key, Attribute.START_DATE)
     if ends is not None and today > ends:
         return Diagnosis(Verdict.KEK_EXPIRED, f"the KEK ended on {ends}")
     if starts is not None and today < starts:
@@ -115,7 +145,7 @@ def _date(found: Any, name: Attribute) -> date | None:
     return value if isinstance(value, date) else None
 
 
-def _opens_canary(token: Token, kek: Kek, wrapping: Wrapping, found: Any) -> bool:
+def _opens_canary(token: Token, kek: Kek, wrapping: Wrapping, found: KekObjects) -> bool:
     session = token.session(serial=kek.token_serial)
     try:
         canary = wrapping.open(session, found, kek.canary_ciphertext, canary_binding(kek.reference))
@@ -124,9 +154,20 @@ def _opens_canary(token: Token, kek: Kek, wrapping: Wrapping, found: Any) -> boo
     return hmac.compare_digest(sha256(canary).digest(), kek.canary_sha256)
 
 
-def _round_trips(token: Token, kek: Kek, wrapping: Wrapping, found: Any) -> bool:
+def _round_trips(token: Token, kek: Kek, wrapping: Wrapping, found: KekObjects) -> bool:
+    """Fresh bytes, sealed and opened by what is there now; a key pair by the public half in the token."""
     session = token.session(serial=kek.token_serial)
+    candidates = [found]
+    if wrapping.object_class is ObjectClass.PRIVATE_KEY:
+        shown = public_keys_in_token(session, found.key, KekName.of(kek))
+        candidates = [replace(found, public_key_der=public_key_der) for public_key_der in shown]
     binding = canary_binding(kek.reference)
-    fresh: bytes = session.generate_random(8 * KEY_MATERIAL_SIZE)
-    sealed = wrapping.seal(session, found, fresh, binding)
-    return wrapping.open(session, found, sealed, binding) == fresh
+    fresh = random_bytes(session, KEY_MATERIAL_SIZE)
+    for candidate in candidates:
+        sealed = wrapping.seal(session, candidate, fresh, binding)
+        try:
+            if wrapping.open(session, candidate, sealed, binding) == fresh:
+                return True
+        except WrongBindingError:
+            continue
+    return False

@@ -8,20 +8,13 @@
 """
 
 import hmac
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pkcs11 import PKCS11Error
 
-from envelope.derive import ekm_binding
-from envelope.errors import MisuseError, SealgateError
 from envelope.keys import (
     KEY_MATERIAL_SIZE,
     KeyId,
@@ -31,45 +24,27 @@ from envelope.keys import (
     NetworkService,
     SigningAlgorithm,
 )
-from envelope.material import Claims, Operation, key_check, seal_envelope
 from key_agent.errors import KeySourceError, UnsupportedError, error_of
+from key_agent.sources.envelopes import (
+    Signer,
+    WrappedKeyError,
+    binding_under,
+    check_value,
+    is_sound,
+    material_of,
+    seal_request,
+)
 from key_agent.sources.hsm.diagnosis import diagnose, usable_kek
+from key_agent.sources.hsm.methods import wrapping_of
 from key_agent.sources.hsm.session import Token
-from key_agent.sources.hsm.wrapping import Wrapping, WrongBindingError, wipe, wrapping_of
-from key_agent.sources.signing_keys import SEED_SIZE, der_size, is_key_for, make_signing_key
-from key_agent.sources.source import EnvelopeRequest, Kek, NewKey, Recipient, WrappedKey
+from key_agent.sources.hsm.wrapping import KekObjects, Wrapping, WrongBindingError, random_bytes
+from key_agent.sources.signing_keys import SEED_SIZE, der_size, make_signing_key
+from key_agent.sources.source import EnvelopeRequest, Kek, NewKey, WrappedKey
 from key_agent.sources.verdict import Verdict
 from key_agent.sources.wire import SealedEnvelopes
+from runtime.memory import wipe
 
 TOKEN_ID_SIZE: Final = 16
-
-
-class WrappedKeyError(Exception):
-    """This one wrapped key does not open although the KEK is sound. The text says why, for people."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Signer:
-    """The agent's signing identity."""
-
-    agent_id: str
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
-
-    @classmethod
-    def load(cls, agent_id: str, key_file: Path, certificate_file: Path) -> "Signer":
-        """KeySourceError if a file cannot be read, the key is no EC key, or the certificate is not its."""
-        try:
-            key = load_pem_private_key(key_file.read_bytes(), password=None)
-            certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
-        except (OSError, ValueError, TypeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-            raise KeySourceError(
-                f"signing key {key_file} or certificate {certificate_file}: {reason}"
-            ) from None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise KeySourceError(f"{certificate_file} is not the certificate of the EC key in {key_file}")
-        return cls(agent_id=agent_id, key=key, certificate=certificate)
 
 
 def generate(
@@ -86,7 +61,7 @@ def generate(
     return tuple(made)
 
 
-def _generate_one(token: Token, kek: Kek, key: Any, new: NewKey, now_ms: int) -> WrappedKey:
+def _generate_one(token: Token, kek: Kek, key: KekObjects, new: NewKey, now_ms: int) -> WrappedKey:
     material = _new_material(token.session(serial=kek.token_serial), new)
     row = WrappedKey(
         owner=new.owner,
@@ -103,7 +78,7 @@ def _generate_one(token: Token, kek: Kek, key: Any, new: NewKey, now_ms: int) ->
     )
     try:
         # A dead generator's zeros are refused here (envelope/derive.py, rule 3).
-        row = replace(row, kcv=_check_value(material, row))
+        row = replace(row, kcv=check_value(material, row))
         return _wrap(token, kek, key, material, row, now_ms=now_ms)
     except PKCS11Error as error:
         if len(material) == KEY_MATERIAL_SIZE:
@@ -119,33 +94,32 @@ def _generate_one(token: Token, kek: Kek, key: Any, new: NewKey, now_ms: int) ->
 
 def _new_material(session: Any, new: NewKey) -> bytes:
     if new.use is KeyUse.DATA:
-        material: bytes = session.generate_random(8 * KEY_MATERIAL_SIZE)  # counts bits
-        return material
-    seed: bytes = session.generate_random(8 * SEED_SIZE)
+        return random_bytes(session, KEY_MATERIAL_SIZE)
+    seed = random_bytes(session, SEED_SIZE)
     try:
         return make_signing_key(SigningAlgorithm(new.algorithm or ""), seed)
-    except ValueError as error:
-        raise KeySourceError(str(error)) from None
     finally:
         wipe(seed)
 
 
-def _wrap(token: Token, kek: Kek, key: Any, material: bytes, row: WrappedKey, *, now_ms: int) -> WrappedKey:
+def _wrap(
+    token: Token, kek: Kek, key: KekObjects, material: bytes, row: WrappedKey, *, now_ms: int
+) -> WrappedKey:
     """*row* with *material* under *kek*: sealed, opened again, compared. The caller wipes *material*."""
     session = token.session(serial=kek.token_serial)
-    wrapping = wrapping_of(kek.method)
-    binding = _binding(row.owner, row.key_id, kek)
+    wrapping = wrapping_of(kek.method, token.quirks.mechanisms)
+    binding = binding_under(row.owner, row.key_id, kek)
     wrapped = wrapping.seal(session, key, material, binding)
-    size = wrapping.sealed_size(len(material))
-    if len(wrapped) != size:
-        raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {size}")
+    sizes = wrapping.sealed_sizes(len(material))
+    if len(wrapped) not in sizes:
+        raise KeySourceError(f"the token wrapped to {len(wrapped)} bytes, not {sizes}")
     try:
         opened = _without_padding(wrapping.open(session, key, wrapped, binding), wrapping, row.use)
     except WrappedKeyError:
         same = False
     else:
         try:
-            same = hmac.compare_digest(opened, material) and _is_sound(opened, row)
+            same = hmac.compare_digest(opened, material) and is_sound(opened, row)
         finally:
             wipe(opened)
     if not same:
@@ -197,64 +171,10 @@ def seal_envelopes(
     deadline = time.monotonic() + budget_s
     results = []
     for request in requests:
-        results.append(_seal_request(opener, signer, request))
+        results.append(seal_request(opener, signer, request))
         if time.monotonic() >= deadline:
             break
     return tuple(results)
-
-
-def _seal_request(opener: "_Opener", signer: Signer, request: EnvelopeRequest) -> SealedEnvelopes:
-    keys: list[KeyMaterial] = []
-    failed_keys: list[tuple[KeyId, str]] = []
-    tokens: list[tuple[str, str]] = []
-    failed_recipients: list[tuple[str, str]] = []
-    try:
-        for row, state in request.keys:
-            try:
-                keys.append(opener.open(request.owner, row, state))
-            except WrappedKeyError as error:
-                failed_keys.append((row.key_id, str(error)))
-        # No keys: an empty `set` would be the revoke message (docs/format.md 5).
-        for recipient in request.recipients if keys else ():
-            try:
-                tokens.append((recipient.audience, _seal_one(signer, request, recipient, tuple(keys))))
-            except (ValueError, TypeError, SealgateError) as error:
-                # Of the error only its class: a text of a library that has held KM is not repeated.
-                failed_recipients.append(
-                    (recipient.audience, f"cannot seal to its certificate ({type(error).__name__})")
-                )
-    finally:
-        for key in keys:
-            key.wipe()
-    return SealedEnvelopes(
-        owner=request.owner,
-        tokens=tuple(tokens),
-        failed_keys=tuple(failed_keys),
-        failed_recipients=tuple(failed_recipients),
-    )
-
-
-def _seal_one(
-    signer: Signer, request: EnvelopeRequest, recipient: Recipient, keys: tuple[KeyMaterial, ...]
-) -> str:
-    claims = Claims(
-        issuer=signer.agent_id,
-        audience=recipient.audience,
-        owner=request.owner,
-        issued_at_s=request.issued_at_s,
-        expires_at_s=request.expires_at_s,
-        sequence=recipient.sequence,
-        token_id=os.urandom(TOKEN_ID_SIZE),
-        nonce=recipient.nonce,
-        operation=Operation.SET,
-        keys=keys,
-    )
-    return seal_envelope(
-        claims,
-        recipient=x509.load_der_x509_certificate(recipient.certificate_der),
-        signing_key=signer.key,
-        signing_certificate=signer.certificate,
-    )
 
 
 class _Opener:
@@ -264,16 +184,16 @@ class _Opener:
         self._token = token
         self._kek = kek
         self._now_s = now_s
-        self._wrapping = wrapping_of(kek.method)
+        self._wrapping = wrapping_of(kek.method, token.quirks.mechanisms)
         self._key = usable_kek(token, kek, now_s=now_s)
 
     def open(self, owner: NetworkService, row: WrappedKey, state: KeyState) -> KeyMaterial:
         """The key in the clear. Raises as `reveal` does."""
         if state is KeyState.DESTROYED:
-            return _key_material(row, state, b"")
+            return material_of(row, state, b"")
         material = self.reveal(owner, row)
         try:
-            return _key_material(row, state, material)
+            return material_of(row, state, material)
         finally:
             wipe(material)
 
@@ -281,9 +201,9 @@ class _Opener:
         """KM, for the caller to wipe. WrappedKeyError: this one is bad. KeySourceError: KEK or token is."""
         self._check_place(owner, row)
         # Bound to *our* owner, key id, KEK and environment, not to what the row claims.
-        binding = _binding(owner, row.key_id, self._kek)
+        binding = binding_under(owner, row.key_id, self._kek)
         material = _without_padding(self._unwrap(row.wrapped, binding), self._wrapping, row.use)
-        if not _is_sound(material, row):
+        if not is_sound(material, row):
             wipe(material)
             raise WrappedKeyError("the key check value differs")
         return material
@@ -296,15 +216,15 @@ class _Opener:
         if row.method is not self._kek.method:
             raise WrappedKeyError(f"is wrapped by method {row.method}, the KEK's is {self._kek.method}")
         if row.use is KeyUse.DATA:
-            size = self._wrapping.sealed_size(KEY_MATERIAL_SIZE)
-            if len(row.wrapped) != size:
-                raise WrappedKeyError(f"has {len(row.wrapped)} bytes, not {size}")
+            sizes = self._wrapping.sealed_sizes(KEY_MATERIAL_SIZE)
+            if len(row.wrapped) not in sizes:
+                raise WrappedKeyError(f"has {len(row.wrapped)} bytes, not {sizes}")
 
     def _unwrap(self, wrapped: bytes, binding: bytes) -> bytes:
         try:
             return self._open(wrapped, binding)
-        except WrongBindingError:
-            raise WrappedKeyError("belongs to another place") from None
+        except WrongBindingError as error:
+            raise WrappedKeyError(f"belongs to another place or was changed: it {error}") from None
         except PKCS11Error:
             pass
         found = diagnose(self._token, self._kek, now_s=self._now_s)
@@ -347,39 +267,3 @@ def _without_padding(opened: bytes, wrapping: Wrapping, use: KeyUse) -> bytes:
     count = len(opened)
     wipe(opened)
     raise WrappedKeyError(f"opened to {count} bytes that are no key")
-
-
-def _key_material(row: WrappedKey, state: KeyState, secret: bytes) -> KeyMaterial:
-    return KeyMaterial(
-        owner=row.owner,
-        key_id=row.key_id,
-        state=state,
-        use=row.use,
-        algorithm=row.algorithm,
-        version=row.version,
-        secret=bytearray(secret),
-    )
-
-
-def _check_value(material: bytes, row: WrappedKey) -> bytes:
-    key = _key_material(row, KeyState.ACTIVE, material)
-    try:
-        return key_check(key)
-    finally:
-        key.wipe()
-
-
-def _is_sound(material: bytes, row: WrappedKey) -> bool:
-    """The kcv fits, and a signing key is of its algorithm's kind."""
-    if row.use is KeyUse.SIGN and not is_key_for(row.algorithm, material):
-        return False
-    try:
-        return hmac.compare_digest(_check_value(material, row), row.kcv)
-    except MisuseError:
-        return False
-
-
-def _binding(owner: NetworkService, key_id: KeyId, kek: Kek) -> bytes:
-    return ekm_binding(
-        owner, key_id, kek_id=kek.reference.kek_id, environment_id=kek.reference.environment_id
-    )

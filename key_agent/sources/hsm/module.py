@@ -1,8 +1,9 @@
 """Loading the PKCS#11 module, with arguments for those that need some (hsm.md 2.3).
 
-1. python-pkcs11 calls C_Initialize(NULL). A module that takes its configuration in `pReserved` (NSS) is
-   initialised here instead; then the locking flag is set too, for NULL mutexes without it are an error to
-   some.
+1. python-pkcs11 calls C_Initialize(NULL), which says "one thread", and that is what the worker is. A module
+   that takes its configuration in `pReserved` (NSS), or that is to lock by itself because it has threads of
+   its own (`os_locking`), is initialised here instead, with CKF_OS_LOCKING_OK. One that returns a new
+   function list at each call cannot be.
 2. Any other module is loaded as usual: not every vendor tolerates what is not asked for.
 """
 
@@ -22,9 +23,9 @@ _lib: Any = _pkcs11.lib  # typed as if its attributes could not be overridden, w
 _INITIALIZE_ARGUMENTS: Final = struct.Struct("@PPPPLP")
 
 
-def load_module(path: str, arguments: str) -> Any:
+def load_module(path: str, arguments: str, *, os_locking: bool = False) -> Any:
     """The library, initialised. pkcs11.PKCS11Error if it cannot be loaded or does not start."""
-    return _ConfiguredLibrary(path, arguments) if arguments else pkcs11.lib(path)
+    return _ConfiguredLibrary(path, arguments) if arguments or os_locking else pkcs11.lib(path)
 
 
 class _ConfiguredLibrary(_lib):  # type: ignore[misc]
@@ -61,7 +62,7 @@ class _ConfiguredLibrary(_lib):  # type: ignore[misc]
     def initialize(self) -> None:
         if self._running:
             return
-        address = ctypes.addressof(self._arguments)
+        address = ctypes.addressof(self._arguments) if self._arguments.value else 0
         code = self._start(_INITIALIZE_ARGUMENTS.pack(0, 0, 0, 0, CKF_OS_LOCKING_OK, address))
         if code not in (CKR_OK, CKR_CRYPTOKI_ALREADY_INITIALIZED):
             raise pkcs11.PKCS11Error(f"C_Initialize answered {code:#x}")

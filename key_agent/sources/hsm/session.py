@@ -4,7 +4,8 @@
 2. One session at a time. `renew` throws it away: after an error a session may hold a dead operation for
    ever (hsm.md 1.4). If it does not even close, C_Finalize takes it down.
 3. One login attempt per PIN: after a refusal this process never logs in again.
-4. Keys are found by class, label and id, exactly one, and never kept across requests. Error *classes* say
+4. Keys are found by class, label and id, exactly one, and never kept across requests. A KEK's HMAC key has
+   its label and its id, both with `-mac`. Error *classes* say
    little, they differ by vendor and version (hsm.md 1.3): states are told apart by `diagnosis`, not here.
 """
 
@@ -27,6 +28,7 @@ from pkcs11.exceptions import (
 
 from key_agent.errors import KeySourceError, LoginRefusedError
 from key_agent.sources.hsm.module import load_module
+from key_agent.sources.vendors import Quirks
 from key_agent.sources.verdict import Verdict
 
 CANARY_KEY_LABEL: Final = "sealgate-canary"
@@ -46,6 +48,7 @@ class Token:
     serial: str | None
     pin: str = field(repr=False)
     module_arguments: str = ""
+    quirks: Quirks = field(default_factory=Quirks)
     _library: Any = field(default=None, init=False)
     _session: Any = field(default=None, init=False)
     _held_serial: str = field(default="", init=False)
@@ -53,7 +56,9 @@ class Token:
 
     def load(self) -> None:
         """Load the module and call C_Initialize. Once per process."""
-        self._library = load_module(self.module_path, self.module_arguments)
+        self._library = load_module(
+            self.module_path, self.module_arguments, os_locking=self.quirks.os_locking
+        )
 
     def session(self, *, serial: str | None = None) -> Any:
         """The open session, or a new one on the token whose serial is *serial* (or the settings')."""
@@ -80,6 +85,12 @@ class Token:
             session.close()
         except PKCS11Error:
             # `close` gives up before C_CloseSession when C_Logout fails: the session would leak.
+            self._reinitialize()
+
+    def look_afresh(self) -> None:
+        """Before a look at a KEK: a module that keeps its list of keys is made to read it again."""
+        if self.quirks.reinitialize_before_look:
+            self.close()
             self._reinitialize()
 
     @property
@@ -140,8 +151,8 @@ class Token:
             self._refusal = LoginRefusedError("the token's user PIN is locked", verdict=Verdict.AUTH_LOCKED)
             raise self._refusal
         try:
-            # Always read-write: some vendors have no read-only sessions.
-            return token.open(rw=True, user_pin=self.pin)
+            # Read-write wherever it is possible: some vendors have no read-only sessions.
+            return token.open(rw=self.quirks.read_write, user_pin=self.pin)
         except PinLocked:
             self._refusal = LoginRefusedError("the token's user PIN is locked", verdict=Verdict.AUTH_LOCKED)
         except _WRONG_PIN as error:
@@ -165,15 +176,38 @@ def _serial_of(token: Any) -> str:
     return serial.decode(errors="backslashreplace")
 
 
-def find_keys(session: Any, label: str, object_id: bytes) -> list[Any]:
-    """Every secret key of that label and id that this login can see."""
-    template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.LABEL: label, Attribute.ID: object_id}
+def find_keys(
+    session: Any, label: str, object_id: bytes, *, object_class: ObjectClass = ObjectClass.SECRET_KEY
+) -> list[Any]:
+    """Every key of that class, label and id that this login can see."""
+    template = {Attribute.CLASS: object_class, Attribute.LABEL: label, Attribute.ID: object_id}
     return list(session.get_objects(template))
 
 
+def find_mac_keys(session: Any, label: str, object_id: bytes) -> list[Any]:
+    """Every HMAC key that belongs to the KEK of that label and id."""
+    return find_keys(session, *mac_name(label, object_id))
+
+
+def mac_name(label: str, object_id: bytes) -> tuple[str, bytes]:
+    """Label and id of the HMAC key of a KEK. Not the KEK's id: NSS replaces a secret key of the same id."""
+    return f"{label}-mac", object_id + b"-mac"
+
+
+def find_everything(session: Any, label: str, object_id: bytes) -> list[Any]:
+    """Whatever bears the KEK's name: secret, private and public key, and the HMAC key."""
+    classes = (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
+    found = [key for each in classes for key in find_keys(session, label, object_id, object_class=each)]
+    return found + find_mac_keys(session, label, object_id)
+
+
 def sees_canary_key(session: Any) -> bool:
-    """True proves that private objects of this token are visible: what is not found beside it is gone."""
-    return bool(find_keys(session, CANARY_KEY_LABEL, CANARY_KEY_ID))
+    """True proves that private objects of this token are visible: what is not found beside it is gone.
+
+    By label only: on some HSMs nobody chooses ids.
+    """
+    template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.LABEL: CANARY_KEY_LABEL}
+    return bool(list(session.get_objects(template)))
 
 
 def attribute(key: Any, name: Attribute) -> Any:
@@ -185,10 +219,10 @@ def attribute(key: Any, name: Attribute) -> Any:
 
 
 def destroy_all(token: Token, label: str, object_id: bytes, *, serial: str | None) -> None:
-    """Destroy every key of that name and search again on a new session. KeySourceError if one is left."""
-    for key in find_keys(token.renew(serial=serial), label, object_id):
+    """Destroy everything of that name and search again on a new session. KeySourceError if one is left."""
+    for key in find_everything(token.renew(serial=serial), label, object_id):
         key.destroy()
-    left = len(find_keys(token.renew(serial=serial), label, object_id))
+    left = len(find_everything(token.renew(serial=serial), label, object_id))
     if left:
         raise KeySourceError(f"the token reported success and still has {left} keys named {label!r}")
 

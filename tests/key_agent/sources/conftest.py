@@ -30,6 +30,41 @@ ANOTHER_REFERENCE = KekReference(
 )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What somebody with other tools has to know of a KEK of one method."""
+
+    opening: str
+    """The attribute that disables it."""
+    capabilities: int
+    """PKCS#11 mechanism flags: ENCRYPT 0x100, DECRYPT 0x200, WRAP 0x20000, UNWRAP 0x40000, DERIVE 0x80000."""
+    object_class: str = "SECRET_KEY"
+    key_type: str = "AES"
+    function: str = "C_Decrypt"
+    """The function that opens."""
+
+    @property
+    def where(self) -> dict[str, str]:
+        return {"class": self.object_class}
+
+    @property
+    def make(self) -> dict[str, Any]:
+        return {"type": self.key_type, "capabilities": self.capabilities}
+
+
+KINDS = {
+    "gcm": Kind("DECRYPT", 0x300),
+    "gcm-in-place": Kind("DECRYPT", 0x300),
+    "gcm-appended": Kind("DECRYPT", 0x300),
+    "kw": Kind("UNWRAP", 0x60000, function="C_UnwrapKey"),
+    "cbc+hmac": Kind("DECRYPT", 0x300),
+    "rsa-oaep-256": Kind("DECRYPT", 0x300, "PRIVATE_KEY", "RSA"),
+    "rsa-oaep-1": Kind("DECRYPT", 0x300, "PRIVATE_KEY", "RSA"),
+    "ecdh-es": Kind("DERIVE", 0x80000, "PRIVATE_KEY", "EC", "C_DeriveKey"),
+}
+SOFTHSM_METHODS = ["gcm", "kw", "cbc+hmac", "rsa-oaep-1", "ecdh-es"]
+
+
 @pytest.fixture
 def hsm(tmp_path: Path) -> SoftHsm:
     return SoftHsm.create(tmp_path / "hsm")
@@ -61,6 +96,10 @@ class FakeModule:
             "FAKE_HSM_MODULE": str(self.hsm.module),
         }
         return self.hsm.settings(**({"module_path": self.library, "environment": environment} | changes))
+
+    def be(self, *modes: str) -> None:
+        """From now on the HSM is like that."""
+        (self.hsm.directory / "modes").write_text("\n".join(modes))
 
     def fail(self, **faults: str) -> None:
         """From now on *function* does so: `fail(C_Decrypt="hang")`."""

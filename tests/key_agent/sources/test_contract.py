@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import msgspec
 import pytest
 from cryptography import x509
 
@@ -16,18 +17,22 @@ from tests.fakes.key_source import FakeKeySource
 from tests.key_agent.sources.conftest import (
     AGENT,
     ANOTHER_REFERENCE,
+    KINDS,
     NONCE,
     REFERENCE,
+    SOFTHSM_METHODS,
+    FakeModule,
     MakeSource,
     new_keys,
     owners,
     request_for,
 )
-from tests.nss import WRAP_AND_UNWRAP, Nss
+from tests.nss import Nss
 from tests.pki import Tenant
 from tests.softhsm import SoftHsm
 
 SHORT_KEYS = (SigningAlgorithm.ES256, SigningAlgorithm.EDDSA)
+ALL_ALGORITHMS = (*SHORT_KEYS, SigningAlgorithm.PS256, SigningAlgorithm.RS256)
 
 
 @dataclass
@@ -38,34 +43,56 @@ class Subject:
     destroy: Callable[[Kek], object]
     disable: Callable[[Kek], object]
     replace: Callable[[Kek], object]
-    algorithms: tuple[SigningAlgorithm, ...] = (*SHORT_KEYS, SigningAlgorithm.PS256, SigningAlgorithm.RS256)
+    algorithms: tuple[SigningAlgorithm, ...] = ALL_ALGORITHMS
     """Whose keys it can wrap."""
 
 
-@pytest.fixture(params=["fake", "softhsm", "nss"])
+SUBJECTS = {
+    "fake": None,
+    **{f"softhsm-{method}": method for method in SOFTHSM_METHODS},
+    "nss-kw": "kw",
+    "nss-ecdh-es": "ecdh-es",
+    "vendor-iv-in-place": "gcm-in-place",
+    "vendor-iv-appended-16": "gcm-appended",
+}
+# A process or two and an RSA key per test: what does not depend on the method is tried on these.
+FEW = ["fake", "softhsm-gcm", "nss-kw", "vendor-iv-appended-16"]
+on_few = pytest.mark.parametrize("subject", FEW, indirect=True)
+
+
+@pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest, make_source: MakeSource, hsm: SoftHsm, acme: Tenant) -> Subject:
-    if request.param == "softhsm":
-        return Subject(
-            make_source(),
-            destroy=lambda kek: hsm.run("destroy", kek.reference),
-            disable=lambda kek: hsm.run("set", kek.reference, arguments={"name": "DECRYPT", "value": False}),
-            replace=lambda kek: (hsm.run("destroy", kek.reference), hsm.run("make", kek.reference)),
-        )
-    if request.param == "nss":
+    name, method = request.param, SUBJECTS[request.param]
+    if method is None:
+        signing = acme.agent_signing(AGENT)
+        fake = FakeKeySource(agent_id=AGENT, signing_key=signing.key, signing_certificate=signing.certificate)
+        return Subject(fake, destroy=fake.destroy, disable=fake.disable, replace=fake.replace)
+    kind = KINDS[method]
+    if name.startswith("nss"):
         nss: Nss = request.getfixturevalue("nss")
-        return Subject(
-            make_source(nss.settings()),
-            destroy=lambda kek: nss.run("destroy", kek.reference),
-            disable=lambda kek: nss.run("set", kek.reference, name="UNWRAP", value=False),
-            replace=lambda kek: (
-                nss.run("destroy", kek.reference),
-                nss.run("make", kek.reference, capabilities=WRAP_AND_UNWRAP),
-            ),
-            algorithms=SHORT_KEYS,  # it unwraps at most 256 bytes
-        )
-    signing = acme.agent_signing(AGENT)
-    fake = FakeKeySource(agent_id=AGENT, signing_key=signing.key, signing_certificate=signing.certificate)
-    return Subject(fake, destroy=fake.destroy, disable=fake.disable, replace=fake.replace)
+
+        def by_hand(action: str, kek: Kek, **arguments: object) -> object:
+            return nss.run(action, kek.reference, **arguments)
+
+        settings = msgspec.structs.replace(nss.settings(), method=method)
+    else:
+
+        def by_hand(action: str, kek: Kek, **arguments: object) -> object:
+            return hsm.run(action, kek.reference, arguments=arguments)
+
+        settings = hsm.settings(method=method)
+        if name.startswith("vendor"):
+            vendor: FakeModule = request.getfixturevalue("fake")
+            vendor.be(name.removeprefix("vendor-"))
+            # Not told its method: it is found out by doing.
+            settings = vendor.settings()
+    return Subject(
+        make_source(settings),
+        destroy=lambda kek: by_hand("destroy", kek, **kind.where),
+        disable=lambda kek: by_hand("set", kek, name=kind.opening, value=False, **kind.where),
+        replace=lambda kek: (by_hand("destroy", kek, **kind.where), by_hand("make", kek, **kind.make)),
+        algorithms=SHORT_KEYS if name == "nss-kw" else ALL_ALGORITHMS,  # NSS unwraps at most 256 bytes
+    )
 
 
 async def _arrived(
@@ -105,6 +132,7 @@ async def _arrived(
     return arrived
 
 
+@on_few
 async def test_keys_arrive(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
     kek = await subject.source.create_kek(REFERENCE)
     first, second = await subject.source.generate(kek, new_keys(2))
@@ -113,6 +141,7 @@ async def test_keys_arrive(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None
     assert first.token_serial == kek.token_serial
 
 
+@on_few
 async def test_the_version_that_the_registry_gave_arrives(
     subject: Subject, acme: Tenant, hsm: SoftHsm
 ) -> None:
@@ -159,6 +188,7 @@ async def test_signing_keys_arrive_move_and_are_told_from_others(
             await subject.source.generate(old, [NewKey(owner=owner, use=KeyUse.SIGN, algorithm=name)])
 
 
+@on_few
 async def test_keys_move_to_another_kek(subject: Subject, acme: Tenant, hsm: SoftHsm) -> None:
     old = await subject.source.create_kek(REFERENCE)
     new = await subject.source.create_kek(ANOTHER_REFERENCE)
@@ -180,6 +210,7 @@ async def test_keys_move_to_another_kek(subject: Subject, acme: Tenant, hsm: Sof
     assert not (await subject.source.rewrap(new, new, [])).keys
 
 
+@on_few
 async def test_a_key_that_does_not_move_is_left_alone(subject: Subject) -> None:
     old = await subject.source.create_kek(REFERENCE)
     new = await subject.source.create_kek(ANOTHER_REFERENCE)
@@ -197,6 +228,7 @@ async def test_a_key_that_does_not_move_is_left_alone(subject: Subject) -> None:
     assert all(moved.failed_keys.values())
 
 
+@on_few
 @pytest.mark.parametrize(
     ("hand", "verdict"),
     [
@@ -255,6 +287,38 @@ async def test_the_owners_own_hand(subject: Subject) -> None:
         await subject.source.set_kek_enabled(kek, enabled=True)
 
 
+async def test_a_kek_of_the_owners_is_adopted_and_left_as_it_is(
+    subject: Subject, acme: Tenant, hsm: SoftHsm
+) -> None:
+    made = await subject.source.create_kek(REFERENCE)
+    adopted = await subject.source.adopt_kek(REFERENCE, kek_type=made.kek_type)
+    assert (adopted.is_adopted, made.is_adopted) == (True, False)
+    assert (adopted.method, adopted.token_serial) == (made.method, made.token_serial)
+    assert adopted.public_key_der == made.public_key_der
+    [key] = await subject.source.generate(adopted, new_keys(1))
+    await _arrived(subject, adopted, key, acme, hsm)
+    assert (await subject.source.diagnose(made)).verdict is Verdict.OK
+    with pytest.raises(UnsupportedError):
+        await subject.source.adopt_kek(ANOTHER_REFERENCE)
+
+
+@on_few
+async def test_a_kek_ends_when_the_registry_says_so(subject: Subject) -> None:
+    past_s, future_s = 1_000_000_000, 4_000_000_000
+    kek = await subject.source.create_kek(REFERENCE, valid_until_s=future_s)
+    [key] = await subject.source.generate(kek, new_keys(1))
+    assert kek.valid_until_s == future_s
+    assert (await subject.source.diagnose(replace(kek, valid_from_s=past_s))).verdict is Verdict.OK
+    for over in (replace(kek, valid_until_s=past_s), replace(kek, valid_from_s=future_s)):
+        assert (await subject.source.diagnose(over)).verdict is Verdict.KEK_EXPIRED
+        with pytest.raises(KekRevokedError) as caught:
+            await subject.source.seal_envelopes(over, [request_for(key)])
+        assert caught.value.verdict is Verdict.KEK_EXPIRED
+        with pytest.raises(KekRevokedError):
+            await subject.source.generate(over, new_keys(1))
+
+
+@on_few
 async def test_a_kek_is_made_once(subject: Subject) -> None:
     await subject.source.create_kek(REFERENCE)
     with pytest.raises(KeySourceError):
@@ -263,6 +327,7 @@ async def test_a_kek_is_made_once(subject: Subject) -> None:
     assert (await subject.source.diagnose(again)).verdict is Verdict.OK
 
 
+@on_few
 async def test_failures_of_one_key_or_recipient_are_values(
     subject: Subject, acme: Tenant, globex: Tenant
 ) -> None:
@@ -279,6 +344,7 @@ async def test_failures_of_one_key_or_recipient_are_values(
     assert isinstance(next(iter(mixed.failed_keys)), KeyId)
 
 
+@on_few
 async def test_description_and_end(subject: Subject) -> None:
     facts = await subject.source.describe()
     assert {"module", "token", "methods"} <= facts.keys()

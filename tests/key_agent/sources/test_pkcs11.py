@@ -16,8 +16,10 @@ from key_agent.sources.pkcs11 import Pkcs11Settings, Pkcs11Source
 from key_agent.sources.source import Kek, KekReference, NewKey, Verdict, WrapMethod, WrappedKey
 from tests.key_agent.sources.conftest import (
     AGENT,
+    KINDS,
     NONCE,
     REFERENCE,
+    SOFTHSM_METHODS,
     MakeSource,
     new_keys,
     owners,
@@ -54,7 +56,7 @@ def unseal(
     return {key.key_id: bytes(key.secret) for key in claims.keys}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOFTHSM_METHODS)
 async def test_a_kek_is_made_as_the_design_demands(
     make_source: MakeSource, hsm: SoftHsm, method: str
 ) -> None:
@@ -62,10 +64,24 @@ async def test_a_kek_is_made_as_the_design_demands(
     assert kek.reference == REFERENCE
     assert kek.method == method
     assert len(kek.canary_sha256) == 32
-    attributes = hsm.run("attributes", REFERENCE)
-    may = {"gcm": {"ENCRYPT", "DECRYPT"}, "kw": {"WRAP", "UNWRAP"}}[method]
-    assert {name for name, value in attributes.items() if value} == {"SENSITIVE", "TOKEN", "PRIVATE"} | may
-    assert hsm.run("list") == ["sealgate-canary", "sealgate-kek"]
+    attributes = hsm.run("attributes", REFERENCE, arguments=KINDS[method].where)
+    may = {
+        "gcm": {"ENCRYPT", "DECRYPT"},
+        "kw": {"WRAP", "UNWRAP"},
+        "cbc+hmac": {"ENCRYPT", "DECRYPT"},
+        "rsa-oaep-1": {"DECRYPT"},
+        "ecdh-es": {"DERIVE"},
+    }[method]
+    protected = {"SENSITIVE", "TOKEN", "PRIVATE"}
+    assert {name for name, value in attributes.items() if value} == protected | may
+    mac = replace(REFERENCE, label="sealgate-kek-mac", object_id=REFERENCE.object_id + b"-mac")
+    if kek.method.has_mac_key:
+        attributes = hsm.run("attributes", mac)
+        assert {name for name, value in attributes.items() if value} == protected | {"SIGN"}
+    assert hsm.run("count", mac) == int(kek.method.has_mac_key)
+    public = ["sealgate-kek"] * bool(kek.public_key_der)
+    macs = ["sealgate-kek-mac"] * kek.method.has_mac_key
+    assert hsm.run("list") == ["sealgate-canary", "sealgate-kek", *public, *macs]
 
 
 async def test_gcm_is_preferred(source: Pkcs11Source) -> None:
@@ -150,7 +166,7 @@ def spoilt(key: WrappedKey, **changes: object) -> WrappedKey:
     return replace(key, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOFTHSM_METHODS)
 async def test_one_bad_wrapped_key_spoils_nothing_else(
     make_source: MakeSource, hsm: SoftHsm, acme: Tenant, method: str
 ) -> None:
@@ -323,7 +339,13 @@ async def test_describe_says_what_the_token_is_and_leaves_nothing_behind(
     source: Pkcs11Source, hsm: SoftHsm
 ) -> None:
     facts = await source.describe()
-    assert facts["methods"] == {"gcm": "ok", "kw": "ok"}
+    methods = facts["methods"]
+    assert isinstance(methods, dict)
+    assert {name for name, outcome in methods.items() if outcome == "ok"} == set(SOFTHSM_METHODS)
+    # Zeros, or nothing, as the caller's IV: a token that does not make IVs must not pass for one that does.
+    assert methods["gcm-in-place"] == "gcm-in-place: UnsupportedError: the token left the IV zero"
+    assert "appended no IV" in methods["gcm-appended"]
+    assert methods["rsa-oaep-256"].startswith("rsa-oaep-256: ")
     assert isinstance(facts["token"], dict)
     assert facts["token"]["label"] == hsm.label
     assert hsm.run("list") == []
@@ -339,9 +361,9 @@ async def test_a_module_that_cannot_be_loaded_names_it(make_source: MakeSource, 
         await make_source(module_path=tmp_path / "absent.so").create_kek(REFERENCE)
 
 
-async def test_the_reserved_method_is_refused(source: Pkcs11Source) -> None:
-    kek: Kek = replace(await source.create_kek(REFERENCE), method=WrapMethod.CBC_HMAC)
-    with pytest.raises(UnsupportedError):
+async def test_a_key_servers_method_is_refused(source: Pkcs11Source) -> None:
+    kek: Kek = replace(await source.create_kek(REFERENCE), method=WrapMethod.TRANSIT)
+    with pytest.raises(UnsupportedError, match="not a method of PKCS#11"):
         await source.generate(kek, new_keys(1))
 
 
