@@ -14,15 +14,16 @@ from typing import Final, NoReturn
 
 import structlog
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from envelope.errors import SealgateError
 from key_agent import metrics
 from key_agent.consent import Change, Consent, Standing
 from key_agent.journal import Journal
+from key_agent.lifetimes import Credentials, Lifetimes, Signing
 from key_agent.presence import PresenceLoop
 from key_agent.push.pusher import Delivery, Pusher
 from key_agent.push.recipients import Recipients
+from key_agent.push.revocations import Revocations
 from key_agent.push.sealing import KeySealing, WithdrawalSealing
 from key_agent.push.targets import Targets
 from key_agent.push.transport import Transport
@@ -32,6 +33,8 @@ from key_agent.registry.store import Registry
 from key_agent.rotation import RotationLoop
 from key_agent.sources.source import Diagnosis, Kek, KeySource
 from runtime.clock import Clock
+
+__all__ = ["Agent", "Rhythm", "Signing"]
 
 log = structlog.get_logger(__name__)
 
@@ -54,14 +57,6 @@ class Rhythm:
     """Age at which keys are rotated where their service says nothing else; 0: never."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signing:
-    """The agent's signature; here for withdrawals only: keys are signed where they are unwrapped."""
-
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
-
-
 class Agent:
     """Use `Agent.open`; loops run inside `working`."""
 
@@ -81,7 +76,10 @@ class Agent:
         journal: Journal,
         clock: Clock,
         jitter: Callable[[], float],
+        load_credentials: Callable[[float], Credentials] | None = None,
+        revocations: Revocations | None = None,
     ) -> None:
+        """*load_credentials* reads the own certificates again, at a wall-clock time; SealgateError."""
         self.agent_id = agent_id
         self.tenant = tenant
         self.environment_id = environment_id
@@ -93,7 +91,7 @@ class Agent:
         self.journal = journal
         self.signing = signing
         self.clock = clock
-        self.recipients = Recipients(root, tenant)
+        self.recipients = Recipients(root, tenant, revocations)
         self.consent = Consent(clock)
         self.deliveries: dict[str, Delivery] = {}
         """The last delivery of keys to each proxy."""
@@ -104,22 +102,23 @@ class Agent:
         self.is_running = False
         self.one_at_a_time = asyncio.Lock()
         """Held by whatever makes keys or KEKs, or changes who gets them."""
+        self._withdrawal_sealing = WithdrawalSealing(
+            agent_id=agent_id,
+            signing_key=signing.key,
+            signing_certificate=signing.certificate,
+            registry=registry,
+            targets=targets,
+            clock=clock,
+            validity_s=rhythm.validity_s,
+            batch_size=rhythm.batch_size,
+        )
         self.pusher = Pusher(
             transport=transport,
             registry=registry,
             targets=targets,
             clock=clock,
             make_key_sealing=self._make_key_sealing,
-            withdrawal_sealing=WithdrawalSealing(
-                agent_id=agent_id,
-                signing_key=signing.key,
-                signing_certificate=signing.certificate,
-                registry=registry,
-                targets=targets,
-                clock=clock,
-                validity_s=rhythm.validity_s,
-                batch_size=rhythm.batch_size,
-            ),
+            withdrawal_sealing=self._withdrawal_sealing,
             may_push=lambda: self.consent.may_push,
             request_timeout_s=rhythm.request_timeout_s,
         )
@@ -153,6 +152,19 @@ class Agent:
             rotate_after_days=rhythm.rotate_after_days,
             one_at_a_time=self.one_at_a_time,
             push_at_once=self.refresh.at_once,
+        )
+        self.lifetimes = Lifetimes(
+            root=root,
+            signing=signing,
+            load=load_credentials,
+            revocations=revocations,
+            recipients=self.recipients,
+            registry=registry,
+            targets=targets,
+            journal=journal,
+            clock=clock,
+            renew=self._signing_renewed,
+            withdraw=self._withdrawn_by_revocation,
         )
         self.presence = PresenceLoop(
             transport=transport,
@@ -201,6 +213,7 @@ class Agent:
                 tasks.append(group.create_task(self.refresh.run(), name="refresh"))
                 tasks.append(group.create_task(self.presence.run(), name="presence"))
                 tasks.append(group.create_task(self.rotations.run(), name="rotations"))
+                tasks.append(group.create_task(self.lifetimes.run(), name="lifetimes"))
             try:
                 yield
             except Exception as error:  # noqa: BLE001 - raised again, outside of the group
@@ -271,6 +284,14 @@ class Agent:
         return reasons
 
     # What happens by itself.
+
+    def _signing_renewed(self, signing: Signing) -> None:
+        self.signing = signing
+        self._withdrawal_sealing.renew(signing.key, signing.certificate)
+
+    async def _withdrawn_by_revocation(self) -> None:
+        await self.reload()
+        self.withdrawals.at_once()
 
     def _diagnosed_by_push(self, kek: Kek, diagnosis: Diagnosis) -> None:
         metrics.DIAGNOSES.labels(diagnosis.verdict).inc()

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import functools
 import os
 import random
 from collections.abc import AsyncIterator
@@ -23,8 +24,10 @@ from key_agent import api, config
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.config import Settings
 from key_agent.journal import Journal
+from key_agent.lifetimes import Credentials
 from key_agent.operations import Operations
 from key_agent.push.recipients import read_chain
+from key_agent.push.revocations import Revocations
 from key_agent.push.targets import Targets
 from key_agent.push.transport import HttpsTransport, Transport
 from key_agent.registry.store import Registry
@@ -99,6 +102,14 @@ def _checked_leaf(
     return leaf
 
 
+def load_credentials(settings: Settings, root: x509.Certificate, now_s: float) -> Credentials:
+    """Both own certificates as their files have them now. SettingsError, CertificateError."""
+    return Credentials(
+        signing=load_signing(settings, root, now_s=now_s),
+        tls=check_tls_identity(settings, root, now_s=now_s),
+    )
+
+
 def rhythm_of(settings: Settings) -> Rhythm:
     return Rhythm(
         interval_s=settings.refresh.interval_s,
@@ -123,6 +134,10 @@ def make_source(settings: Settings, clock: Clock) -> KeySource:
         settings.agent.id,
         clock=clock,
     )
+
+
+def _revocations(file: Path | None, root: x509.Certificate) -> Revocations | None:
+    return None if file is None else Revocations(file, root)
 
 
 @asynccontextmanager
@@ -178,14 +193,37 @@ async def opened(
             journal=journal,
             clock=clock,
             jitter=random.SystemRandom().random,
+            load_credentials=functools.partial(load_credentials, settings, root),
+            revocations=_revocations(mine.revocation_list_file, root),
         )
         await agent.start()
         yield agent
 
 
-async def serve(settings: Settings, stop: asyncio.Event, *, clock: Clock | None = None) -> None:
-    """Run the agent until *stop* is set."""
-    async with opened(settings, clock=clock) as agent:
+async def serve(
+    settings: Settings,
+    stop: asyncio.Event,
+    *,
+    clock: Clock | None = None,
+    hangup: asyncio.Event | None = None,
+) -> None:
+    """Run the agent until *stop* is set. *hangup* set: certificates and revocation list are read again.
+
+    It stands by while another one leads. RegistryInUseError: another has taken over from this one.
+    """
+    standby = Standby(
+        agent_id=settings.agent.id,
+        socket_file=settings.agent.state_dir / SOCKET_NAME,
+        host=settings.admin.host,
+        port=settings.admin.port,
+        stop=stop,
+    )
+    async with standby, opened(settings, clock=clock, on_standby=standby.stand_by) as agent:
+        await standby.end()
+        metrics.LEADS.set_function(lambda: float(agent.registry.leads))
+        metrics.TERM.set(agent.registry.term)
+        if hangup is not None:
+            agent.lifetimes.wake_by(hangup)
         operations = Operations(agent)
         await agent.journal.record("agent-started", agent=agent.agent_id, pid=os.getpid())
         async with (

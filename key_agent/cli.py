@@ -184,10 +184,11 @@ def run(context: typer.Context) -> None:
         log.warning(warning)
 
     async def serve(stop: asyncio.Event) -> None:
-        await app.serve(settings, stop)
+        await app.serve(settings, stop, hangup=hangup)
 
+    hangup = asyncio.Event()
     try:
-        lifecycle.run(serve)
+        lifecycle.run(serve, on_hangup=hangup.set)
     except Exception as error:
         cause = _first(error)
         if isinstance(cause, SealgateError):
@@ -822,6 +823,7 @@ def status_text(data: Any) -> str:
     ]
     lines += [f"problem: {problem}" for problem in data["problems"]]
     lines += [f"rotation: {rotation_text(row)}" for row in data["rotations"]]
+    lines += [f"certificate: {_lifetime_text(row)}" for row in data["ending"]]
     for service in data["services"]:
         lost = f", {service['unreadable_keys']} under a lost KEK" if service["unreadable_keys"] else ""
         lines.append(f"{service['service']}  ({service['keys']} keys{lost})")
@@ -842,6 +844,20 @@ def rotation_text(row: Any) -> str:
     if row["late"]:
         text += f"; activated without {', '.join(row['late'])}"
     return text + (f"; NOT activated: {row['problem']}" if row["problem"] else "")
+
+
+def _lifetime_text(row: Any) -> str:
+    name = row["kind"] if row["name"] == row["kind"] else f"{row['kind']} {row['name']}"
+    if row["problem"]:
+        return f"{name}: {row['problem']}"
+    if row["days_left"] is None:
+        return f"{name}: nobody can tell when it ends"
+    end = row["not_after"][:10]
+    return (
+        f"{name}: EXPIRED {end}"
+        if row["days_left"] < 0
+        else f"{name}: ends {end}, in {row['days_left']:.0f} days"
+    )
 
 
 def _place_text(place: Any) -> str:

@@ -35,6 +35,9 @@ class AgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     """0700, on a local disk: database, audit log, lock, control socket."""
     root_certificate_file: Path
     """The tenant's root (PEM): every network service's certificate must hang on it."""
+    revocation_list_file: Path | None = None
+    """CRL of the tenant's root (and of authorities below it), read again when it changes. Without a list in
+    date no keys are sent to anyone."""
     database_url: str | None = None
     """Default: SQLite in `state_dir`. PostgreSQL: postgresql+psycopg://user@host/database."""
     database_url_file: Path | None = None
@@ -158,6 +161,8 @@ def unusable_files(settings: Settings) -> Iterator[str]:
         "tls.certificate_file": settings.tls.certificate_file,
         "pkcs11.module_path": settings.pkcs11.module_path,
     }
+    if settings.agent.revocation_list_file is not None:
+        files["agent.revocation_list_file"] = settings.agent.revocation_list_file
     secrets = {
         "signing.key_file": settings.signing.key_file,
         "tls.key_file": settings.tls.key_file,

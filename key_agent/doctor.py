@@ -48,7 +48,7 @@ def examine(
         found = diagnose(settings)
     except CommandError as error:
         return [*checks, failed("agent", error.cause, error.next_step)]
-    return [*checks, *_hsm(found), *_certificates(found), *_proxies(found)]
+    return [*checks, *_hsm(found), *_certificates(found), *_authorities(found), *_proxies(found)]
 
 
 def _memory() -> Iterator[Check]:
@@ -173,6 +173,23 @@ def _certificates(found: Any) -> Iterator[Check]:
         end = datetime.fromisoformat(link["not_after"])
         mend = "renew it, then key-agent service add again"
         yield validity(name, None, end, now=datetime.now(UTC), mend=mend)
+
+
+def _authorities(found: Any) -> Iterator[Check]:
+    """Certificates and lists that are not looked at elsewhere."""
+    mends = {
+        "proxy-authority": "have the proxy's operator renew it: key-agent proxy add ID --url ... --ca FILE",
+        "revocation-list": "have the tenant's root sign a new one: agent.revocation_list_file",
+    }
+    for row in found["lifetimes"]:
+        if (mend := mends.get(row["kind"])) is None:
+            continue
+        name = row["kind"] if row["name"] == row["kind"] else f"{row['kind']} of {row['name']}"
+        if row["problem"] is not None or row["not_after"] is None:
+            yield failed(name, row["problem"] or "there is none", mend)
+        else:
+            end = datetime.fromisoformat(row["not_after"])
+            yield validity(name, None, end, now=datetime.now(UTC), mend=mend)
 
 
 def _proxies(found: Any) -> Iterator[Check]:

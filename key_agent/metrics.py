@@ -43,6 +43,13 @@ WITHDRAWALS_PENDING: Final = Gauge(
     namespace=NAMESPACE,
     registry=REGISTRY,
 )
+CERTIFICATE_DAYS_LEFT: Final = Gauge(
+    "agent_certificate_days_left",
+    "Days until the first certificate of a kind ends; -1 if one of them cannot be used",
+    ["kind"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
 PROXY_ANSWERS: Final = Gauge(
     "agent_proxy_answers",
     "1 if a proxy answered when it was last asked whether it is there, 0 if not",

@@ -446,6 +446,7 @@ class Operations(KeyCommands, BackupCommands):
             "kek": None if row is None else _kek_json(row),
             "problems": agent.reasons_not_ready() if agent.is_running else [],
             "rotations": await self._rotation_rows(),
+            "ending": self._lifetime_rows(all_of_them=False),
             "services": [
                 {
                     "service": str(owner),
@@ -478,8 +479,25 @@ class Operations(KeyCommands, BackupCommands):
         found["kek"] = await self.kek_status()
         proxies = [proxy for proxy in agent.targets.proxies.values() if not proxy.removed]
         found["proxies"] = await asyncio.gather(*(self._probe(proxy) for proxy in proxies))
+        found["lifetimes"] = self._lifetime_rows(all_of_them=True)
         found["links"] = [self._certificate_json(link) for link in agent.targets.links if not link.withdrawn]
         return found
+
+    def _lifetime_rows(self, *, all_of_them: bool) -> list[Json]:
+        """Certificates and lists that end soon or cannot be used, or every one; the next to end first."""
+        agent = self._agent
+        now_s = agent.clock.wall_s()
+        return [
+            {
+                "kind": one.kind,
+                "name": one.name,
+                "not_after": None if one.not_after is None else one.not_after.isoformat(),
+                "days_left": None if (left := one.days_left(now_s)) is None else round(left, 1),
+                "problem": one.problem,
+            }
+            for one in agent.lifetimes.lifetimes()
+            if all_of_them or one.is_worth_telling(now_s)
+        ]
 
     async def _probe(self, proxy: Proxy) -> Json:
         agent = self._agent

@@ -5,7 +5,8 @@
    are served at once is bounded, of keys and of withdrawals each for itself, and the slow have places apart.
 2. A challenge is kept and used until the proxy says `nonce` (it restarted, or somebody opened another
    session); then a new session is opened and what was refused is sealed and sent again at once. The same for
-   `sequence`, which only a push that overtook another one can earn. Once: what is refused twice is a failure.
+   `sequence`, which only a push that overtook another one can earn, and for `signer`: our certificate was
+   renewed since the session was opened, which introduces it. Once: what is refused twice is a failure.
 3. Nothing with keys leaves once pushing has stopped; `stop` ends what is on its way.
 4. Which start of a proxy last answered a push of keys is remembered: another start has none of them (`meet`).
 5. Receipts are values, and kept: memory first, then the registry, those of many proxies together.
@@ -34,7 +35,7 @@ from runtime.clock import Clock
 
 log = structlog.get_logger(__name__)
 
-_AGAIN: Final = frozenset({"nonce", "sequence"})
+_AGAIN: Final = frozenset({"nonce", "sequence", "signer"})
 _SILENCE: Final = frozenset({"timeout", "unreachable"})
 _ATTEMPTS: Final = 2
 # What is under way at once: proxies, each with a batch of envelopes (rule 1).

@@ -273,8 +273,7 @@ class WithdrawalSealing(Sealing):
         batch_size: int,
     ) -> None:
         self._agent_id = agent_id
-        self._signing_key = signing_key
-        self._signing_certificate = signing_certificate
+        self._signing = (signing_key, signing_certificate)
         self._registry = registry
         self._targets = targets
         self._clock = clock
@@ -283,6 +282,10 @@ class WithdrawalSealing(Sealing):
         self._uncommitted: dict[NetworkService, int] = {}
         # It outlives the push that began it; somebody must hold it.
         self._commit: asyncio.Task[None] | None = None
+
+    def renew(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        """The agent signs by these from now on."""
+        self._signing = (key, certificate)
 
     @override
     async def batches(
@@ -352,13 +355,14 @@ class WithdrawalSealing(Sealing):
             operation=Operation.SET,
             keys=(),
         )
+        signing_key, signing_certificate = self._signing  # both at once: it runs in a thread
         try:
             # It was checked when it was added. It may have expired since: a withdrawal tells no secret.
             token = seal_envelope(
                 claims,
                 recipient=_leaf(link.certificate_pem),
-                signing_key=self._signing_key,
-                signing_certificate=self._signing_certificate,
+                signing_key=signing_key,
+                signing_certificate=signing_certificate,
             )
         except (SealgateError, ValueError) as error:
             return Sealed(

@@ -13,6 +13,7 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import io
 import socket
 import ssl
@@ -211,6 +212,7 @@ class HttpsTransport(Transport):
         self._certificate_file = certificate_file
         self._key_file = key_file
         self._clients: dict[Proxy, aiohttp.ClientSession] = {}
+        self._identity: tuple[int, ...] = ()
         self._contexts: dict[str, ssl.SSLContext] = {}
         """By authority: a thousand proxies under one need one."""
 
@@ -306,6 +308,11 @@ class HttpsTransport(Transport):
             return answer
 
     async def _client(self, proxy: Proxy) -> aiohttp.ClientSession:
+        identity = _identity(self._certificate_file, self._key_file)
+        if identity != self._identity:
+            # The own certificate was renewed: its files are read for the connections from now on.
+            await self.close()
+            self._identity = identity
         if (client := self._clients.get(proxy)) is not None:
             return client
         for stale in [known for known in self._clients if known.id == proxy.id]:
@@ -365,6 +372,16 @@ def _path(what: str, purpose: Purpose) -> str:
     """Proxies before 0.2 read no purpose: they take withdrawals as they take keys."""
     path = f"/push/v1/{what}"
     return path if purpose is Purpose.KEYS else f"{path}?purpose={purpose}"
+
+
+def _identity(*files: Path) -> tuple[int, ...]:
+    """Tells these contents of *files* from others. A missing one is found when it is read."""
+    found: list[int] = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            found += [status.st_mtime_ns, status.st_ino, status.st_size]
+    return tuple(found)
 
 
 def client_context(ca_pem: str, certificate_file: Path, key_file: Path) -> ssl.SSLContext:

@@ -14,8 +14,11 @@ from envelope.keys import NetworkService
 from envelope.material import Signer
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.journal import Journal
+from key_agent.lifetimes import Credentials
 from key_agent.operations import Operations
+from key_agent.push.revocations import Revocations
 from key_agent.push.targets import Targets
+from key_agent.push.transport import Transport
 from key_agent.registry.store import Registry
 from runtime.audit import AuditLog
 from tests.fakes.clock import ManualClock
@@ -54,6 +57,8 @@ class Bench:
     signing: Signing
     proxies: dict[str, FakeProxy] = field(default_factory=dict)
     jitter: float = 0.0
+    load_credentials: Callable[[float], Credentials] | None = None
+    revocations: Revocations | None = None
 
     def proxy(self, name: str = "p1") -> FakeProxy:
         """The proxy of that name; made at the first call."""
@@ -72,7 +77,12 @@ class Bench:
 
     @asynccontextmanager
     async def agent(
-        self, *, working: bool = True, url: str | None = None, rhythm: Rhythm = RHYTHM
+        self,
+        *,
+        working: bool = True,
+        url: str | None = None,
+        rhythm: Rhythm = RHYTHM,
+        transport: Transport | None = None,
     ) -> AsyncIterator[tuple[Agent, Operations]]:
         """One life of an agent process on this bench's state."""
         async with AsyncExitStack() as stack:
@@ -86,8 +96,9 @@ class Bench:
                 now_ms=int(self.clock.wall_s() * 1000),
             )
             stack.push_async_callback(registry.close)
-            transport = FakeProxies(*self.proxies.values())
-            transport.proxies = self.proxies
+            if transport is None:
+                transport = fakes = FakeProxies(*self.proxies.values())
+                fakes.proxies = self.proxies
             agent = Agent(
                 agent_id=AGENT_ID,
                 tenant=self.tenant.name,
@@ -102,6 +113,8 @@ class Bench:
                 journal=journal,
                 clock=self.clock,
                 jitter=lambda: self.jitter,
+                load_credentials=self.load_credentials,
+                revocations=self.revocations,
             )
             await agent.start()
             if working:
