@@ -151,6 +151,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     push: PushSettings
     nats: broker.BrokerSettings | None = None
     """A broker that envelopes may come by, beside the push listener."""
+    nats: broker.BrokerSettings | None = None
+    """A broker that envelopes may come by, beside the push listener."""
     keys: KeySettings = KeySettings()
     engine: EngineSettings = EngineSettings()
     health: HealthSettings = HealthSettings()

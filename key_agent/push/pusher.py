@@ -169,7 +169,10 @@ class Pusher:
 
     async def probe(self, proxy: Proxy) -> Session:
         """Open a session, for `doctor` and to learn what a proxy holds. PushError."""
-        return await self._open_session(proxy, Purpose.KEYS)
+        session = await self._open_session(proxy, Purpose.KEYS)
+        if session.challenge is None:
+            raise PushError("unreachable", f"{proxy.url} does not answer; only the broker is left")
+        return session
 
     async def _deliver_keys(
         self,
@@ -212,9 +215,10 @@ class Pusher:
             async with self._places[purpose].taken(is_slow=proxy.id in self._silent):
                 await self._exchange(proxy, sealing, owners, receipts, purpose)
         except PushError as error:
-            self._sessions.pop(proxy.id, None)
             if error.code in _SILENCE:
-                self._silent.add(proxy.id)
+                self._silent.add(proxy.id)  # its challenge is as good as it was
+            else:
+                self._sessions.pop(proxy.id, None)
             failure = error
         except KeyAgentError as error:
             failure = PushError(type(error).__name__.removesuffix("Error").lower(), str(error))
@@ -310,9 +314,10 @@ class Pusher:
             raise PushError(
                 "timeout", f"{proxy.url}: no session within {self._request_timeout_s:g} s"
             ) from None
-        self._silent.discard(proxy.id)
-        self._sessions[proxy.id] = session
-        self._compare(proxy, session)
+        if session.challenge is not None:  # else it was not asked, and is the next time
+            self._silent.discard(proxy.id)
+            self._sessions[proxy.id] = session
+            self._compare(proxy, session)
         return session
 
     def _compare(self, proxy: Proxy, session: Session) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Self
 
 from key_agent.push.places import Places
 from tests.key_agent.conftest import until
@@ -33,7 +34,7 @@ class Deliveries:
             self._ends[name].set()
         await asyncio.gather(*(self.tasks[name] for name in names))
 
-    async def __aenter__(self) -> "Deliveries":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,0 +1,163 @@
+"""The proxy's end of a broker: envelopes out of a JetStream stream, receipts back.
+
+1. Who sent a message is found among the sessions that agents have opened directly, by its tag. A message of
+   nobody's session is dropped.
+2. An envelope is judged as one that came directly; if it answers no challenge, by the rule for brokers.
+3. Receipts go back encrypted under the session's challenge (envelope/broker.py); without one, none do.
+4. Withdrawals have a subject and a loop of their own: they wait for no keys.
+5. A process begins with what is published from now on: it has no sessions for what was before. After a broker
+   was away it goes on where it stopped; what is stale by then is refused as such.
+6. Each agent's messages are slowed down to a rate, and taken one at a time: a broker cannot flood a proxy.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+import structlog
+from prometheus_client import Counter
+
+from envelope.broker import BrokeredDelivery, answer_subject, decode_delivery, delivery_subject, seal_answer
+from envelope.errors import FormatError
+from proxy.api.push import BURST_FACTOR, TokenBucket
+from proxy.keys.receive import Receiver
+from runtime.broker import RECONNECT_S, BrokerSettings, connected, link_failures
+from runtime.clock import Clock
+from runtime.observe import NAMESPACE, REGISTRY
+
+WAIT_S: Final = 5.0
+FORGOTTEN_AFTER_S: Final = 600.0
+"""The broker drops our place in the stream if we do not come for so long."""
+_MAX_AGENTS: Final = 1024
+
+_log: Final = structlog.get_logger("broker")
+_MESSAGES: Final = Counter(
+    "push_broker_messages",
+    "Messages from the broker, by what they were",
+    ["outcome"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+
+
+class BrokerListener:
+    def __init__(
+        self, settings: BrokerSettings, receiver: Receiver, *, clock: Clock, requests_per_s: float
+    ) -> None:
+        self._settings = settings
+        self._receiver = receiver
+        self._clock = clock
+        self._requests_per_s = requests_per_s
+        self._buckets: dict[tuple[str, str, bool], TokenBucket] = {}
+        self._seen: dict[bool, datetime] = {}
+        """Of the last message of each loop: when the broker stored it."""
+        self.failure: str | None = "not connected yet"
+        """Why nothing comes from the broker; None while all is well."""
+
+    async def run(self) -> NoReturn:
+        """Listen, until cancelled."""
+        while True:
+            try:
+                async with (
+                    connected(self._settings, name="sealgate-proxy") as client,
+                    asyncio.TaskGroup() as group,
+                ):
+                    for withdraws in (True, False):
+                        group.create_task(
+                            self._consume(client, withdraws=withdraws), name=f"broker:{withdraws}"
+                        )
+            except* link_failures() as errors:
+                text = "; ".join(sorted({str(error) or type(error).__name__ for error in errors.exceptions}))
+                if self.failure != text:
+                    _log.warning("nothing comes from the broker", error=text)
+                self.failure = text
+            await self._clock.sleep(RECONNECT_S)
+
+    async def _consume(self, client: Any, *, withdraws: bool) -> NoReturn:
+        """The messages of one subject. The client's errors, when the place in the stream is lost."""
+        subscription = await self._subscribe(client, withdraws=withdraws)
+        if self.failure is not None:
+            _log.info("listening at the broker")
+            self.failure = None
+        while True:
+            try:
+                # One: for more, the client would wait for them before it gives us the first.
+                [message] = await subscription.fetch(1, timeout=WAIT_S, heartbeat=WAIT_S / 5)
+            except TimeoutError:
+                # Nothing came; or the broker is gone, or was, and our place with it: this raises then.
+                await subscription.consumer_info()
+                continue
+            self._seen[withdraws] = message.metadata.timestamp
+            await self._take(client, message.data, withdraws=withdraws)
+            await message.ack()
+
+    async def _subscribe(self, client: Any, *, withdraws: bool) -> Any:
+        from nats.js.api import ConsumerConfig, DeliverPolicy  # noqa: PLC0415 - an extra
+
+        since = self._seen.get(withdraws)
+        config = ConsumerConfig(
+            deliver_policy=DeliverPolicy.NEW if since is None else DeliverPolicy.BY_START_TIME,
+            opt_start_time=since,
+            inactive_threshold=FORGOTTEN_AFTER_S,
+            max_ack_pending=1,
+        )
+        return await client.jetstream().pull_subscribe(
+            delivery_subject(self._receiver.proxy_id, withdraws=withdraws),
+            stream=self._settings.stream,
+            config=config,
+        )
+
+    async def _take(self, client: Any, content: bytes, *, withdraws: bool) -> None:
+        try:
+            delivery = decode_delivery(content)
+        except FormatError as error:
+            _MESSAGES.labels(outcome="malformed").inc()
+            _log.warning("a message of the broker is not understood", reason=str(error))
+            return
+        session = self._receiver.session_of(delivery.agent)
+        if session is None:
+            _MESSAGES.labels(outcome="unknown-agent").inc()
+            return
+        await self._slow_down(session.tenant, session.agent_id, withdraws=withdraws)
+        try:
+            receipts = await self._receiver.receive(
+                session.tenant,
+                session.agent_id,
+                delivery.tokens,
+                is_challenged=delivery.is_challenged,
+                takes_keys=not withdraws,
+            )
+        except Exception:  # noqa: BLE001 - logged whole
+            # What would be a 500 over HTTP: no message ends the proxy.
+            _MESSAGES.labels(outcome="internal").inc()
+            _log.exception("a message of the broker failed unexpectedly")
+            return
+        _MESSAGES.labels(outcome="taken").inc()
+        if delivery.is_challenged:
+            body = {"receipts": [receipt.as_json() for receipt in receipts]}
+            await self._answer(client, delivery, session.challenge, body)
+
+    async def _slow_down(self, tenant: str, agent_id: str, *, withdraws: bool) -> None:
+        name = (tenant, agent_id, withdraws)
+        if (bucket := self._buckets.get(name)) is None:
+            if len(self._buckets) >= _MAX_AGENTS:
+                self._buckets.clear()
+            bucket = self._buckets[name] = TokenBucket(
+                self._clock, rate_per_s=self._requests_per_s, burst=BURST_FACTOR * self._requests_per_s
+            )
+        while wait_s := bucket.take():
+            await self._clock.sleep(wait_s)
+
+    async def _answer(
+        self, client: Any, delivery: BrokeredDelivery, challenge: bytes, body: Mapping[str, object]
+    ) -> None:
+        sealed = seal_answer(
+            json.dumps(body, separators=(",", ":")).encode(),
+            challenge=challenge,
+            message_id=delivery.message_id,
+            agent=delivery.agent,
+            proxy_id=self._receiver.proxy_id,
+        )
+        await client.publish(answer_subject(delivery.agent, self._receiver.proxy_id), sealed)

@@ -1,0 +1,63 @@
+"""Settings of a broker, and what of its messages does not depend on one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.broker import BrokerError, BrokerSettings, connected, in_payloads, unusable_files
+from runtime.tls import TlsError
+from tests.pki import make_server_ca, make_tenant, write_certificate, write_credential
+
+
+def _settings(**changes: Any) -> BrokerSettings:
+    files = {name: Path(name) for name in ("ca_file", "certificate_file", "key_file")}
+    return BrokerSettings(**({"urls": ["tls://localhost:1"]} | files | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"urls": []},
+        {"urls": ["nats://localhost:4222"]},
+        {"urls": ["tls://a:1", "ws://b:2"]},
+        {"receipt_timeout_s": 0.0},
+        {"receipt_timeout_s": 31.0},
+        {"stream": ""},
+        {"stream": "a.b"},
+        {"stream": "a b"},
+    ],
+)
+def test_settings_that_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"nats\."):
+        _settings(**changes)
+
+
+def test_files_and_secrets_are_told_apart() -> None:
+    files, secrets = unusable_files(_settings(credentials_file=Path("creds")))
+    assert set(files) == {"nats.ca_file", "nats.certificate_file"}
+    assert set(secrets) == {"nats.key_file", "nats.credentials_file"}
+
+
+async def test_a_broker_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
+    certificate, key = write_credential(make_tenant().agent_tls(), tmp_path, "tls")
+    ca = write_certificate(make_server_ca().certificate, tmp_path / "ca.pem")
+    settings = _settings(ca_file=ca, certificate_file=certificate, key_file=key)
+    with pytest.raises(BrokerError, match="tls://localhost:1"):
+        async with connected(settings, name="test"):
+            pass
+
+
+async def test_files_that_are_missing_are_named() -> None:
+    with pytest.raises(TlsError, match="ca_file"):
+        async with connected(_settings(), name="test"):
+            pass
+
+
+def test_tokens_are_parted_by_size() -> None:
+    tokens = ["a" * 4, "b" * 4, "c" * 4]
+    assert list(in_payloads(tokens, most_bytes=10)) == [tokens[:2], tokens[2:]]
+    assert list(in_payloads(tokens, most_bytes=100)) == [tokens]
+    assert list(in_payloads([], most_bytes=10)) == []
+    with pytest.raises(BrokerError, match="does not fit"):
+        list(in_payloads(["x" * 10], most_bytes=10))
