@@ -275,6 +275,9 @@ def credential_rotate(
         str | None,
         typer.Option("--overlap", metavar="TIME", help="The old one ends then; default: revoke it."),
     ] = None,
+    valid_for: Annotated[
+        str | None, typer.Option("--valid-for", metavar="TIME", help="Default: until the old one's end.")
+    ] = None,
     secret_file: SecretFile = None,
 ) -> None:
     """Issue a successor with the same rights; both are live until the old one ends or is revoked."""
@@ -282,7 +285,12 @@ def credential_rotate(
         _check_secret_file(secret_file)
         now_s = operator.store.now_ms() / 1000
         ends_s = None if overlap is None else now_s + _seconds(overlap)
-        issued = ServiceStore(operator.store).rotate(credential, actor=operator.actor, old_ends_s=ends_s)
+        issued = ServiceStore(operator.store).rotate(
+            credential,
+            actor=operator.actor,
+            old_ends_s=ends_s,
+            ends_s=None if valid_for is None else now_s + _seconds(valid_for),
+        )
         _show_issued(operator, issued, secret_file)
 
 

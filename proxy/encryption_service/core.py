@@ -176,7 +176,7 @@ class Ticket:
         self.key: Final = key
         self.op: Final = op
         self._directory: Final = directory
-        self._used: list[DataKey] = []
+        self._used: list[tuple[DataKey, bool]] = []  # and whether it encrypted or signed
 
 
 class Core:
@@ -292,12 +292,12 @@ class Core:
             if key is None:
                 raise KeyNotFound("there is no such key")
             self._gate(directory, ticket.caller, key, ticket.op)
-        for used in ticket._used:  # noqa: SLF001
+        for used, has_sealed in ticket._used:  # noqa: SLF001
             try:
                 used.check()
             except KeyUnavailableError as error:
                 self._refuse(ticket.key, error.reason)
-            if not self._may(used, ticket.op, ticket.key):
+            if not (used.state is KeyState.ACTIVE if has_sealed else self._may_open(used, ticket.key)):
                 self._refuse_state(used.state)
         if not ticket._used and self._keys.word(ticket.key.owner).withdrawn:  # noqa: SLF001
             raise Revoked("the keys were withdrawn by their owner")
@@ -394,7 +394,7 @@ class Core:
         key = self._of_key_id(ticket.key, key_id)
         if not self._may_open(key, ticket.key):
             self._refuse_state(key.state)
-        self._note(ticket, key)
+        self._note(ticket, key, has_sealed=False)
         return key
 
     def sign(
@@ -481,7 +481,7 @@ class Core:
             key = self._find_version(ticket.key, version)
             if key.state is not KeyState.ACTIVE:
                 self._refuse_state(key.state)
-        self._note(ticket, key)
+        self._note(ticket, key, has_sealed=True)
         return key
 
     def _version_for(self, ticket: Ticket, version: int) -> DataKey:
@@ -489,7 +489,7 @@ class Core:
         key = self._find_version(ticket.key, version)
         if not self._may_open(key, ticket.key):
             self._refuse_state(key.state)
-        self._note(ticket, key)
+        self._note(ticket, key, has_sealed=False)
         return key
 
     def _find_version(self, key: NamedKey, version: int) -> DataKey:
@@ -504,18 +504,12 @@ class Core:
         except KeyUnavailableError as error:
             self._refuse(key, error.reason)
 
-    def _note(self, ticket: Ticket, key: DataKey) -> None:
+    def _note(self, ticket: Ticket, key: DataKey, *, has_sealed: bool) -> None:
         if ticket.key.algorithm is not None and key.algorithm != ticket.key.algorithm:
             raise UsageRefused(f"key {ticket.key.name} was pushed with another algorithm than provisioned")
         used = ticket._used  # noqa: SLF001
-        if not used or used[-1] is not key:  # a batch mostly uses one
-            used.append(key)
-
-    def _may(self, used: DataKey, op: Op, key: NamedKey) -> bool:
-        """Whether *used* may still do what it did under a ticket for *op*."""
-        if op in {Op.DECRYPT, Op.VERIFY, Op.REWRAP}:
-            return self._may_open(used, key)
-        return used.state is KeyState.ACTIVE
+        if not used or used[-1][0] is not key or used[-1][1] is not has_sealed:  # a batch mostly uses one
+            used.append((key, has_sealed))
 
     def _may_open(self, version: DataKey, key: NamedKey) -> bool:
         """Rule 4."""

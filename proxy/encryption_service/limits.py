@@ -199,7 +199,7 @@ class Limiter:
         return share
 
     def forget(self, tenants: set[str], credential_ids: set[str]) -> None:
-        """The directory has changed: keep what is known of these alone (rule 4), read rates anew."""
+        """The directory has changed: keep what is known of these alone (rule 4)."""
         self._tenants = {name: bucket for name, bucket in self._tenants.items() if name in tenants}
         self._shares = {name: share for name, share in self._shares.items() if name in tenants}
         self._credentials = {

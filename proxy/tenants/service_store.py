@@ -253,10 +253,13 @@ class ServiceStore:
         self._store.change(change, actor)
         return made
 
-    def rotate(self, credential_id: str, *, actor: str, old_ends_s: float | None) -> Issued:
-        """A second credential with the same rights; the old one lives until *old_ends_s* (None: as before).
+    def rotate(
+        self, credential_id: str, *, actor: str, old_ends_s: float | None, ends_s: float | None = None
+    ) -> Issued:
+        """A second credential with the same rights; the old one lives until *old_ends_s*, if given.
 
-        ChangeRefusedError if there are two of this line already (rule 5).
+        *ends_s*: the new one's own end, in place of the old one's. ChangeRefusedError if there are two of
+        this line already (rule 5), or the new one would have ended.
         """
         old = self._credential(self._store.snapshot(), credential_id)
         grant = Grant(
@@ -267,14 +270,19 @@ class ServiceStore:
             operations=old.operations,
             endpoint=old.endpoint,
             networks=old.networks,
-            not_after_s=old.not_after_s,
+            not_after_s=old.not_after_s if ends_s is None else ends_s,
             requests_per_s=old.requests_per_s,
         )
         made = self._make(grant, None, replaces=credential_id)
 
         def change(connection: Connection, before: Directory) -> Draft:
             current = self._credential(before, credential_id)
-            line = _line_of(before, current, now_s=self._store.now_ms() / 1000)
+            now_s = self._store.now_ms() / 1000
+            if grant.not_after_s is not None and grant.not_after_s <= now_s:
+                raise ChangeRefusedError(
+                    f"{credential_id} has ended, and its successor with it", "give a new end by --valid-for"
+                )
+            line = _line_of(before, current, now_s=now_s)
             if len(line) >= MAX_PER_LINE:
                 raise ChangeRefusedError(
                     f"{' and '.join(sorted(line))} are both live",

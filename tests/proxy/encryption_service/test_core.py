@@ -579,8 +579,11 @@ def test_deactivation_between_stops_what_encrypts_only(bench: Bench) -> None:
         aad=AAD,
         purpose=PURPOSE,
     )
+    rewrap = bench.ticket(Op.REWRAP)
+    bench.core.encrypt(rewrap, PLAIN, AAD, purpose=PURPOSE)
     bench.rig.push(bench.key, S.DEACTIVATED)
-    assert refusal(lambda: bench.core.confirm(tickets[Op.ENCRYPT])) is Refusal.DEACTIVATED
+    for ticket in (tickets[Op.ENCRYPT], rewrap):
+        assert refusal(lambda ticket=ticket: bench.core.confirm(ticket)) is Refusal.DEACTIVATED  # type: ignore[misc]
     bench.core.confirm(tickets[Op.DECRYPT])
 
 

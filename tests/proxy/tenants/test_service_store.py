@@ -498,13 +498,22 @@ def test_rotation_has_two_live_at_once_and_no_third(
         service.rotate("nothing", actor=ACTOR, old_ends_s=None)
 
 
-def test_rotation_lengthens_no_life(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+def test_rotation_lengthens_no_life_unasked(
+    place: Place, store: DirectoryStore, service: ServiceStore
+) -> None:
     service.set_dialect("acme", NATIVE, actor=ACTOR)
     end_s = place.clock.wall_s() + 60
     first = service.issue(Grant(tenant="acme", dialect=NATIVE, label="x", not_after_s=end_s), actor=ACTOR)
     second = service.rotate(first.entry.id, actor=ACTOR, old_ends_s=end_s + 3600)
     found = store.snapshot().encryption_service.credentials
     assert found[first.entry.id].not_after_s == found[second.entry.id].not_after_s == end_s
+    service.revoke(first.entry.id, actor=ACTOR)
+    place.clock.shift(61)
+    refused(lambda: service.rotate(second.entry.id, actor=ACTOR, old_ends_s=None), store)
+    later_s = place.clock.wall_s() + 60
+    third = service.rotate(second.entry.id, actor=ACTOR, old_ends_s=None, ends_s=later_s)
+    assert third.entry.not_after_s == later_s
+    assert enters(store, place, third)
 
 
 @on_both
