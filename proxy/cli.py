@@ -88,7 +88,11 @@ def _audit_file(settings: config.Settings) -> Path:
     return settings.proxy.audit_file
 
 
-add_audit(program, audit_file=_audit_file)
+def _worker_audit_files(settings: config.Settings) -> list[Path]:
+    return settings.proxy.audit_files()[1:]
+
+
+add_audit(program, audit_file=_audit_file, more_files=_worker_audit_files)
 
 
 def main() -> NoReturn:

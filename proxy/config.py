@@ -76,6 +76,10 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def audit_file(self) -> Path:
         return self.state_dir / "audit.jsonl"
 
+    def audit_files(self) -> list[Path]:
+        """The proxy's, and those of its workers, also of workers that there once were."""
+        return [self.audit_file, *sorted(self.state_dir.glob("audit-worker-*.jsonl"))]
+
     def worker_audit_file(self, number: int) -> Path:
         """Worker processes have a chain each, numbered from 0."""
         return self.state_dir / f"audit-worker-{number}.jsonl"
@@ -149,8 +153,6 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     proxy: ProxySettings
     push: PushSettings
-    nats: broker.BrokerSettings | None = None
-    """A broker that envelopes may come by, beside the push listener."""
     nats: broker.BrokerSettings | None = None
     """A broker that envelopes may come by, beside the push listener."""
     keys: KeySettings = KeySettings()

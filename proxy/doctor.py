@@ -26,6 +26,7 @@ from cryptography import x509
 from envelope.audit import BrokenChainError
 from envelope.certificates import CertificateError, Identity, Role, verify_certificate
 from proxy.config import Settings, database_url
+from proxy.encryption_service.settings import ListenSettings
 from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
@@ -58,14 +59,19 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
     checks += _engine()
     checks += _clock()
     checks += _state_dir(settings.proxy.state_dir)
-    checks += _audit(settings.proxy.audit_file, is_running=is_running)
+    for audit_file in settings.proxy.audit_files():
+        checks += _audit(audit_file, is_running=is_running)
     checks += _push_identity(settings, clock)
+    for listen in settings.encryption_service.listen:
+        checks += _service_identity(listen, clock)
     trust, check = _trust(settings.engine.upstream_ca_file or Path(certifi.where()))
     checks.append(check)
     listeners = {
         "push": Listen(settings.push.host, settings.push.port),
         "health": Listen(settings.health.host, settings.health.port),
     }
+    for listen in settings.encryption_service.listen:
+        listeners[f"encryption service at {listen.name}"] = Listen(listen.address, listen.port)
     try:
         with DirectoryStore.open(url, settings.proxy.state_dir, clock=clock, migrate=False) as store:
             directory, in_use = store.snapshot(), store.private_keys()
@@ -219,6 +225,33 @@ def _push_identity(settings: Settings, clock: Clock) -> Iterator[Check]:
         yield failed("push certificate", str(error), mend)
         return
     yield _valid("push certificate", certificate, clock, "have its authority renew it, then send SIGHUP")
+
+
+def _service_identity(listen: ListenSettings, clock: Clock) -> Iterator[Check]:
+    """What a listener of the encryption service shows its callers, and whom it believes."""
+    name = f"certificate of encryption service at {listen.name}"
+    certificate_file, key_file = listen.certificate_file, listen.key_file
+    if certificate_file is None or key_file is None:
+        yield ok(name, "none: a TLS terminator on this machine has one")
+        return
+    try:
+        read_secret_file(key_file)[:] = b""
+        roots = None if listen.client_roots_file is None else load_certificates(listen.client_roots_file)
+        server_context(certificate_file, key_file, client_roots=roots)
+        certificate = load_certificates(certificate_file)[0]
+    except (SettingsError, TlsError) as error:
+        mend = getattr(error, "next_step", f"a PEM key of the proxy's user alone: chmod 600 {key_file}")
+        yield failed(name, str(error), mend)
+        return
+    yield _valid(
+        name, certificate, clock, "have its authority renew it; the running proxy takes the new file"
+    )
+    if roots is not None and listen.client_subject is None:
+        yield warning(
+            name,
+            f"whoever has a certificate below {listen.client_roots_file} may connect",
+            "name the one client by client_subject, as in cks.kms.<region>.amazonaws.com",
+        )
 
 
 def _trust(path: Path) -> tuple[ssl.SSLContext | None, Check]:

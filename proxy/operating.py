@@ -43,7 +43,12 @@ class Operator:
     def reserved(self) -> list[Listen]:
         """Addresses of the proxy's own listeners."""
         push, health = self.settings.push, self.settings.health
-        return [Listen(part.host, part.port) for part in (push, health) if part.port]
+        service = [Listen(part.address, part.port) for part in self.settings.encryption_service.listen]
+        return [
+            part
+            for part in (Listen(push.host, push.port), Listen(health.host, health.port), *service)
+            if part.port
+        ]
 
     def say(self, data: dict[str, object], text: Callable[[], str] | str) -> None:
         self.options.emit(data, text)

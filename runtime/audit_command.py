@@ -3,10 +3,12 @@
 1. It only reads, also beside the process that writes the log.
 2. The chain has no key and a cut end leaves it whole (envelope/audit.py rule 3): the head that is printed,
    kept elsewhere, is what `--expect` proves the log against later.
-3. Exit code 3 for a broken chain, with its first wrong line; 2 if there is no such file.
+3. Of a program that runs as several processes every process has a log: all of them are verified. `--expect`
+   is about the first, or the one named by `--file`.
+4. Exit code 3 for a broken chain, with its first wrong line; 2 if there is no such file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +20,16 @@ from runtime.audit import mend_broken, read_chain
 from runtime.cli import CommandError, ExitCode, Options
 
 
-def add_audit[S](program: typer.Typer, *, audit_file: Callable[[S], Path]) -> None:
-    """Add the commands to *program*. *audit_file*: where its settings say that the log is."""
+def add_audit[S](
+    program: typer.Typer,
+    *,
+    audit_file: Callable[[S], Path],
+    more_files: Callable[[S], Sequence[Path]] = lambda _settings: (),
+) -> None:
+    """Add the commands to *program*. *audit_file*: where its settings say that the log is.
+
+    *more_files*: the logs of further processes, verified with it.
+    """
     commands = typer.Typer(no_args_is_help=True, help="The audit log: a hash chain of events.")
     program.add_typer(commands, name="audit")
 
@@ -41,14 +51,23 @@ def add_audit[S](program: typer.Typer, *, audit_file: Callable[[S], Path]) -> No
         """Verify the log and print its head, to be recorded elsewhere; exit code 3 if it is broken."""
         options: Options[S] = context.obj
         expected = None if expect is None else _head(expect)
-        path = audit_file(options.load()) if file is None else file
-        data = _verified(path, expected)
-        options.emit(
-            data,
-            f"{path}: {data['events']} events, chain holds\n  head {data['head']}"
-            + (f"\n  {expect} is in it" if expect is not None else "")
-            + (f"\n  {data['torn_bytes']} bytes of a torn last line" if data["torn_bytes"] else ""),
-        )
+        more: Sequence[Path] = ()
+        if file is None:
+            settings = options.load()
+            file, more = audit_file(settings), more_files(settings)
+        data = _verified(file, expected)
+        text = _told(data) + (f"\n  {expect} is in it" if expect is not None else "")
+        if more:
+            others = [_verified(path, None) for path in more]
+            data["more"] = others
+            text = "\n".join([text, *map(_told, others)])
+        options.emit(data, text)
+
+
+def _told(data: Mapping[str, object]) -> str:
+    return f"{data['file']}: {data['events']} events, chain holds\n  head {data['head']}" + (
+        f"\n  {data['torn_bytes']} bytes of a torn last line" if data["torn_bytes"] else ""
+    )
 
 
 def _head(text: str) -> Head:

@@ -247,3 +247,29 @@ def test_a_foreign_program_at_the_health_port(site: Installation, acme: Tenant) 
             log.close()
     assert found["readiness"].outcome == "failed"
     assert "no answer of a proxy" in found["readiness"].detail
+
+
+def test_the_encryption_services_listeners_are_looked_at(site: Installation) -> None:
+    ca = make_server_ca()
+    certificate, key = write_credential(issue_server(ca), site.path, "kms")
+    roots = write_certificate(ca.certificate, site.path / "kms-clients.pem")
+    tls_port, plain_port = free_port(), free_port()
+    site.config_file.write_text(
+        site.config_file.read_text()
+        + f'[[encryption_service.listen]]\nhost = "127.0.0.1"\nport = {tls_port}\ndialects = ["xks"]\n'
+        + f'certificate_file = "{certificate}"\nkey_file = "{key}"\nclient_roots_file = "{roots}"\n'
+        + f'[[encryption_service.listen]]\nhost = "127.0.0.1"\nport = {plain_port}\nplain = true\n'
+        + 'dialects = ["transit"]\n'
+    )
+    with socket.create_server(("127.0.0.1", plain_port)):
+        checks = {
+            (check.name, check.outcome): check
+            for check in examine(site.config_file, site.settings, SystemClock())
+        }
+    name = f"certificate of encryption service at 127.0.0.1:{tls_port}"
+    assert (name, "ok") in checks
+    assert "client_subject" in (checks[name, "warning"].mend or "")
+    assert (f"encryption service at 127.0.0.1:{tls_port}", "ok") in checks
+    assert (f"encryption service at 127.0.0.1:{plain_port}", "failed") in checks
+    key.chmod(0o644)
+    assert checks_of(site)[name].outcome == "failed"

@@ -78,3 +78,25 @@ def test_usage(program: typer.Typer, tmp_path: Path, heads: list[str]) -> None:
     assert _run(program, "--file", tmp_path / "none") == 2
     assert _run(program, "--file", tmp_path / "log", "--expect", "3") == 2
     assert _run(program, "--file", tmp_path / "log", "--expect", f"{heads[0]}0") == 2
+
+
+def test_the_logs_of_worker_processes_are_verified_too(
+    tmp_path: Path, heads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "sealgate.toml"
+    config.write_text(
+        '[proxy]\nid = "p"\nstate_dir = "."\n[push]\ncertificate_file = "a.pem"\nkey_file = "a.key"\n'
+    )
+    names = ("audit.jsonl", "audit-worker-0.jsonl", "audit-worker-1.jsonl")
+    for name in names:
+        (tmp_path / name).write_bytes((tmp_path / "log").read_bytes())
+    words = ["--config", str(config), "audit", "verify", "--json"]
+    assert cli.main(sealgate, words) == 0
+    told = json.loads(capsys.readouterr().out)
+    files = [told["file"], *(more["file"] for more in told["more"])]
+    assert files == [str(tmp_path / name) for name in names]
+    assert {told["head"], *(more["head"] for more in told["more"])} == {heads[-1]}
+    path = tmp_path / names[2]
+    path.write_bytes(path.read_bytes().replace(b"mail", b"male"))
+    assert cli.main(sealgate, words) == 3
+    assert names[2] in json.loads(capsys.readouterr().err)["error"]["cause"]
