@@ -82,19 +82,21 @@ class EncryptionService:
                 clock=clock,
                 fleet=settings.xks,
             )
-        # Made for whoever calls out; no connection and no thread before the first call.
-        self._outbound = Outbound(
-            outbound_context(settings.outbound.ca_file), private_hosts=settings.outbound.private_hosts
-        )
-        self._issuer_keys = KeySets(self._outbound.get, clock)
+        self._outbound: Outbound | None = None
+        self._issuer_keys: KeySets | None = None
         if DialectName.KACLS in names:
+            # No connection and no thread before the first call.
+            self._outbound = outbound = Outbound(
+                outbound_context(settings.outbound.ca_file), private_hosts=settings.outbound.private_hosts
+            )
+            self._issuer_keys = KeySets(outbound.get, clock)
             dialects[DialectName.KACLS] = KaclsDialect(
                 core=core,
                 limiter=self._limiter,
                 directory=self._current,
                 clock=clock,
                 issuer_keys=self._issuer_keys,
-                post=self._outbound.post_json,
+                post=outbound.post_json,
             )
         self._server = ServiceServer(
             settings, dialects, metrics=self.metrics, clock=clock, reuse_port=processes > 1
@@ -127,8 +129,10 @@ class EncryptionService:
     async def stop(self, *, grace_s: float) -> None:
         """Take no more connections, let answers under way end within *grace_s*, reset the rest."""
         await self._server.stop(grace_s=grace_s)
-        await self._issuer_keys.aclose()
-        await self._outbound.aclose()
+        if self._issuer_keys is not None:
+            await self._issuer_keys.aclose()
+        if self._outbound is not None:
+            await self._outbound.aclose()
 
     def _current(self) -> ServiceDirectory:
         return self._directory
