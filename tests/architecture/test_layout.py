@@ -55,10 +55,6 @@ _WORKERS: Final = (
     "tests/integration/test_workers.py",
     "only real processes show that keys are everywhere and that a dead one is replaced",
 )
-_BROKER: Final = (
-    "tests/key_agent/push/test_roads.py",
-    "one end of a broker: only a real broker between both ends shows that it is right",
-)
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
@@ -70,7 +66,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "key_agent/journal.py": _AGENT,
     "key_agent/operations.py": _AGENT,
-    "key_agent/push/broker.py": _BROKER,
     "key_agent/push/broker.py": _BROKER,
     "key_agent/push/pusher.py": _AGENT,
     "key_agent/push/recipients.py": _AGENT,
@@ -114,7 +109,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/worker_main.py": _WORKER,
     "proxy/addon.py": _JOB,
     "proxy/api/broker.py": _BROKER,
-    "proxy/api/broker.py": _BROKER,
     "proxy/data_plane.py": (
         "tests/integration/test_proxy_process.py",
         "the parts of one process, right when the process serves",
@@ -154,7 +148,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/tenants/test_service_store.py",
         "rows read as they were written, on both databases",
     ),
-    "proxy/keys/relay.py": _WORKERS,
     "proxy/workers/link.py": _WORKERS,
     "proxy/workers/worker_main.py": _WORKERS,
     "proxy/refusals.py": (
