@@ -74,8 +74,10 @@ def seal_request(opener: Opener, signer: Signer, request: EnvelopeRequest) -> Se
                 keys.append(opener.open(request.owner, row, state))
             except WrappedKeyError as error:
                 failed_keys.append((row.key_id, str(error)))
-        # No keys: an empty `set` would be the revoke message (docs/format.md 5).
-        for recipient in request.recipients if keys else ():
+        # No keys: an empty `set` would be the revoke message (docs/format.md 5). Tombstones alone would take
+        # the others back as well: so they travel alone only where there is nothing else.
+        has_any = any(key.state is not KeyState.DESTROYED for key in keys) or (keys and not failed_keys)
+        for recipient in request.recipients if has_any else ():
             try:
                 tokens.append((recipient.audience, _seal_one(signer, request, recipient, tuple(keys))))
             except (ValueError, TypeError, SealgateError) as error:

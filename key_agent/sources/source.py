@@ -186,7 +186,7 @@ class EnvelopeResult:
     """What became of one `EnvelopeRequest`.
 
     A failed key is left out of the envelopes, the sound ones still travel. If no key opened there are no
-    tokens at all: an empty `set` would be the revoke message.
+    tokens at all: an empty `set`, or tombstones alone, would take the others back.
     """
 
     owner: NetworkService

@@ -20,7 +20,7 @@ from envelope.derive import ekm_binding
 from envelope.errors import MisuseError, SealgateError
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Claims, Operation, key_check, seal_envelope
-from key_agent.errors import KeySourceError, error_of
+from key_agent.errors import KeySourceError, UnsupportedError, error_of
 from key_agent.sources.signing_keys import SEED_SIZE, is_key_for, make_signing_key
 from key_agent.sources.source import (
     Diagnosis,
@@ -28,6 +28,7 @@ from key_agent.sources.source import (
     EnvelopeResult,
     Kek,
     KekReference,
+    KekType,
     KeySource,
     NewKey,
     Recipient,
@@ -72,6 +73,11 @@ class FakeKeySource(KeySource):
 
     # The hand of the enterprise, or of fate.
 
+    def make_key(self, reference: KekReference) -> None:
+        """As the HSM's administrator would: a key to be adopted."""
+        key = _TokenKey(AESGCM(AESGCM.generate_key(256)))
+        self.keks[_name(reference)] = self.backup[_name(reference)] = key
+
     def destroy(self, kek: Kek) -> None:
         """As another process would: the key is gone from the token."""
         del self.keks[_name(kek.reference)]
@@ -111,12 +117,45 @@ class FakeKeySource(KeySource):
     # The production interface.
 
     @override
-    async def create_kek(self, reference: KekReference, *, replace_unfinished: bool = False) -> Kek:
+    async def create_kek(
+        self,
+        reference: KekReference,
+        *,
+        kek_type: KekType | None = None,
+        valid_until_s: int | None = None,
+        replace_unfinished: bool = False,
+    ) -> Kek:
         await self._enter("create_kek")
+        if kek_type not in (None, KekType.AES_256):
+            raise UnsupportedError(f"the fake has no KEKs of type {kek_type}")
         if _name(reference) in self.keks and not replace_unfinished:
             raise KeySourceError(f"a key named {reference.label!r} exists in the token")
-        key = AESGCM(AESGCM.generate_key(256))
-        self.keks[_name(reference)] = self.backup[_name(reference)] = _TokenKey(key)
+        self.make_key(reference)
+        return self._kek(reference, None, valid_until_s, is_adopted=False)
+
+    @override
+    async def adopt_kek(
+        self,
+        reference: KekReference,
+        *,
+        kek_type: KekType | None = None,
+        valid_from_s: int | None = None,
+        valid_until_s: int | None = None,
+    ) -> Kek:
+        await self._enter("adopt_kek")
+        if kek_type not in (None, KekType.AES_256) or _name(reference) not in self.keks:
+            raise UnsupportedError(f"no key {reference.label!r} of that type in the token")
+        return self._kek(reference, valid_from_s, valid_until_s, is_adopted=True)
+
+    def _kek(
+        self,
+        reference: KekReference,
+        valid_from_s: int | None,
+        valid_until_s: int | None,
+        *,
+        is_adopted: bool,
+    ) -> Kek:
+        key = self.keks[_name(reference)].key
         canary, iv = os.urandom(32), os.urandom(12)
         return Kek(
             reference=reference,
@@ -125,6 +164,9 @@ class FakeKeySource(KeySource):
             canary_ciphertext=iv + key.encrypt(iv, canary, b"canary"),
             canary_sha256=sha256(canary).digest(),
             created_at_ms=int(self.clock.wall_s() * 1000),
+            valid_from_s=valid_from_s,
+            valid_until_s=valid_until_s,
+            is_adopted=is_adopted,
         )
 
     @override
@@ -194,6 +236,11 @@ class FakeKeySource(KeySource):
             raise error_of(self._failure)
 
     def _state(self, kek: Kek) -> Diagnosis:
+        now_s = self.clock.wall_s()
+        if kek.valid_until_s is not None and now_s >= kek.valid_until_s:
+            return Diagnosis(Verdict.KEK_EXPIRED, "the KEK has ended")
+        if kek.valid_from_s is not None and now_s < kek.valid_from_s:
+            return Diagnosis(Verdict.KEK_EXPIRED, "the KEK has not begun")
         held = self.keks.get(_name(kek.reference))
         if held is None:
             return Diagnosis(Verdict.KEK_DESTROYED, "no KEK of that name, canary key visible")
@@ -269,7 +316,7 @@ class FakeKeySource(KeySource):
             opened.append(_material(row, state, material))
         tokens: Mapping[str, str] = {}
         failed_recipients: dict[str, str] = {}
-        if opened:
+        if any(key.state is not KeyState.DESTROYED for key in opened) or (opened and not failed_keys):
             tokens = self._tokens(request, tuple(opened), failed_recipients)
         return EnvelopeResult(
             owner=request.owner, tokens=tokens, failed_keys=failed_keys, failed_recipients=failed_recipients

@@ -154,6 +154,23 @@ async def test_the_version_that_the_registry_gave_arrives(
     assert (tombstone.version, bytes(tombstone.secret)) == (18, b"")
 
 
+@on_few
+async def test_tombstones_travel_alone_only_where_there_is_nothing_else(
+    subject: Subject, acme: Tenant, hsm: SoftHsm
+) -> None:
+    """A `set` of tombstones takes everything else back: no key that failed may lead to one."""
+    kek = await subject.source.create_kek(REFERENCE)
+    [gone] = await subject.source.generate(kek, new_keys(1))
+    [live] = await subject.source.generate(kek, new_keys(1))
+    bad = replace(live, wrapped=live.wrapped[:-1] + bytes([live.wrapped[-1] ^ 1]))
+    request = request_for(gone, acme.service(gone.owner.service), state=KeyState.DESTROYED)
+    for also, tokens in ((live, {"proxy-0"}), (bad, set())):
+        both = replace(request, keys=(*request.keys, (also, KeyState.ACTIVE)))
+        [result] = await subject.source.seal_envelopes(kek, [both])
+        assert set(result.tokens) == tokens
+    await _arrived(subject, kek, gone, acme, hsm, state=KeyState.DESTROYED)
+
+
 async def test_signing_keys_arrive_move_and_are_told_from_others(
     subject: Subject, acme: Tenant, hsm: SoftHsm
 ) -> None:
