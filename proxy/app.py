@@ -32,7 +32,6 @@ from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer
 from proxy import gate
 from proxy.api.broker import BrokerListener
-from proxy.api.broker import BrokerListener
 from proxy.api.push import make_push_application
 from proxy.config import Settings, database_url
 from proxy.data_plane import DataPlane
@@ -206,14 +205,6 @@ class ProxyProcess:
                 tasks = plane.tasks(group)
                 tasks.append(group.create_task(keys.run_sweeper(), name="keys:sweep"))
                 tasks.append(group.create_task(watch.run(directory, self._apply), name="directory:watch"))
-                if self._settings.nats is not None:
-                    listener = BrokerListener(
-                        self._settings.nats,
-                        _present(self._receiver),
-                        clock=self._clock,
-                        requests_per_s=self._settings.push.requests_per_s,
-                    )
-                    tasks.append(group.create_task(listener.run(), name="push:broker"))
                 if self._settings.nats is not None:
                     listener = BrokerListener(
                         self._settings.nats,
