@@ -354,9 +354,9 @@ class KaclsDialect(Dialect):
                             items=stands_for,
                         )
                     )
-            except NotRecorded as unrecorded:
+            except NotRecorded as unrecorded:  # then nothing else may be answered
+                error, code = unrecorded, unrecorded.code
                 status, message = ANSWER_TO_ERROR[NotRecorded]
-                code = unrecorded.code
         details = error.cause if isinstance(error, DeniedError) else code
         if isinstance(error, MalformedError):
             message = f"{message[:-1]}: {error}."

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from envelope.keys import NetworkService, SigningAlgorithm
+from envelope.keys import KeyId, SigningAlgorithm
 from proxy.encryption_service.call import Answer, Call, Peer
 from proxy.encryption_service.dialects.kacls import KaclsDialect
 from proxy.encryption_service.jwks import KeySets
 from proxy.encryption_service.limits import Limits
 from proxy.encryption_service.model import DialectName, KaclsEndpoint, KaclsSettings, TokenIssuer
+from tests.pki import rsa_key
 from tests.proxy.encryption_service.service_rig import TENANT, ServiceRig
 from tests.proxy.encryption_service.token_mint import Mint, Pages
 
@@ -85,7 +87,7 @@ class KaclsRig:
         self.key = rig.add_key("workspace")
         self.identity = rig.add_key("identity", algorithm=SigningAlgorithm.RS256)
         rig.push(self.key)
-        rig.push(self.identity)
+        self.push_identity()
         self.pages = Pages()
         for mint in (IDP, GOOGLE, GUEST_IDP, OTHER):
             self.pages.bodies[jwks_url(mint)] = mint.key_set()
@@ -102,6 +104,13 @@ class KaclsRig:
             post=self._post,
         )
 
+    def push_identity(self) -> None:
+        """RSA keys are slow to make: that of tests/pki.py will do, under a key id of this rig's own."""
+        pkcs8 = rsa_key(2048, 8).private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        known = self.service._materials.setdefault(self.identity.owner, {})
+        known.setdefault(1, (KeyId.random(), pkcs8))
+        self.service.push(self.identity)
+
     async def fetch_keys(self) -> None:
         for mint in (IDP, GOOGLE, GUEST_IDP, OTHER):
             await self.issuer_keys.refresh(jwks_url(mint), patient=True)
@@ -117,15 +126,16 @@ class KaclsRig:
     def add_tenant(self, tenant: str, url: str) -> None:
         """Another tenant, believing the same issuers, with keys of its own of the same names."""
         for name, algorithm in (("workspace", None), ("identity", SigningAlgorithm.RS256)):
-            key = self.service.add_key(name, tenant=tenant, algorithm=algorithm)
-            assert key.owner == NetworkService(tenant, name)
-            self.service.push(key)
+            self.service.push(self.service.add_key(name, tenant=tenant, algorithm=algorithm))
         self.set_endpoint(tenant=tenant, url=url)
 
     # Tokens.
 
-    def authentication(self, email: str | None = USER, *, mint: Mint = IDP, **claims: object) -> str:
-        return mint.token({"email": email, **claims}, now_s=self.clock.wall_s())
+    def authentication(
+        self, email: str = USER, *, mint: Mint = IDP, person: Mapping[str, object] | None = None
+    ) -> str:
+        """*person*: more claims, or others."""
+        return mint.token({"email": email, **(person or {})}, now_s=self.clock.wall_s())
 
     def authorization(
         self, role: str | None, email: str = USER, *, mint: Mint = GOOGLE, **claims: object
@@ -184,18 +194,16 @@ class KaclsRig:
         *,
         url: str = URL,
         person: Mapping[str, object] | None = None,
-        email: str = USER,
+        user: str = USER,
         reason: str = "test",
-        **claims: object,
+        **claims: Any,
     ) -> Answer:
         """`/wrap`; *claims* are the authorization token's, *person* the authentication token's."""
         return self.call(
             "wrap",
             url=url,
-            authentication=self.authentication(email, **(person or {})),
-            authorization=self.authorization(
-                **{"role": "writer", "email": email, "kacls_url": url, **claims}  # type: ignore[arg-type]
-            ),
+            authentication=self.authentication(user, person=person),
+            authorization=self.authorization(**{"role": "writer", "email": user, "kacls_url": url, **claims}),
             key=b64(key),
             reason=reason,
         )
@@ -206,16 +214,14 @@ class KaclsRig:
         *,
         url: str = URL,
         person: Mapping[str, object] | None = None,
-        email: str = USER,
-        **claims: object,
+        user: str = USER,
+        **claims: Any,
     ) -> Answer:
         return self.call(
             "unwrap",
             url=url,
-            authentication=self.authentication(email, **(person or {})),
-            authorization=self.authorization(
-                **{"role": "reader", "email": email, "kacls_url": url, **claims}  # type: ignore[arg-type]
-            ),
+            authentication=self.authentication(user, person=person),
+            authorization=self.authorization(**{"role": "reader", "email": user, "kacls_url": url, **claims}),
             wrapped_key=wrapped_key,
             reason="test",
         )
