@@ -9,7 +9,9 @@
    that does not read, and for the rest of what was refused. The sweeper of the site looks at them.
 4. A body or an answer that streams stops the other side when it is ahead. A stream that fails is cut by a
    reset: its chunked end is never sent.
-5. Stopping: answers under way are sent with `Connection: close`; idle connections are closed.
+5. Who was told that it asks too much (429) has its next request looked at PAUSE_S later: a client that goes
+   on at once would cost, refused, nearly what it costs served.
+6. Stopping: answers under way are sent with `Connection: close`; idle connections are closed.
 """
 
 import asyncio
@@ -37,6 +39,8 @@ IN_A_ROW: Final = 16
 READ_AHEAD_BYTES: Final = 64 << 10
 """Received and not yet wanted; the socket's buffer holds the rest."""
 LINGER_BYTES: Final = 1 << 20
+PAUSE_S: Final = 0.02
+"""Too short to harm other tenants' calls that share the connection: AWS KMS waits 0.25 s."""
 _PROBLEM: Final = "application/problem+json"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -179,6 +183,7 @@ class HttpConnection(asyncio.Protocol):
         "_ending",
         "_head",
         "_loop",
+        "_pausing",
         "_peer",
         "_reader",
         "_reading",
@@ -207,6 +212,7 @@ class HttpConnection(asyncio.Protocol):
         self._running: asyncio.Task[None] | None = None
         self._writable: asyncio.Event | None = None  # while writing is held back
         self._reading = True
+        self._pausing = False  # rule 5
         self._scheduled = False  # more requests are here, and others' turn first
         self._ending = False  # nothing more is read as a request
         self._dropped = 0
@@ -327,7 +333,7 @@ class HttpConnection(asyncio.Protocol):
         served = 0
         self._scheduled = False
         try:
-            while self._running is None and self._writable is None and not self._ending:
+            while self._running is None and self._writable is None and not (self._ending or self._pausing):
                 if self._head is None and not self._begin():
                     break
                 if self._head is not None and not self._finish(self._head):
@@ -363,7 +369,7 @@ class HttpConnection(asyncio.Protocol):
                 self._wait_for(Waiting.HEAD)
         elif served or waiting not in (Waiting.HEAD, Waiting.NEXT):
             self._wait_for(Waiting.NEXT)
-        ahead = self._running is not None or self._writable is not None or self._scheduled
+        ahead = self._running is not None or self._writable is not None or self._scheduled or self._pausing
         full = ahead and reader.buffered_bytes >= READ_AHEAD_BYTES
         self._read(not (full or (self._stream is not None and self._stream.is_full)))
 
@@ -542,6 +548,14 @@ class HttpConnection(asyncio.Protocol):
         self._write(start if head is not None and head.method == "HEAD" else start + answer.body)
         self._note(answer.status)
         self._done(close=close)
+        if answer.status == HTTPStatus.TOO_MANY_REQUESTS and not self._ending:
+            self._pausing = True
+            self._loop.call_later(PAUSE_S, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pausing = False
+        if not self._ending:
+            self._advance()
 
     def _done(self, *, close: bool) -> None:
         """The answer is out: on to the next request, or to the end."""

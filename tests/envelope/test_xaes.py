@@ -105,6 +105,18 @@ def test_nonces_are_fresh() -> None:
     assert len({cipher.seal(b"", b"")[0] for _ in range(10_000)}) == 10_000
 
 
+def test_many_at_once_are_the_same_as_one_by_one() -> None:
+    cipher = Xaes256Gcm(os.urandom(KEY_SIZE))
+    messages = [(os.urandom(number), os.urandom(number % 5)) for number in range(200)]
+    sealed = cipher.seal_all(messages)
+    nonces = {one[:NONCE_SIZE] for one in sealed}
+    assert len(nonces) == len(messages)
+    for one, (plaintext, aad) in zip(sealed, messages, strict=True):
+        assert one[NONCE_SIZE:] == cipher.encrypt(one[:NONCE_SIZE], plaintext, aad)
+        assert cipher.decrypt(one[:NONCE_SIZE], one[NONCE_SIZE:], aad) == plaintext
+    assert cipher.seal_all([]) == []
+
+
 def test_wrong_sizes_are_a_bug_of_the_caller() -> None:
     for size in (0, 16, 31, 33):
         with pytest.raises(MisuseError):

@@ -57,6 +57,8 @@ class Echo(Dialect):
                 return self._cut()
             case "long":
                 return self._long()
+            case "too-much":
+                return Answer(status=429, body=call.body)
             case "big":
                 return Answer(status=200, body=bytes(20 << 20))
             case _:

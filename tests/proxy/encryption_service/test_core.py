@@ -110,6 +110,31 @@ def test_what_is_encrypted_opens_again(bench: Bench) -> None:
     assert bench.decrypt(sealed) == PLAIN
 
 
+def test_what_is_encrypted_at_once_opens_one_by_one(bench: Bench) -> None:
+    messages = [(f"plain {number}".encode(), b"aad %d" % number) for number in range(100)]
+    ticket = bench.ticket(Op.ENCRYPT)
+    sealed = bench.core.encrypt_all(ticket, messages, purpose=PURPOSE)
+    with pytest.raises(UsageRefused):
+        bench.core.encrypt_all(bench.ticket(Op.DECRYPT), messages, purpose=PURPOSE)
+    with pytest.raises(TooLarge):
+        bench.core.encrypt_all(ticket, [(bytes(MAX_PLAINTEXT_BYTES + 1), b"")], purpose=PURPOSE)
+    assert (sealed.version, sealed.key_id) == (1, bench.rig.key_id(bench.key))
+    for message, (plaintext, aad) in zip(sealed.messages, messages, strict=True):
+        one = Sealed(
+            version=1,
+            key_id=sealed.key_id,
+            nonce=message[:NONCE_SIZE],
+            ciphertext=message[NONCE_SIZE:-TAG_SIZE],
+            tag=message[-TAG_SIZE:],
+        )
+        assert bench.decrypt(one, aad=aad) == plaintext
+        with pytest.raises(DoesNotVerify):
+            bench.decrypt(one, aad=aad + b"x")
+    bench.rig.withdraw(bench.key)
+    with pytest.raises(Revoked):  # the version that all were made under is on the ticket
+        bench.core.confirm(ticket)
+
+
 def test_the_key_is_the_derivation_of_the_format(bench: Bench) -> None:
     """Anyone with the key material and docs/format.md can open it without this program."""
     for purpose in (PURPOSE, Purpose(DialectName.TRANSIT, b"customer 4711")):

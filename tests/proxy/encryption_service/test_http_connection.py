@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.encryption_service.http_connection import IN_A_ROW, READ_AHEAD_BYTES, BodyCutError
+from proxy.encryption_service.http_connection import IN_A_ROW, PAUSE_S, READ_AHEAD_BYTES, BodyCutError
 from proxy.encryption_service.http_server import TICK_S, ServiceServer
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
@@ -302,6 +302,19 @@ async def test_a_call_that_waits_too_long_is_overload_and_one_whose_client_left_
         await until(
             lambda: not [task for task in asyncio.all_tasks() if task.get_name() == "service:transit"]
         )
+
+
+async def test_who_asks_too_much_waits_and_nobody_else() -> None:
+    echo = Echo()
+    async with serve(echo) as (port, _):
+        greedy, other = await Client.connect(port), await Client.connect(port)
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        await greedy.send(request("/e/too-much", b"1") + request("/e/echo", b"2") + request("/e/echo", b"3"))
+        assert (await greedy.reply()).status == 429
+        assert (await other.ask("/e/echo", b"other")).body == b"other"
+        assert [(await greedy.reply()).body for _ in range(2)] == [b"2", b"3"]
+        assert loop.time() - began_s >= PAUSE_S
 
 
 async def test_a_last_request_before_a_half_close_is_answered() -> None:
