@@ -26,11 +26,13 @@ from cryptography import x509
 from envelope.audit import BrokenChainError
 from envelope.certificates import CertificateError, Identity, Role, verify_certificate
 from proxy.config import Settings, database_url
+from proxy.encryption_service.credentials import FILE_KEY_DIRECTORY, SecretSealer
+from proxy.encryption_service.model import CredentialKind, ServiceDirectory
 from proxy.encryption_service.settings import ListenSettings
 from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
-from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry
+from proxy.tenants.model import Directory, Listen, Recipient, ServiceEntry, TenantEntry
 from runtime.audit import mend_broken, read_chain
 from runtime.clock import Clock
 from runtime.doctor import Check, failed, ok, validity, warning
@@ -90,6 +92,9 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
         checks += _service(service, directory, clock)
         if service.reverse_listen is not None:
             listeners[f"reverse proxy of {service.owner}"] = service.reverse_listen
+    for key in directory.encryption_service.keys.values():
+        checks += _recipient("key", key, directory, clock)
+    checks += _stored_secrets(directory.encryption_service, settings.proxy.state_dir)
     checks += _stray_keys(settings.proxy.state_dir, in_use)
     checks += _network(listeners, is_running=is_running)
     if trust is not None:
@@ -297,14 +302,18 @@ def _tenant(tenant: TenantEntry, clock: Clock) -> Iterator[Check]:
 
 def _service(service: ServiceEntry, directory: Directory, clock: Clock) -> Iterator[Check]:
     name = f"service {service.owner}"
-    renew = f"sealgate service renew {service.owner} --csr FILE; have it signed; sealgate service import-cert"
     if service.profile not in PROFILES:
         known = ", ".join(sorted(PROFILES))
         yield failed(name, f"profile {service.profile!r} does not exist here", f"choose one of: {known}")
+    yield from _recipient("service", service, directory, clock)
+
+
+def _recipient(noun: str, service: Recipient, directory: Directory, clock: Clock) -> Iterator[Check]:
+    """Whether keys can be pushed to it."""
+    name = f"{noun} {service.owner}"
+    renew = f"sealgate {noun} renew {service.owner} --csr FILE; have it signed; sealgate {noun} import-cert"
     if service.certificate is None:
-        mend = (
-            f"have the tenant's root sign the CSR, then `sealgate service import-cert {service.owner} FILE`"
-        )
+        mend = f"have the tenant's root sign the CSR, then `sealgate {noun} import-cert {service.owner} FILE`"
         yield warning(name, "waits for its certificate; everything is refused until then", mend)
         return
     try:
@@ -322,6 +331,23 @@ def _service(service: ServiceEntry, directory: Directory, clock: Clock) -> Itera
         yield failed(name, f"{service.key_file} is not the key of the certificate", renew)
         return
     yield _valid(name, service.certificate, clock, renew)
+
+
+def _stored_secrets(service: ServiceDirectory, state_dir: Path) -> Iterator[Check]:
+    """Whether the file keys are here that open the secrets of SigV4 credentials."""
+    stored = [entry for entry in service.credentials.values() if entry.kind is CredentialKind.SIGV4]
+    if not stored:
+        return
+    sealer = SecretSealer(state_dir)
+    lost = [entry.id for entry in stored if sealer.open(entry.verifier, entry.id, entry.tenant) is None]
+    if lost:
+        yield failed(
+            "stored secrets",
+            f"{len(lost)} of {len(stored)} do not open: {', '.join(sorted(lost)[:5])}",
+            f"restore {state_dir / FILE_KEY_DIRECTORY} (mode 0600), or revoke them and issue others",
+        )
+    else:
+        yield ok("stored secrets", f"{len(stored)} open by their file keys")
 
 
 def _stray_keys(state_dir: Path, in_use: set[Path]) -> Iterator[Check]:

@@ -273,3 +273,26 @@ def test_the_encryption_services_listeners_are_looked_at(site: Installation) -> 
     assert (f"encryption service at 127.0.0.1:{plain_port}", "failed") in checks
     key.chmod(0o644)
     assert checks_of(site)[name].outcome == "failed"
+
+
+def test_named_keys_and_stored_secrets(site: Installation, acme: Tenant) -> None:
+    root = write_certificate(acme.root.certificate, site.path / "root.pem")
+    site.ask("tenant", "add", "acme", "--root", str(root))
+    csr = site.path / "orders.csr"
+    site.ask("key", "add", "acme/orders", "--csr", str(csr))
+    waiting = checks_of(site)["key acme/orders"]
+    assert waiting.outcome == "warning"
+    assert "sealgate key import-cert acme/orders" in (waiting.mend or "")
+    site.ask("key", "import-cert", "acme/orders", str(sign(acme, csr)))
+    settings = site.path / "xks.json"
+    settings.write_text('{"stores": [{"prefix": "a1", "keys": {"k": "orders"}}]}')
+    site.ask("dialect", "set", "acme", "xks", "--settings", str(settings))
+    assert "stored secrets" not in checks_of(site)
+    site.ask("credential", "issue", "acme", "xks", "--label", "aws", "--endpoint", "a1")
+    sound = checks_of(site)
+    assert (sound["key acme/orders"].outcome, sound["stored secrets"].outcome) == ("ok", "ok")
+    (file_key,) = (site.state_dir / "file-keys").iterdir()
+    file_key.unlink()
+    lost = checks_of(site)["stored secrets"]
+    assert lost.outcome == "failed"
+    assert "file-keys" in (lost.mend or "")
