@@ -13,6 +13,7 @@ from proxy.encryption_service.core import Core
 from proxy.encryption_service.credentials import SecretSealer
 from proxy.encryption_service.dialects.dialect import Dialect
 from proxy.encryption_service.dialects.kacls import KaclsDialect
+from proxy.encryption_service.dialects.native import NativeDialect
 from proxy.encryption_service.dialects.transit import TransitDialect
 from proxy.encryption_service.dialects.xks import XksDialect
 from proxy.encryption_service.http_server import ServiceServer
@@ -69,6 +70,10 @@ class EncryptionService:
         )
         names = {name for listen in settings.listen for name in listen.dialects}
         dialects: dict[DialectName, Dialect] = {}
+        if DialectName.NATIVE in names:
+            dialects[DialectName.NATIVE] = NativeDialect(
+                core=core, access=access, limiter=self._limiter, directory=self._current, clock=clock
+            )
         if DialectName.TRANSIT in names:
             dialects[DialectName.TRANSIT] = TransitDialect(
                 core=core, access=access, limiter=self._limiter, directory=self._current, clock=clock

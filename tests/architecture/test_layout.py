@@ -122,6 +122,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "a table: its rows are what the calls are answered",
     ),
     "proxy/encryption_service/dialects/transit_errors.py": _TRANSIT,
+    "proxy/encryption_service/dialects/transit_system.py": _TRANSIT,
+    "proxy/encryption_service/dialects/transit_data.py": _TRANSIT,
+    "proxy/encryption_service/dialects/transit_call.py": _TRANSIT,
     "proxy/encryption_service/dialects/transit_keys.py": _TRANSIT,
     "proxy/encryption_service/dialects/transit_signing.py": _TRANSIT,
     "proxy/encryption_service/dialects/dialect.py": (

@@ -6,11 +6,27 @@
 3. `jws` writes every signature in base64url; of ECDSA it also means fixed-length r and s.
 """
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 from envelope.keys import SigningAlgorithm
-from proxy.encryption_service.dialects.transit_bodies import BodyError, SignBody, VerifyBody
-from proxy.encryption_service.model import NamedKey
+from proxy.encryption_service.call import Answer
+from proxy.encryption_service.dialects.bearer import BearerCalls
+from proxy.encryption_service.dialects.transit_bodies import (
+    BodyError,
+    Reader,
+    SignBody,
+    SignItem,
+    VerifyBody,
+    VerifyItem,
+    decode_base64,
+    format_signature,
+    parse_signature,
+)
+from proxy.encryption_service.dialects.transit_call import TransitRequest, admit, success, wanted_version
+from proxy.encryption_service.dialects.transit_errors import ITEM_ERRORS, item_text
+from proxy.encryption_service.errors import DoesNotVerify
+from proxy.encryption_service.model import NamedKey, Op
 from proxy.encryption_service.signatures import (
     ANY_SALT,
     HashName,
@@ -21,6 +37,113 @@ from proxy.encryption_service.signatures import (
 
 _RSA: Final = frozenset({SigningAlgorithm.RS256, SigningAlgorithm.PS256})
 _MARSHALINGS: Final = frozenset({"asn1", "jws"})
+
+
+class SigningOperations:
+    """What a signing key does."""
+
+    def __init__(self, calls: BearerCalls, *, max_items: int) -> None:
+        self._calls = calls
+        self._core = calls.core
+        self._sign_body = Reader(SignBody, max_items=max_items)
+        self._verify_body = Reader(VerifyBody, max_items=max_items)
+
+    def sign(self, request: TransitRequest) -> Answer:
+        request.name, slash, hash_name = request.name.partition("/")
+        body, ignored = self._sign_body.read(request.call.body)
+        if body.batch_input is not None:
+            self._calls.admit_batch(request.work, len(body.batch_input))
+        ticket = admit(self._calls, request, Op.SIGN)
+        scheme = chosen_scheme(ticket.key, body, hash_name if slash else "", verifies=False)
+        jws = wants_jws(body)
+        version = wanted_version(body.key_version, "signing")
+
+        def signed(text: str) -> tuple[int, str]:
+            made = self._core.sign(ticket, input_of(text), scheme, version=version)
+            request.work.used(made.version, made.key_id)
+            return made.version, format_signature(made.version, made.signature, jws=jws)
+
+        if body.batch_input is None:
+            number, signature = signed(body.input)
+            self._calls.finish(request.work, ticket)
+            return success(request, {"key_version": number, "signature": signature}, ignored)
+        results = [self._sign_item(request, item, signed) for item in body.batch_input]
+        self._calls.finish(request.work, ticket)
+        return success(request, {"batch_results": results}, ignored)
+
+    def _sign_item(
+        self, request: TransitRequest, item: SignItem, sign: Callable[[str], tuple[int, str]]
+    ) -> dict[str, Any]:
+        try:
+            if item.input is None:
+                raise BodyError("missing input")
+            version, signature = sign(item.input)
+        except ITEM_ERRORS as error:
+            return {"key_version": 0, "error": item_text(error, request.work.op), "reference": item.reference}
+        return {"signature": signature, "key_version": version, "reference": item.reference}
+
+    def verify(self, request: TransitRequest) -> Answer:
+        request.name, slash, hash_name = request.name.partition("/")
+        body, ignored = self._verify_body.read(request.call.body)
+        items = body.batch_input
+        if items is None and not body.signature and not body.hmac:
+            request.work.key = request.name
+            raise BodyError("neither a 'signature' nor an 'hmac' were given to verify")
+        if items is not None:
+            _check_signatures(items)
+            self._calls.admit_batch(request.work, len(items))
+        elif body.hmac:
+            raise BodyError("verifying an HMAC is not supported")
+        ticket = admit(self._calls, request, Op.VERIFY)
+        scheme = chosen_scheme(ticket.key, body, hash_name if slash else "", verifies=True)
+        jws = wants_jws(body)
+
+        def verified(text: str, signature: str) -> bool:
+            message = input_of(text)
+            version, raw = parse_signature(signature, jws=jws)
+            try:
+                self._core.verify(ticket, version, raw, message, scheme)
+            except DoesNotVerify:
+                return False
+            finally:
+                request.work.used(version)
+            return True
+
+        if items is None:
+            valid = verified(body.input, body.signature)
+            self._calls.finish(request.work, ticket)
+            return success(request, {"valid": valid}, ignored)
+        results = [self._verify_item(request, item, verified) for item in items]
+        self._calls.finish(request.work, ticket)
+        return success(request, {"batch_results": results}, ignored)
+
+    def _verify_item(
+        self, request: TransitRequest, item: VerifyItem, verify: Callable[[str, str], bool]
+    ) -> dict[str, Any]:
+        try:
+            if item.input is None:
+                raise BodyError("missing input")
+            valid = verify(item.input, item.signature or "")
+        except ITEM_ERRORS as error:
+            return {"valid": False, "error": item_text(error, request.work.op), "reference": item.reference}
+        return {"valid": valid, "reference": item.reference}
+
+
+def input_of(text: str) -> bytes:
+    try:
+        return decode_base64(text)
+    except BodyError as error:
+        raise BodyError(f"unable to decode input as base64: {error.text}") from None
+
+
+def _check_signatures(items: list[VerifyItem]) -> None:
+    if any(item.hmac is not None for item in items):
+        raise BodyError("verifying an HMAC is not supported")
+    given = sum(1 for item in items if item.signature is not None)
+    if given == 0:
+        raise BodyError("no batch_input elements have 'signature' or 'hmac'")
+    if given != len(items):
+        raise BodyError("some elements of batch_input are missing 'signature'")
 
 
 def wants_jws(body: SignBody | VerifyBody) -> bool:
