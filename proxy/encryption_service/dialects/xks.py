@@ -6,8 +6,8 @@
 2. The order is the specification's: path, method, size, signature, quota, JSON and requestMetadata, secondary
    authorization, key, its state, its usage, fields, cipher. The first that fails answers.
 3. Every answer is JSON on one line, from whatever layer. Every cause of a failed authentication has one text.
-4. A call of a store leaves an audit record before its answer leaves; paths that name no store do not, so that
-   strangers cannot fill the log.
+4. A call of a store leaves an audit record before its answer leaves. Strangers cannot fill the log: a path
+   that names no store leaves none, and of failed authentications at one store only so many are recorded.
 5. CDIV is computed before the verifying decryption, over the very bytes that are sent.
 6. Health asks how the tenant stands at every call; only the trial of the cipher is remembered, for less than
    the minute that the specification allows. So a revocation and an expiry show at once.
@@ -56,6 +56,7 @@ from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectEntry, DialectName, NamedKey, Op, ServiceDirectory, XksStore
 from proxy.encryption_service.recording import error_code
 from proxy.encryption_service.settings import XksFleet
+from proxy.encryption_service.strangers import Strangers
 from runtime.clock import Clock
 
 SERVICE: Final = "kms-xks-proxy"
@@ -195,6 +196,7 @@ class Record:
     request_id: str = ""
     resource: str = ""
     detail: dict[str, str] = field(default_factory=dict)
+    items: int = 1
     written: bool = False
 
     def entry(self, now_s: float, outcome: Outcome = Outcome.OK, error: str = "") -> Entry:
@@ -212,6 +214,7 @@ class Record:
             resource=self.resource,
             outcome=outcome,
             error=error,
+            items=self.items,
             latency_us=round((now_s - self.began_s) * 1e6),
             detail=self.detail,
         )
@@ -255,6 +258,7 @@ class XksDialect(Dialect):
         self._directory: Final = directory
         self._clock: Final = clock
         self._fleet: Final = XksFleet() if fleet is None else fleet
+        self._strangers: Final[dict[str, Strangers]] = {}  # by prefix: stores of the directory alone
         self._tried_at_s = -math.inf
         self._encrypts: Final = messages.Reader(messages.EncryptRequest)
         self._decrypts: Final = messages.Reader(messages.DecryptRequest)
@@ -377,17 +381,29 @@ class XksDialect(Dialect):
         name = error_name(error)
         if not record.written:
             record.written = True
-            outcome = Outcome.FAILED if isinstance(error, CipherFailedError) else Outcome.REFUSED
-            code = error_code(error) if isinstance(error, ServiceError) else _CODE_OF[type(error)]
-            record.detail["error_name"] = name
             try:
-                self._core.record(record.entry(self._clock.boot_s(), outcome, code))
+                self._record_refusal(record, error, name)
             except NotRecorded:
                 return error_answer(ErrorName.INTERNAL, "the audit log cannot be written")
         headers: tuple[tuple[str, str], ...] = ()
         if isinstance(error, QuotaExceeded):
             headers = (("retry-after", str(math.ceil(error.retry_after_s))),)
         return error_answer(name, str(error), headers=headers)
+
+    def _record_refusal(self, record: Record, error: SealgateError, name: ErrorName) -> None:
+        """NotRecorded. What a record of strangers stands for is in its `items`."""
+        if record.caller is None:
+            prefix = record.route.prefix
+            strangers = self._strangers.get(prefix)
+            if strangers is None:
+                strangers = self._strangers[prefix] = Strangers(self._clock)
+            record.items = strangers.counted()
+            if not record.items:
+                return
+        outcome = Outcome.FAILED if isinstance(error, CipherFailedError) else Outcome.REFUSED
+        code = error_code(error) if isinstance(error, ServiceError) else _CODE_OF[type(error)]
+        record.detail["error_name"] = name
+        self._core.record(record.entry(self._clock.boot_s(), outcome, code))
 
     # The four operations.
 

@@ -31,6 +31,7 @@ from proxy.encryption_service.errors import Refusal, ServiceError
 from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectName, Op, XksRule, XksSettings, XksStore
 from proxy.encryption_service.settings import XksFleet
+from proxy.encryption_service.strangers import BURST
 from tests.pki import issue_server, make_server_ca
 from tests.proxy.encryption_service.aws_signer import Credentials, signed_headers
 from tests.proxy.encryption_service.dialects.xks_rig import (
@@ -750,6 +751,22 @@ def test_every_refusal_is_recorded_once(rig: XksRig) -> None:
         ("ok", None, None),
         ("refused", "does-not-verify", "InvalidCiphertextException"),
     ]
+
+
+def test_strangers_cannot_fill_the_log(rig: XksRig) -> None:
+    rig.set_store(XksStore(prefix="tenants/second", keys={"foo": "orders"}))
+    body = {"requestMetadata": HEALTH_METADATA}
+    wrong = Credentials(access_key_id="A" * 20, secret="x")
+    for _ in range(1000):
+        assert rig.ask("health", body, credentials=wrong)[0] == 401
+    assert len(rig.service.records()) == BURST
+    assert rig.health()[0] == 200
+    assert rig.service.records()[-1]["outcome"] == "ok"  # who is known is recorded always
+    assert rig.ask("health", body, credentials=wrong, prefix="tenants/second")[0] == 401
+    assert len(rig.service.records()) == BURST + 2  # another store's failures are not hidden
+    rig.service.clock.shift(1)
+    assert rig.ask("health", body, credentials=wrong)[0] == 401
+    assert rig.service.records()[-1]["items"] == 1000 - BURST + 1
 
 
 def test_without_its_record_no_answer_leaves(rig: XksRig) -> None:
