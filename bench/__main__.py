@@ -31,9 +31,11 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (("proxy_small_get",), _as_json(lambda: proxies.small("GET"))),
     (("proxy_new_connections",), _as_json(proxies.new_connections)),
     (("proxy_rss_growth",), _as_json(proxies.rss_growth)),
+    (("proxy_workers_2",), _as_json(proxies.workers)),
     (service.NAMES, _as_json(service.encrypt)),
     (("xks_p99_1800",), _as_json(service.xks)),
     (("service_noisy_neighbour",), _as_json(service.noisy_neighbour)),
+    (("service_workers_2",), _as_json(service.workers)),
     (levers.NAMES, _as_json(levers.run)),
     (agent.NAMES, _as_json(agent.run)),
 ]

@@ -49,11 +49,23 @@ class Lab:
 
     @contextlib.contextmanager
     def sealgate(
-        self, *, name: str = "sealgate", http2: bool = False, without: tuple[str, ...] = ()
+        self,
+        *,
+        name: str = "sealgate",
+        http2: bool = False,
+        without: tuple[str, ...] = (),
+        workers: int = 1,
+        core: int | None = PROXY_CORE,
     ) -> Iterator[Product]:
         """The product itself, ready to seal."""
         with sealgate(
-            self.directory / name, self.tls, self.origin.port, http2=http2, without=without
+            self.directory / name,
+            self.tls,
+            self.origin.port,
+            http2=http2,
+            without=without,
+            workers=workers,
+            core=core,
         ) as product:
             yield product
 

@@ -38,6 +38,8 @@ _SETTINGS = """
 [proxy]
 id = "{proxy}"
 state_dir = "{state}"
+workers = {workers}
+worker_patience_s = 5.0
 [push]
 host = "127.0.0.1"
 port = {push_port}
@@ -126,7 +128,14 @@ class Product:
 
 @contextlib.contextmanager
 def sealgate(
-    directory: Path, tls: Tls, origin_port: int, *, http2: bool = False, without: tuple[str, ...] = ()
+    directory: Path,
+    tls: Tls,
+    origin_port: int,
+    *,
+    http2: bool = False,
+    without: tuple[str, ...] = (),
+    workers: int = 1,
+    core: int | None = PROXY_CORE,
 ) -> Iterator[Product]:
     """Provision a tenant with one service in front of the origin, start the proxy, push the key.
 
@@ -153,6 +162,7 @@ def sealgate(
         _SETTINGS.format(
             proxy=_PROXY,
             state=state,
+            workers=workers,
             push_port=push_port,
             health_port=health_port,
             certificate=tls.certificate,
@@ -177,7 +187,7 @@ def sealgate(
     argv = [sys.executable, "-m", "bench.product", str(settings), *without]
     with (
         (directory / "sealgate.log").open("wb") as log,
-        serving(directory.name, argv, port=port, core=PROXY_CORE, log=log) as process,
+        serving(directory.name, argv, port=port, core=core, log=log) as process,
     ):
         agent.refresh()
         yield Product(process, agent, ca, state / "audit.jsonl")

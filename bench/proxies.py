@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import os
 import statistics
 import threading
 import time
@@ -24,6 +25,7 @@ from bench.results import Row, compare
 ROUNDS: Final = 7
 SMALL_S: Final = 3.0
 CONNECTIONS: Final = 16
+MANY_CONNECTIONS: Final = 48
 MEMORY_BODY_BYTES: Final = 2 << 30
 SLOW: Final = "60M"
 
@@ -57,12 +59,12 @@ class Side:
         self.rounds.append(size / 1e6 / took_s)
         self.cpu.append((self.process.cpu_s() - before_s) / (size / 1e9))
 
-    def small(self, method: Method) -> None:
+    def small(self, method: Method, *, connections: int = CONNECTIONS) -> None:
         """Requests of 1 KiB per second."""
         before_s = self.process.cpu_s()
         path = f"/{self.process.name}-small-@"
         rate = load.small(
-            method, self.process.port, path, ca=self.ca, connections=CONNECTIONS, seconds=SMALL_S
+            method, self.process.port, path, ca=self.ca, connections=connections, seconds=SMALL_S
         )
         self._note(rate, before_s)
 
@@ -211,3 +213,31 @@ def _cpu(ours: Side, theirs: Side, unit: str) -> dict[str, Any]:
 
 def _p99(ours: Side, theirs: Side) -> dict[str, Any]:
     return {"p99_ms": statistics.median(ours.p99_ms), "baseline_p99_ms": statistics.median(theirs.p99_ms)}
+
+
+def workers() -> list[Row]:
+    """proxy_workers_2: small GETs through two processes behind one port, beside one; nobody is pinned."""
+    with contextlib.ExitStack() as running:
+        here = running.enter_context(lab())
+        sides = []
+        for count in (1, 2):
+            product = running.enter_context(here.sealgate(name=f"sealgate-{count}", workers=count, core=None))
+            sides.append(Side(product.process, product.ca, product.agent))
+        one, two = sides
+        interleave(sides, lambda side: side.small("PUT", connections=MANY_CONNECTIONS), rounds=0)
+        interleave(sides, lambda side: side.small("GET", connections=MANY_CONNECTIONS))
+    return [
+        compare(
+            "proxy_workers_2",
+            "requests/s",
+            two.rounds,
+            one.rounds,
+            goal=1.7,
+            cores=os.cpu_count(),
+            p99_ms=statistics.median(two.p99_ms),
+            baseline_p99_ms=statistics.median(one.p99_ms),
+            cpu_ms=statistics.median(two.cpu),
+            baseline_cpu_ms=statistics.median(one.cpu),
+            note="client and origin share the cores; the goal is for a machine with cores to spare",
+        )
+    ]

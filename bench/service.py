@@ -57,6 +57,7 @@ _SETTINGS: Final = """
 id = "{proxy}"
 state_dir = "{state}"
 workers = {workers}
+worker_patience_s = 5.0
 [push]
 host = "127.0.0.1"
 port = {push_port}
@@ -502,5 +503,36 @@ def noisy_neighbour() -> list[Row]:
                 "flood_refused_per_s": statistics.median(refused),
                 "rounds": ROUNDS,
             },
+        )
+    ]
+
+
+def workers() -> list[Row]:
+    """service_workers_2: two processes behind one port beside one, 64 connections; nobody is pinned."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(memory_directory())
+        sides = []
+        running = []
+        for count in (1, 2):
+            ours = stack.enter_context(service(directory / f"sealgate-{count}", workers=count))
+            request = transit_request(ours.tokens["bench"], one(32))
+            running.append(ours)
+            sides.append(Side(ours.process, [request], 64, ours.process.port))
+        for turn in range(-1, ROUNDS):
+            for ours, side in zip(running, sides, strict=True):
+                ours.refresh()
+                side.measure(directory, counts=turn >= 0)
+    single, double = sides
+    return [
+        compare(
+            "service_workers_2",
+            "requests/s",
+            double.per_s,
+            single.per_s,
+            cores=os.cpu_count(),
+            p99_ms=statistics.median(double.p99_ms),
+            baseline_p99_ms=statistics.median(single.p99_ms),
+            cpu_us=statistics.median(double.cpu_us),
+            client_us=statistics.median(double.client_us),
         )
     ]
