@@ -5,7 +5,7 @@
    InvalidUriPathException, whoever signed it.
 2. The order is the specification's: path, method, size, signature, quota, JSON and requestMetadata, secondary
    authorization, key, its state, its usage, fields, cipher. The first that fails answers.
-3. Every answer is JSON on one line, from whatever layer. Every cause of a failed authentication has one text.
+3. Every cause of a failed authentication has one text; the record knows which it was.
 4. A call of a store leaves an audit record before its answer leaves. Strangers cannot fill the log: a path
    that names no store leaves none, and of failed authentications at one store only so many are recorded.
 5. CDIV is computed before the verifying decryption, over the very bytes that are sent.
@@ -19,11 +19,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import lru_cache
 from typing import Final, override
 
-import msgspec
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
@@ -35,11 +33,20 @@ from proxy.encryption_service.call import Answer, Call
 from proxy.encryption_service.core import Core, Entry, Outcome, Purpose, Standing, Ticket
 from proxy.encryption_service.dialects import xks_messages as messages
 from proxy.encryption_service.dialects.dialect import Dialect, Trouble
+from proxy.encryption_service.dialects.xks_errors import (
+    ANSWER_TO,
+    MAX_BODY_BYTES,
+    REFUSALS,
+    CipherFailedError,
+    ErrorName,
+    code_of,
+    error_answer,
+    error_name,
+)
 from proxy.encryption_service.dialects.xks_store import API_PATH, MAX_URI_PATH_LENGTH, admitting_rule
 from proxy.encryption_service.errors import (
     AccessDenied,
     DoesNotVerify,
-    InputRefused,
     KeyNotFound,
     KeyRefused,
     NotAuthenticated,
@@ -47,23 +54,18 @@ from proxy.encryption_service.errors import (
     QuotaExceeded,
     Refusal,
     Revoked,
-    ServiceError,
     Stale,
-    TooLarge,
     UsageRefused,
 )
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectEntry, DialectName, NamedKey, Op, ServiceDirectory, XksStore
-from proxy.encryption_service.recording import error_code
 from proxy.encryption_service.settings import XksFleet
 from proxy.encryption_service.strangers import Strangers
 from runtime.clock import Clock
 
 SERVICE: Final = "kms-xks-proxy"
-MAX_BODY_BYTES: Final = 128 << 10
 MAX_PATH_LENGTH: Final = 256
 """The specification bounds the whole URI by this; the path alone can only be shorter."""
-MAX_MESSAGE_LENGTH: Final = 511
 TRIAL_MAX_AGE_S: Final = 30.0
 """Half of what the specification allows a cached health result."""
 VENDOR: Final = "Sealgate"
@@ -73,106 +75,14 @@ PING_PATH: Final = "/ping"
 _PATH: Final = re.compile(
     r"((?:/[A-Za-z0-9_-]+)*)/kms/xks/v1/(?:keys/([A-Za-z0-9._-]{1,128})/(metadata|encrypt|decrypt)|(health))"
 )
-_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 _PURPOSE: Final = Purpose(DialectName.XKS)
 
-
-class CipherFailedError(SealgateError):
-    """What was encrypted does not decrypt, or the trial of the cipher failed: nothing of it may leave."""
-
-
-class ErrorName(StrEnum):
-    """The specification's errors; `STATUS` says with which HTTP status."""
-
-    VALIDATION = "ValidationException"
-    INVALID_STATE = "InvalidStateException"
-    INVALID_CIPHERTEXT = "InvalidCiphertextException"
-    INVALID_KEY_USAGE = "InvalidKeyUsageException"
-    AUTHENTICATION_FAILED = "AuthenticationFailedException"
-    ACCESS_DENIED = "AccessDeniedException"
-    KEY_NOT_FOUND = "KeyNotFoundException"
-    INVALID_URI_PATH = "InvalidUriPathException"
-    THROTTLING = "ThrottlingException"
-    INTERNAL = "InternalException"
-    UNSUPPORTED = "UnsupportedOperationException"
-    DEPENDENCY_TIMEOUT = "DependencyTimeoutException"
-
-
-STATUS: Final[Mapping[ErrorName, int]] = {
-    ErrorName.VALIDATION: 400,
-    ErrorName.INVALID_STATE: 400,
-    ErrorName.INVALID_CIPHERTEXT: 400,
-    ErrorName.INVALID_KEY_USAGE: 400,
-    ErrorName.AUTHENTICATION_FAILED: 401,
-    ErrorName.ACCESS_DENIED: 403,
-    ErrorName.KEY_NOT_FOUND: 404,
-    ErrorName.INVALID_URI_PATH: 404,
-    ErrorName.THROTTLING: 429,
-    ErrorName.INTERNAL: 500,
-    ErrorName.UNSUPPORTED: 501,
-    ErrorName.DEPENDENCY_TIMEOUT: 503,
-}
-
-# An outage may be tried again (429, 500, 503); what somebody decided is final.
-ERROR_OF: Final[Mapping[type[SealgateError], ErrorName]] = {
-    messages.ValidationError: ErrorName.VALIDATION,
-    messages.CiphertextError: ErrorName.INVALID_CIPHERTEXT,
-    messages.SizeError: ErrorName.UNSUPPORTED,
-    NotAuthenticated: ErrorName.AUTHENTICATION_FAILED,
-    AccessDenied: ErrorName.ACCESS_DENIED,
-    QuotaExceeded: ErrorName.THROTTLING,
-    KeyNotFound: ErrorName.KEY_NOT_FOUND,
-    UsageRefused: ErrorName.INVALID_KEY_USAGE,
-    Revoked: ErrorName.INVALID_STATE,
-    Stale: ErrorName.DEPENDENCY_TIMEOUT,
-    DoesNotVerify: ErrorName.INVALID_CIPHERTEXT,
-    TooLarge: ErrorName.UNSUPPORTED,
-    InputRefused: ErrorName.VALIDATION,
-    NotRecorded: ErrorName.INTERNAL,
-    CipherFailedError: ErrorName.INTERNAL,
-}
-_OURS: Final = (messages.ValidationError, messages.CiphertextError, messages.SizeError)
-_CODE_OF: Final[Mapping[type[SealgateError], str]] = {
-    messages.ValidationError: "input-refused",
-    messages.CiphertextError: "does-not-verify",
-    messages.SizeError: "too-large",
-    CipherFailedError: "cipher-failed",
-}
-"""In the words of the other dialects' audit records."""
-
-ERROR_OF_REFUSAL: Final[Mapping[Refusal, ErrorName]] = {
-    Refusal.BLOCKED: ErrorName.INVALID_STATE,
-    Refusal.NOT_ACTIVE: ErrorName.INVALID_STATE,
-    Refusal.DEACTIVATED: ErrorName.INVALID_KEY_USAGE,
-    Refusal.SUSPENDED: ErrorName.INVALID_STATE,
-    Refusal.COMPROMISED: ErrorName.INVALID_STATE,
-    Refusal.VERSION_GONE: ErrorName.INVALID_STATE,
-    Refusal.VERSION_UNKNOWN: ErrorName.INVALID_CIPHERTEXT,
-    Refusal.DESTROYED: ErrorName.KEY_NOT_FOUND,
-}
-
-# What the HTTP layer has to say. 405 and 413 are not in the specification's table.
-ANSWER_TO: Final[Mapping[Trouble, tuple[int, ErrorName, str]]] = {
-    Trouble.NOT_FOUND: (404, ErrorName.INVALID_URI_PATH, "the URI path is not valid"),
-    Trouble.METHOD: (405, ErrorName.VALIDATION, "the method must be POST"),
-    Trouble.TOO_LARGE: (413, ErrorName.VALIDATION, f"the body exceeds {MAX_BODY_BYTES} bytes"),
-    Trouble.MALFORMED_HTTP: (400, ErrorName.VALIDATION, "the request is not HTTP as it should be"),
-    Trouble.OVERLOAD: (429, ErrorName.THROTTLING, "the proxy is unable to keep up"),
-    Trouble.TIMEOUT: (408, ErrorName.VALIDATION, "the request came too slowly"),
-    Trouble.CRASH: (500, ErrorName.INTERNAL, "the proxy failed"),
-    Trouble.STOPPING: (503, ErrorName.DEPENDENCY_TIMEOUT, "the proxy is stopping"),
-}
 
 _HEALTH_OF: Final[Mapping[Standing, str]] = {
     Standing.SERVING: "ACTIVE",
     Standing.DEGRADED: "DEGRADED",
     Standing.STALE: "UNAVAILABLE",
 }
-
-
-class ErrorBody(msgspec.Struct, frozen=True, rename="camel", gc=False):
-    error_name: str
-    error_message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +203,7 @@ class XksDialect(Dialect):
             record.caller = caller
             self._limiter.admit(caller.tenant, caller.credential_id)
             return self._operations[route.operation](store, caller, record, call.body)
-        except (ServiceError, CipherFailedError, *_OURS) as error:
+        except REFUSALS as error:
             return self._refused(record, error)
 
     @override
@@ -401,9 +311,8 @@ class XksDialect(Dialect):
             if not record.items:
                 return
         outcome = Outcome.FAILED if isinstance(error, CipherFailedError) else Outcome.REFUSED
-        code = error_code(error) if isinstance(error, ServiceError) else _CODE_OF[type(error)]
         record.detail["error_name"] = name
-        self._core.record(record.entry(self._clock.boot_s(), outcome, code))
+        self._core.record(record.entry(self._clock.boot_s(), outcome, code_of(error)))
 
     # The four operations.
 
@@ -567,26 +476,6 @@ def route_of(call: Call) -> Route | None:
     if key_id in (".", "..") or len(prefix) + len(API_PATH) > MAX_URI_PATH_LENGTH:
         return None
     return Route(prefix=prefix.removeprefix("/"), operation=health or operation, key_id=key_id or "")
-
-
-def error_name(error: SealgateError) -> ErrorName:
-    """By the tables; what stands in none is InternalException."""
-    if isinstance(error, KeyRefused):
-        return ERROR_OF_REFUSAL[error.why]
-    return ERROR_OF.get(type(error), ErrorName.INTERNAL)
-
-
-def error_answer(
-    name: ErrorName,
-    message: str,
-    *,
-    status: int | None = None,
-    headers: tuple[tuple[str, str], ...] = (),
-) -> Answer:
-    """One line of JSON; *message* as the specification wants it: below 512 characters, 0x20 to 0x7E."""
-    text = _UNPRINTABLE.sub("?", message)[:MAX_MESSAGE_LENGTH]
-    body = msgspec.json.encode(ErrorBody(name, text))
-    return Answer(status=STATUS[name] if status is None else status, body=body, headers=headers)
 
 
 def _ping(call: Call) -> Answer:
