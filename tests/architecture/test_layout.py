@@ -55,6 +55,10 @@ _WORKERS: Final = (
     "tests/integration/test_workers.py",
     "only real processes show that keys are everywhere and that a dead one is replaced",
 )
+_KACLS: Final = (
+    "tests/proxy/encryption_service/dialects/test_kacls.py",
+    "a part of the dialect: each rule is seen in what a call is answered",
+)
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
@@ -135,6 +139,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/encryption_service/test_core.py",
         "declarations; who raises them is tested",
     ),
+    "proxy/encryption_service/dialects/kacls_identity.py": _KACLS,
+    "proxy/encryption_service/dialects/kacls_messages.py": _KACLS,
+    "proxy/encryption_service/dialects/kacls_policy.py": _KACLS,
     "proxy/engine.py": _JOB,
     "proxy/gate/__init__.py": _ROWS,
     "proxy/gate/handler.py": _ROWS,
