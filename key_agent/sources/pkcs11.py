@@ -54,6 +54,19 @@ _ENVELOPE_KEY_BYTES: Final = 600
 _log = structlog.get_logger(__name__)
 
 
+type MethodSetting = Literal[
+    "auto",
+    "gcm",
+    "gcm-in-place",
+    "gcm-appended",
+    "kw",
+    "cbc+hmac",
+    "rsa-oaep-256",
+    "rsa-oaep-1",
+    "ecdh-es",
+]
+
+
 class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[pkcs11]` section. A KEK keeps the method it was made with, whatever `method` says later."""
 
@@ -72,7 +85,7 @@ class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Whose module it is (`key-agent init --hsm` lists them): which methods to try, and how to treat it."""
     vendor_file: Path | None = None
     """A file of that form in place of ours, for a site that knows better."""
-    method: Literal["auto"] | WrapMethod = "auto"
+    method: MethodSetting = "auto"
     """Pin the wrap method of KEKs that are made or adopted from now on."""
     environment: dict[str, str] = {}
     """Further variables for the module, such as SOFTHSM2_CONF."""

@@ -1,6 +1,7 @@
 """The vendors' files: complete, true to what the code can do, and acted upon."""
 
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -9,7 +10,7 @@ from pkcs11 import Attribute, Mechanism
 from key_agent.errors import KeySourceError
 from key_agent.sources.hsm.methods import WRAPPINGS
 from key_agent.sources.hsm.wrapping import mechanism_of
-from key_agent.sources.pkcs11 import Pkcs11Settings, Pkcs11Source
+from key_agent.sources.pkcs11 import MethodSetting, Pkcs11Settings, Pkcs11Source
 from key_agent.sources.source import KekType, WrapMethod
 from key_agent.sources.vendors import Quirks, load_vendor, read_vendor_file, vendor_names
 from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource
@@ -58,9 +59,13 @@ def test_the_hsm_making_ivs_is_never_tried_where_it_would_repeat_one() -> None:
     }
 
 
+def test_every_method_can_be_pinned() -> None:
+    assert set(get_args(MethodSetting.__value__)) == {"auto", *map(str, WRAPPINGS)}
+
+
 def test_settings_take_the_vendors_word(tmp_path: Path) -> None:
     assert settings(tmp_path, vendor="cloudhsm").methods() == load_vendor("cloudhsm").quirks.methods
-    assert settings(tmp_path, vendor="luna", method=WrapMethod.KW).methods() == (WrapMethod.KW,)
+    assert settings(tmp_path, vendor="luna", method="kw").methods() == (WrapMethod.KW,)
     assert settings(tmp_path, vendor="luna").methods(KekType.EC_P256) == (WrapMethod.ECDH_ES,)
     with pytest.raises(KeySourceError, match="no wrap method for a KEK of type ec-p256"):
         settings(tmp_path, vendor="cloudhsm").methods(KekType.EC_P256)
