@@ -93,6 +93,7 @@ class KaclsRig:
             self.pages.bodies[jwks_url(mint)] = mint.key_set()
         self.issuer_keys = KeySets(self.pages.get, self.clock)
         self.posted: list[tuple[str, dict[str, Any]]] = []
+        self.asked = asyncio.Event()
         self.answer_to_post: tuple[int, bytes] | Exception = (404, b"")
         self.set_endpoint()
         self.dialect = KaclsDialect(
@@ -231,6 +232,7 @@ class KaclsRig:
 
     async def _post(self, url: str, body: bytes) -> tuple[int, bytes]:
         self.posted.append((url, json.loads(body)))
+        self.asked.set()
         await asyncio.sleep(0)
         if isinstance(self.answer_to_post, Exception):
             raise self.answer_to_post
