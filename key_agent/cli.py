@@ -806,7 +806,10 @@ def _kek_text(data: Any) -> str:
         f"  token {kek['token_serial']}, label {kek['label']}, wraps by {kek['method']}",
         f"  now: {found['verdict']} ({found['detail']})",
     ]
-    lines += [f"  before: {old['id']}  {old['state']} ({old['reason']})" for old in data["older"]]
+    for other in data["older"]:
+        place = "coming" if other["state"] in ("pre-active", "staged") else "before"
+        reason = f" ({other['reason']})" if other["reason"] else ""
+        lines.append(f"  {place}: {other['id']}  {other['state']}, label {other['label']}{reason}")
     return "\n".join(lines)
 
 

@@ -29,6 +29,8 @@ environment_id = {environment}
 state_dir = {state_dir}
 # The tenant's root: every network service's certificate must hang on it.
 root_certificate_file = {root}
+# A CRL of the root: revoked certificates get no keys; without a list in date nobody does.
+# revocation_list_file = "root.crl"
 # The registry is SQLite in state_dir unless one of these names a PostgreSQL:
 # database_url = "postgresql+psycopg://agent@db.example/keys"
 # database_url_file = "database-url"     # for a URL with a password in it
@@ -54,6 +56,9 @@ pin_file = {pin}
 interval_s = 300      # keys are pushed this often, as proof that the enterprise still consents
 validity_s = 330      # and are valid this long, so that one retry fits
 watch_s = 5           # between two proofs that the KEK still works
+
+[keys]
+rotate_after_days = 90    # a key's age at which the next one follows it; 0: never. A service may have its own
 
 [push]
 request_timeout_s = 10

@@ -196,3 +196,80 @@ def test_times_are_in_utc() -> None:
 
     assert _time(0) == "1970-01-01 00:00:00Z"
     assert _time(int(datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC).timestamp() * 1000)) == "2026-05-04 03:02:01Z"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rotate",),
+        ("key", "list"),
+        ("key", "suspend"),
+        ("key", "resume"),
+        ("key", "deactivate"),
+        ("key", "compromise"),
+        ("key", "destroy"),
+        ("kek", "rotate"),
+        ("service", "set"),
+        ("backup", "export"),
+        ("backup", "import"),
+    ],
+)
+def test_commands_on_keys_explain_themselves(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(*words, "--help") == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    "words", [("kek", "rotate"), ("key", "deactivate", "s3", "00"), ("key", "compromise", "s3", "00")]
+)
+def test_what_cannot_be_undone_is_not_done_without_a_yes(
+    words: tuple[str, ...], config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--config", config_file, "--json", *words) == 3
+    told = json.loads(capsys.readouterr().err)["error"]
+    assert (told["code"], "--yes" in told["next_step"]) == ("not-confirmed", True)
+
+
+def test_an_existing_file_is_no_backup_to_be(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").write_text("mine")
+    assert _run("--config", config_file, "--json", "backup", "export", tmp_path / "there") == 3
+    assert "not overwritten" in capsys.readouterr().err
+    assert _run("--config", config_file, "--json", "backup", "import", tmp_path / "missing") == 1
+    assert (tmp_path / "there").read_text() == "mine"
+    assert _run("--config", config_file, "--json", "rotate", "--cancel") == 2
+
+
+def test_how_a_rotation_and_an_end_are_told() -> None:
+    from key_agent.cli import _lifetime_text, rotation_text
+
+    row = {
+        "service": "acme/s3",
+        "use": "data",
+        "new_kid": "ab",
+        "phase": "distributing",
+        "since_ms": 0,
+        "until_ms": 600_000,
+        "waiting_for": ["p2"],
+        "late": [],
+        "problem": None,
+    }
+    assert rotation_text(row) == (
+        "acme/s3 (data) to ab: distributing since 1970-01-01 00:00:00Z; "
+        "waits for p2, until 1970-01-01 00:10:00Z at most"
+    )
+    late = row | {"waiting_for": [], "late": ["p2"], "problem": "does not open"}
+    assert rotation_text(late).endswith("; activated without p2; NOT activated: does not open")
+    end = {
+        "kind": "tls",
+        "name": "tls",
+        "not_after": "2027-01-01T00:00:00",
+        "days_left": 3.2,
+        "problem": None,
+    }
+    assert _lifetime_text(end) == "tls: ends 2027-01-01, in 3 days"
+    assert _lifetime_text(end | {"days_left": -1.0}) == "tls: EXPIRED 2027-01-01"
+    assert _lifetime_text(end | {"not_after": None, "days_left": None}) == "tls: nobody can tell when it ends"
