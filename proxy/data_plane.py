@@ -8,7 +8,7 @@
 
 import asyncio
 import contextlib
-from typing import NoReturn, Self
+from typing import Self
 
 from prometheus_client import CollectorRegistry
 
@@ -119,11 +119,11 @@ class DataPlane:
                 ) from None
         await self._engine.start(directory)
 
-    def tasks(self, group: asyncio.TaskGroup) -> list[asyncio.Task[NoReturn]]:
+    def tasks(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """What has to run beside it, in *group*; to be cancelled after `stop`."""
         if self._engine is None:
             raise MisuseError("the data plane was not prepared")
-        tasks = [
+        tasks: list[asyncio.Task[None]] = [
             group.create_task(self._engine.cut_ended(), name="engine:cut-ended"),
             group.create_task(self._engine.retry_problems(), name="engine:retry"),
         ]

@@ -7,6 +7,8 @@
 3. The process's time is shared. Each call's time is charged to its tenant (`charge`). While the process has
    more than BUSY of its time taken, a tenant who has had more than its part of it waits: its part is what
    its weight is of the weights of all who called within the window. Alone, a tenant may have everything.
+   How much is taken the charges say, or the kernel (`strained`): where others use the machine as well, the
+   process may be at its end with little.
 4. Memory is bounded by the tenants and credentials of the directory: a caller is known before it is
    counted.
 """
@@ -117,6 +119,7 @@ class Limiter:
         self._tenants: dict[str, _Bucket] = {}
         self._credentials: dict[str, _Bucket] = {}
         self._shares: dict[str, _Share] = {}
+        self._strain = 0.0
 
     def admit(self, tenant: str, credential_id: str | None, cost: int = 1) -> None:
         """Take *cost* (items of a batch) from both buckets. QuotaExceeded, and then nothing is taken."""
@@ -154,10 +157,15 @@ class Limiter:
         share.used(now_s)
         share.used_s += min(max(used_s, 0.0), MAX_CHARGE_S) + OVERHEAD_S
 
+    def strained(self, part: float) -> None:
+        """The kernel says that the process wanted to run for this part of the time lately (pressure.py)."""
+        self._strain = part
+
     def busy(self) -> float:
         """Which part of the process's time all tenants together take."""
         now_s = self._clock.boot_s()
-        return sum(share.used(now_s) for share in self._shares.values()) / WINDOW_S
+        charged = sum(share.used(now_s) for share in self._shares.values()) / WINDOW_S
+        return max(charged, self._strain)
 
     def _check_share(self, tenant: str, now_s: float) -> None:
         """Rule 3."""
@@ -165,14 +173,14 @@ class Limiter:
         if own.used(now_s) <= OVERHEAD_S:
             return
         used = {name: share.used(now_s) for name, share in self._shares.items()}
-        busy = sum(used.values()) / WINDOW_S
-        if busy <= BUSY:
+        total_s = sum(used.values())
+        if max(total_s / WINDOW_S, self._strain) <= BUSY:
             return
         active = {name for name, spent_s in used.items() if spent_s > OVERHEAD_S / math.e} | {tenant}
         if len(active) == 1:
             return
         part = self._weight(tenant) / sum(self._weight(name) for name in active)
-        if used[tenant] / WINDOW_S > BUSY * part:
+        if used[tenant] > part * min(BUSY * WINDOW_S, total_s):
             self.charge(tenant, 0.0)
             raise QuotaExceeded("others wait for their part of the service", retry_after_s=WINDOW_S)
 

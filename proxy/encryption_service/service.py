@@ -5,6 +5,7 @@
    call, so that a change needs nothing to be told but the limiter.
 """
 
+import asyncio
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -22,6 +23,7 @@ from proxy.encryption_service.limits import Limiter, Limits, Quota
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName, ServiceDirectory
 from proxy.encryption_service.outbound import Outbound, outbound_context
+from proxy.encryption_service.pressure import LOOK_S, Pressure
 from proxy.encryption_service.settings import EncryptionServiceSettings
 from proxy.keys.cache import KeyCache
 from runtime.audit import AuditLog
@@ -44,6 +46,7 @@ class EncryptionService:
     ) -> None:
         """*processes*: how many serve the same listeners; this one holds its share of every quota."""
         self._directory = directory
+        self._clock = clock
         self.metrics: Final = ServiceMetrics()
         access = Access(self._current, clock, SecretSealer(state_dir))
         quota = settings.quota
@@ -127,9 +130,17 @@ class EncryptionService:
         """Open the listeners. OSError names the address in `filename`; TlsError."""
         self._server.open()
 
-    async def sweep(self) -> NoReturn:
-        """Time-outs and changed certificates, until cancelled."""
-        await self._server.sweep()
+    async def sweep(self) -> None:
+        """Time-outs, changed certificates, how much of our time is left: until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._server.sweep(), name="service:listeners")
+            group.create_task(self._watch_pressure(), name="service:pressure")
+
+    async def _watch_pressure(self) -> NoReturn:
+        pressure = Pressure.of_this_thread()
+        while True:
+            self._limiter.strained(pressure.look(self._clock.boot_s()))
+            await self._clock.sleep(LOOK_S)
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more connections, let answers under way end within *grace_s*, reset the rest."""

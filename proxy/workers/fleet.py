@@ -135,8 +135,8 @@ class Fleet:
                 ExitCode.UNAVAILABLE,
             ) from None
 
-    def tasks(self, group: asyncio.TaskGroup) -> list[asyncio.Task[NoReturn]]:
-        tasks = [
+    def tasks(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        tasks: list[asyncio.Task[None]] = [
             group.create_task(self._tend(slot), name=f"worker:{slot.number}:tend") for slot in self._slots
         ]
         return [*tasks, group.create_task(self._ping(), name="workers:ping")]

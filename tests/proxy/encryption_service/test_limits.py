@@ -159,6 +159,25 @@ def work(limiter: Limiter, tenant: str, used_s: dict[str, float]) -> None:
         used_s[tenant] += 0.001
 
 
+def test_a_process_at_its_end_divides_what_little_it_has(clock: ManualClock) -> None:
+    """A third of a core is all it gets: by its charges it is idle, by the kernel's account at its end."""
+    limiter = Limiter(clock, ENDLESS)
+    served = {"noisy": 0, "quiet": 0}
+    for step in range(20_000):
+        if step % 100 == 0:
+            limiter.strained(1.0)
+            served["quiet"] += admitted(limiter, "quiet", None, 1)
+            limiter.charge("quiet", 0.001)
+        if step % 4 == 0 and admitted(limiter, "noisy", None, 1):
+            limiter.charge("noisy", 0.001)
+            served["noisy"] += 1
+        clock.shift(0.001)
+    assert served["quiet"] == 200
+    assert served["noisy"] < 1000, "of the 5,000 that it asked for"
+    limiter.strained(0.3)
+    assert admitted(limiter, "noisy", None, 1) == 1, "and all that it wants when there is time again"
+
+
 def test_who_has_gone_silent_holds_no_part(clock: ManualClock) -> None:
     limiter = Limiter(clock, ENDLESS)
     limiter.charge("former", MAX_CHARGE_S)
