@@ -21,6 +21,7 @@ from runtime.tls import TlsError, client_context
 
 RECONNECT_S: Final = 1.0
 CONNECT_S: Final = 5.0
+CLOSE_S: Final = 2.0
 _PING_S: Final = 5
 _PENDING_BYTES: Final = 8 << 20
 _log: Final = structlog.get_logger("broker")
@@ -106,14 +107,21 @@ async def connected(settings: BrokerSettings, *, name: str) -> AsyncIterator[Any
                 pending_size=_PENDING_BYTES,
                 **options,
             )
-    except broker_failures() as error:
-        with suppress(*broker_failures()):
-            await client.close()
-        raise BrokerError(f"{', '.join(settings.urls)}: {_reason(error)}") from None
+    except BaseException as error:
+        await _let_go(client)
+        if isinstance(error, broker_failures()):
+            raise BrokerError(f"{', '.join(settings.urls)}: {_reason(error)}") from None
+        raise
     try:
         yield client
     finally:
-        with suppress(*broker_failures()):
+        await _let_go(client)
+
+
+async def _let_go(client: Any) -> None:
+    with suppress(*broker_failures()):
+        # It would wait for ever for a broker that takes nothing more.
+        async with asyncio.timeout(CLOSE_S):
             await client.close()
 
 

@@ -264,6 +264,7 @@ class HttpsTransport(Transport):
     async def close(self) -> None:
         clients = list(self._clients.values())
         self._clients.clear()
+        self._contexts.clear()
         for client in clients:
             await client.close()
 

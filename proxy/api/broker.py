@@ -28,6 +28,8 @@ from runtime.clock import Clock
 from runtime.observe import NAMESPACE, REGISTRY
 
 WAIT_S: Final = 5.0
+MAX_UNACKNOWLEDGED: Final = 64
+"""More than one: what a killed broker has forgotten the acknowledgement of must not hold up the rest."""
 FORGOTTEN_AFTER_S: Final = 600.0
 """The broker drops our place in the stream if we do not come for so long."""
 _MAX_AGENTS: Final = 1024
@@ -101,7 +103,7 @@ class BrokerListener:
             deliver_policy=DeliverPolicy.NEW if since is None else DeliverPolicy.BY_START_TIME,
             opt_start_time=since,
             inactive_threshold=FORGOTTEN_AFTER_S,
-            max_ack_pending=1,
+            max_ack_pending=MAX_UNACKNOWLEDGED,
         )
         return await client.jetstream().pull_subscribe(
             delivery_subject(self._receiver.proxy_id, withdraws=withdraws),
