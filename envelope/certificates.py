@@ -12,8 +12,9 @@
 4. Path validation is cryptography's (RFC 5280 as profiled by its verifier: names, signatures, validity of
    every certificate, path length, unknown critical extensions). What is ours is rules 1 and 2, and the code.
 
-Revocation lists are not read: an agent pins the certificate it encrypts to, a proxy drops a signer when its
-tenant's entry no longer lists it, and certificates are meant to be short-lived.
+Revocation lists are not read here: an agent pins the certificate it encrypts to and reads its root's list
+(key_agent/push/revocations.py), a proxy drops a signer when its tenant's entry no longer lists it, and
+certificates are meant to be short-lived.
 """
 
 import re

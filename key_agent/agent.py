@@ -165,6 +165,7 @@ class Agent:
             clock=clock,
             renew=self._signing_renewed,
             withdraw=self._withdrawn_by_revocation,
+            kek=lambda: self.consent.kek,
         )
         self.presence = PresenceLoop(
             transport=transport,

@@ -616,6 +616,8 @@ def _change(context: typer.Context, operation: str, **arguments: object) -> None
         lines = [f"{data['service']}: key {data['kid']} is {data['state']}, was {data['before']}"]
         if not data["another_seals"]:
             lines.append(f"NOTHING seals for {data['service']}: `key-agent rotate {data['service']}`")
+        if not data["running"]:
+            lines.append("no agent runs: proxies go on with what they hold until it ends or `key-agent run`")
         return "\n".join([*lines, _outcomes(data)])
 
     _show(context, perform(context.obj, operation, **arguments), text)

@@ -179,6 +179,7 @@ def _authorities(found: Any) -> Iterator[Check]:
     """Certificates and lists that are not looked at elsewhere."""
     mends = {
         "proxy-authority": "have the proxy's operator renew it: key-agent proxy add ID --url ... --ca FILE",
+        "kek": "key-agent kek rotate, before it ends",
         "revocation-list": "have the tenant's root sign a new one: agent.revocation_list_file",
     }
     for row in found["lifetimes"]:

@@ -117,6 +117,7 @@ class KeyCommands(Commands):
             "before": key.state,
             "state": state,
             "another_seals": seals,
+            "running": agent.is_running,
             "proxies": pushed,
         }
 

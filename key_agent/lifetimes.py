@@ -29,6 +29,7 @@ from key_agent.push.targets import Targets
 from key_agent.refresh import wait_until
 from key_agent.registry.model import Link
 from key_agent.registry.store import Registry
+from key_agent.sources.source import Kek
 from runtime.clock import Clock
 from runtime.doctor import EXPIRY_WARNING
 
@@ -59,7 +60,7 @@ class Lifetime:
     """One certificate or list that ends."""
 
     kind: str
-    """root, signing, tls, service, proxy-authority, revocation-list."""
+    """root, signing, tls, service, proxy-authority, revocation-list, kek."""
     name: str
     not_after: datetime | None
     problem: str | None = None
@@ -88,6 +89,7 @@ class Lifetimes:
         clock: Clock,
         renew: Callable[[Signing], None],
         withdraw: Callable[[], Awaitable[None]],
+        kek: Callable[[], Kek | None] = lambda: None,
     ) -> None:
         """*load* reads the own credentials at a wall-clock time; *renew* hears of a new signature, *withdraw*
         that a service was taken from a proxy.
@@ -104,6 +106,7 @@ class Lifetimes:
         self._clock = clock
         self._renew = renew
         self._withdraw = withdraw
+        self._kek = kek
         self._wake = asyncio.Event()
         self.problem: str | None = None
         """Why the files of the own certificates are not in use as they are now."""
@@ -185,6 +188,7 @@ class Lifetimes:
             metrics.CERTIFICATE_DAYS_LEFT.labels(kind).set(days)
 
     def _all(self) -> Iterator[Lifetime]:
+        yield from self._of_kek()
         yield Lifetime(kind="root", name="root", not_after=self._root.not_valid_after_utc)
         yield Lifetime(
             kind="signing",
@@ -212,6 +216,13 @@ class Lifetimes:
                 not_after=self._revocations.next_update(),
                 problem=self._revocations.problem,
             )
+
+    def _of_kek(self) -> Iterator[Lifetime]:
+        """One without an end is no worry."""
+        kek = self._kek()
+        if kek is not None and kek.valid_until_s is not None:
+            end = datetime.fromtimestamp(kek.valid_until_s, UTC)
+            yield Lifetime(kind="kek", name=kek.reference.kek_id, not_after=end)
 
     def _revoked(self, own: x509.Certificate) -> str | None:
         """Why one of the agent's own is not to be believed, as far as the root's list says."""

@@ -66,6 +66,17 @@ async def test_ends_are_told_a_month_ahead(bench: Bench) -> None:
         assert "certificate-expired" in status_text(await operations.status())
 
 
+async def test_the_end_of_a_kek_is_told_and_a_rotation_moves_it(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        await operations.kek_create(valid_days=20)
+        await agent.lifetimes.look()
+        [row] = _rows((await operations.status())["ending"])
+        assert (row["kind"], row["days_left"]) == ("kek", 20.0)
+        assert 19 < _days("kek") < 21
+        await operations.kek_rotate(valid_days=400)
+        assert (await operations.status())["ending"] == []
+
+
 async def test_a_revoked_certificate_is_withdrawn_at_once_and_another_one_brings_the_service_back(
     bench: Bench, tmp_path: Path
 ) -> None:
