@@ -15,7 +15,7 @@ import msgspec
 from envelope.errors import FormatError
 from envelope.keys import check_name
 from key_agent.sources.pkcs11 import Pkcs11Settings
-from runtime import database
+from runtime import broker, database
 from runtime import settings as runtime_settings
 
 ENVIRONMENT_PREFIX: Final = "KEY_AGENT"
@@ -135,6 +135,8 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     refresh: RefreshSettings = RefreshSettings()
     push: PushSettings = PushSettings()
     keys: KeySettings = KeySettings()
+    nats: broker.BrokerSettings | None = None
+    """A second road to the proxies, beside the direct one."""
     admin: AdminSettings = AdminSettings()
     log: LogSettings = LogSettings()
 
@@ -168,6 +170,10 @@ def unusable_files(settings: Settings) -> Iterator[str]:
         "tls.key_file": settings.tls.key_file,
         "pkcs11.pin_file": settings.pkcs11.pin_file,
     }
+    if settings.nats is not None:
+        broker.check_library()
+        more, more_secrets = broker.unusable_files(settings.nats)
+        files, secrets = files | more, secrets | more_secrets
     yield from runtime_settings.unusable_files(files, secrets=secrets)
 
 
