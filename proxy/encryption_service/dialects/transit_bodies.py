@@ -354,7 +354,12 @@ class Ciphertext:
 
 
 def format_ciphertext(version: int, nonce: bytes, ciphertext: bytes, tag: bytes) -> str:
-    packed = binascii.b2a_base64(b"\x01" + nonce + ciphertext + tag, newline=False)
+    return format_message(version, nonce + ciphertext + tag)
+
+
+def format_message(version: int, message: bytes) -> str:
+    """*message*: nonce, ciphertext and tag."""
+    packed = binascii.b2a_base64(b"\x01" + message, newline=False)
     return f"{PREFIX}{version}:{packed.decode('ascii')}"
 
 

@@ -18,6 +18,7 @@ from proxy.encryption_service.dialects.transit_bodies import (
     decode_base64,
     encode_base64,
     format_ciphertext,
+    format_message,
     parse_ciphertext,
 )
 from proxy.encryption_service.dialects.transit_call import (
@@ -36,8 +37,11 @@ from proxy.encryption_service.dialects.transit_errors import (
     VaultError,
     item_text,
 )
-from proxy.encryption_service.errors import KeyRefused
+from proxy.encryption_service.errors import DoesNotVerify, InputRefused, KeyRefused, TooLarge
 from proxy.encryption_service.model import Op
+
+type _Outcome = tuple[int, str] | BodyError | DoesNotVerify | KeyRefused | InputRefused | TooLarge
+"""Of one item of a batch: key version and ciphertext, or one of ITEM_ERRORS."""
 
 _DATA_KEY_BITS: Final = frozenset({128, 256, 512})
 
@@ -89,16 +93,51 @@ class DataOperations:
         ticket = admit(self._calls, request, Op.ENCRYPT)
         results: list[dict[str, Any]] = []
         failures = 0
-        for item in items:
-            try:
-                version, text = self._encrypted(ticket, request.work, item.plaintext, item)
+        made = self._made_at_once if _are_alike(items) else self._made_one_by_one
+        for item, outcome in zip(items, made(ticket, request.work, items), strict=True):
+            if isinstance(outcome, tuple):
+                version, text = outcome
                 results.append({"ciphertext": text, "key_version": version, "reference": item.reference})
-            except ITEM_ERRORS as error:
+            else:
                 failures += 1
-                results.append({"error": item_text(error, request.work.op), "reference": item.reference})
+                results.append({"error": item_text(outcome, request.work.op), "reference": item.reference})
         self._calls.finish(request.work, ticket)
         status = batch_status(request, body.partial_failure_response_code, failures, len(items))
         return success(request, {"batch_results": results}, ignored, status=status)
+
+    def _made_one_by_one(self, ticket: Ticket, work: Work, items: list[EncryptItem]) -> list[_Outcome]:
+        made: list[_Outcome] = []
+        for item in items:
+            try:
+                made.append(self._encrypted(ticket, work, item.plaintext, item))
+            except ITEM_ERRORS as error:
+                made.append(error)
+        return made
+
+    def _made_at_once(self, ticket: Ticket, work: Work, items: list[EncryptItem]) -> list[_Outcome]:
+        """The same for items of one context and version, for a third of the time."""
+        made: list[_Outcome | None] = []
+        messages = []
+        for item in items:
+            try:
+                messages.append((decode_base64(item.plaintext), associated_data_of(item.associated_data)))
+                made.append(None)
+            except ITEM_ERRORS as error:
+                made.append(error)
+        first = items[0]
+        try:
+            sealed = self._core.encrypt_all(
+                ticket,
+                messages,
+                purpose=purpose_of(first.context),
+                version=wanted_version(first.key_version, "encryption"),
+            )
+        except ITEM_ERRORS as error:  # then it is every item's
+            return [outcome or error for outcome in made]
+        work.used(sealed.version, sealed.key_id)
+        version = sealed.version
+        texts = (format_message(version, message) for message in sealed.messages)
+        return [(version, next(texts)) if outcome is None else outcome for outcome in made]
 
     def decrypt(self, request: TransitRequest) -> Answer:
         body, ignored = self._decrypt_body.read(request.call.body)
@@ -214,6 +253,11 @@ class DataOperations:
         if kind == "plaintext":
             data["plaintext"] = encode_base64(data_key)
         return success(request, data, ignored)
+
+
+def _are_alike(items: list[EncryptItem]) -> bool:
+    first = items[0]
+    return all(item.context == first.context and item.key_version == first.key_version for item in items)
 
 
 def _check_contexts(items: list[EncryptItem] | list[CiphertextItem]) -> None:
