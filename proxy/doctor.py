@@ -27,8 +27,10 @@ from envelope.audit import BrokenChainError
 from envelope.certificates import CertificateError, Identity, Role, verify_certificate
 from proxy.config import Settings, database_url
 from proxy.encryption_service.credentials import FILE_KEY_DIRECTORY, SecretSealer
-from proxy.encryption_service.model import CredentialKind, ServiceDirectory
-from proxy.encryption_service.settings import ListenSettings
+from proxy.encryption_service.dialects.kacls_reach import check_kacls
+from proxy.encryption_service.model import CredentialKind, DialectName, ServiceDirectory
+from proxy.encryption_service.outbound import Outbound, outbound_context
+from proxy.encryption_service.settings import ListenSettings, OutboundSettings
 from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
@@ -96,6 +98,8 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
         checks += _recipient("key", key, directory, clock)
     checks += _stored_secrets(directory.encryption_service, settings.proxy.state_dir)
     checks += _stray_keys(settings.proxy.state_dir, in_use)
+    if any(DialectName.KACLS in listen.dialects for listen in settings.encryption_service.listen):
+        checks += _token_issuers(directory.encryption_service, settings.encryption_service.outbound)
     checks += _network(listeners, is_running=is_running)
     if trust is not None:
         checks += asyncio.run(_upstreams(directory.services.values(), trust))
@@ -257,6 +261,21 @@ def _service_identity(listen: ListenSettings, clock: Clock) -> Iterator[Check]:
             f"whoever has a certificate below {listen.client_roots_file} may connect",
             "name the one client by client_subject, as in cks.kms.<region>.amazonaws.com",
         )
+
+
+def _token_issuers(directory: ServiceDirectory, settings: OutboundSettings) -> list[Check]:
+    """Whether the key sets of those who sign a KACLS's tokens can be fetched from here."""
+
+    async def ask() -> list[Check]:
+        async with Outbound(
+            outbound_context(settings.ca_file), private_hosts=settings.private_hosts
+        ) as outbound:
+            return await check_kacls(directory.dialects.values(), outbound)
+
+    try:
+        return asyncio.run(ask())
+    except TlsError as error:
+        return [failed("encryption_service.outbound.ca_file", str(error), error.next_step)]
 
 
 def _trust(path: Path) -> tuple[ssl.SSLContext | None, Check]:

@@ -1,6 +1,7 @@
 """`sealgate doctor` on sound and on broken installations; the network is real, on loopback."""
 
 import json
+import re
 import socket
 import sqlite3
 import ssl
@@ -296,3 +297,37 @@ def test_named_keys_and_stored_secrets(site: Installation, acme: Tenant) -> None
     lost = checks_of(site)["stored secrets"]
     assert lost.outcome == "failed"
     assert "file-keys" in (lost.mend or "")
+
+
+def test_the_kacls_of_the_manual_and_its_token_issuers(site: Installation, acme: Tenant) -> None:
+    """The settings that docs/encryption-service-kacls.md shows, but for an issuer that nobody runs here."""
+    page = (Path(__file__).parents[2] / "docs" / "encryption-service-kacls.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    root = write_certificate(acme.root.certificate, site.path / "root.pem")
+    site.ask("tenant", "add", "acme", "--root", str(root))
+    site.ask("key", "add", "acme/workspace", "--csr", str(site.path / "a.csr"))
+    sign_it = ("--use", "sign", "--algorithm", "RS256")
+    site.ask("key", "add", "acme/workspace-id", *sign_it, "--csr", str(site.path / "b.csr"))
+    closed = f"https://127.0.0.1:{free_port()}/keys"
+    document = json.loads(shown)
+    (place,) = document["endpoints"]
+    place["authentication_issuers"][0]["jwks_url"] = closed
+    place["authorization_issuers"] = [{"issuer": "google", "audience": "x", "jwks_url": closed}]
+    settings = site.path / "kacls.json"
+    settings.write_text(json.dumps(document))
+    site.ask("dialect", "set", "acme", "kacls", "--settings", str(settings))
+    assert not [name for name in checks_of(site) if "kacls" in name]  # no listener speaks it
+    site.config_file.write_text(
+        site.config_file.read_text()
+        + f'[[encryption_service.listen]]\nhost = "127.0.0.1"\nport = {free_port()}\nplain = true\n'
+        + 'dialects = ["kacls"]\n'
+    )
+    checks = checks_of(site)
+    for issuer in ("https://idp.acme.example", "google"):
+        found = checks[f"kacls of acme: keys of {issuer}"]
+        assert found.outcome == "failed"
+        assert "private_hosts" in (found.mend or "")
+    settings.write_text(json.dumps(document).replace("https://kacls.example.com", "http://kacls.example.com"))
+    code, error = site.refused("dialect", "set", "acme", "kacls", "--settings", str(settings))
+    assert code is ExitCode.REFUSED
+    assert "https://" in error["cause"]
