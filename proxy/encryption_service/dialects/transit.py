@@ -177,7 +177,7 @@ class TransitDialect(Dialect):
         """VaultError: no such mount of this tenant's, or one the credential is not for."""
         entry = self._directory().dialect(caller.tenant, self.name)
         if "%" in path:
-            path = unquote(path, errors="surrogateescape")
+            path = unquote(path, errors="replace")
         namespace = namespace.strip("/")
         settings = entry.settings if entry is not None else None
         if isinstance(settings, TransitSettings):

@@ -131,7 +131,9 @@ def _state_text(why: Refusal, op: Op | None) -> str:
 
 def errors(status: int, *texts: str, retry_after_s: float | None = None) -> Answer:
     """`{"errors": [...]}`, on one line."""
-    body = msgspec.json.encode({"errors": [text[:MAX_ERROR_CHARS] for text in texts]}) + b"\n"
+    # What was received may be no text: a path is repeated in one of these.
+    clean = [text[:MAX_ERROR_CHARS].encode("utf-8", "replace").decode() for text in texts]
+    body = msgspec.json.encode({"errors": clean}) + b"\n"
     headers: tuple[tuple[str, str], ...] = HEADERS
     if retry_after_s is not None:
         headers = (*headers, ("retry-after", str(max(1, -int(-retry_after_s // 1)))))

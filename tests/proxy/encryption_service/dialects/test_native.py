@@ -4,6 +4,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from envelope.keys import KeyState, SigningAlgorithm
 from proxy.encryption_service.call import Answer, Call, Peer
@@ -415,3 +418,34 @@ def test_a_plaintext_of_20_mib_goes_through(native: NativeRig) -> None:
     plaintext = base64.b64encode(os.urandom(20 << 20)).decode()
     _, document = native.call("keys/orders/encrypt", {"plaintext": plaintext})
     assert native.decrypt(document["ciphertext"]) == (200, plaintext)
+
+
+WORDS = ["keys", "orders", "encrypt", "decrypt", "sign", "batch", "seal", "status", "", "..", "%2F", "\udcff"]
+PATHS = st.one_of(st.text(max_size=30), st.lists(st.sampled_from(WORDS), max_size=5).map("/".join))
+CALLS = st.builds(
+    Call,
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "x", "\udc80"]),
+    path=PATHS.map("/sealgate/v1/{}".format),
+    headers=st.lists(
+        st.tuples(
+            st.sampled_from(["authorization", "content-type", "x-request-id", "sealgate-name", "x"]),
+            st.one_of(st.text(max_size=20), st.just("application/json"), st.just("Bearer TOKEN")),
+        ),
+        max_size=4,
+    ).map(tuple),
+    body=st.binary(max_size=40),
+    peer=st.just(PEER),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=CALLS, is_known=st.booleans())
+def test_whatever_comes_is_answered_in_shape(native: NativeRig, call: Call, is_known: bool) -> None:
+    sent = tuple((name, value.replace("TOKEN", native.token)) for name, value in call.headers)
+    if is_known and "authorization" not in dict(sent):
+        sent = (("authorization", f"Bearer {native.token}"), *sent)
+    answer = native.dialect.handle(replace(call, headers=sent))
+    assert isinstance(answer, Answer)
+    assert answer.body.count(b"\n") == 1
+    assert isinstance(json.loads(answer.body), dict)
+    assert answer.status < 500

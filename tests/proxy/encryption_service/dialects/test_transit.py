@@ -5,10 +5,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from envelope.keys import KeyState, SigningAlgorithm
 from proxy.encryption_service.call import Answer, Call, Peer
@@ -494,3 +497,60 @@ def test_hostile_names_are_recorded_cut_and_refused(transit: TransitRig) -> None
         assert status in {400, 404}
         assert len(json.dumps(answer)) < 2000
     assert all(len(line) < 20_000 for line in transit.rig.audit_file.read_text().splitlines())
+
+
+WORDS = [
+    "transit",
+    "encrypt",
+    "keys",
+    "orders",
+    "sys",
+    "health",
+    "auth",
+    "token",
+    "lookup-self",
+    "datakey",
+    "plaintext",
+    "sign",
+    "verify",
+    "ed",
+    "acme",
+    "..",
+    "%2e",
+    "%2F",
+    "%ff",
+    "%u",
+    "x%20y",
+]
+PATHS = st.one_of(
+    st.text(max_size=30),
+    st.lists(st.sampled_from([*WORDS, "", "\udcff"]), max_size=6).map("/".join),
+)
+CALLS = st.builds(
+    Call,
+    method=st.sampled_from(["GET", "LIST", "POST", "PUT", "DELETE", "HEAD", "PATCH", "x", "\udc80"]),
+    path=PATHS.map("/v1/{}".format),
+    query=st.text(max_size=30),
+    headers=st.lists(
+        st.tuples(
+            st.sampled_from(["x-vault-token", "authorization", "x-vault-namespace", "x-vault-wrap-ttl", "x"]),
+            st.one_of(st.text(max_size=20), st.just("TOKEN"), st.just("Bearer TOKEN")),
+        ),
+        max_size=4,
+    ).map(tuple),
+    body=st.binary(max_size=40),
+    peer=st.just(PEER),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=CALLS, is_known=st.booleans())
+def test_whatever_comes_is_answered_in_shape(transit: TransitRig, call: Call, is_known: bool) -> None:
+    sent = tuple((name, value.replace("TOKEN", transit.token)) for name, value in call.headers)
+    if is_known and "x-vault-token" not in dict(sent):
+        sent = (("x-vault-token", transit.token), *sent)
+    answer = transit.dialect.handle(replace(call, headers=sent))
+    assert answer.body.count(b"\n") <= 1
+    if answer.body:
+        assert isinstance(json.loads(answer.body), dict)
+    assert answer.status != 500
