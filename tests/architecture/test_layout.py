@@ -68,7 +68,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/key_agent/sources/test_contract.py",
         "declarations; who raises them is tested",
     ),
-    "key_agent/journal.py": _AGENT,
     "key_agent/operations.py": _AGENT,
     "key_agent/push/broker.py": _BROKER,
     "key_agent/push/pusher.py": _AGENT,
