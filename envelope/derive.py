@@ -72,8 +72,8 @@ def service_key(
 ) -> bytes:
     """K_service of one dialect of the encryption service, 32 bytes: XAES-256-GCM (docs/format.md 6.1).
 
-    *context*: what a caller separates its ciphertexts by, at most 65 535 bytes; empty is none. MisuseError as
-    `object_key`, or for too long a context.
+    Label `sealgate/v1 service <dialect>`. *context*: what a caller separates its ciphertexts by, at most
+    65 535 bytes; empty is none. MisuseError as `object_key`, or for too long a context.
     """
     label = b"sealgate/v1 service " + dialect.encode()
     return _derive(material, label, SERVICE_KEY_SIZE, owner, key_id, last=context)

@@ -3,8 +3,8 @@
 1. A credential for some keys learns nothing of the others: not even that they are not there.
 2. A call has one record. `Work` gathers what is known of the call while it is served, so that a refusal at
    any point is recorded with all that was known by then.
-3. Strangers cannot fill the log: of calls without a known caller STRANGERS_PER_S are recorded, and the next
-   one that is says how many were not.
+3. Strangers cannot fill the log: of calls without a known caller some are recorded, and the next one that is
+   says how many were not (`Strangers`).
 4. Quota is taken when the caller is known, by size, and once more for a batch, before any of it is done.
 """
 
@@ -20,12 +20,11 @@ from proxy.encryption_service.errors import AccessDenied, KeyNotFound, NotRecord
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory
 from proxy.encryption_service.recording import Entry, Outcome, error_code
+from proxy.encryption_service.strangers import Strangers
 from runtime.clock import Clock
 
 BYTES_PER_UNIT: Final = 64 * 1024
 """A body of so many bytes costs one call more (rule 4)."""
-STRANGERS_PER_S: Final = 10.0
-STRANGERS_BURST: Final = 100.0
 
 
 class Work:
@@ -89,9 +88,7 @@ class BearerCalls:
         self._dialect: Final = dialect
         self._access: Final = access
         self._limiter: Final = limiter
-        self._strangers = STRANGERS_BURST
-        self._strangers_at_s = clock.boot_s()
-        self._unrecorded = 0
+        self._strangers = Strangers(clock)
 
     def begin(self) -> Work:
         return Work(self.clock.boot_s())
@@ -176,24 +173,13 @@ class BearerCalls:
         if work.is_recorded:
             return
         work.is_recorded = True
-        if work.caller is None and not self._may_record_stranger(work):
-            return
+        if work.caller is None:
+            work.items = self._strangers.counted()
+            if work.items == 0:
+                return
         is_ours = isinstance(error, NotRecorded)
         code = error if isinstance(error, str) else error_code(error)
         self.core.record(self._entry(work, Outcome.FAILED if is_ours else Outcome.REFUSED, code))
-
-    def _may_record_stranger(self, work: Work) -> bool:
-        """Rule 3."""
-        now_s = self.clock.boot_s()
-        gained = (now_s - self._strangers_at_s) * STRANGERS_PER_S
-        self._strangers = min(STRANGERS_BURST, self._strangers + gained)
-        self._strangers_at_s = now_s
-        if self._strangers < 1:
-            self._unrecorded += 1
-            return False
-        self._strangers -= 1
-        work.items, self._unrecorded = 1 + self._unrecorded, 0
-        return True
 
     def _keys_of(self, caller: Caller) -> frozenset[str] | None:
         entry = self.directory().credentials.get(caller.credential_id or "")
