@@ -327,8 +327,9 @@ class Client:
     """One running client process."""
 
     def __init__(
-        self, directory: Path, side: Side, *, seconds: float = SECONDS, may_refuse: bool = False
+        self, directory: Path, side: Side, *, seconds: float | None = None, may_refuse: bool = False
     ) -> None:
+        seconds = seconds or SECONDS
         file = directory / f"requests-{os.urandom(4).hex()}"
         file.write_bytes(msgspec.msgpack.encode(side.requests))
         argv = [sys.executable, "-m", "bench.service_load", "--port", str(side.port), "--requests", str(file)]

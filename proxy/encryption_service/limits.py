@@ -30,7 +30,7 @@ OVERHEAD_S: Final = 60e-6
 """Of a call's time that its dialect does not see: HTTP on both sides."""
 MAX_CHARGE_S: Final = 0.25
 """Of one call: one that waited for somebody else did not compute all the while."""
-_FORGET_S: Final = 10.0
+JUDGED_EVERY_S: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,8 @@ class Limiter:
         self._credentials: dict[str, _Bucket] = {}
         self._shares: dict[str, _Share] = {}
         self._strain = 0.0
+        self._judged_at_s = -math.inf
+        self._part_s: float | None = None
 
     def admit(self, tenant: str, credential_id: str | None, cost: int = 1) -> None:
         """Take *cost* (items of a batch) from both buckets. QuotaExceeded, and then nothing is taken."""
@@ -169,20 +171,29 @@ class Limiter:
 
     def _check_share(self, tenant: str, now_s: float) -> None:
         """Rule 3."""
-        own = self._share(tenant, now_s)
-        if own.used(now_s) <= OVERHEAD_S:
+        if now_s >= self._judged_at_s + JUDGED_EVERY_S:
+            self._judge(now_s)
+        if self._part_s is None or self._share(tenant, now_s).used(now_s) <= max(
+            OVERHEAD_S, self._part_s * self._weight(tenant)
+        ):
             return
+        self.charge(tenant, 0.0)
+        raise QuotaExceeded("others wait for their part of the service", retry_after_s=WINDOW_S)
+
+    def _judge(self, now_s: float) -> None:
+        """Whether time is short, and then how much of it a tenant of weight 1 may have had.
+
+        Not at every call: it looks at every tenant that has called lately.
+        """
+        self._judged_at_s = now_s
+        self._part_s = None
         used = {name: share.used(now_s) for name, share in self._shares.items()}
         total_s = sum(used.values())
         if max(total_s / WINDOW_S, self._strain) <= BUSY:
             return
-        active = {name for name, spent_s in used.items() if spent_s > OVERHEAD_S / math.e} | {tenant}
-        if len(active) == 1:
-            return
-        part = self._weight(tenant) / sum(self._weight(name) for name in active)
-        if used[tenant] > part * min(BUSY * WINDOW_S, total_s):
-            self.charge(tenant, 0.0)
-            raise QuotaExceeded("others wait for their part of the service", retry_after_s=WINDOW_S)
+        weights = [self._weight(name) for name, spent_s in used.items() if spent_s > OVERHEAD_S / math.e]
+        if len(weights) > 1:
+            self._part_s = min(BUSY * WINDOW_S, total_s) / sum(weights)
 
     def _tenant_bucket(self, tenant: str, now_s: float) -> _Bucket:
         bucket = self._tenants.get(tenant)
