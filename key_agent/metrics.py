@@ -43,6 +43,18 @@ WITHDRAWALS_PENDING: Final = Gauge(
     namespace=NAMESPACE,
     registry=REGISTRY,
 )
+LEADS: Final = Gauge(
+    "agent_leads",
+    "1 if this agent holds the registry's lease, 0 if it stands by or cannot rely on it",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+TERM: Final = Gauge(
+    "agent_term",
+    "Fencing term of the registry's lease, of the agent that leads",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
 CERTIFICATE_DAYS_LEFT: Final = Gauge(
     "agent_certificate_days_left",
     "Days until the first certificate of a kind ends; -1 if one of them cannot be used",
@@ -61,6 +73,12 @@ RETURNS: Final = Counter(
     "agent_proxy_returns",
     "Pushes brought forward because a proxy had restarted or was back",
     ["proxy"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+BROKER_OPEN: Final = Gauge(
+    "agent_broker_open",
+    "1 while envelopes can go by the broker, 0 while they go directly only",
     namespace=NAMESPACE,
     registry=REGISTRY,
 )

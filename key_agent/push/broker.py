@@ -27,6 +27,7 @@ from envelope.broker import (
     open_answer,
 )
 from envelope.errors import FormatError, IntegrityError
+from key_agent import metrics
 from key_agent.push.transport import Answer, Purpose, read_receipts
 from key_agent.registry.model import Proxy
 from runtime.broker import (
@@ -69,6 +70,7 @@ class BrokerLink:
         self._client: Any = None
         self._waiting: dict[bytes, _Waiting] = {}
         self._resting_until_s: dict[str, float] = {}
+        metrics.BROKER_OPEN.set_function(lambda: float(self.is_open()))
         self.failure: str | None = "not connected yet"
         """Why this road is closed; None while it is open."""
 
