@@ -41,8 +41,12 @@ READ_AHEAD_BYTES: Final = 64 << 10
 LINGER_BYTES: Final = 1 << 20
 PAUSE_S: Final = 0.02
 """Too short to harm other tenants' calls that share the connection: AWS KMS waits 0.25 s."""
+MAX_PREFIXES: Final = 64
+"""Heads of answers kept for a second; most answers are alike but for their length."""
 _PROBLEM: Final = "application/problem+json"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+type _Prefix = tuple[int, str, tuple[tuple[str, str], ...], bool]
 
 _log: Final = structlog.get_logger("service.http")
 
@@ -81,7 +85,7 @@ class Site:
     stopping: bool = False
     connections: set["HttpConnection"] = field(default_factory=set)
     longest_s: Mapping[Waiting, float] = field(init=False)
-    _prefixes: dict[tuple[int, str, bool], bytes] = field(default_factory=dict)
+    _prefixes: dict[_Prefix, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -103,16 +107,17 @@ class Site:
 
     def head_of(self, answer: Answer, *, length: int, close: bool) -> bytes:
         """The head of *answer*, whose body has *length* bytes; what repeats is made once a second."""
-        if answer.headers:
-            return answer_head(
-                answer.status, answer.content_type, length, answer.headers, close=close, date=self.date
-            )
-        key = (answer.status, answer.content_type, close)
+        key = (answer.status, answer.content_type, answer.headers, close)
         prefix = self._prefixes.get(key)
         if prefix is None:
-            prefix = answer_head(answer.status, answer.content_type, 0, close=close, date=self.date)
-            prefix = prefix.replace(b"Content-Length: 0\r\n", b"").removesuffix(b"\r\n")
-            self._prefixes[key] = prefix
+            prefix = answer_head(
+                answer.status, answer.content_type, None, answer.headers, close=close, date=self.date
+            )
+            prefix = prefix.replace(b"Transfer-Encoding: chunked\r\n", b"", 1).removesuffix(b"\r\n")
+            if len(self._prefixes) < MAX_PREFIXES:
+                self._prefixes[key] = prefix
+        if answer.status == HTTPStatus.NO_CONTENT:  # which must not have a length
+            return prefix + b"\r\n"
         return b"%bContent-Length: %d\r\n\r\n" % (prefix, length)
 
     def tick(self, now_s: float, date: str) -> None:

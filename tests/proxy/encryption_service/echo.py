@@ -57,6 +57,8 @@ class Echo(Dialect):
                 return self._cut()
             case "long":
                 return self._long()
+            case "nothing":
+                return Answer(status=204, content_type="", headers=(("Access-Control-Allow-Origin", "x"),))
             case "too-much":
                 return Answer(status=429, body=call.body)
             case "big":

@@ -102,6 +102,16 @@ async def test_a_long_pipeline_neither_starves_others_nor_fills_the_memory() -> 
         other.close()
 
 
+async def test_an_answer_of_nothing_has_neither_length_nor_body() -> None:
+    async with serve(Echo()) as (port, _):
+        client = await Client.connect(port)
+        for _ in range(2):  # the head is made, then kept
+            reply = await client.ask("/e/nothing", method="OPTIONS")
+            assert (reply.status, reply.headers["access-control-allow-origin"]) == (204, "x")
+            assert not {"content-length", "transfer-encoding", "content-type"} & reply.headers.keys()
+        assert (await client.ask("/e/echo", b"next")).body == b"next"
+
+
 async def test_expect_continue_is_answered_only_where_the_body_is_wanted() -> None:
     async with serve(Echo()) as (port, _):
         client = await Client.connect(port)
