@@ -133,10 +133,10 @@ async def test_a_killed_worker_loses_its_requests_only_and_comes_back_with_its_k
 async def test_a_worker_that_does_not_answer_is_dead_before_a_withdrawal_is_acknowledged(
     tmp_path: Path,
 ) -> None:
-    site = Site.make(tmp_path, workers=2, patience_s=1.0)
+    site = Site.make(tmp_path, workers=2, patience_s=2.0)
     async with site.running():
         assert (await site.push())["status"] == "accepted"
-        hung, other = site.workers()
+        hung = site.workers()[0]
         os.kill(hung, signal.SIGSTOP)
         began = time.monotonic()
         assert (await site.push(keys=False))["status"] == "accepted"
@@ -146,7 +146,6 @@ async def test_a_worker_that_does_not_answer_is_dead_before_a_withdrawal_is_ackn
         await until_replaced(site, hung)
         # The new one was told of the withdrawal as well.
         assert {(await site.encrypt())[0] for _ in range(MANY)} == {503}
-        assert other in site.workers() or (await site.push())["status"] == "accepted"
 
 
 async def test_workers_follow_the_directory_and_end_with_their_proxy(tmp_path: Path) -> None:
