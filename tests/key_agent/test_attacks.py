@@ -126,6 +126,9 @@ async def test_the_state_of_many_services_does_not_hold_up_the_watch(bench: Benc
                 book = await behind.book()
                 return replace(book, services=tuple(names), links=tuple(agent.targets.links))
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(behind, name)
+
         behind = agent.registry
         agent.registry = Registry()  # type: ignore[assignment]
         for looks in (operations.status, operations.service_list):
