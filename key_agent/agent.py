@@ -2,8 +2,9 @@
 
 1. When consent ends, in this order and none waiting for the next: deliveries of keys stop, withdrawals leave,
    the new state is written to the registry (again and again until that works), the proof is audited.
-2. When consent returns, the registry has it first; then the proxies get their keys.
-3. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
+2. Keys leave only while this agent leads (registry/lease.py); withdrawals leave whoever leads.
+3. When consent returns, the registry has it first; then the proxies get their keys.
+4. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
 """
 
 import asyncio
@@ -119,7 +120,7 @@ class Agent:
             clock=clock,
             make_key_sealing=self._make_key_sealing,
             withdrawal_sealing=self._withdrawal_sealing,
-            may_push=lambda: self.consent.may_push,
+            may_push=self._may_push,
             request_timeout_s=rhythm.request_timeout_s,
         )
         self.watch = KekWatch(source=source, consent=self.consent, clock=clock, watch_s=rhythm.watch_s)
@@ -191,7 +192,7 @@ class Agent:
             validity_s=self.rhythm.validity_s,
             batch_size=self.rhythm.batch_size,
             on_diagnosis=self._diagnosed_by_push,
-            may_push=lambda: self.consent.may_push,
+            may_push=self._may_push,
         )
 
     async def start(self) -> None:
@@ -278,6 +279,8 @@ class Agent:
                 f"no keys are pushed: {self.consent.standing}"
                 + ("" if diagnosis is None else f" ({diagnosis.verdict}: {diagnosis.detail})")
             )
+        if not self.registry.leads:
+            reasons.append("the registry's lease is not renewed: no keys are pushed")
         if self.journal.failure is not None:
             reasons.append(self.journal.failure)
         if self._to_persist is not None:
@@ -397,6 +400,10 @@ class Agent:
             refused=delivery.refused,
             code=delivery.code,
         )
+
+    def _may_push(self) -> bool:
+        """No key leaves without the enterprise's consent, nor from an agent that another has followed."""
+        return self.consent.may_push and self.registry.leads
 
     def now_ms(self) -> int:
         """Unix milliseconds."""

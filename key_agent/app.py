@@ -20,21 +20,26 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from envelope.certificates import Identity, Role, verify_certificate
-from key_agent import api, config
+from key_agent import api, config, metrics
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.config import Settings
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
 from key_agent.operations import Operations
+from key_agent.push.broker import BrokerLink
 from key_agent.push.recipients import read_chain
 from key_agent.push.revocations import Revocations
+from key_agent.push.roads import BothRoads
 from key_agent.push.targets import Targets
 from key_agent.push.transport import HttpsTransport, Transport
+from key_agent.registry.database import OnStandby, RegistryInUseError
 from key_agent.registry.store import Registry
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import KeySource
+from key_agent.standby import Standby, StoppedOnStandbyError
 from key_agent.state_dir import AUDIT_NAME, REFUSED_PIN_NAME, SOCKET_NAME, state_lock
 from runtime.audit import AuditLog
+from runtime.broker import check_library
 from runtime.clock import Clock, SystemClock
 from runtime.serve import serving
 from runtime.settings import SettingsError, read_secret_file
@@ -136,6 +141,29 @@ def make_source(settings: Settings, clock: Clock) -> KeySource:
     )
 
 
+def make_transport(settings: Settings, clock: Clock) -> Transport:
+    """The roads to the proxies; on the event loop only. SettingsError: the broker's client is missing."""
+    direct = HttpsTransport(
+        agent_id=settings.agent.id,
+        certificate_file=settings.tls.certificate_file,
+        key_file=settings.tls.key_file,
+        signing_certificate_file=settings.signing.certificate_file,
+    )
+    if settings.nats is None:
+        return direct
+    check_library()
+    link = BrokerLink(
+        settings.nats,
+        tenant=settings.agent.tenant,
+        agent_id=settings.agent.id,
+        validity_s=settings.refresh.validity_s,
+        clock=clock,
+    )
+    roads = BothRoads(direct, link)
+    roads.start()
+    return roads
+
+
 def _revocations(file: Path | None, root: x509.Certificate) -> Revocations | None:
     return None if file is None else Revocations(file, root)
 
@@ -147,9 +175,11 @@ async def opened(
     clock: Clock | None = None,
     source: KeySource | None = None,
     transport: Transport | None = None,
+    on_standby: OnStandby | None = None,
 ) -> AsyncIterator[Agent]:
     """An agent with every part open, in this process. The state lock is held while the block runs.
 
+    While another agent leads: RegistryInUseError, or, with *on_standby*, wait until the lease is ours.
     StateLockedError, StateDirError, SettingsError, CertificateError, RegistryError, AuditUnavailableError.
     """
     clock = clock or SystemClock()
@@ -168,16 +198,12 @@ async def opened(
             environment_id=mine.environment_id,
             agent_id=mine.id,
             now_ms=int(now_s * 1000),
+            on_standby=on_standby,
         )
         stack.push_async_callback(registry.close)
         source = source or make_source(settings, clock)
         stack.push_async_callback(source.close)
-        transport = transport or HttpsTransport(
-            agent_id=mine.id,
-            certificate_file=settings.tls.certificate_file,
-            key_file=settings.tls.key_file,
-            signing_certificate_file=settings.signing.certificate_file,
-        )
+        transport = transport or make_transport(settings, clock)
         stack.push_async_callback(transport.close)
         agent = Agent(
             agent_id=mine.id,
@@ -218,21 +244,44 @@ async def serve(
         port=settings.admin.port,
         stop=stop,
     )
-    async with standby, opened(settings, clock=clock, on_standby=standby.stand_by) as agent:
-        await standby.end()
-        metrics.LEADS.set_function(lambda: float(agent.registry.leads))
-        metrics.TERM.set(agent.registry.term)
-        if hangup is not None:
-            agent.lifetimes.wake_by(hangup)
-        operations = Operations(agent)
-        await agent.journal.record("agent-started", agent=agent.agent_id, pid=os.getpid())
-        async with (
-            agent.working(refresh=True),
-            api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
-            serving(
-                api.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port
-            ) as port,
-        ):
-            log.info("key agent runs", agent=agent.agent_id, tenant=agent.tenant, admin_port=port)
-            await stop.wait()
-        await agent.journal.record("agent-stopped", agent=agent.agent_id)
+    try:
+        async with standby, opened(settings, clock=clock, on_standby=standby.stand_by) as agent:
+            await standby.end()
+            metrics.LEADS.set_function(lambda: float(agent.registry.leads))
+            metrics.TERM.set(agent.registry.term)
+            if hangup is not None:
+                agent.lifetimes.wake_by(hangup)
+            operations = Operations(agent)
+            await agent.journal.record("agent-started", agent=agent.agent_id, pid=os.getpid())
+            async with (
+                agent.working(refresh=True),
+                api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
+                serving(
+                    api.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port
+                ) as port,
+            ):
+                log.info("key agent runs", agent=agent.agent_id, tenant=agent.tenant, admin_port=port)
+                await _either(stop, agent.registry.deposed)
+            deposed = agent.registry.deposed.is_set()
+            await agent.journal.record(
+                "agent-stopped", outcome="deposed" if deposed else "ok", agent=agent.agent_id
+            )
+            if deposed:
+                raise RegistryInUseError(
+                    "another key agent has taken it over",
+                    "start this one again: it stands by, and leads when it can",
+                )
+    except StoppedOnStandbyError as error:
+        log.info("key agent stopped", agent=settings.agent.id, cause=str(error))
+
+
+async def _either(first: asyncio.Event, second: asyncio.Event) -> None:
+    waits = [
+        asyncio.create_task(event.wait(), name=f"until:{name}")
+        for name, event in (("stop", first), ("deposed", second))
+    ]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

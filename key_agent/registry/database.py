@@ -26,7 +26,7 @@ from key_agent.errors import KeyAgentError
 from key_agent.registry import lease, migrations
 from key_agent.registry.lease import LOOK_S, RENEW_S, TRUST_S, Holding, Process, Watch
 from runtime.clock import Clock, SystemClock
-from runtime.database import make_engine, transaction
+from runtime.database import make_engine, read_only, transaction
 
 _BUSY_TIMEOUT_S: Final = 5.0
 # A session whose agent lost its machine ends within a minute, and what it had begun with it.
@@ -105,7 +105,7 @@ class Database:
             _check_directory(parsed)
         database = cls(parsed, agent_id=agent_id, clock=clock or SystemClock())
         try:
-            await database._run(migrations.upgrade)
+            await database._migrate(patiently=on_standby is not None)
             await database._lead(on_standby)
         except BaseException:
             await database.close()
@@ -131,7 +131,9 @@ class Database:
 
     async def read_lease(self) -> Holding | None:
         """Who holds the lease, for people."""
-        return await self._run(lease.read)
+        if self._closed:
+            raise RegistryError("the registry is closed")
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._read_lease)
 
     async def close(self) -> None:
         """Idempotent; waits for a transaction that is running, and lets the lease go."""
@@ -155,6 +157,10 @@ class Database:
         with transaction(self._engine, failure=_failure) as connection:
             return work(connection)
 
+    def _read_lease(self) -> Holding | None:
+        with transaction(read_only(self._engine), failure=_failure) as connection:
+            return lease.read(connection)
+
     def _fenced[T](self, c: Connection, work: Callable[[Connection], T]) -> T:
         if self._deposed is not None:
             raise self._deposed
@@ -162,12 +168,23 @@ class Database:
             raise self._depose(lease.read(c))
         return work(c)
 
+    async def _migrate(self, *, patiently: bool) -> None:
+        while True:
+            try:
+                return await self._run(migrations.upgrade)
+            except RegistryError as error:
+                if not patiently:
+                    raise
+                # Whoever leads, or was frozen amid a transaction, has it: who stands by has time.
+                log.warning("the registry cannot be prepared yet", cause=str(error))
+            await self._clock.sleep(LOOK_S)
+
     # The lease.
 
     async def _lead(self, on_standby: OnStandby | None) -> None:
         watch = Watch(self._here)
         while True:
-            holding = await self._run(lease.read)
+            holding = await self.read_lease()
             if watch.may_take(holding, self._clock.boot_s()):
                 if await self._take(holding):
                     break

@@ -8,6 +8,7 @@
 4. Only an active KEK gives a reservation. This is the second lock; the first is `key_agent.consent`.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
@@ -31,9 +32,10 @@ from key_agent.registry.access import (
     wrapped_key,
 )
 from key_agent.registry.archiving import Archives
-from key_agent.registry.database import Database
+from key_agent.registry.database import Database, OnStandby
 from key_agent.registry.kek_succession import KekSuccession
 from key_agent.registry.key_life import KeyLife
+from key_agent.registry.lease import Holding
 from key_agent.registry.model import (
     Book,
     DataKeyRow,
@@ -71,14 +73,23 @@ _NEVER: Final = 1 << 30
 
 class Registry(KeyLife, KekSuccession, Archives):
     @classmethod
-    async def open(cls, url: str, *, tenant_id: str, environment_id: str, agent_id: str, now_ms: int) -> Self:
-        """Open, migrate, and check that it is this environment's.
+    async def open(
+        cls,
+        url: str,
+        *,
+        tenant_id: str,
+        environment_id: str,
+        agent_id: str,
+        now_ms: int,
+        on_standby: OnStandby | None = None,
+    ) -> Self:
+        """Open, migrate, take the lease, and check that it is this environment's.
 
-        RegistryError if it cannot be opened durably; RefusedChangeError if it belongs to another one.
+        RegistryError if it cannot be opened durably; RefusedChangeError if it belongs to another one. Another
+        agent leads: RegistryInUseError, or, with *on_standby*, wait.
         """
-        registry = cls(
-            await Database.open(url), tenant_id=tenant_id, environment_id=environment_id, agent_id=agent_id
-        )
+        database = await Database.open(url, agent_id=agent_id, on_standby=on_standby)
+        registry = cls(database, tenant_id=tenant_id, environment_id=environment_id, agent_id=agent_id)
         try:
             await registry._database.transact(lambda c: registry._establish(c, now_ms))
         except BaseException:
@@ -88,6 +99,24 @@ class Registry(KeyLife, KekSuccession, Archives):
 
     async def close(self) -> None:
         await self._database.close()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this agent's lease can be relied on at this moment: without it no key leaves."""
+        return self._database.leads
+
+    @property
+    def term(self) -> int:
+        """Fencing term of the lease."""
+        return self._database.term
+
+    @property
+    def deposed(self) -> asyncio.Event:
+        """Set when another agent has taken the registry over."""
+        return self._database.deposed
+
+    async def lease(self) -> Holding | None:
+        return await self._database.read_lease()
 
     def _establish(self, c: Connection, now_ms: int) -> None:
         # Every EKM's binding names tenant and environment: under another name none would open.

@@ -1,0 +1,161 @@
+"""Two agents on one registry, as real processes with a real HSM: one leads, the other follows it."""
+
+import asyncio
+import json
+import signal
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.key_agent.test_agent_softhsm import (  # noqa: F401 - `site` is a fixture
+    S3,
+    Site,
+    _init,
+    _provision,
+    site,
+    until,
+)
+from tests.ports import free_port
+
+TAKE_OVER_S = 15.0
+
+
+@pytest.fixture
+async def pair(site: Site) -> AsyncIterator[tuple[Site, Site]]:  # noqa: F811
+    """Two state directories, one registry, one HSM."""
+    await _init(site)
+    await site.command("kek", "create")
+    await _provision(site)
+    state_dir = site.directory / "state-2"
+    state_dir.mkdir(mode=0o700)
+    port = free_port()
+    spare = replace(
+        site,
+        environment=site.environment
+        | {
+            "KEY_AGENT_AGENT__STATE_DIR": str(state_dir),
+            "KEY_AGENT_AGENT__DATABASE_URL": f"sqlite:///{site.state_dir / 'registry.db'}",
+            "KEY_AGENT_ADMIN__PORT": str(port),
+            "PORT": str(port),
+        },
+        processes=[],
+    )
+    yield site, spare
+    await spare.kill_all()
+
+
+def _socket(spare: Site) -> Any:
+    return spare.directory / "state-2" / "control.sock"
+
+
+async def _get(spare: Site, path: str) -> tuple[int, Any]:
+    def get() -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{spare.environment['PORT']}{path}", timeout=10
+            ) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    return await asyncio.to_thread(get)
+
+
+async def _leads(spare: Site) -> dict[str, Any]:
+    """Its status, as soon as it leads."""
+    began_s = time.monotonic()
+    while True:
+        try:
+            status, told = await _get(spare, "/v1/status")
+        except OSError:
+            status, told = 0, {}
+        if status == 200 and told.get("role") == "leader":
+            return dict(told)
+        assert time.monotonic() - began_s < 60
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.timeout(240)
+async def test_the_spare_stands_by_follows_a_killed_leader_and_feeds_the_proxies(
+    pair: tuple[Site, Site],
+) -> None:
+    first, spare = pair
+    leader = await first.start("run")
+    await first.wait_for_socket(leader)
+    await until(lambda: first.proxy.valid_keys(S3))
+    follower = await spare.start("run")
+    await until(lambda: _socket(spare).exists())
+    status, told = await _get(spare, "/v1/status")
+    assert (status, told["role"]) == (200, "standby")
+    assert (told["leader"]["agent"], told["leader"]["pid"]) == ("hq", leader.pid)
+    status, told = await _get(spare, "/readyz")
+    assert status == 503
+    assert "leads" in told["reasons"][0]
+    assert (await _get(spare, "/livez"))[0] == 200
+    refused = await spare.command("kek", "revoke", "--yes", exit_code=4)
+    assert (refused["code"], "that machine" in refused["next_step"]) == ("standby", True)
+    before = (await first.command("status"))["term"]
+    pushes = len(first.proxy.accepted)
+
+    leader.kill()
+    await leader.wait()
+    began_s = time.monotonic()
+    told = await _leads(spare)
+    assert time.monotonic() - began_s < TAKE_OVER_S
+    assert told["term"] == before + 1
+    assert (await _get(spare, "/readyz"))[0] in (200, 503)
+    await until(lambda: len(first.proxy.accepted) > pushes)
+
+    # The first one comes back, and it is its turn to stand by; the kill switch works at the leader.
+    returned = await first.start("run")
+    await until((first.state_dir / "control.sock").exists)
+    assert (await first.command("kek", "revoke", "--yes", exit_code=4))["code"] == "standby"
+    done = await spare.command("kek", "revoke", "--yes")
+    assert done["destroyed"] is True
+    await until(lambda: not first.proxy.valid_keys(S3))
+    for process in (returned, follower):
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+async def _freeze_between_transactions(first: Site, leader: asyncio.subprocess.Process) -> None:
+    """Inside of one it would keep SQLite's lock, which nobody can take from it (lease.py, rule 5)."""
+    while True:
+        leader.send_signal(signal.SIGSTOP)
+        registry = sqlite3.connect(first.state_dir / "registry.db", timeout=0.5, isolation_level=None)
+        try:
+            registry.execute("BEGIN IMMEDIATE")
+            registry.execute("ROLLBACK")
+        except sqlite3.OperationalError:
+            leader.send_signal(signal.SIGCONT)
+            await asyncio.sleep(0.1)
+        else:
+            return
+        finally:
+            registry.close()
+
+
+@pytest.mark.timeout(240)
+async def test_a_frozen_leader_wakes_up_to_no_harm(pair: tuple[Site, Site]) -> None:
+    first, spare = pair
+    leader = await first.start("run")
+    await first.wait_for_socket(leader)
+    await until(lambda: first.proxy.valid_keys(S3))
+    await _freeze_between_transactions(first, leader)
+    follower = await spare.start("run")
+    told = await _leads(spare)
+    assert told["leads"] is True
+    await spare.command("rotate", "s3")
+    keys = (await spare.command("key", "list", "s3"))["keys"]
+    leader.send_signal(signal.SIGCONT)
+    assert await asyncio.wait_for(leader.wait(), 30) != 0, "it says that it was followed, and ends"
+    assert (await spare.command("key", "list", "s3"))["keys"] == keys
+    assert first.proxy.valid_keys(S3)
+    follower.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(follower.wait(), 30) == 0
