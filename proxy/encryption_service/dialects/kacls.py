@@ -10,7 +10,7 @@
    not.
 5. `handle` is synchronous whenever the issuers' keys are at hand. Where they are not, nothing has been done
    yet: they are fetched, and the call begins anew. `/rewrap` waits for the other KACLS.
-6. What leaves is asked for once more (`Core.finish`), the key of our own tokens too.
+6. What leaves is asked for once more (`Core.finish`), also after another KACLS was waited for.
 """
 
 import math
@@ -571,8 +571,7 @@ class KaclsDialect(Dialect):
             "iat": int(now_s),
             "exp": int(now_s + MIGRATION_TOKEN_S),
         }
-        token, ticket, _version = self._identity.sign(exchange.kacls, leave.caller, claims)
-        self._core.confirm(ticket)
+        token, _ticket, _version = self._identity.sign(exchange.kacls, leave.caller, claims)
         body = messages.written(
             {
                 "authentication": token,

@@ -52,7 +52,7 @@ class Identity:
     def sign(self, kacls: Kacls, caller: Caller, claims: Mapping[str, Any]) -> tuple[str, Ticket, KeyVersion]:
         """A token with *claims*, the leave it was signed by, and with which version.
 
-        The errors of `Core.admit` and `Core.sign`. Confirm the ticket before the token leaves.
+        The errors of `Core.admit` and `Core.sign`. What is not sent at once needs the ticket confirmed.
         """
         key = self._key(kacls)
         ticket = self._core.admit(caller, key, Op.SIGN)

@@ -215,7 +215,7 @@ class Policy:
         """The claims that any perimeter asks about, for a token that stands for this one."""
         names = {claim for claims in self._kacls.endpoint.perimeters.values() for claim in claims}
         members = person.claims.members
-        return {name: members[name] for name in sorted(names) if name in members and name not in _RESERVED}
+        return {name: members[name] for name in sorted(names) if name in members}
 
     # Without Google's word.
 
@@ -258,15 +258,6 @@ class Policy:
         return verify(
             token, issuers=issuers, keys=self._keys, now_s=self._now_s, max_lifetime_s=max_lifetime_s
         )
-
-
-# What a delegated token says itself; a perimeter's conditions must not overwrite it.
-_RESERVED: Final = frozenset(
-    {
-        "aud", "delegated_to", "email", "exp", "google_email", "iat", "iss", "kacls_url", "nbf",
-        "resource_name",
-    }
-)  # fmt: skip
 
 
 def delegation_claims(

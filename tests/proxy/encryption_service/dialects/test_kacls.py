@@ -958,3 +958,62 @@ def test_nobody_makes_tokens_of_ours(kacls: KaclsRig) -> None:
         )
         assert refused(answer) == (401, details)
     assert kacls.pages.asked == []
+    # Signed by us, and still not for us: what we say to another KACLS is no delegation here.
+    caller = kacls.service.caller(DialectName.KACLS)
+    now = int(kacls.clock.wall_s())
+    whole = claims | {"iss": URL, "aud": "kacls-delegation", "iat": now, "exp": now + 60}
+    place = kacls.dialect._at("/kacls/acme/v1/wrap")
+    assert place is not None
+    for change, expected in (
+        ({}, (200, "")),
+        ({"kacls_url": "https://other.example/kacls"}, (401, "claim")),
+        ({"kacls_url": None}, (401, "claim")),
+        ({"delegated_to": None}, (401, "claim")),
+        ({"resource_name": None}, (401, "claim")),
+        ({"aud": "kacls-migration"}, (401, "audience")),
+    ):
+        token, _ticket, _version = kacls.dialect._identity.sign(place, caller, whole | change)
+        answer = kacls.call(
+            "wrap",
+            authentication=token,
+            authorization=kacls.authorization("writer", delegated_to="room@acme.example"),
+            key="AAAA",
+        )
+        assert (answer.status, "") == expected if answer.status == 200 else refused(answer) == expected
+
+
+def test_a_blocked_identity_is_nobodys(kacls: KaclsRig) -> None:
+    token = ok(delegate(kacls))["delegated_authentication"]
+    kacls.service.add_key("identity", algorithm=SigningAlgorithm.RS256, blocked=True)
+    certs = kacls.dialect.handle(kacls.http("certs", method="GET", headers=()))
+    assert isinstance(certs, Answer)
+    assert ok(certs) == {"keys": []}
+    answer = kacls.call(
+        "wrap",
+        authentication=token,
+        authorization=kacls.authorization("writer", delegated_to="room@acme.example"),
+        key="AAAA",
+    )
+    assert refused(answer) == (401, "unknown-key")
+    assert refused(delegate(kacls)) == (403, "key-refused:blocked")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        (("content-type", "text/plain"),),
+        (("content-type", "application/x-www-form-urlencoded"),),
+        (("content-type", "application/json"), ("content-type", "application/json")),
+    ],
+)
+def test_what_a_page_may_send_without_asking_is_not_taken(
+    kacls: KaclsRig, headers: tuple[tuple[str, str], ...]
+) -> None:
+    answer = kacls.dialect.handle(kacls.http("wrap", b"{}", headers=headers))
+    assert isinstance(answer, Answer)
+    assert refused(answer) == (415, "content-type")
+    utf8 = kacls.http("wrap", b"{}", headers=(("content-type", "Application/JSON; charset=utf-8"),))
+    answer = kacls.dialect.handle(utf8)
+    assert isinstance(answer, Answer)
+    assert refused(answer) == (400, "input-refused")
