@@ -31,7 +31,7 @@ from key_agent.push.pusher import Outcome
 from key_agent.push.recipients import leaf_sha256, read_chain
 from key_agent.push.transport import PushError
 from key_agent.registry.model import DataKeyRow, KekRow, Link, Proxy
-from key_agent.registry.states import KekState
+from key_agent.registry.states import REVOKED_BY_COMMAND, KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.restoration import Restoration
 from key_agent.rotation import hosts_of
@@ -109,7 +109,7 @@ class Operations(KeyCommands, BackupCommands):
         # From memory: a registry that does not answer is no reason to keep the keys out there.
         if (kek := agent.consent.kek) is None:
             raise RefusedChangeError("there is no KEK", "nothing to revoke; `key-agent kek create` makes one")
-        agent.consent.revoke("revoked by the administrator")
+        agent.consent.revoke(REVOKED_BY_COMMAND)
         agent.withdrawals.at_once()
         return kek
 
@@ -120,7 +120,7 @@ class Operations(KeyCommands, BackupCommands):
             problems.append(f"destroy in the HSM: {error}")
         try:
             # A rotation of KEKs under way: there is a second one that opens the same keys.
-            problems += await give_up(self._agent, "revoked by the administrator")
+            problems += await give_up(self._agent, REVOKED_BY_COMMAND)
         except KeyAgentError as error:
             problems.append(str(error))
 
@@ -130,9 +130,7 @@ class Operations(KeyCommands, BackupCommands):
             row = await registry.current_kek()
             if row is not None and row.reference.kek_id == kek_id and (destroyed or not row.state.is_sticky):
                 state = KekState.DESTROYED if destroyed else KekState.REVOKED
-                await registry.set_kek_state(
-                    kek_id, state, "revoked by the administrator", now_ms=self._agent.now_ms()
-                )
+                await registry.set_kek_state(kek_id, state, REVOKED_BY_COMMAND, now_ms=self._agent.now_ms())
         except KeyAgentError as error:
             problems.append(str(error))
         try:

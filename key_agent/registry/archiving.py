@@ -44,7 +44,8 @@ from key_agent.registry.archive import (
     ServiceEntry,
     WrapEntry,
 )
-from key_agent.registry.states import KekState
+from key_agent.registry.model import KekRow
+from key_agent.registry.states import REVOKED_BY_COMMAND, KekState
 from key_agent.registry.tables import (
     dek,
     dek_wrap,
@@ -55,6 +56,7 @@ from key_agent.registry.tables import (
     push_sequence,
     service_proxy,
 )
+from key_agent.sources.verdict import Verdict
 
 _FINAL: Final = (KeyState.DESTROYED, KeyState.COMPROMISED)
 
@@ -75,6 +77,22 @@ class _Import:
     refused: AbstractSet[WrapName]
     now_ms: int
     done: Restored
+
+
+def _gave_way(current: KekRow, entry: KekEntry) -> bool:
+    """Whether today's KEK here ended by the rotation that the backup knows, and by nobody's revocation.
+
+    An agent that starts with an older registry finds it destroyed, and calls that a revocation: it was the
+    rotation's last step.
+    """
+    if current.state is KekState.ACTIVE:
+        return True
+    return (
+        current.state is KekState.REVOKED
+        and KekState(entry.state) is KekState.RETIRED
+        and REVOKED_BY_COMMAND not in (current.reason or REVOKED_BY_COMMAND)
+        and (current.reason or "").startswith(Verdict.KEK_DESTROYED)
+    )
 
 
 class Archives(RegistryAccess):
@@ -228,7 +246,7 @@ class Archives(RegistryAccess):
                 and KekState(entry.state) in (KekState.DEACTIVATED, KekState.RETIRED)
                 and entry.rotated_to is not None
             ):
-                if current.state is not KekState.ACTIVE:
+                if not _gave_way(current, entry):
                     continue  # taken back here: that stays, whatever came after it there
                 self._set_kek_state(c, current, KekState.DEACTIVATED, entry.reason, now_ms)
                 c.execute(update(kek).where(kek.c.id == entry.id).values(rotated_to=entry.rotated_to))

@@ -16,6 +16,9 @@ from typing import Final
 
 from envelope.errors import MisuseError
 
+REVOKED_BY_COMMAND: Final = "revoked by the administrator"
+"""Why a KEK is revoked, if not by a proof from the HSM."""
+
 
 class KekState(StrEnum):
     PRE_ACTIVE = "pre-active"

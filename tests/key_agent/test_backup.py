@@ -14,8 +14,9 @@ from envelope.keys import KeyState, NetworkService
 from key_agent.agent import Agent
 from key_agent.backup import RESERVED_SERVICE, BackupError
 from key_agent.cli import imported_text
+from key_agent.consent import Standing
 from key_agent.operations import Operations
-from key_agent.registry.states import KekState
+from key_agent.registry.states import REVOKED_BY_COMMAND, KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.registry.tables import dek_wrap
 from tests.key_agent.conftest import Bench, until
@@ -272,6 +273,8 @@ async def test_an_older_registry_follows_the_keks_that_came_after(bench: Bench, 
         newer = await _content(operations)
     bench.proxy().restart()
     async with _fresh(bench, tmp_path) as (agent, operations):
+        # It finds its KEK destroyed, and cannot know better.
+        await until(lambda: agent.consent.standing is Standing.REVOKED and agent._to_persist is None)
         done = await _import(operations, newer)
         assert len(done["keks"]) == 1
         assert [row.state for row in await agent.registry.keks()] == [
@@ -279,6 +282,28 @@ async def test_an_older_registry_follows_the_keks_that_came_after(bench: Bench, 
             KekState.ACTIVE,
         ]
         await until(lambda: bench.proxy().valid_keys(S3))
+
+
+async def test_but_not_if_it_was_revoked_by_command_here(bench: Bench, tmp_path: Path) -> None:
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations, "s3")
+        older = await _content(operations)
+    async with _fresh(bench, tmp_path) as (agent, operations):
+        await _import(operations, older)
+        row = await agent.registry.current_kek()
+        assert row is not None
+        await agent.registry.set_kek_state(
+            row.reference.kek_id, KekState.REVOKED, REVOKED_BY_COMMAND, now_ms=1
+        )
+    async with bench.agent() as (_, operations):
+        await operations.kek_rotate()
+        newer = await _content(operations)
+    async with _fresh(bench, tmp_path) as (agent, operations):
+        await _import(operations, newer)
+        assert [row.state for row in await agent.registry.keks()] == [
+            KekState.REVOKED,
+            KekState.DEACTIVATED,
+        ]
 
 
 async def test_a_removed_service_stays_removed(bench: Bench) -> None:

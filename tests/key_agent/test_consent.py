@@ -96,4 +96,10 @@ def test_kek_states_go_only_where_the_table_says() -> None:
             with pytest.raises(MisuseError):
                 check_transition(old, new)
     to_active = {old for old, news in TRANSITIONS.items() if KekState.ACTIVE in news}
-    assert to_active == {KekState.PRE_ACTIVE, KekState.SUSPENDED, KekState.REVOKED, KekState.DESTROYED}
+    assert to_active == {
+        KekState.PRE_ACTIVE,
+        KekState.STAGED,
+        KekState.SUSPENDED,
+        KekState.REVOKED,
+        KekState.DESTROYED,
+    }
