@@ -148,6 +148,8 @@ class KeyMaterial:
     algorithm: str | None = None  # `sign` only: the JWS algorithm
     version: int = 1  # 1 to 2^31 - 1
     secret: bytearray = field(repr=False)
+    verified_kcv: bytes | None = None
+    """The key check value, where whoever made this has just compared it: it is not worked out again."""
 
     def wipe(self) -> None:
         """Overwrite the secret in place. Best effort: copies made by others are theirs to wipe."""

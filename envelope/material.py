@@ -26,6 +26,13 @@ from joserfc.jwk import ECKey, RSAKey
 
 from envelope.base64url import b64u_decode, b64u_encode
 from envelope.certificates import CertificateError, Identity, Role, fingerprint, read_identity
+from envelope.compact import (
+    ECDH_ES_A256KW,
+    RSA_OAEP_256,
+    encrypt_to_ec,
+    encrypt_to_rsa,
+    sign_es256,
+)
 from envelope.derive import key_check_value, signing_key_check_value
 from envelope.errors import EnvelopeError, FormatError, MisuseError
 from envelope.keys import (
@@ -116,7 +123,7 @@ class Expectation:
     seen_token_ids: Container[bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Recipient:
     """What a recipient's certificate fixes."""
 
@@ -124,7 +131,15 @@ class _Recipient:
     curve: str | None
     identity: Identity
     thumbprint: str
-    public_key: RSAKey | ECKey
+    public_key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey
+
+    @property
+    def header(self) -> str:
+        """The outer header, but for `epk`. No member of it needs escaping."""
+        return (
+            f'{{"alg":"{self.algorithm}","enc":"{_ENCRYPTION}","typ":"{_OUTER_TYPE}","cty":"JWT",'
+            f'"x5t#S256":"{self.thumbprint}"}}'
+        )
 
     @property
     def members(self) -> frozenset[str]:
@@ -133,13 +148,18 @@ class _Recipient:
         return listed if self.curve is None else listed | {"epk"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Signing:
     """What a signing certificate fixes."""
 
     identity: Identity
     thumbprint: str
-    public_key: ECKey
+    public_key: ec.EllipticCurvePublicKey
+
+    @property
+    def header(self) -> str:
+        """The inner header. No member of it needs escaping."""
+        return f'{{"alg":"{_SIGNATURE}","kid":"{self.thumbprint}","typ":"{_INNER_TYPE}"}}'
 
 
 def recipient_thumbprint(token: str) -> bytes:
@@ -192,26 +212,14 @@ def seal_envelope(
     by = _signing(signing_certificate)
     if by.identity != Identity(claims.owner.tenant, Role.AGENT_SIGNING, claims.issuer):
         raise MisuseError(f"{by.identity} does not sign for agent {claims.issuer} of {claims.owner.tenant}")
-    if signing_key.public_key() != by.public_key.public_key:
+    if not _is_pair(signing_key, by):
         raise MisuseError("the signing key is not the signing certificate's")
     body = _COMPACT.encode(_encode_claims(claims, to.thumbprint)).encode()
-    signed = jws.serialize_compact(
-        {"alg": _SIGNATURE, "kid": by.thumbprint, "typ": _INNER_TYPE},
-        body,
-        ECKey(signing_key, by.public_key.as_dict(private=False)),
-        registry=_jws_registry(),
-    )
-    outer = {
-        "alg": to.algorithm,
-        "enc": _ENCRYPTION,
-        "typ": _OUTER_TYPE,
-        "cty": "JWT",
-        "x5t#S256": to.thumbprint,
-    }
-    # joserfc has a limit of its own on the ciphertext; ours comes first so that the error says what is wrong.
-    if len(signed) > MAX_ENVELOPE_BYTES:
-        raise EnvelopeError("too-large", f"{len(claims.keys)} keys do not fit an envelope")
-    token = jwe.encrypt_compact(outer, signed, to.public_key, registry=_jwe_registry(to.algorithm))
+    signed = sign_es256(by.header, body, signing_key).encode()
+    if isinstance(to.public_key, rsa.RSAPublicKey):
+        token = encrypt_to_rsa(to.header, signed, to.public_key)
+    else:
+        token = encrypt_to_ec(to.header, signed, to.public_key, to.curve or "")
     if len(token) > MAX_ENVELOPE_BYTES:
         raise EnvelopeError("too-large", f"{len(claims.keys)} keys do not fit an envelope")
     return token
@@ -278,7 +286,7 @@ def _verify(signed: str, expected: Expectation) -> tuple[Signer, dict[str, Any]]
         raise EnvelopeError("signer", "signed by none of this tenant's agents")
     by = _check_signer(signer, expected)
     try:
-        verified = jws.deserialize_compact(signed, by.public_key, registry=_jws_registry()).payload
+        verified = jws.deserialize_compact(signed, _jose_key(by), registry=_jws_registry()).payload
     except Exception:  # noqa: BLE001 - as above
         verified = None
     if verified is None:
@@ -557,7 +565,7 @@ def _encode_key(key: KeyMaterial, owner: NetworkService) -> dict[str, str | int]
         if key.secret:
             raise MisuseError("a destroyed key has no secret")
     else:
-        item["kcv"] = b64u_encode(key_check(key))
+        item["kcv"] = b64u_encode(key.verified_kcv or key_check(key))
         item["km"] = b64u_encode(bytes(key.secret))
     return item
 
@@ -575,10 +583,10 @@ def _recipient(certificate: x509.Certificate) -> _Recipient:
     thumbprint = b64u_encode(fingerprint(certificate))
     match certificate.public_key():
         case rsa.RSAPublicKey() as public if public.key_size >= 2048:
-            return _Recipient("RSA-OAEP-256", None, identity, thumbprint, RSAKey(public, public))
+            return _Recipient(RSA_OAEP_256, None, identity, thumbprint, public)
         case ec.EllipticCurvePublicKey() as public if public.curve.name in _CURVES:
             curve = _CURVES[public.curve.name]
-            return _Recipient("ECDH-ES+A256KW", curve, identity, thumbprint, ECKey(public, public))
+            return _Recipient(ECDH_ES_A256KW, curve, identity, thumbprint, public)
         case _:
             raise EnvelopeError("recipient", "the certificate's key cannot receive key material")
 
@@ -589,7 +597,7 @@ _CURVES: Final = {"secp256r1": "P-256", "secp384r1": "P-384"}
 def _recipient_key(key: RecipientKey, ours: _Recipient) -> RSAKey | ECKey:
     # The dictionary of the public key keeps joserfc from exporting the private numbers into strings of its
     # own.
-    public = ours.public_key.as_dict(private=False)
+    public = _jose_key(ours).as_dict(private=False)
     return RSAKey(key, public) if isinstance(key, rsa.RSAPrivateKey) else ECKey(key, public)
 
 
@@ -599,7 +607,20 @@ def _signing(certificate: x509.Certificate) -> _Signing:
     public = certificate.public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
         raise MisuseError("a signing certificate has a P-256 key")
-    return _Signing(read_identity(certificate), b64u_encode(fingerprint(certificate)), ECKey(public, public))
+    return _Signing(read_identity(certificate), b64u_encode(fingerprint(certificate)), public)
+
+
+@functools.lru_cache(maxsize=4)
+def _is_pair(key: ec.EllipticCurvePrivateKey, of: _Signing) -> bool:
+    """Cached by identity: comparing two points takes as long as signing. It is one agent's key, or two."""
+    return key.public_key() == of.public_key
+
+
+@functools.lru_cache(maxsize=1024)
+def _jose_key(of: _Recipient | _Signing) -> RSAKey | ECKey:
+    """Its public key for joserfc, which reads; cached, as `_recipient`."""
+    public = of.public_key
+    return RSAKey(public, public) if isinstance(public, rsa.RSAPublicKey) else ECKey(public, public)
 
 
 @functools.cache

@@ -119,8 +119,11 @@ def _seal_one(
     )
 
 
-def material_of(row: WrappedKey, state: KeyState, secret: bytes) -> KeyMaterial:
-    """*row* with a copy of its *secret*; both copies are the caller's to wipe."""
+def material_of(row: WrappedKey, state: KeyState, secret: bytes, *, is_verified: bool = False) -> KeyMaterial:
+    """*row* with a copy of its *secret*; both copies are the caller's to wipe.
+
+    *is_verified*: `is_sound` has just said so.
+    """
     return KeyMaterial(
         owner=row.owner,
         key_id=row.key_id,
@@ -129,6 +132,7 @@ def material_of(row: WrappedKey, state: KeyState, secret: bytes) -> KeyMaterial:
         algorithm=row.algorithm,
         version=row.version,
         secret=bytearray(secret),
+        verified_kcv=row.kcv if is_verified else None,
     )
 
 

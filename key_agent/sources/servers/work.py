@@ -458,7 +458,7 @@ class _Opener:
             return material_of(row, state, b"")
         material = self.reveal(owner, row)
         try:
-            return material_of(row, state, material)
+            return material_of(row, state, material, is_verified=True)
         finally:
             wipe(material)
 
