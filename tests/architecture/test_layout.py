@@ -110,6 +110,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "key_agent/sources/verdict.py": ("tests/key_agent/sources/test_diagnosis.py", "the words of a diagnosis"),
     "key_agent/sources/worker_main.py": _WORKER,
+    "key_agent/sources/worker_source.py": _WORKER,
     "proxy/addon.py": _JOB,
     "proxy/api/broker.py": _BROKER,
     "proxy/data_plane.py": (
@@ -138,6 +139,8 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/encryption_service/test_core.py",
         "declarations; who raises them is tested",
     ),
+    "proxy/encryption_service/dialects/kacls_answers.py": _KACLS,
+    "proxy/encryption_service/dialects/kacls_calls.py": _KACLS,
     "proxy/encryption_service/dialects/kacls_identity.py": _KACLS,
     "proxy/encryption_service/dialects/kacls_messages.py": _KACLS,
     "proxy/encryption_service/dialects/kacls_policy.py": _KACLS,

@@ -4,83 +4,46 @@
    normalised.
 2. Browsers call: OPTIONS is answered without tokens, and every answer to an allowed origin, errors of every
    layer included, says that it may be read. A page of another origin is refused, whatever tokens it has.
-3. Tokens come first (`kacls_policy`), then the quota of the tenant that is now known, then the key, then the
-   work. A stranger costs a signature's verification and no more of anyone's quota.
-4. Every call that names a person or a key leaves an audit record; `/status` and `/certs` are public and do
-   not.
-5. `handle` is synchronous whenever the issuers' keys are at hand. Where they are not, nothing has been done
+3. Every call that names a person or a key leaves an audit record; `/status` and `/certs` are public and do
+   not. Of calls by strangers some are recorded (`Strangers`).
+4. `handle` is synchronous whenever the issuers' keys are at hand. Where they are not, nothing has been done
    yet: they are fetched, and the call begins anew. `/rewrap` waits for the other KACLS.
-6. What leaves is asked for once more (`Core.finish`), also after another KACLS was waited for.
 """
 
-import math
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version as installed_version
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, override
 
-import msgspec
-
-from envelope.errors import FormatError, SealgateError
-from envelope.keys import KeyId
-from proxy.encryption_service.access import Caller
+from envelope.errors import SealgateError
 from proxy.encryption_service.call import Answer, Call
-from proxy.encryption_service.core import Core, Entry, Outcome, Standing, Ticket
-from proxy.encryption_service.dialects import kacls_blob as blobs
+from proxy.encryption_service.core import Core, Outcome
 from proxy.encryption_service.dialects import kacls_messages as messages
-from proxy.encryption_service.dialects import kacls_private_keys as private_keys
 from proxy.encryption_service.dialects.dialect import Dialect, Trouble
-from proxy.encryption_service.dialects.kacls_blob import Content, Kind
-from proxy.encryption_service.dialects.kacls_endpoint import (
-    MIGRATION_AUDIENCE,
-    Kacls,
-    Privileged,
-    normal_url,
+from proxy.encryption_service.dialects.kacls_answers import (
+    ANSWER_TO_ERROR,
+    ANSWER_TO_TROUBLE,
+    EXPECTED,
+    ORIGIN_REFUSED,
+    code_of,
+    error_answer,
+    preflight,
+    retry_headers,
+    status_and_message,
 )
-from proxy.encryption_service.dialects.kacls_identity import Identity, KeysOfCall
-from proxy.encryption_service.dialects.kacls_messages import MalformedError, Reader
-from proxy.encryption_service.dialects.kacls_policy import (
-    Denial,
-    DeniedError,
-    Grant,
-    Person,
-    Policy,
-    Role,
-    delegation_claims,
-)
-from proxy.encryption_service.errors import (
-    AccessDenied,
-    DoesNotVerify,
-    InputRefused,
-    KeyNotFound,
-    KeyRefused,
-    NotAuthenticated,
-    NotRecorded,
-    QuotaExceeded,
-    Refusal,
-    Revoked,
-    ServiceError,
-    Stale,
-    TooLarge,
-    UsageRefused,
-)
+from proxy.encryption_service.dialects.kacls_calls import PUBLIC, Exchange, KaclsCalls, Served
+from proxy.encryption_service.dialects.kacls_endpoint import Kacls
+from proxy.encryption_service.dialects.kacls_messages import MalformedError
+from proxy.encryption_service.dialects.kacls_policy import DeniedError
+from proxy.encryption_service.errors import NotRecorded, QuotaExceeded
 from proxy.encryption_service.limits import Limiter
-from proxy.encryption_service.model import DialectName, Op, ServiceDirectory
-from proxy.encryption_service.outbound import OutboundError
-from proxy.encryption_service.recording import error_code
+from proxy.encryption_service.model import DialectName, ServiceDirectory
 from proxy.encryption_service.strangers import Strangers
 from proxy.encryption_service.tokens import KeysNeededError, KeySource, KeysUnavailableError
 from runtime.clock import Clock
 
-VENDOR: Final = "Sealgate"
 PATH: Final = "/kacls/"
 """Paths below it are always ours, so that an unknown one is answered in this dialect's shape."""
-DELEGATION_LIFETIME_S: Final = 3600.0
-MIGRATION_TOKEN_S: Final = 600.0
-"""Google's reference has an hour; the token is used at once, and clocks may differ by minutes."""
 MAX_FETCHES: Final = 4
 """Of key sets, in one call: two tokens, each perhaps of a set that is new and one that is old."""
-_STALE_RETRY_S: Final = 5
 
 
 class IssuerKeys(KeySource, Protocol):
@@ -88,119 +51,6 @@ class IssuerKeys(KeySource, Protocol):
 
     async def refresh(self, url: str, *, patient: bool) -> None:
         """Fetch the set at *url*."""
-
-
-class OriginalKaclsError(SealgateError):
-    """The KACLS that is migrated from has not given the key."""
-
-    def __init__(self, status: int, cause: str) -> None:
-        super().__init__(cause)
-        self.status = status
-
-
-# One table per kind of error: HTTP status and what is said. `details` is the error's own code.
-ANSWER_TO_DENIAL: Final[Mapping[Denial, tuple[int, str]]] = {
-    Denial.AUTHENTICATION: (401, "The authentication token is not accepted."),
-    Denial.AUTHORIZATION: (403, "The authorization token is not accepted."),
-    Denial.USER: (403, "Authentication and authorization are not for the same user."),
-    Denial.GUEST: (403, "Guests are not admitted, or not by this identity provider."),
-    Denial.ROLE: (403, "The role is not one for this call."),
-    Denial.KACLS_URL: (403, "The token is for another KACLS."),
-    Denial.OWNER_DOMAIN: (403, "The token is for another owner's domain."),
-    Denial.DELEGATION: (403, "The delegation is not for this delegate, resource or call."),
-    Denial.PERIMETER: (403, "The perimeter does not admit this user."),
-    Denial.ADMIN: (403, "The user may not make this privileged call."),
-    Denial.RESOURCE: (403, "The key is of another resource."),
-    Denial.SPKI: (403, "The private key is not the one that was authorized."),
-    Denial.ORIGINAL_KACLS: (403, "Migration from that KACLS is not allowed."),
-}
-# A tenant's decision is final (403); an outage may be tried again (503, 429).
-ANSWER_TO_ERROR: Final[Mapping[type[SealgateError], tuple[int, str]]] = {
-    MalformedError: (400, "The request is not as specified."),
-    NotAuthenticated: (403, "The service is not switched on."),
-    AccessDenied: (403, "Not allowed."),
-    QuotaExceeded: (429, "Too many calls."),
-    KeyNotFound: (404, "There is no such key."),
-    UsageRefused: (403, "The key is not for this."),
-    Revoked: (403, "The key was revoked by its owner."),
-    Stale: (503, "The key is not available at the moment."),
-    DoesNotVerify: (400, "The wrapped key was not made by this KACLS, or was changed."),
-    TooLarge: (413, "The request is too large."),
-    InputRefused: (400, "The request is not as specified."),
-    NotRecorded: (500, "The audit log cannot be written."),
-    KeysUnavailableError: (503, "The keys of a token issuer are not available at the moment."),
-}
-ANSWER_TO_REFUSAL: Final[Mapping[Refusal, tuple[int, str]]] = {
-    Refusal.BLOCKED: (403, "The key is blocked."),
-    Refusal.NOT_ACTIVE: (403, "The key is not active."),
-    Refusal.DEACTIVATED: (403, "The key is deactivated."),
-    Refusal.SUSPENDED: (403, "The key is suspended."),
-    Refusal.COMPROMISED: (403, "The key is compromised."),
-    Refusal.VERSION_GONE: (403, "The key that wrapped this was destroyed."),
-    Refusal.VERSION_UNKNOWN: ANSWER_TO_ERROR[DoesNotVerify],
-    Refusal.DESTROYED: ANSWER_TO_ERROR[KeyNotFound],
-}
-ANSWER_TO_TROUBLE: Final[Mapping[Trouble, tuple[int, str]]] = {
-    Trouble.NOT_FOUND: (404, "There is no such KACLS or call."),
-    Trouble.METHOD: (405, "The call exists, not for this method."),
-    Trouble.TOO_LARGE: (413, f"The body exceeds {messages.MAX_BODY_BYTES} bytes."),
-    Trouble.MALFORMED_HTTP: (400, "The request is not HTTP as it should be."),
-    Trouble.OVERLOAD: (429, "Too many calls at the same time."),
-    Trouble.TIMEOUT: (408, "The request came too slowly."),
-    Trouble.CRASH: (500, "The service failed."),
-    Trouble.STOPPING: (503, "The service is stopping."),
-}
-_ORIGIN_REFUSED: Final = (403, "Pages of this origin may not call.")
-_EXPECTED: Final = (DeniedError, ServiceError, MalformedError, OriginalKaclsError, KeysUnavailableError)
-
-type Served = Answer | Awaitable[Answer]
-
-
-@dataclass(slots=True, kw_only=True)
-class Exchange:
-    """One call and what is known of it, for its record; filled in as it becomes known."""
-
-    kacls: Kacls
-    operation: str
-    began_s: float
-    body: bytes = field(repr=False)
-    origin: str | None = None
-    """Of the page that called, if it is allowed."""
-    caller: Caller | None = None
-    version: int = 0
-    key_id: KeyId | None = None
-    key: str = ""
-    resource: str = ""
-    reason: str = ""
-    detail: dict[str, str] = field(default_factory=dict)
-    waited_s: float = 0.0
-    recorded: bool = False
-
-    def granted(self, grant: Grant) -> None:
-        self.resource = grant.resource_name
-        self.detail["role"] = grant.role
-        if grant.perimeter_id:
-            self.detail["perimeter"] = grant.perimeter_id
-        if grant.delegated_to:
-            self.detail["delegated_to"] = grant.delegated_to
-
-    def entry(self, now_s: float, outcome: Outcome = Outcome.OK, error: str = "", *, items: int = 1) -> Entry:
-        return Entry(
-            dialect=DialectName.KACLS,
-            operation=self.operation,
-            tenant=self.kacls.tenant,
-            key=self.key,
-            version=self.version,
-            key_id=self.key_id,
-            caller="" if self.caller is None else self.caller.name,
-            resource=self.resource,
-            reason=self.reason,
-            outcome=outcome,
-            error=error,
-            items=items,
-            latency_us=int((now_s - self.began_s - self.waited_s) * 1e6),
-            detail=self.detail,
-        )
 
 
 class KaclsDialect(Dialect):
@@ -225,27 +75,12 @@ class KaclsDialect(Dialect):
         self._directory = directory
         self._clock = clock
         self._issuer_keys = issuer_keys
-        self._post = post
-        self._identity: Final = Identity(core)
+        self._calls: Final = KaclsCalls(
+            core=core, limiter=limiter, clock=clock, issuer_keys=issuer_keys, post=post
+        )
         self._strangers: Final = Strangers(clock)
-        self._version: Final = installed_version("sealgate")
         self._seen = directory()
         self._kacls: dict[str, Kacls] = {}
-        self._operations: Final[Mapping[str, tuple[str, Callable[[Exchange], Served]]]] = {
-            "status": ("GET", self._status),
-            "certs": ("GET", self._certs),
-            "wrap": ("POST", self._wrap),
-            "unwrap": ("POST", self._unwrap),
-            "digest": ("POST", self._digest),
-            "rewrap": ("POST", self._rewrap),
-            "delegate": ("POST", self._delegate),
-            "privatekeydecrypt": ("POST", self._private_key_decrypt),
-            "privatekeysign": ("POST", self._private_key_sign),
-            Privileged.WRAP.value: ("POST", self._privileged_wrap),
-            Privileged.UNWRAP.value: ("POST", self._privileged_unwrap),
-            Privileged.PRIVATE_KEY_DECRYPT.value: ("POST", self._privileged_private_key_decrypt),
-            Privileged.WRAP_PRIVATE_KEY.value: ("POST", self._wrap_private_key),
-        }
 
     # The border.
 
@@ -260,16 +95,16 @@ class KaclsDialect(Dialect):
             return self.refuse(Trouble.NOT_FOUND, call)
         origins = call.values("origin")
         if any(origin not in kacls.origins for origin in origins) or len(origins) > 1:
-            return _error(*_ORIGIN_REFUSED, "origin")
-        if operation not in self._operations:
+            return error_answer(*ORIGIN_REFUSED, "origin")
+        if operation not in self._calls.operations:
             return self.refuse(Trouble.NOT_FOUND, call)
-        method, _serve = self._operations[operation]
+        method, _serve = self._calls.operations[operation]
         if call.method == "OPTIONS":
-            return _preflight(method, call, origins)
+            return preflight(method, call, origins)
         if call.method != method:
             return self.refuse(Trouble.METHOD, call)
         if method == "POST" and not _is_json(call):
-            return _error(415, "The body has to be application/json.", "content-type", origins=origins)
+            return error_answer(415, "The body has to be application/json.", "content-type", origins=origins)
         try:
             return self._serve(kacls, operation, call)
         except KeysNeededError as needed:
@@ -284,9 +119,9 @@ class KaclsDialect(Dialect):
             kacls, operation = self._found(call)
             if kacls is not None:
                 origins = [origin for origin in call.values("origin") if origin in kacls.origins]
-            if trouble is Trouble.METHOD and operation in self._operations:
-                headers = (("allow", f"{self._operations[operation][0]}, OPTIONS"),)
-        return _error(status, message, detail or trouble.value, origins=origins, headers=headers)
+            if trouble is Trouble.METHOD and operation in self._calls.operations:
+                headers = (("allow", f"{self._calls.operations[operation][0]}, OPTIONS"),)
+        return error_answer(status, message, detail or trouble.value, origins=origins, headers=headers)
 
     def _found(self, call: Call) -> tuple[Kacls | None, str]:
         kacls = self._at(call.path)
@@ -315,12 +150,19 @@ class KaclsDialect(Dialect):
             origin=next(iter(call.values("origin")), None),
         )
         try:
-            return self._operations[operation][1](exchange)
-        except _EXPECTED as error:
+            served = self._calls.operations[operation][1](exchange)
+        except EXPECTED as error:
+            return self._refused(exchange, error)
+        return served if isinstance(served, Answer) else self._awaited(exchange, served)
+
+    async def _awaited(self, exchange: Exchange, served: Awaitable[Answer]) -> Answer:
+        try:
+            return await served
+        except EXPECTED as error:
             return self._refused(exchange, error)
 
     async def _serve_later(self, kacls: Kacls, operation: str, call: Call, needed: KeysNeededError) -> Answer:
-        """Rule 5."""
+        """Rule 4."""
         try:
             with self._limiter.hold(kacls.tenant, None):
                 for _ in range(MAX_FETCHES):
@@ -334,14 +176,14 @@ class KaclsDialect(Dialect):
                 raise KeysUnavailableError("the token issuers' keys are not at hand")  # noqa: TRY301
         except (QuotaExceeded, KeysUnavailableError) as error:
             origins = [origin for origin in call.values("origin") if origin in kacls.origins]
-            return _error(*ANSWER_TO_ERROR[type(error)], _code(error), origins=origins)
+            return error_answer(*ANSWER_TO_ERROR[type(error)], code_of(error), origins=origins)
 
     def _refused(self, exchange: Exchange, error: SealgateError) -> Answer:
-        status, message = _status_and_message(error)
-        code = _code(error)
+        status, message = status_and_message(error)
+        code = code_of(error)
         if isinstance(error, DeniedError) and error.cause != code:
             exchange.detail["cause"] = error.cause
-        if not exchange.recorded and exchange.operation not in _PUBLIC:
+        if not exchange.recorded and exchange.operation not in PUBLIC:
             exchange.recorded = True
             stands_for = 1 if exchange.caller is not None else self._strangers.counted()
             try:
@@ -360,491 +202,12 @@ class KaclsDialect(Dialect):
         details = error.cause if isinstance(error, DeniedError) else code
         if isinstance(error, MalformedError):
             message = f"{message[:-1]}: {error}."
-        return _error(status, message, details, origins=exchange.origin, headers=_retry(error, status))
-
-    def _policy(self, exchange: Exchange) -> Policy:
-        kacls = exchange.kacls
-        keys = KeysOfCall(kacls, self._identity, self._issuer_keys)
-        return Policy(kacls, keys, self._clock.wall_s())
-
-    def _known(self, exchange: Exchange, name: str) -> Caller:
-        """Rule 3: from here on it is somebody's call. QuotaExceeded."""
-        caller = Caller(tenant=exchange.kacls.tenant, dialect=DialectName.KACLS, name=name)
-        exchange.caller = caller
-        self._limiter.admit(caller.tenant, None)
-        return caller
-
-    def _both(self, exchange: Exchange, authentication: str, authorization: str, *roles: Role) -> "_Pair":
-        """The two tokens of a person's call, for the same person. DeniedError, QuotaExceeded."""
-        policy = self._policy(exchange)
-        person = policy.authenticate(authentication)
-        grant = policy.authorize(authorization, *roles)
-        caller = self._known(exchange, person.email)
-        exchange.granted(grant)
-        policy.same_user(person, grant)
-        return _Pair(policy, person, grant, caller)
-
-    def _leave(self, exchange: Exchange, caller: Caller, op: Op) -> Ticket:
-        """Leave to use the wrapping key. The errors of `Core.find` and `Core.admit`."""
-        exchange.key = exchange.kacls.endpoint.wrapping_key
-        return self._core.admit(caller, self._core.find(caller.tenant, exchange.key), op)
-
-    def _sealed(self, exchange: Exchange, ticket: Ticket, kind: Kind, content: Content) -> str:
-        blob = blobs.seal(self._core, ticket, kind, content)
-        exchange.version, exchange.key_id = blob.version, blob.key_id
-        return messages.encoded(blob.data)
-
-    def _opened(self, exchange: Exchange, caller: Caller, kind: Kind, data: bytes) -> tuple[Content, Ticket]:
-        try:
-            parsed = blobs.parse(data)
-        except FormatError:
-            raise DoesNotVerify from None
-        exchange.version = parsed.version
-        ticket = self._leave(exchange, caller, Op.DECRYPT)
-        content = blobs.unseal(self._core, ticket, kind, parsed)
-        if content.perimeter_id:
-            exchange.detail["perimeter"] = content.perimeter_id
-        return content, ticket
-
-    def _finished(self, exchange: Exchange, ticket: Ticket, members: dict[str, object]) -> Answer:
-        """Everything asked again, and recorded; then the answer."""
-        exchange.recorded = True
-        self._core.finish(ticket, exchange.entry(self._clock.boot_s()))
-        return _answer(200, messages.written(members), exchange.origin)
-
-    # Calls that anyone may make.
-
-    def _status(self, exchange: Exchange) -> Answer:
-        kacls = exchange.kacls
-        key = self._core.find(kacls.tenant, kacls.endpoint.wrapping_key)
-        match self._core.standing(kacls.tenant, key):
-            case Standing.REVOKED:
-                raise Revoked("the keys were withdrawn by their owner")
-            case Standing.STALE:
-                raise Stale("no valid key is here at the moment")
-            case _:
-                pass
-        signs = kacls.endpoint.signing_key is not None
-        members: dict[str, object] = {
-            "server_type": "KACLS",
-            "vendor_id": VENDOR,
-            "version": self._version,
-            "name": kacls.tenant,
-            "operations_supported": [
-                name for name in self._operations if name != "status" and (signs or name not in _SIGNING)
-            ],
-        }
-        return _answer(200, messages.written(members), exchange.origin)
-
-    def _certs(self, exchange: Exchange) -> Answer:
-        return _answer(200, messages.written(self._identity.key_set(exchange.kacls)), exchange.origin)
-
-    # Calls with both tokens.
-
-    def _wrap(self, exchange: Exchange) -> Answer:
-        request = _WRAP.read(exchange.body)
-        exchange.reason = request.reason
-        data_key = messages.decoded("key", request.key, messages.MAX_KEY_BYTES)
-        pair = self._both(exchange, request.authentication, request.authorization, Role.WRITER, Role.UPGRADER)
-        pair.policy.same_delegation(pair.person, pair.grant)
-        pair.policy.within(pair.person, pair.grant.perimeter_id)
-        ticket = self._leave(exchange, pair.caller, Op.ENCRYPT)
-        content = _content(data_key, pair.grant.resource_name, pair.grant.perimeter_id)
-        wrapped = self._sealed(exchange, ticket, Kind.DATA_KEY, content)
-        return self._finished(exchange, ticket, {"wrapped_key": wrapped})
-
-    def _unwrap(self, exchange: Exchange) -> Answer:
-        request = _UNWRAP.read(exchange.body)
-        exchange.reason = request.reason
-        blob = _wrapped_key(request.wrapped_key)
-        pair = self._both(exchange, request.authentication, request.authorization, Role.READER, Role.WRITER)
-        pair.policy.same_delegation(pair.person, pair.grant)
-        content, ticket = self._opened(exchange, pair.caller, Kind.DATA_KEY, blob)
-        _check_resource(content, pair.grant.resource_name)
-        pair.policy.within(pair.person, content.perimeter_id)
-        return self._finished(exchange, ticket, {"key": messages.encoded(content.secret)})
-
-    def _private_key_decrypt(self, exchange: Exchange) -> Answer:
-        request = _PRIVATE_KEY_DECRYPT.read(exchange.body)
-        exchange.reason = request.reason
-        blob, ciphertext, label = _decryption(request)
-        pair = self._both(exchange, request.authentication, request.authorization, Role.DECRYPTER)
-        pair.policy.same_delegation(pair.person, pair.grant)
-        content, ticket = self._opened(exchange, pair.caller, Kind.PRIVATE_KEY, blob)
-        self._check_private_key(exchange, pair, content)
-        data_key = private_keys.decrypt(content.secret, request.algorithm, ciphertext, label)
-        return self._finished(exchange, ticket, {"data_encryption_key": messages.encoded(data_key)})
-
-    def _private_key_sign(self, exchange: Exchange) -> Answer:
-        request = _PRIVATE_KEY_SIGN.read(exchange.body)
-        exchange.reason = request.reason
-        digest = messages.decoded("digest", request.digest, messages.MAX_DIGEST_BYTES, unpadded=True)
-        blob = _wrapped_private_key(request.wrapped_private_key)
-        pair = self._both(exchange, request.authentication, request.authorization, Role.SIGNER)
-        pair.policy.same_delegation(pair.person, pair.grant)
-        content, ticket = self._opened(exchange, pair.caller, Kind.PRIVATE_KEY, blob)
-        self._check_private_key(exchange, pair, content)
-        signature = private_keys.sign(content.secret, request.algorithm, digest, request.rsa_pss_salt_length)
-        return self._finished(exchange, ticket, {"signature": messages.encoded(signature)})
-
-    def _check_private_key(self, exchange: Exchange, pair: "_Pair", content: Content) -> None:
-        """That Google has authorized the use of this very key, and the perimeter admits the person."""
-        members = pair.grant.claims.members
-        _check_spki(content, members.get("spki_hash"), members.get("spki_hash_algorithm"))
-        message_id = members.get("message_id")
-        if isinstance(message_id, str) and message_id:
-            exchange.detail["message_id"] = message_id
-        pair.policy.within(pair.person, content.perimeter_id)
-
-    def _delegate(self, exchange: Exchange) -> Answer:
-        request = _DELEGATE.read(exchange.body)
-        exchange.reason = request.reason
-        pair = self._both(exchange, request.authentication, request.authorization)
-        delegated_to = pair.policy.may_delegate(pair.person, pair.grant)
-        pair.policy.within(pair.person, pair.grant.perimeter_id)
-        claims = delegation_claims(
-            pair.policy,
-            pair.person,
-            pair.grant,
-            url=exchange.kacls.url,
-            delegated_to=delegated_to,
-            now_s=self._clock.wall_s(),
-            lifetime_s=DELEGATION_LIFETIME_S,
+        return error_answer(
+            status, message, details, origins=exchange.origin, headers=retry_headers(error, status)
         )
-        exchange.key = exchange.kacls.endpoint.signing_key or ""
-        token, ticket, version = self._identity.sign(exchange.kacls, pair.caller, claims)
-        exchange.version, exchange.key_id = version.version, version.key_id
-        return self._finished(exchange, ticket, {"delegated_authentication": token})
-
-    # Calls with Google's token alone.
-
-    def _digest(self, exchange: Exchange) -> Answer:
-        request = _DIGEST.read(exchange.body)
-        exchange.reason = request.reason
-        blob = _wrapped_key(request.wrapped_key)
-        grant = self._policy(exchange).authorize(request.authorization, Role.VERIFIER)
-        caller = self._known(exchange, grant.email)
-        exchange.granted(grant)
-        content, ticket = self._opened(exchange, caller, Kind.DATA_KEY, blob)
-        _check_resource(content, grant.resource_name)
-        check = _key_hash(content, grant.resource_name)
-        return self._finished(exchange, ticket, {"resource_key_hash": check})
-
-    def _rewrap(self, exchange: Exchange) -> Awaitable[Answer]:
-        request = _REWRAP.read(exchange.body)
-        exchange.reason = request.reason
-        messages.bounded("wrapped_key", request.wrapped_key, messages.MAX_BODY_BYTES, empty=False)
-        policy = self._policy(exchange)
-        grant = policy.authorize(request.authorization, Role.MIGRATOR)
-        caller = self._known(exchange, grant.email)
-        exchange.granted(grant)
-        original = normal_url(request.original_kacls_url)
-        exchange.detail["original_kacls"] = original
-        if original not in exchange.kacls.sources:  # the only URLs that are ever called
-            raise DeniedError(Denial.ORIGINAL_KACLS)
-        policy.known_perimeter(grant.perimeter_id)
-        leave = _Migration(caller, self._leave(exchange, caller, Op.ENCRYPT), grant, original)
-        return self._migrate(exchange, leave, request.wrapped_key)
-
-    async def _migrate(self, exchange: Exchange, leave: "_Migration", wrapped_key: str) -> Answer:
-        resource_name = leave.grant.resource_name
-        try:
-            data_key = await self._fetch_key(exchange, leave, wrapped_key)
-            content = _content(data_key, resource_name, leave.grant.perimeter_id)
-            members: dict[str, object] = {
-                "resource_key_hash": _key_hash(content, resource_name),
-                "wrapped_key": self._sealed(exchange, leave.ticket, Kind.DATA_KEY, content),
-            }
-            return self._finished(exchange, leave.ticket, members)
-        except _EXPECTED as error:
-            return self._refused(exchange, error)
-
-    async def _fetch_key(self, exchange: Exchange, leave: "_Migration", wrapped_key: str) -> bytes:
-        """The data key, unwrapped by the KACLS that has it. OriginalKaclsError; QuotaExceeded."""
-        resource_name = leave.grant.resource_name
-        now_s = self._clock.wall_s()
-        claims = {
-            "iss": exchange.kacls.url,
-            "aud": MIGRATION_AUDIENCE,
-            "kacls_url": leave.original,
-            "resource_name": resource_name,
-            "iat": int(now_s),
-            "exp": int(now_s + MIGRATION_TOKEN_S),
-        }
-        token, _ticket, _version = self._identity.sign(exchange.kacls, leave.caller, claims)
-        body = messages.written(
-            {
-                "authentication": token,
-                "reason": exchange.reason,
-                "resource_name": resource_name,
-                "wrapped_key": wrapped_key,
-            }
-        )
-        with self._limiter.hold(leave.caller.tenant, None):
-            asked_s = self._clock.boot_s()
-            try:
-                status, answer = await self._post(f"{leave.original}/{Privileged.UNWRAP}", body)
-            except OutboundError as error:
-                raise OriginalKaclsError(503, str(error)) from None
-            finally:
-                exchange.waited_s = self._clock.boot_s() - asked_s
-        if status != 200:
-            exchange.detail["cause"] = f"answered-{status}"
-            final = 400 <= status < 500 and status not in (408, 429)
-            raise OriginalKaclsError(403 if final else 503, "the original KACLS has refused")
-        try:
-            key = msgspec.json.decode(answer, type=_Unwrapped).key
-            return messages.decoded("key", key, messages.MAX_KEY_BYTES)
-        except (msgspec.MsgspecError, ValueError, RecursionError, MalformedError):
-            raise OriginalKaclsError(502, "the original KACLS has not answered with a key") from None
-
-    # Calls of admins, and of a KACLS that migrates away from here.
-
-    def _privileged(
-        self, exchange: Exchange, authentication: str, call: Privileged, resource_name: str = ""
-    ) -> tuple[Policy, Caller]:
-        policy = self._policy(exchange)
-        admin = policy.privileged(authentication, call, resource_name=resource_name)
-        exchange.detail["as"] = "kacls" if admin.is_kacls else "admin"
-        return policy, self._known(exchange, admin.name)
-
-    def _privileged_wrap(self, exchange: Exchange) -> Answer:
-        request = _PRIVILEGED_WRAP.read(exchange.body)
-        exchange.reason, exchange.resource = request.reason, _resource(request.resource_name)
-        perimeter_id = _perimeter(request.perimeter_id)
-        data_key = messages.decoded("key", request.key, messages.MAX_KEY_BYTES)
-        policy, caller = self._privileged(exchange, request.authentication, Privileged.WRAP)
-        policy.known_perimeter(perimeter_id)
-        ticket = self._leave(exchange, caller, Op.ENCRYPT)
-        content = _content(data_key, request.resource_name, perimeter_id)
-        wrapped = self._sealed(exchange, ticket, Kind.DATA_KEY, content)
-        return self._finished(exchange, ticket, {"wrapped_key": wrapped})
-
-    def _privileged_unwrap(self, exchange: Exchange) -> Answer:
-        request = _PRIVILEGED_UNWRAP.read(exchange.body)
-        exchange.reason, exchange.resource = request.reason, _resource(request.resource_name)
-        blob = _wrapped_key(request.wrapped_key)
-        _policy, caller = self._privileged(
-            exchange, request.authentication, Privileged.UNWRAP, request.resource_name
-        )
-        content, ticket = self._opened(exchange, caller, Kind.DATA_KEY, blob)
-        _check_resource(content, request.resource_name)
-        return self._finished(exchange, ticket, {"key": messages.encoded(content.secret)})
-
-    def _privileged_private_key_decrypt(self, exchange: Exchange) -> Answer:
-        request = _PRIVILEGED_PRIVATE_KEY_DECRYPT.read(exchange.body)
-        exchange.reason = request.reason
-        blob, ciphertext, label = _decryption(request)
-        _policy, caller = self._privileged(exchange, request.authentication, Privileged.PRIVATE_KEY_DECRYPT)
-        content, ticket = self._opened(exchange, caller, Kind.PRIVATE_KEY, blob)
-        _check_spki(content, request.spki_hash, request.spki_hash_algorithm)
-        data_key = private_keys.decrypt(content.secret, request.algorithm, ciphertext, label)
-        return self._finished(exchange, ticket, {"data_encryption_key": messages.encoded(data_key)})
-
-    def _wrap_private_key(self, exchange: Exchange) -> Answer:
-        request = _WRAP_PRIVATE_KEY.read(exchange.body)
-        exchange.reason = request.reason
-        perimeter_id = _perimeter(request.perimeter_id)
-        der = messages.decoded("private_key", request.private_key, blobs.MAX_SECRET_BYTES)
-        policy, caller = self._privileged(exchange, request.authentication, Privileged.WRAP_PRIVATE_KEY)
-        policy.known_perimeter(perimeter_id)
-        pkcs8, binding = private_keys.admit(der)
-        exchange.detail["spki_hash"] = binding.hex()
-        ticket = self._leave(exchange, caller, Op.ENCRYPT)
-        content = Content(binding=binding, perimeter_id=perimeter_id, secret=pkcs8)
-        wrapped = self._sealed(exchange, ticket, Kind.PRIVATE_KEY, content)
-        return self._finished(exchange, ticket, {"wrapped_private_key": wrapped})
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A person's call whose two tokens fit each other."""
-
-    policy: Policy
-    person: Person
-    grant: Grant
-    caller: Caller
-
-
-@dataclass(frozen=True, slots=True)
-class _Migration:
-    """Leave to wrap here what the KACLS at `original` unwraps."""
-
-    caller: Caller
-    ticket: Ticket
-    grant: Grant
-    original: str
-
-
-class _Unwrapped(msgspec.Struct, frozen=True):
-    """What a KACLS answers to `privilegedunwrap`."""
-
-    key: str
-
-
-_PUBLIC: Final = frozenset({"status", "certs"})
-_SIGNING: Final = frozenset({"certs", "delegate", "rewrap"})
-_WRAP: Final = Reader(messages.Wrap)
-_UNWRAP: Final = Reader(messages.Unwrap)
-_DIGEST: Final = Reader(messages.Digest)
-_REWRAP: Final = Reader(messages.Rewrap)
-_DELEGATE: Final = Reader(messages.Delegate)
-_PRIVATE_KEY_DECRYPT: Final = Reader(messages.PrivateKeyDecrypt)
-_PRIVATE_KEY_SIGN: Final = Reader(messages.PrivateKeySign)
-_PRIVILEGED_WRAP: Final = Reader(messages.PrivilegedWrap)
-_PRIVILEGED_UNWRAP: Final = Reader(messages.PrivilegedUnwrap)
-_PRIVILEGED_PRIVATE_KEY_DECRYPT: Final = Reader(messages.PrivilegedPrivateKeyDecrypt)
-_WRAP_PRIVATE_KEY: Final = Reader(messages.WrapPrivateKey)
-
-
-# What is read.
-
-
-def _wrapped_key(text: str) -> bytes:
-    return messages.wrapped("wrapped_key", text, messages.MAX_WRAPPED_KEY_CHARS)
-
-
-def _wrapped_private_key(text: str) -> bytes:
-    return messages.wrapped("wrapped_private_key", text, messages.MAX_WRAPPED_PRIVATE_KEY_CHARS)
-
-
-def _resource(name: str) -> str:
-    return messages.bounded("resource_name", name, messages.MAX_RESOURCE_BYTES, empty=False)
-
-
-def _perimeter(perimeter_id: str) -> str:
-    return messages.bounded("perimeter_id", perimeter_id, messages.MAX_PERIMETER_BYTES)
-
-
-def _decryption(
-    request: messages.PrivateKeyDecrypt | messages.PrivilegedPrivateKeyDecrypt,
-) -> tuple[bytes, bytes, bytes]:
-    """Blob, ciphertext and OAEP label."""
-    label = request.rsa_oaep_label
-    return (
-        _wrapped_private_key(request.wrapped_private_key),
-        messages.decoded(
-            "encrypted_data_encryption_key",
-            request.encrypted_data_encryption_key,
-            messages.MAX_ENCRYPTED_KEY_BYTES,
-        ),
-        messages.decoded("rsa_oaep_label", label, messages.MAX_LABEL_BYTES) if label else b"",
-    )
 
 
 def _is_json(call: Call) -> bool:
     """Whether a page would have had to ask first (CORS): forms and plain text need no preflight."""
     kinds = call.values("content-type")
     return len(kinds) == 1 and kinds[0].partition(";")[0].strip().lower() == "application/json"
-
-
-# What is bound.
-
-
-def _content(data_key: bytes, resource_name: str, perimeter_id: str) -> Content:
-    binding = blobs.resource_binding(resource_name)
-    return Content(binding=binding, perimeter_id=perimeter_id, secret=data_key)
-
-
-def _check_resource(content: Content, resource_name: str) -> None:
-    if not content.is_of_resource(resource_name):
-        raise DeniedError(Denial.RESOURCE)
-
-
-def _check_spki(content: Content, claimed: object, algorithm: object) -> None:
-    if algorithm != "SHA-256" or not isinstance(claimed, str):
-        raise DeniedError(Denial.SPKI, "spki-hash-missing")
-    # Tokens write base64url or base64, with padding or without; one meaning.
-    text = claimed.rstrip("=").replace("-", "+").replace("_", "/")
-    if messages.encoded(content.binding).rstrip("=") != text:
-        raise DeniedError(Denial.SPKI)
-
-
-def _key_hash(content: Content, resource_name: str) -> str:
-    return messages.encoded(blobs.resource_key_hash(content.secret, resource_name, content.perimeter_id))
-
-
-# What is answered.
-
-
-def _status_and_message(error: SealgateError) -> tuple[int, str]:
-    match error:
-        case DeniedError():
-            return ANSWER_TO_DENIAL[error.why]
-        case KeyRefused():
-            return ANSWER_TO_REFUSAL[error.why]
-        case OriginalKaclsError():
-            return error.status, "The original KACLS has not given the key."
-        case _:
-            return ANSWER_TO_ERROR[type(error)]
-
-
-def _code(error: SealgateError) -> str:
-    """What stands in the audit record, and in `details` unless there is more to say."""
-    match error:
-        case ServiceError():
-            return error_code(error)
-        case DeniedError():
-            return error.why.value
-        case MalformedError():
-            return InputRefused.code
-        case OriginalKaclsError():
-            return "original-kacls"
-        case _:
-            return "issuer-keys"
-
-
-def _retry(error: SealgateError, status: int) -> tuple[tuple[str, str], ...]:
-    if isinstance(error, QuotaExceeded):
-        return (("retry-after", str(math.ceil(error.retry_after_s))),)
-    return (("retry-after", str(_STALE_RETRY_S)),) if status == 503 else ()
-
-
-def _error(
-    status: int,
-    message: str,
-    details: str,
-    *,
-    origins: list[str] | str | None = None,
-    headers: tuple[tuple[str, str], ...] = (),
-) -> Answer:
-    if status == 401:
-        headers = (*headers, ("www-authenticate", 'Bearer error="invalid_token"'))
-    origin = origins if isinstance(origins, str) or origins is None else next(iter(origins), None)
-    return _answer(status, messages.error_body(status, message, details), origin, headers)
-
-
-def _answer(
-    status: int, body: bytes, origin: str | None, headers: tuple[tuple[str, str], ...] = ()
-) -> Answer:
-    return Answer(status=status, body=body, headers=(*headers, *_cross_origin(origin)))
-
-
-def _cross_origin(origin: str | None) -> tuple[tuple[str, str], ...]:
-    """Rule 2. `vary` always: a cache must not give one origin's answer to another."""
-    always = (("cache-control", "no-store"), ("x-content-type-options", "nosniff"), ("vary", "origin"))
-    if origin is None:
-        return always
-    return (
-        *always,
-        ("access-control-allow-origin", origin),
-        ("access-control-expose-headers", "retry-after"),
-    )
-
-
-def _preflight(method: str, call: Call, origins: list[str]) -> Answer:
-    """What a browser asks before it sends. Without an origin it is a plain question for the methods."""
-    if not origins:
-        return Answer(
-            status=204, content_type="", headers=(("allow", f"{method}, OPTIONS"), *_cross_origin(None))
-        )
-    headers = (
-        *_cross_origin(origins[0]),
-        ("access-control-allow-methods", "GET, POST, OPTIONS"),
-        ("access-control-allow-headers", "content-type"),
-        ("access-control-max-age", "600"),
-    )
-    if "true" in call.values("access-control-request-private-network"):
-        # A KACLS is often inside, its callers' page outside: the browser wants that said.
-        headers = (*headers, ("access-control-allow-private-network", "true"))
-    return Answer(status=204, content_type="", headers=headers)

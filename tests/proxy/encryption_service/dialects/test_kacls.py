@@ -14,7 +14,7 @@ from envelope.keys import KeyState, SigningAlgorithm
 from proxy.encryption_service.call import Answer
 from proxy.encryption_service.core import Core, Sealed
 from proxy.encryption_service.dialects.dialect import Trouble
-from proxy.encryption_service.dialects.kacls import (
+from proxy.encryption_service.dialects.kacls_answers import (
     ANSWER_TO_DENIAL,
     ANSWER_TO_ERROR,
     ANSWER_TO_REFUSAL,
@@ -557,7 +557,7 @@ def test_what_ends_meanwhile_is_not_answered(kacls: KaclsRig) -> None:
         keys=rig.keys, access=rig.access, directory=lambda: rig.directory, audit=rig.audit, clock=rig.clock
     )
     core.meanwhile = lambda: rig.withdraw(kacls.key)
-    kacls.dialect._core = core
+    kacls.dialect._calls._core = core
     assert refused(kacls.wrap(new_key())) == (403, "revoked")
     assert rig.records()[-1]["error"] == "revoked"
 
@@ -972,7 +972,7 @@ def test_nobody_makes_tokens_of_ours(kacls: KaclsRig) -> None:
         ({"resource_name": None}, (401, "claim")),
         ({"aud": "kacls-migration"}, (401, "audience")),
     ):
-        token, _ticket, _version = kacls.dialect._identity.sign(place, caller, whole | change)
+        token, _ticket, _version = kacls.dialect._calls._identity.sign(place, caller, whole | change)
         answer = kacls.call(
             "wrap",
             authentication=token,
