@@ -2,7 +2,8 @@
 
 Each is a real push listener (TLS 1.3, client certificates) with the production receiver, key cache and audit
 log of its own; engine and directory database are left out. They share one TLS context and one private key:
-files that a thousand machines would each have. Prints the ports as JSON, then serves until stdin ends.
+files that a thousand machines would each have. On the one core that they have together they take turns by
+request, or all of them would answer last. Prints the ports as JSON, then serves until stdin ends.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from typing import Final
 
 import structlog
 import uvloop
+from aiohttp import web
 from cryptography import x509
 
 from envelope.keys import NetworkService
@@ -24,12 +26,13 @@ from proxy.tenants.model import CertificateFiles, Directory, LegacyPolicy, Servi
 from runtime.audit import AuditLog
 from runtime.clock import SystemClock
 from runtime.observe import configure_logging
-from runtime.serve import serving
+from runtime.serve import Handler, serving
 from runtime.tls import ServerTls
 
 TENANT: Final = "bench"
 VALIDITY_S: Final = 3300
 REQUESTS_PER_S: Final = 20.0
+TURNS: Final = 8
 
 
 def proxy_id(number: int) -> str:
@@ -63,6 +66,13 @@ async def _serve(directory: Path) -> None:
     tls = ServerTls(directory / "server.pem", directory / "server.key", client_roots=[root])
     clock = SystemClock()
     ports = []
+    turns = asyncio.Semaphore(TURNS)
+
+    @web.middleware
+    async def in_turn(request: web.Request, handler: Handler) -> web.StreamResponse:
+        async with turns:
+            return await handler(request)
+
     async with AsyncExitStack() as stack:
         for number, services in sorted(hosted.items()):
             audit = AuditLog.open(directory / f"audit-{number:05}.jsonl", clock)
@@ -76,6 +86,7 @@ async def _serve(directory: Path) -> None:
                 directory=Directory.of(1, [tenant], services),
             )
             application = make_push_application(receiver, clock=clock, requests_per_s=REQUESTS_PER_S)
+            application.middlewares.append(in_turn)
             server = serving(application, host="127.0.0.1", port=0, ssl_context=tls.context, grace_s=0.1)
             ports.append(await stack.enter_async_context(server))
         print(json.dumps(ports), flush=True)
