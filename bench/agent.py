@@ -258,7 +258,7 @@ class Running:
                     f"not every proxy has acknowledged within {PATIENCE_S:g} s; {len(failed)} errors: "
                     f"{sorted(map(str, failed))[:3]}"
                 )
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
 
 
 def _fresh(found: dict[str, Delivery], before: dict[str, Delivery]) -> bool:
