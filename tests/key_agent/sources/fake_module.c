@@ -10,6 +10,7 @@
  *   weaken          EXTRACTABLE reads true   once            fails once, then deletes the faults
  *   ended, ends, begins, began               END_DATE in 2000, 2999; START_DATE in 2999, 2000
  *   session-count   CKR_SESSION_COUNT        dies            CKR_DEVICE_ERROR by everything until C_Finalize
+ *   dies-once       the same, and deletes the faults
  * $FAKE_HSM/modes says what the HSM is like, a word a line:
  *   iv-in-place     GCM takes 12 zero bytes only and writes its IV over them
  *   iv-appended-12, iv-appended-16           GCM takes no IV and appends its own to the tag
@@ -66,7 +67,7 @@ static const char *fault(const char *function) {
     if (!strcmp(found, "crash")) raise(SIGSEGV);
     if (!strcmp(found, "slow")) usleep(200000);
     if (!strcmp(found, "garbage")) { printf("vendor says hello\n"); fflush(stdout); }
-    if (!strcmp(found, "once")) unlink(path);
+    if (!strcmp(found, "once") || !strcmp(found, "dies-once")) unlink(path);
     return found;
 }
 
@@ -86,7 +87,7 @@ static int has_mode(const char *wanted) {
 
 /* The return value that a fault stands for, or -1: go on. */
 static long refusal(const char *f) {
-    if (is(f, "dies")) is_dead = 1;
+    if (is(f, "dies") || is(f, "dies-once")) is_dead = 1;
     if (is_dead) return DEVICE_ERROR;
     if (is(f, "session-count")) return SESSION_COUNT;
     if (is(f, "device-error") || is(f, "once")) return DEVICE_ERROR;

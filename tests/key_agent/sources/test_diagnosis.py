@@ -9,7 +9,7 @@ import pytest
 from key_agent.errors import KekRevokedError, KeySourceError, LoginRefusedError
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import Kek, Verdict, WrappedKey
-from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource, new_keys, request_for
+from tests.key_agent.sources.conftest import KINDS, REFERENCE, FakeModule, MakeSource, new_keys, request_for
 from tests.softhsm import SoftHsm
 
 pytestmark = pytest.mark.parametrize("method", ["gcm", "kw"])
@@ -32,12 +32,11 @@ async def key(source: Pkcs11Source, kek: Kek) -> WrappedKey:
 
 
 def opening(method: str) -> str:
-    return {"gcm": "DECRYPT", "kw": "UNWRAP"}[method]
+    return KINDS[method].opening
 
 
 def capabilities(method: str) -> int:
-    """The method's PKCS#11 mechanism flags: ENCRYPT | DECRYPT, WRAP | UNWRAP."""
-    return {"gcm": 0x100 | 0x200, "kw": 0x20000 | 0x40000}[method]
+    return KINDS[method].capabilities
 
 
 def destroy(hsm: SoftHsm, _: str) -> None:
@@ -219,7 +218,7 @@ async def test_a_broken_decryption_is_an_outage_however_well_the_rest_works(  # 
 ) -> None:
     """Searching and generator work, the canary does not open: that must not look like `kek_replaced`."""
     source = make_source(fake.settings(method=method))
-    fake.fail(**{{"gcm": "C_Decrypt", "kw": "C_UnwrapKey"}[method]: fault})
+    fake.fail(**{KINDS[method].function: fault})
     for _ in range(2):
         found = await source.diagnose(kek)
         assert found.verdict is Verdict.UNREACHABLE, found.detail
@@ -242,7 +241,7 @@ async def test_one_transient_error_is_neither_an_outage_nor_a_lost_key(
     make_source: MakeSource, fake: FakeModule, kek: Kek, key: WrappedKey, method: str
 ) -> None:
     source = make_source(fake.settings(method=method))
-    function = {"gcm": "C_Decrypt", "kw": "C_UnwrapKey"}[method]
+    function = KINDS[method].function
     fake.fail(**{function: "once"})
     assert (await source.diagnose(kek)).verdict is Verdict.OK
     assert not fake.is_armed
@@ -250,3 +249,76 @@ async def test_one_transient_error_is_neither_an_outage_nor_a_lost_key(
     [result] = await source.seal_envelopes(kek, [request_for(key)])
     assert not fake.is_armed
     assert not result.failed_keys
+
+
+async def test_a_device_that_died_is_back_after_a_new_start(
+    make_source: MakeSource, fake: FakeModule, kek: Kek, key: WrappedKey, method: str
+) -> None:
+    """CKR_DEVICE_ERROR by everything until C_Finalize: a second worker is what brings it back."""
+    source = make_source(fake.settings(method=method))
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+    pid = source.worker_pid
+    # The faults go with the first call; the module is dead from then on, whatever is asked of it.
+    fake.fail(**{KINDS[method].function: "dies-once"})
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+    assert source.worker_pid != pid
+    [result] = await source.seal_envelopes(kek, [request_for(key)])
+    assert not result.failed_keys
+    fake.fail(C_OpenSession="dies")
+    assert (await source.diagnose(kek)).verdict is Verdict.UNREACHABLE
+    fake.recover()
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+
+
+async def test_too_many_sessions_are_an_outage(
+    make_source: MakeSource, fake: FakeModule, kek: Kek, method: str
+) -> None:
+    source = make_source(fake.settings(method=method))
+    fake.fail(C_OpenSession="session-count")
+    found = await source.diagnose(kek)
+    assert (found.verdict, "SessionCount" in found.detail) == (Verdict.UNREACHABLE, True)
+    fake.recover()
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+
+
+async def test_a_session_with_a_dead_operation_spoils_nothing(
+    make_source: MakeSource, fake: FakeModule, kek: Kek, key: WrappedKey, method: str
+) -> None:
+    """As NSS: after one failure each later call on that session answers OperationActive."""
+    fake.be("stuck")
+    source = make_source(fake.settings(method=method))
+    bad = replace(key, wrapped=bytes([key.wrapped[0] ^ 1]) + key.wrapped[1:])
+    mixed, good = await source.seal_envelopes(kek, [request_for([bad, bad, key]), request_for(key)])
+    assert set(mixed.failed_keys) == {key.key_id}
+    assert not good.failed_keys
+    assert (await source.diagnose(kek)).verdict is Verdict.OK
+
+
+async def test_the_third_wrong_pin_would_have_locked_the_token(
+    make_source: MakeSource, fake: FakeModule, kek: Kek, method: str
+) -> None:
+    fake.be("locking")
+    source = make_source(fake.settings(method=method))
+    verdicts = []
+    for wrong in ("first", "second", "third"):
+        fake.hsm.write_pin(wrong)
+        verdicts += [(await source.diagnose(kek)).verdict for _ in range(3)]
+    assert verdicts == [Verdict.AUTH_PIN] * 6 + [Verdict.AUTH_LOCKED] * 3
+    assert fake.logins == 3
+    fake.hsm.write_pin(fake.hsm.pin)
+    assert (await source.diagnose(kek)).verdict is Verdict.AUTH_LOCKED
+    assert fake.logins == 4
+
+
+async def test_a_module_that_keeps_its_list_of_keys_hides_no_revocation(
+    make_source: MakeSource, fake: FakeModule, kek: Kek, key: WrappedKey, method: str
+) -> None:
+    """The first worker still finds the key, which does not open: an outage so far. The second one knows."""
+    fake.be("cached")
+    source = make_source(fake.settings(method=method))
+    [result] = await source.seal_envelopes(kek, [request_for(key)])
+    assert not result.failed_keys
+    fake.hsm.run("destroy", REFERENCE)
+    assert (await source.diagnose(kek)).verdict is Verdict.KEK_DESTROYED
+    with pytest.raises(KekRevokedError):
+        await source.seal_envelopes(kek, [request_for(key)])

@@ -1,5 +1,6 @@
 """The vendors' files: complete, true to what the code can do, and acted upon."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -11,12 +12,13 @@ from key_agent.errors import KeySourceError
 from key_agent.sources.hsm.methods import WRAPPINGS
 from key_agent.sources.hsm.wrapping import mechanism_of
 from key_agent.sources.pkcs11 import MethodSetting, Pkcs11Settings, Pkcs11Source
-from key_agent.sources.source import KekType, WrapMethod
+from key_agent.sources.source import KekType, Verdict, WrapMethod
 from key_agent.sources.vendors import Quirks, load_vendor, read_vendor_file, vendor_names
 from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource
 from tests.nss import Nss
 from tests.softhsm import SoftHsm
 
+ROOT = Path(__file__).parents[3]
 ASKED_FOR = {"softhsm2", "nss", "cloudhsm", "luna", "nshield", "yubihsm2", "google", "azure"}
 
 
@@ -50,6 +52,19 @@ def test_a_file_says_only_what_the_worker_understands(name: str) -> None:
     if not quirks.makes_keys:
         # Nothing could be tried on a throw-away key there.
         assert len(quirks.methods) == 1
+
+
+def test_the_manual_lists_them_as_they_are() -> None:
+    manual = (ROOT / "docs" / "hsm.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([a-z0-9]+)` \| [^|]* \| ([^|]*) \|", manual, re.MULTILINE))
+    assert rows.keys() == set(vendor_names())
+    for name in vendor_names():
+        claims_nothing = load_vendor(name).ran_on == "nothing" and load_vendor(name).pkcs11
+        assert ("nothing yet" in rows[name]) is claims_nothing
+    for method in WRAPPINGS:
+        assert f"`{method}`" in manual
+    for verdict in Verdict:
+        assert verdict in (Verdict.OK, Verdict.UNSUPPORTED) or f"`{verdict}`" in manual
 
 
 def test_the_hsm_making_ivs_is_never_tried_where_it_would_repeat_one() -> None:
