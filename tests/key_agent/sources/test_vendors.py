@@ -56,7 +56,9 @@ def test_a_file_says_only_what_the_worker_understands(name: str) -> None:
 
 def test_the_manual_lists_them_as_they_are() -> None:
     manual = (ROOT / "docs" / "hsm.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `([a-z0-9]+)` \| [^|]* \| ([^|]*) \|", manual, re.MULTILINE))
+    table = manual[manual.index("| `vendor` | HSM |") : manual.index('"Nothing yet" is meant')]
+    rows = dict(re.findall(r"^\| `([a-z0-9]+)` \| [^|]* \| ([^|]*) \|", table, re.MULTILINE))
+    del rows["vendor"]
     assert rows.keys() == set(vendor_names())
     for name in vendor_names():
         claims_nothing = load_vendor(name).ran_on == "nothing" and load_vendor(name).pkcs11
