@@ -57,6 +57,8 @@ async def _many(
                 await operations.service_add(service=service, proxy=name, certificate_pem=certificate)
         async with agent.working(refresh=True):
             await until(lambda: _delivered(agent, names, {}))
+            await until(lambda: not any(map(agent.refresh.schedule.is_in_flight, names)))
+            await agent.pusher.settle()
             yield agent, operations
 
 
@@ -126,7 +128,6 @@ async def test_receipts_that_come_together_are_stored_together(bench: Bench) -> 
             await record(receipts)
 
         agent.registry.record_receipts = slow  # type: ignore[method-assign]
-        await agent.pusher.settle()
         await _cycle(agent)
         gate.set()
         await agent.pusher.settle()
@@ -148,7 +149,6 @@ async def test_a_later_receipt_is_stored_later(bench: Bench) -> None:
             await gate.wait()
             await record(receipts)
 
-        await agent.pusher.settle()
         agent.registry.record_receipts = slow  # type: ignore[method-assign]
         proxy = bench.proxies["p00"]
         await _cycle(agent)  # in the writer's hands
