@@ -9,14 +9,19 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 URL_VARIABLE = "SEALGATE_TEST_POSTGRES_URL"
 SERVER_USER = "postgres"
+_STATUS_LINE: Final = 7
+"""Of postmaster.pid, counted from 0."""
 
 
 def find_binaries() -> Path:
@@ -27,42 +32,139 @@ def find_binaries() -> Path:
     return found[-1].parent
 
 
+class Cluster:
+    """A server that can be stopped, killed and started again. *directory*, for its socket too, must exist."""
+
+    def __init__(self, directory: Path, *, data: Path | None = None) -> None:
+        self._directory = directory
+        self._data = data or directory / "data"
+        self._binaries = find_binaries()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._conditions: dict[str, Any] = {
+            "cwd": directory,
+            "stdin": subprocess.DEVNULL,
+            "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PGHOST": str(directory)},
+        }
+        user = pwd.getpwuid(os.geteuid())
+        if user.pw_uid == 0:
+            user = pwd.getpwnam(SERVER_USER)
+            for place in {directory, self._data.parent}:
+                os.chown(place, user.pw_uid, user.pw_gid)
+            self._conditions |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://sealgate@/sealgate?host={self._directory}"
+
+    def create(self, *words: str) -> None:
+        """Make it, with an empty database `sealgate`; it runs then. *words* are for `initdb`."""
+        self._run(
+            "initdb",
+            *("--pgdata", self._data, "--username", "sealgate", "--auth", "trust", "--no-sync"),
+            *words,
+        )
+        self.start()
+        self._run("createdb", "--username", "sealgate", "sealgate")
+
+    def start(self) -> None:
+        """Returns when it accepts connections: after a crash, when it has recovered."""
+        # Our own child: if it is killed, its lock file is stale as soon as we have waited for it.
+        with (self._directory / "log").open("ab") as log:
+            self._server = subprocess.Popen(
+                [
+                    *(str(self._binaries / "postgres"), "-D", str(self._data)),
+                    # A Unix socket's path is short: the temporary directory's is, as long as TMPDIR is.
+                    *("-c", "listen_addresses=", "-c", f"unix_socket_directories={self._directory}"),
+                    # After a crash: one sync of the file system, not one of each of a thousand files.
+                    *("-c", "recovery_init_sync_method=syncfs"),
+                ],
+                stdout=log,
+                stderr=log,
+                **self._conditions,
+            )
+        deadline_s = time.monotonic() + 60
+        while not self._is_ready(self._server.pid):
+            if self._server.poll() is not None or time.monotonic() > deadline_s:
+                self.stop()
+                raise RuntimeError((self._directory / "log").read_text()[-2000:])
+            time.sleep(0.01)
+
+    def _is_ready(self, process: int) -> bool:
+        """The server's own word, which is what `pg_ctl` looks at too."""
+        try:
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        status = [line.strip() for line in (*lines[:1], *lines[_STATUS_LINE:][:1])]
+        return status == [str(process), "ready"]
+
+    def stop(self) -> None:
+        """At once, without a last checkpoint. No-op if it does not run."""
+        if self._server is not None:
+            self._server.send_signal(signal.SIGQUIT)
+            self._server.wait(60)
+            self._server = None
+
+    def processes(self) -> list[int]:
+        """The first one and its children; none if it does not run."""
+        if self._server is None:
+            return []
+        first = self._server.pid
+        children = Path(f"/proc/{first}/task/{first}/children").read_text()
+        return [first, *map(int, children.split())]
+
+    def kill(self) -> None:
+        """kill -9 of every process of it; of the first one first, which would start the others anew."""
+        processes = self.processes()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if self._server is not None:
+            self._server.wait()
+            self._server = None
+        deadline_s = time.monotonic() + 10
+        while any(map(_is_alive, processes)):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("a killed server lives on")
+            time.sleep(0.005)
+
+    def _run(self, program: str, *words: str | Path) -> None:
+        subprocess.run(
+            [str(self._binaries / program), *map(str, words)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            **self._conditions,
+        )
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Cluster]:
+    """A fresh server, while the block runs."""
+    directory = Path(tempfile.mkdtemp(prefix="sealgate-postgres-"))
+    try:
+        cluster = Cluster(directory)
+        try:
+            cluster.create()
+            yield cluster
+        finally:
+            cluster.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
     """The URL of a fresh server with an empty database `sealgate`, while it runs."""
-    binaries = find_binaries()
-    directory = Path(tempfile.mkdtemp(prefix="sealgate-postgres-"))
-    as_user: dict[str, int | list[int]] = {}
-    user = pwd.getpwuid(os.geteuid())
-    if user.pw_uid == 0:
-        user = pwd.getpwnam(SERVER_USER)
-        os.chown(directory, user.pw_uid, user.pw_gid)
-        as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-
-    def run(*words: str | Path) -> None:
-        subprocess.run(
-            [str(word) for word in words],
-            check=True,
-            cwd=directory,
-            stdout=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PGHOST": str(directory)},
-            **as_user,  # type: ignore[call-overload]
-        )
-
-    data, log = directory / "data", directory / "log"
-    try:
-        run(binaries / "initdb", "--pgdata", data, "--username", "sealgate", "--auth", "trust", "--no-sync")
-        # A Unix socket's path is short: the temporary directory's is, as long as TMPDIR is.
-        options = f"-c listen_addresses='' -c unix_socket_directories='{directory}'"
-        run(binaries / "pg_ctl", "--pgdata", data, "--log", log, "--options", options, "--wait", "start")
-        try:
-            run(binaries / "createdb", "--username", "sealgate", "sealgate")
-            yield f"postgresql+psycopg://sealgate@/sealgate?host={directory}"
-        finally:
-            run(binaries / "pg_ctl", "--pgdata", data, "--mode", "immediate", "--wait", "stop")
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with running() as cluster:
+        yield cluster.url
 
 
 def main() -> int:

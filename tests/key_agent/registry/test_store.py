@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -27,7 +28,7 @@ NOW_MS = 1_800_000_000_000
 S3, BOX = NetworkService("acme", "s3"), NetworkService("acme", "box")
 
 
-async def _open(url: str, **changes: str) -> Registry:
+async def _open(url: str, **changes: Any) -> Registry:
     names = {"tenant_id": "acme", "environment_id": "main", "agent_id": "hq"} | changes
     return await Registry.open(url, now_ms=NOW_MS, **names)
 
