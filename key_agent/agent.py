@@ -4,7 +4,9 @@
    the new state is written to the registry (again and again until that works), the proof is audited.
 2. Keys leave only while this agent leads (registry/lease.py); withdrawals leave whoever leads.
 3. When consent returns, the registry has it first; then the proxies get their keys.
-4. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
+4. When the registry works again after a failure it is read anew: a change may have been kept whose answer was
+   lost. What waited for it goes on at once.
+5. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
 """
 
 import asyncio
@@ -29,6 +31,7 @@ from key_agent.push.sealing import KeySealing, WithdrawalSealing
 from key_agent.push.targets import Targets
 from key_agent.push.transport import Transport
 from key_agent.refresh import KekWatch, RefreshLoop, WithdrawalLoop, next_delay, wait_until
+from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
 from key_agent.rotation import RotationLoop
@@ -208,6 +211,7 @@ class Agent:
             tasks = [
                 group.create_task(self._persist_loop(), name="persist"),
                 group.create_task(self.withdrawals.run(), name="withdrawals"),
+                group.create_task(self._follow_registry(), name="registry-returns"),
             ]
             if refresh:
                 self.is_running = True
@@ -350,6 +354,20 @@ class Agent:
                 self._to_persist = None
             if self.consent.may_push:
                 self.refresh.at_once()
+
+    async def _follow_registry(self) -> NoReturn:
+        while True:
+            await wait_until(self.clock, self.registry.returned, None)
+            try:
+                await self.reload()
+            except RegistryError as error:  # then it will return once more
+                log.warning("the registry is not read anew yet", cause=str(error))
+                continue
+            self.withdrawals.at_once()
+            self.refresh.at_once(
+                name for name in self.targets.fed() if self.refresh.schedule.failures(name) > 0
+            )
+            self.rotations.look_soon()
 
     async def _persist(self, change: Change) -> None:
         detail = (

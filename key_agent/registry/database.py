@@ -7,6 +7,8 @@
 4. One agent at a time works with a registry, wherever its `state_dir` is: two would not know of each other's
    keys and sequences. Who does holds the lease (lease.py), renews it while it lives, and finds its own term
    in every transaction; one that has lost it keeps nothing any more and has to start anew.
+5. After a failure nobody knows what the registry holds: a COMMIT may have gone through without an answer.
+   `returned` is set as soon as it works again, and what is in memory is read anew.
 """
 
 import asyncio
@@ -44,7 +46,8 @@ type OnStandby = Callable[[Holding], Awaitable[None]]
 
 
 class RegistryError(KeyAgentError):
-    """The registry could not be read or written; nothing of the transaction was kept."""
+    """The registry could not be read or written. Nothing of the transaction was kept, unless the cause says
+    that the connection was lost while it committed."""
 
 
 def _failure(cause: str) -> RegistryError:
@@ -72,6 +75,9 @@ class Database:
         self._deposed: RegistryInUseError | None = None
         self.deposed = asyncio.Event()
         """Another has taken over: whatever is in memory may be old. Set once and for good."""
+        self._has_failed = False
+        self.returned = asyncio.Event()
+        """It works again after a failure, or after a time without a lease that counts. Who waits clears it."""
         self._engine = make_engine(
             url,
             failure=_failure,
@@ -154,8 +160,12 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._writer, self._transact, work)
 
     def _transact[T](self, work: Callable[[Connection], T]) -> T:
-        with transaction(self._engine, failure=_failure) as connection:
-            return work(connection)
+        try:
+            with transaction(self._engine, failure=_failure) as connection:
+                return work(connection)
+        except RegistryError:
+            self._has_failed = True
+            raise
 
     def _read_lease(self) -> Holding | None:
         with transaction(read_only(self._engine), failure=_failure) as connection:
@@ -226,6 +236,7 @@ class Database:
             return False
         if self._term is None:
             return False
+        self._has_failed = False
         self._trusted_until_boot_s = began_boot_s + TRUST_S
         if seen is not None and not seen.is_free:
             log.warning("took the registry over", term=self._term, before=seen.describe())
@@ -235,20 +246,28 @@ class Database:
         while True:
             await self._clock.sleep(RENEW_S)
             began_boot_s = self._clock.boot_s()
+            led = self.leads
             try:
-                is_ours = await self._run(lambda c: self._renewed(c, self._clock.boot_s()))
+                has_failed = await self._run(lambda c: self._renewed(c, self._clock.boot_s()))
             except RegistryError as error:
                 log.warning("the registry's lease could not be renewed", cause=str(error))
                 continue
-            if is_ours:
-                self._trusted_until_boot_s = began_boot_s + TRUST_S
+            if has_failed is None:
+                continue
+            self._trusted_until_boot_s = began_boot_s + TRUST_S
+            if has_failed or not led:
+                log.info("the registry works again", term=self._term)
+                self.returned.set()
 
-    def _renewed(self, c: Connection, boot_s: float) -> bool:
+    def _renewed(self, c: Connection, boot_s: float) -> bool | None:
+        """Whether anything had failed since the last renewal; None if the lease is another's."""
         if self._deposed is None and lease.renew(c, instance=self._instance, term=self.term, boot_s=boot_s):
-            return True
+            # Here, in the writer's thread: what fails after it, this COMMIT too, counts for the next one.
+            has_failed, self._has_failed = self._has_failed, False
+            return has_failed
         if self._deposed is None:
             self._depose(lease.read(c))
-        return False
+        return None
 
     def _depose(self, holding: Holding | None) -> RegistryInUseError:
         """In the writer's thread."""

@@ -115,6 +115,11 @@ class Registry(KeyLife, KekSuccession, Archives):
         """Set when another agent has taken the registry over."""
         return self._database.deposed
 
+    @property
+    def returned(self) -> asyncio.Event:
+        """Set when it works again after a failure: memory may differ from it. Whoever waits clears it."""
+        return self._database.returned
+
     async def lease(self) -> Holding | None:
         return await self._database.read_lease()
 
