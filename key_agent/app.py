@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from envelope.certificates import Identity, Role, verify_certificate
+from envelope.errors import MisuseError
 from key_agent import api, config, metrics
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.config import Settings
@@ -34,6 +35,7 @@ from key_agent.push.targets import Targets
 from key_agent.push.transport import HttpsTransport, Transport
 from key_agent.registry.database import OnStandby, RegistryInUseError
 from key_agent.registry.store import Registry
+from key_agent.sources.key_server import KeyServerSource
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import KeySource
 from key_agent.standby import Standby, StoppedOnStandbyError
@@ -128,7 +130,18 @@ def rhythm_of(settings: Settings) -> Rhythm:
 
 
 def make_source(settings: Settings, clock: Clock) -> KeySource:
+    server = settings.openbao or settings.kmip
+    if server is not None:
+        return KeyServerSource(
+            server,
+            settings.signing.key_file,
+            settings.signing.certificate_file,
+            settings.agent.id,
+            clock=clock,
+        )
     pkcs11 = settings.pkcs11
+    if pkcs11 is None:
+        raise MisuseError("settings without a key source were let through")
     if pkcs11.refused_pin_file is None:
         # Where the agent may write, whoever owns the PIN file.
         pkcs11 = msgspec.structs.replace(pkcs11, refused_pin_file=settings.agent.state_dir / REFUSED_PIN_NAME)

@@ -14,6 +14,7 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
+from key_agent.sources.key_server import KmipSettings, OpenBaoSettings
 from key_agent.sources.pkcs11 import Pkcs11Settings
 from runtime import broker, database
 from runtime import settings as runtime_settings
@@ -131,7 +132,9 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     agent: AgentSettings
     signing: KeyPairSettings
     tls: KeyPairSettings
-    pkcs11: Pkcs11Settings
+    pkcs11: Pkcs11Settings | None = None
+    openbao: OpenBaoSettings | None = None
+    kmip: KmipSettings | None = None
     refresh: RefreshSettings = RefreshSettings()
     push: PushSettings = PushSettings()
     keys: KeySettings = KeySettings()
@@ -141,6 +144,8 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log: LogSettings = LogSettings()
 
     def __post_init__(self) -> None:
+        if sum(source is not None for source in (self.pkcs11, self.openbao, self.kmip)) != 1:
+            raise ValueError("exactly one of [pkcs11], [openbao] and [kmip] says where the KEK is")
         if self.signing.key_file == self.tls.key_file:
             raise ValueError("signing.key_file and tls.key_file must be different keys: their roles differ")
         if self.refresh.watch_s >= self.refresh.validity_s:
@@ -154,6 +159,28 @@ def database_url(agent: AgentSettings) -> str:
     )
 
 
+def source_files(settings: Settings) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files that the section of the key source names, by setting: readable ones, and secrets."""
+    files: dict[str, Path | None] = {}
+    secrets: dict[str, Path | None] = {}
+    if settings.pkcs11 is not None:
+        files["pkcs11.module_path"] = settings.pkcs11.module_path
+        secrets["pkcs11.pin_file"] = settings.pkcs11.pin_file
+    if settings.openbao is not None:
+        files["openbao.ca_file"] = settings.openbao.ca_file
+        files["openbao.certificate_file"] = settings.openbao.certificate_file
+        secrets["openbao.token_file"] = settings.openbao.token_file
+        secrets["openbao.key_file"] = settings.openbao.key_file
+    if settings.kmip is not None:
+        files["kmip.ca_file"] = settings.kmip.ca_file
+        files["kmip.certificate_file"] = settings.kmip.certificate_file
+        secrets["kmip.key_file"] = settings.kmip.key_file
+    return (
+        {name: path for name, path in files.items() if path is not None},
+        {name: path for name, path in secrets.items() if path is not None},
+    )
+
+
 def unusable_files(settings: Settings) -> Iterator[str]:
     """What is wrong with the files that *settings* name. SettingsError for the database's URL."""
     database_url(settings.agent)
@@ -161,15 +188,15 @@ def unusable_files(settings: Settings) -> Iterator[str]:
         "agent.root_certificate_file": settings.agent.root_certificate_file,
         "signing.certificate_file": settings.signing.certificate_file,
         "tls.certificate_file": settings.tls.certificate_file,
-        "pkcs11.module_path": settings.pkcs11.module_path,
     }
     if settings.agent.revocation_list_file is not None:
         files["agent.revocation_list_file"] = settings.agent.revocation_list_file
     secrets = {
         "signing.key_file": settings.signing.key_file,
         "tls.key_file": settings.tls.key_file,
-        "pkcs11.pin_file": settings.pkcs11.pin_file,
     }
+    more, more_secrets = source_files(settings)
+    files, secrets = files | more, secrets | more_secrets
     if settings.nats is not None:
         broker.check_library()
         more, more_secrets = broker.unusable_files(settings.nats)

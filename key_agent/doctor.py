@@ -67,10 +67,11 @@ def _state_dir(settings: Settings) -> Iterator[Check]:
 
 def _files(settings: Settings) -> Iterator[Check]:
     now_s = time.time()
+    files, secrets = config.source_files(settings)
     for name, path in (
         ("signing.key_file", settings.signing.key_file),
         ("tls.key_file", settings.tls.key_file),
-        ("pkcs11.pin_file", settings.pkcs11.pin_file),
+        *secrets.items(),
     ):
         try:
             secret = read_secret_file(path)
@@ -81,17 +82,15 @@ def _files(settings: Settings) -> Iterator[Check]:
         else:
             secret[:] = bytes(len(secret))
             yield ok(name, str(path))
-    module = settings.pkcs11.module_path
-    try:
-        is_file = stat.S_ISREG(module.stat().st_mode)
-    except OSError:
-        is_file = False
-    if is_file:
-        yield ok("pkcs11.module_path", str(module))
-    else:
-        yield failed(
-            "pkcs11.module_path", f"{module} is no file", "install the HSM's PKCS#11 library, or correct it"
-        )
+    for name, path in files.items():
+        try:
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except OSError:
+            is_file = False
+        if is_file:
+            yield ok(name, str(path))
+        else:
+            yield failed(name, f"{path} is no file", "install it, or correct the setting")
     try:
         root = app.load_root(settings)
     except SettingsError as error:
@@ -121,7 +120,7 @@ def _valid(name: str, certificate: x509.Certificate) -> Check:
 def _hsm(found: Any) -> Iterator[Check]:
     if found["source_error"] is not None:
         yield failed(
-            "hsm", found["source_error"], "check module, token label, PIN file, and that the HSM is on"
+            "hsm", found["source_error"], "check the settings of the key source, its login, and that it is on"
         )
     else:
         yield ok("hsm", _facts(found["source"]))
@@ -159,6 +158,9 @@ def _facts(facts: Any) -> str:
     token = facts.get("token") if isinstance(facts, dict) else None
     if isinstance(token, dict):
         return f"token {token.get('label')!s}, serial {token.get('serial')!s}"
+    server = facts.get("server") if isinstance(facts, dict) else None
+    if isinstance(server, dict):
+        return ", ".join(f"{name} {value}" for name, value in server.items() if value is not None)[:200]
     return str(facts)[:200]
 
 

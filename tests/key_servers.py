@@ -12,17 +12,21 @@ import ssl
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from kmip.core import enums
+from kmip.core.factories.attributes import AttributeFactory
 
 from certs import pki
 from certs.pki import Credential
+from key_agent.sources.key_server import KmipSettings, OpenBaoSettings
+from key_agent.sources.servers.kmip import Kmip
 from tests.pki import VALID_FROM, VALIDITY
 from tests.ports import free_port
 
@@ -166,6 +170,27 @@ path "transit/keys/sealgate-*"    { capabilities = ["read"] }
     def make(self, name: str) -> None:
         self.ask("POST", f"transit/keys/{name}", {"type": "aes256-gcm96"})
 
+    def replace(self, name: str) -> None:
+        self.destroy(name)
+        self.make(name)
+
+    def clear(self) -> None:
+        """No KEK of an earlier test; the canary key stays."""
+        for name in self.names():
+            if name != "sealgate-canary":
+                status, _ = self.call("GET", f"transit/keys/{name}")
+                assert status == 200
+                self.call("POST", f"transit/keys/{name}/soft-delete-restore", {})
+                self.destroy(name)
+
+    def names(self) -> list[str]:
+        status, answer = self.call("LIST", "transit/keys")
+        return list(answer["data"]["keys"]) if status == 200 else []
+
+    def settings(self, **changes: Any) -> OpenBaoSettings:
+        made = OpenBaoSettings(url=self.url, token_file=self.token_file, ca_file=self.ca_file)
+        return msgspec.structs.replace(made, **changes)
+
     def outdate(self, name: str) -> None:
         """Rotate, and disallow what was before."""
         self.ask("POST", f"transit/keys/{name}/rotate", {})
@@ -225,10 +250,9 @@ class KmipServer(_Server):
         )
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from key_agent.sources.servers.kmip import Kmip
+        return self._admin(lambda admin: work(admin._connected()))
 
+    def _admin(self, work: Callable[[Kmip], Any]) -> Any:
         admin = Kmip(
             "127.0.0.1",
             self.port,
@@ -239,15 +263,13 @@ class KmipServer(_Server):
             timeout_s=10,
         )
         try:
-            return work(admin._connected())
+            return work(admin)
         finally:
             admin.close()
 
     # The owner's hand.
 
     def destroy(self, name: str) -> None:
-        from kmip.core import enums
-
         def work(client: Any) -> None:
             for uid in self.uids(client, name):
                 client.revoke(enums.RevocationReasonCode.KEY_COMPROMISE, uid)
@@ -256,8 +278,6 @@ class KmipServer(_Server):
         self._run(work)
 
     def disable(self, name: str) -> None:
-        from kmip.core import enums
-
         self._run(
             lambda client: [
                 client.revoke(enums.RevocationReasonCode.CESSATION_OF_OPERATION, uid)
@@ -265,10 +285,36 @@ class KmipServer(_Server):
             ]
         )
 
-    def uids(self, client: Any, name: str) -> list[str]:
-        from kmip.core import enums
-        from kmip.core.factories.attributes import AttributeFactory
+    def replace(self, name: str) -> None:
+        self._destroy_all([name, f"{name}-mac"])
+        self._admin(lambda admin: admin.create(name))
 
+    def clear(self) -> None:
+        """No KEK of an earlier test; the canary key stays."""
+        self._destroy_all([f"sealgate-kek-{b'sealgate-kek'.hex()}0000000{n}" for n in (1, 2)])
+        self._destroy_all([f"sealgate-kek-{b'sealgate-kek'.hex()}0000000{n}-mac" for n in (1, 2)])
+
+    def _destroy_all(self, names: list[str]) -> None:
+        def work(client: Any) -> None:
+            for name in names:
+                for uid in self.uids(client, name):
+                    with contextlib.suppress(Exception):  # not active any more
+                        client.revoke(enums.RevocationReasonCode.CESSATION_OF_OPERATION, uid)
+                    client.destroy(uid)
+
+        self._run(work)
+
+    def settings(self, **changes: Any) -> KmipSettings:
+        made = KmipSettings(
+            host="127.0.0.1",
+            port=self.port,
+            ca_file=self.ca_file,
+            certificate_file=self.certificate_file,
+            key_file=self.key_file,
+        )
+        return msgspec.structs.replace(made, **changes)
+
+    def uids(self, client: Any, name: str) -> list[str]:
         attribute = AttributeFactory().create_attribute(enums.AttributeType.NAME, name)
         return list(client.locate(attributes=[attribute]))
 

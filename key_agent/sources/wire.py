@@ -3,8 +3,8 @@
 1. A frame is a 4-byte big-endian length and a msgpack message; one longer than FRAME_LIMIT ends it all.
 2. Messages are typed structs. No pickle: the side with the vendor's library is the less trusted one.
 3. A reply carries its request's number: an answer to an earlier question is never taken for this one's.
-4. The only secret on the wire is the PIN, in the first frame. KM is in no message type: only wrapped keys
-   and envelopes are.
+4. The only secret on the wire is the HSM's PIN, in the first frame. KM is in no message type: only wrapped
+   keys and envelopes are.
 """
 
 from typing import Any, BinaryIO, Final, override
@@ -45,6 +45,37 @@ class Hello(Message, tag="hello"):
     @override
     def __repr__(self) -> str:
         return f"Hello(module_path={self.module_path!r}, token_label={self.token_label!r}, pin=...)"
+
+
+class OpenBaoHello(Message, tag="hello-openbao"):
+    """The first frame to the worker of a key server; its secrets stand in files that it reads itself."""
+
+    url: str
+    mount: str
+    namespace: str | None
+    token_file: str
+    ca_file: str | None
+    certificate_file: str | None
+    key_file: str | None
+    timeout_s: float
+    agent_id: str
+    signing_key_file: str | None
+    signing_certificate_file: str | None
+
+
+class KmipHello(Message, tag="hello-kmip"):
+    host: str
+    port: int
+    ca_file: str
+    certificate_file: str
+    key_file: str
+    timeout_s: float
+    agent_id: str
+    signing_key_file: str | None
+    signing_certificate_file: str | None
+
+
+Greeting = Hello | OpenBaoHello | KmipHello
 
 
 class CreateKek(Message, tag="create-kek"):
@@ -108,6 +139,8 @@ class Describe(Message, tag="describe"):
 
 Request = (
     Hello
+    | OpenBaoHello
+    | KmipHello
     | CreateKek
     | AdoptKek
     | DestroyKek

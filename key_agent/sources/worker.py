@@ -59,15 +59,19 @@ class Worker:
 
     def __init__(
         self,
-        hello: Callable[[], wire.Hello],
+        hello: Callable[[], wire.Greeting],
         on_refusal: Callable[[Verdict], None],
         *,
         environment: Mapping[str, str],
         request_timeout_s: float,
         start_timeout_s: float,
         clock: Clock,
+        module: str = WORKER_MODULE,
+        title: str = "HSM worker",
     ) -> None:
         self._hello = hello
+        self._module = module
+        self._title = title
         self._on_refusal = on_refusal
         self._environment = environment
         self._request_timeout_s = request_timeout_s
@@ -104,7 +108,7 @@ class Worker:
             hello = self._hello() if self._process is None else None
             if not fresh and (rest_s := self._rest_s()) > 0:
                 raise KeySourceError(
-                    f"the HSM worker failed {self._failures} times in a row; next start in {rest_s:.1f} s"
+                    f"the {self._title} failed {self._failures} times in a row; next start in {rest_s:.1f} s"
                 )
             reply = await self._guarded(hello, message, timeout_s or self._request_timeout_s)
             if isinstance(reply, wire.Failed | wire.Diagnosed) and reply.verdict.is_login_refusal:
@@ -120,7 +124,9 @@ class Worker:
             # A process stuck in the kernel cannot be waited for.
             await asyncio.wait(self._reapers, timeout=REAP_S)
 
-    async def _guarded(self, hello: wire.Hello | None, message: wire.Message, timeout_s: float) -> wire.Reply:
+    async def _guarded(
+        self, hello: wire.Greeting | None, message: wire.Message, timeout_s: float
+    ) -> wire.Reply:
         limit_s, doing = self._start_timeout_s, "start"
         try:
             if hello is not None:
@@ -132,7 +138,7 @@ class Worker:
         except TimeoutError:
             self._fail()
             raise KeySourceError(
-                f"the HSM worker did not {doing} within {limit_s:g} s and was killed"
+                f"the {self._title} did not {doing} within {limit_s:g} s and was killed"
             ) from None
         except (OSError, EOFError, wire.ProtocolError) as error:
             process = self._process
@@ -148,12 +154,12 @@ class Worker:
         self._failures = 0
         return reply
 
-    async def _start(self, hello: wire.Hello) -> None:
+    async def _start(self, hello: wire.Greeting) -> None:
         environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         # -I: neither PYTHON* variables nor the working directory choose the code that gets the PIN. The
         # package is found because the distribution is installed (from a checkout: `pip install -e .`).
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-m", WORKER_MODULE, str(os.getpid()),
+            sys.executable, "-I", "-m", self._module, str(os.getpid()),
             stdin=PIPE, stdout=PIPE, stderr=PIPE,
             env=environment | dict(self._environment),
             start_new_session=True,
@@ -163,7 +169,7 @@ class Worker:
         reaper.add_done_callback(self._reapers.discard)
         ready = await self._exchange(hello)
         if isinstance(ready, wire.Failed):
-            raise KeySourceError(f"the PKCS#11 module does not load: {ready.detail}", verdict=ready.verdict)
+            raise KeySourceError(f"the {self._title} does not begin: {ready.detail}", verdict=ready.verdict)
 
     async def _exchange(self, message: wire.Message) -> wire.Reply:
         process = self._process
@@ -183,15 +189,15 @@ class Worker:
         if self._closed:
             return "the key source was closed"
         if process is None:
-            return f"the HSM worker cannot be started: {error}"
+            return f"the {self._title} cannot be started: {error}"
         if isinstance(error, wire.ProtocolError):
-            return f"the HSM worker does not keep to the protocol: {error}"
+            return f"the {self._title} does not keep to the protocol: {error}"
         try:
             async with asyncio.timeout(REAP_S):
                 status = await process.wait()
         except TimeoutError:
-            return f"the HSM worker closed its stream ({type(error).__name__})"
-        return f"the HSM worker died ({_status_text(status)})"
+            return f"the {self._title} closed its stream ({type(error).__name__})"
+        return f"the {self._title} died ({_status_text(status)})"
 
     def _rest_s(self) -> float:
         return self._failed_at_s + pause_s(self._failures) - self._clock.boot_s()

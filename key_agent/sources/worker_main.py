@@ -1,74 +1,32 @@
 """The HSM worker: a process that owns the PKCS#11 module, so that its crash costs a process, not the agent.
 
 1. Started fresh and never forked, single-threaded: what every module supports (hsm.md 1.1, 1.5).
-2. Frames come in on a copy of stdin and go out on a copy of stdout; the module gets /dev/null to read and
-   stderr to print on, so that a vendor's printf cannot corrupt a frame.
-3. No core dump, no /proc/<pid>/mem for others, dead as soon as the agent is. Signals of the terminal or the
-   service manager are the agent's business: it closes our input.
-4. Logged in for the length of one request. One wrong PIN and this process never logs in again.
-5. Error texts name classes and states, never data.
+2. Logged in for the length of one request. One wrong PIN and this process never logs in again.
+3. Error texts name classes and states, never data.
 """
 
 import contextlib
-import os
-import signal
-import sys
-from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 from pkcs11 import PKCS11Error
 
 from envelope.errors import SealgateError
 from key_agent.errors import KeySourceError
-from key_agent.sources import wire
-from key_agent.sources.envelopes import Signer
+from key_agent.sources import wire, worker_process
 from key_agent.sources.hsm import diagnosis, keks, material
 from key_agent.sources.hsm.session import Token
 from key_agent.sources.verdict import Verdict
-from runtime.lifecycle import end_with_parent, harden_process
 
 
 def main() -> NoReturn:
     """`python -I -m key_agent.sources.worker_main PARENT_PID`, started by worker.py only."""
-    end_with_parent(int(sys.argv[1]))
-    for warning in harden_process():
-        print(f"hsm worker: {warning}", file=sys.stderr)  # noqa: T201 - stderr is its log
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    requests, replies = _take_over_standard_streams()
-    status = 0
-    try:
-        _serve(requests, replies)
-    except (wire.ProtocolError, OSError) as error:
-        print(f"hsm worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
-        status = 1
-    # Vendors' destructors are not to be trusted, and python-pkcs11's print tracebacks (hsm.md 2.3).
-    sys.stderr.flush()
-    os._exit(status)
+    worker_process.run(_begin)
 
 
-def _take_over_standard_streams() -> tuple[BinaryIO, BinaryIO]:
-    requests, replies = os.dup(0), os.dup(1)  # not inheritable, unlike 0 and 1
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
-
-
-def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    worker: _Worker | None = None
-    while (request := wire.read_request(requests)) is not None:
-        reply: wire.Reply
-        if isinstance(request.message, wire.Hello):
-            worker = _Worker(request.message)
-            reply = worker.answer(request.message)
-        elif worker is None:
-            raise wire.ProtocolError("the first frame is not a hello")
-        else:
-            reply = worker.answer(request.message)
-        replies.write(wire.encode(request.number, reply))
-        replies.flush()
+def _begin(greeting: wire.Greeting) -> "_Worker":
+    if not isinstance(greeting, wire.Hello):
+        raise wire.ProtocolError("this worker is for HSMs")
+    return _Worker(greeting)
 
 
 class _Worker:
@@ -81,8 +39,7 @@ class _Worker:
             hello.module_arguments,
             hello.quirks,
         )
-        self._agent_id = hello.agent_id
-        self._signing_files = (hello.signing_key_file, hello.signing_certificate_file)
+        self._hello = hello
 
     def answer(self, request: wire.Request) -> wire.Reply:
         try:
@@ -146,7 +103,11 @@ class _Worker:
                 return wire.RewrapDone(keys=made, failed_keys=failed)
             case wire.SealEnvelopes():
                 results = material.seal_envelopes(
-                    token, self._signer(), request.kek, request.requests, budget_s=request.budget_s
+                    token,
+                    worker_process.signer_of(self._hello),
+                    request.kek,
+                    request.requests,
+                    budget_s=request.budget_s,
                 )
                 return wire.Sealed(results=results)
             case wire.Diagnose():
@@ -156,13 +117,6 @@ class _Worker:
             case wire.Describe():
                 return wire.Described(facts=self._describe(request))
         return wire.Done()
-
-    def _signer(self) -> Signer:
-        """Read anew for every batch: a renewed certificate is used without a restart."""
-        key_file, certificate_file = self._signing_files
-        if key_file is None or certificate_file is None:
-            raise KeySourceError("no signing key is configured")
-        return Signer.load(self._agent_id, Path(key_file), Path(certificate_file))
 
     def _describe(self, request: wire.Describe) -> dict[str, object]:
         token, library = self._token.token(), self._token.library

@@ -28,6 +28,10 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
     "pkcs11": ("key_agent.sources.worker_main", "key_agent.sources.hsm"),
     "key_agent.sources.hsm": ("key_agent.sources.worker_main", "key_agent.sources.hsm"),
     "key_agent.sources.worker_main": (),
+    # The same for key servers: what sees key material is in the worker.
+    "kmip": ("key_agent.sources.servers",),
+    "key_agent.sources.servers": ("key_agent.sources.server_worker_main", "key_agent.sources.servers"),
+    "key_agent.sources.server_worker_main": (),
     "alembic": ("runtime.database", "key_agent.registry", "proxy.tenants"),
     "sqlalchemy": ("runtime.database", "key_agent.registry", "proxy.tenants"),
     "typer": (

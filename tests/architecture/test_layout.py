@@ -101,6 +101,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/hsm/proof.py": _METHODS,
     "key_agent/sources/hsm/session.py": _WORKER,
     "key_agent/sources/hsm/wrapping.py": _METHODS,
+    "key_agent/sources/server_worker_main.py": (
+        "tests/key_agent/sources/test_key_server.py",
+        "runs in the worker process only, seen through its answers",
+    ),
     "key_agent/sources/servers/kmip.py": _SERVERS,
     "key_agent/sources/servers/openbao.py": _SERVERS,
     "key_agent/sources/servers/server.py": _SERVERS,
@@ -110,6 +114,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "key_agent/sources/verdict.py": ("tests/key_agent/sources/test_diagnosis.py", "the words of a diagnosis"),
     "key_agent/sources/worker_main.py": _WORKER,
+    "key_agent/sources/worker_process.py": _WORKER,
     "key_agent/sources/worker_source.py": _WORKER,
     "proxy/addon.py": _JOB,
     "proxy/api/broker.py": _BROKER,

@@ -30,6 +30,7 @@ def written(tmp_path: Path) -> Path:
 def test_what_init_writes_is_accepted(written: Path, tmp_path: Path) -> None:
     settings = config.load(written, {})
     assert (settings.agent.id, settings.agent.tenant, settings.agent.environment_id) == ("hq", "acme", "main")
+    assert settings.pkcs11 is not None
     assert settings.pkcs11.token_label == 'a "quoted" \\ label'
     assert (settings.refresh.interval_s, settings.refresh.validity_s, settings.refresh.watch_s) == (
         300,

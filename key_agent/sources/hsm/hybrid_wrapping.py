@@ -33,7 +33,7 @@ from key_agent.sources.hybrid import (
     seal_to_public_key,
 )
 from key_agent.sources.source import WrapMethod
-from runtime.memory import wipe
+from envelope.memory import wipe
 
 SHARED_SECRET_SIZE: Final = 32
 _OAEP: Final[Mapping[WrapMethod, tuple[Mechanism, MGF, None]]] = {

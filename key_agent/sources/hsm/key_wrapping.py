@@ -23,7 +23,7 @@ from key_agent.sources.hsm.wrapping import (
     random_bytes,
 )
 from key_agent.sources.source import WrapMethod
-from runtime.memory import wipe
+from envelope.memory import wipe
 
 CHECKSUM_SIZE: Final = 8  # RFC 3394's integrity register
 BINDING_HASH_SIZE: Final = 32

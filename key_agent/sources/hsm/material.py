@@ -42,7 +42,7 @@ from key_agent.sources.signing_keys import SEED_SIZE, der_size, make_signing_key
 from key_agent.sources.source import EnvelopeRequest, Kek, NewKey, WrappedKey
 from key_agent.sources.verdict import Verdict
 from key_agent.sources.wire import SealedEnvelopes
-from runtime.memory import wipe
+from envelope.memory import wipe
 
 TOKEN_ID_SIZE: Final = 16
 

@@ -10,6 +10,7 @@
 """
 
 import hmac
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,7 +51,7 @@ from key_agent.sources.signing_keys import SEED_SIZE, make_signing_key
 from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, KekType, NewKey, WrappedKey
 from key_agent.sources.verdict import Diagnosis, Verdict
 from key_agent.sources.wire import SealedEnvelopes
-from runtime.memory import wipe
+from envelope.memory import wipe
 
 CANARY_NAME: Final = "sealgate-canary"
 PROBE_NAME: Final = "sealgate-probe"
@@ -141,9 +142,9 @@ def set_kek_enabled(server: KeyServer, kek: Kek, *, enabled: bool) -> None:
         raise UnsupportedError(f"the key is {found.standing} afterwards ({found.detail})")
 
 
-def try_method(server: KeyServer, probe: str) -> str:
+def try_method(server: KeyServer) -> str:
     """ "ok", or why the server's method is refused, tried with a throw-away key."""
-    name = f"{PROBE_NAME}-{probe}"
+    name = f"{PROBE_NAME}-{os.urandom(8).hex()}"
     try:
         server.create(name)
         try:

@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.keys import KeyState, NetworkService
+from key_agent.sources.key_server import KeyServerSource, KmipSettings, OpenBaoSettings
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import EnvelopeRequest, KekReference, NewKey, Recipient, WrappedKey
+from key_agent.sources.worker_source import WorkerSource
+from tests.key_servers import BaoServer, KmipServer, running
 from tests.nss import MISSING, Nss
 from tests.pki import ServiceCredential, Tenant, write_credential
 from tests.softhsm import SoftHsm
@@ -143,16 +146,30 @@ def fake(hsm: SoftHsm, fake_library: Path) -> FakeModule:
 async def make_source(hsm: SoftHsm, acme: Tenant) -> AsyncIterator[MakeSource]:
     """Sources over the token, or with `settings=` over anything else; closed at the end."""
     certificate_file, key_file = write_credential(acme.agent_signing(AGENT), hsm.directory, "signing")
-    made: list[Pkcs11Source] = []
+    made: list[WorkerSource] = []
 
-    def make(settings: Any = None, **changes: Any) -> Pkcs11Source:
-        source = Pkcs11Source(settings or hsm.settings(**changes), key_file, certificate_file, AGENT)
+    def make(settings: Any = None, **changes: Any) -> Any:
+        settings = settings or hsm.settings(**changes)
+        kind = KeyServerSource if isinstance(settings, OpenBaoSettings | KmipSettings) else Pkcs11Source
+        source = kind(settings, key_file, certificate_file, AGENT)
         made.append(source)
         return source
 
     yield make
     for source in made:
         await source.close()
+
+
+@pytest.fixture(scope="session")
+def openbao_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaoServer]:
+    with running(BaoServer(tmp_path_factory.mktemp("openbao") / "server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kmip_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KmipServer]:
+    with running(KmipServer(tmp_path_factory.mktemp("kmip") / "server")) as server:
+        yield server
 
 
 @pytest.fixture

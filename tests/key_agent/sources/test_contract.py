@@ -11,6 +11,7 @@ from envelope.certificates import fingerprint
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Expectation, Signer, open_envelope
 from key_agent.errors import KekRevokedError, KeySourceError, UnsupportedError
+from key_agent.sources.servers import work
 from key_agent.sources.signing_keys import is_key_for
 from key_agent.sources.source import Kek, KeySource, NewKey, Verdict, WrappedKey
 from tests.fakes.key_source import FakeKeySource
@@ -27,6 +28,7 @@ from tests.key_agent.sources.conftest import (
     owners,
     request_for,
 )
+from tests.key_servers import BaoServer, KmipServer
 from tests.nss import Nss
 from tests.pki import Tenant
 from tests.softhsm import SoftHsm
@@ -45,6 +47,8 @@ class Subject:
     replace: Callable[[Kek], object]
     algorithms: tuple[SigningAlgorithm, ...] = ALL_ALGORITHMS
     """Whose keys it can wrap."""
+    can_enable: bool = True
+    """A disabled KEK can be enabled again."""
 
 
 SUBJECTS = {
@@ -54,15 +58,31 @@ SUBJECTS = {
     "nss-ecdh-es": "ecdh-es",
     "vendor-iv-in-place": "gcm-in-place",
     "vendor-iv-appended-16": "gcm-appended",
+    "openbao": None,
+    "kmip": None,
 }
 # A process or two and an RSA key per test: what does not depend on the method is tried on these.
-FEW = ["fake", "softhsm-gcm", "nss-kw", "vendor-iv-appended-16"]
+FEW = ["fake", "softhsm-gcm", "nss-kw", "vendor-iv-appended-16", "openbao", "kmip"]
 on_few = pytest.mark.parametrize("subject", FEW, indirect=True)
 
 
 @pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest, make_source: MakeSource, hsm: SoftHsm, acme: Tenant) -> Subject:
     name, method = request.param, SUBJECTS[request.param]
+    if name in ("openbao", "kmip"):
+        server: BaoServer | KmipServer = request.getfixturevalue(f"{name}_server")
+        server.clear()
+
+        def at(act: Callable[[str], object]) -> Callable[[Kek], object]:
+            return lambda kek: act(work.name_of(kek.reference))
+
+        return Subject(
+            make_source(server.settings()),
+            destroy=at(server.destroy),
+            disable=at(server.disable),
+            replace=at(server.replace),
+            can_enable=name == "openbao",
+        )
     if method is None:
         signing = acme.agent_signing(AGENT)
         fake = FakeKeySource(agent_id=AGENT, signing_key=signing.key, signing_certificate=signing.certificate)
@@ -293,9 +313,13 @@ async def test_revocations(subject: Subject, hand: str, verdict: Verdict) -> Non
 
 async def test_the_owners_own_hand(subject: Subject) -> None:
     kek = await subject.source.create_kek(REFERENCE)
-    await subject.source.set_kek_enabled(kek, enabled=False)
-    assert (await subject.source.diagnose(kek)).verdict is Verdict.KEK_DISABLED
-    await subject.source.set_kek_enabled(kek, enabled=True)
+    if subject.can_enable:
+        await subject.source.set_kek_enabled(kek, enabled=False)
+        assert (await subject.source.diagnose(kek)).verdict is Verdict.KEK_DISABLED
+        await subject.source.set_kek_enabled(kek, enabled=True)
+    else:
+        with pytest.raises(UnsupportedError, match="taken back"):
+            await subject.source.set_kek_enabled(kek, enabled=False)
     assert (await subject.source.diagnose(kek)).verdict is Verdict.OK
     await subject.source.destroy_kek(kek)
     await subject.source.destroy_kek(kek)
@@ -364,6 +388,6 @@ async def test_failures_of_one_key_or_recipient_are_values(
 @on_few
 async def test_description_and_end(subject: Subject) -> None:
     facts = await subject.source.describe()
-    assert {"module", "token", "methods"} <= facts.keys()
+    assert {"module", "token", "methods"} <= facts.keys() or {"server", "methods"} <= facts.keys()
     await subject.source.close()
     await subject.source.close()

@@ -357,7 +357,7 @@ async def test_a_wrong_label_names_it(make_source: MakeSource) -> None:
 
 
 async def test_a_module_that_cannot_be_loaded_names_it(make_source: MakeSource, tmp_path: Path) -> None:
-    with pytest.raises(KeySourceError, match="does not load"):
+    with pytest.raises(KeySourceError, match="does not begin"):
         await make_source(module_path=tmp_path / "absent.so").create_kek(REFERENCE)
 
 

@@ -12,8 +12,8 @@ from envelope.derive import ekm_binding, key_check_value
 from envelope.keys import KeyId
 from key_agent.errors import KeySourceError
 from key_agent.sources import wire
-from key_agent.sources.pkcs11 import _check_rewrapped
 from key_agent.sources.source import Kek, WrapMethod, WrappedKey
+from key_agent.sources.worker_source import _check_rewrapped
 from tests.key_agent.sources.conftest import (
     ANOTHER_REFERENCE,
     REFERENCE,

@@ -15,9 +15,10 @@ import pytest
 import uvloop
 
 from key_agent.errors import KeySourceError, UnsupportedError
-from key_agent.sources.pkcs11 import RETIRE_AFTER_S, Pkcs11Source
+from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import Kek, Verdict, WrappedKey
 from key_agent.sources.worker import LONGEST_PAUSE_S, pause_s
+from key_agent.sources.worker_source import RETIRE_AFTER_S
 from tests.fakes.clock import ManualClock
 from tests.key_agent.sources.conftest import REFERENCE, FakeModule, MakeSource, new_keys, owners, request_for
 from tests.softhsm import SoftHsm
@@ -170,7 +171,7 @@ async def test_starts_are_spaced_after_repeated_failures_and_a_success_ends_that
         fake.fail(C_Initialize="device-error")
         assert (await source.diagnose(kek)).verdict is Verdict.UNREACHABLE  # two passes, two failures
         found = await source.diagnose(kek)
-        assert "next start in 0.5 s" in found.detail or "does not load" in found.detail
+        assert "next start in 0.5 s" in found.detail or "does not begin" in found.detail
         with pytest.raises(KeySourceError, match="next start in"):
             await source.generate(kek, new_keys(1))
         fake.recover()
