@@ -8,6 +8,8 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 NATIVE := .venv-native
+# Of `make test`. More than cores make tests slow that wait for each other's processes.
+TEST_PROCESSES ?= 2
 SOURCES := envelope runtime key_agent proxy tests bench certs deploy
 
 help:
@@ -40,7 +42,7 @@ demo: environment
 
 test: environment native-environment
 	@deploy/system-packages test
-	@$(PY) -m tests.postgres $(PY) -m pytest $(ARGS)
+	@$(PY) -m tests.postgres $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: environment
 	@$(VENV)/bin/ruff check $(SOURCES)

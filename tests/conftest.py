@@ -12,12 +12,14 @@ import pytest
 import structlog
 from hypothesis import settings
 
+from tests import postgres
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, make_tenant
 
 settings.register_profile("ci", derandomize=True, print_blob=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+postgres.take_own_database()
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 1. It lives in a temporary directory, listens on a Unix socket there alone, and ends with the command.
 2. COMMAND finds it by SEALGATE_TEST_POSTGRES_URL; where that is set already, that server is used.
-3. PostgreSQL refuses to run as root: then it runs as the user that Debian's package made.
+3. Test processes side by side (pytest-xdist) each have a database of their own there.
+4. PostgreSQL refuses to run as root: then it runs as the user that Debian's package made.
 """
 
 import contextlib
@@ -18,10 +19,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
 URL_VARIABLE = "SEALGATE_TEST_POSTGRES_URL"
 SERVER_USER = "postgres"
 _STATUS_LINE: Final = 7
 """Of postmaster.pid, counted from 0."""
+
+
+def take_own_database() -> None:
+    """In a test process of several: its own database, made at the first call, in place of the common one."""
+    worker, url = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get(URL_VARIABLE)
+    if worker is None or url is None:
+        return
+    common = make_url(url)
+    own = common.set(database=f"{common.database}_{worker}")
+    if common.database is None or common.database.endswith(f"_{worker}"):
+        return  # taken already
+    engine = create_engine(common, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        known = connection.scalars(text("SELECT datname FROM pg_database")).all()
+        if own.database not in known:
+            connection.execute(text(f'CREATE DATABASE "{own.database}"'))
+    engine.dispose()
+    os.environ[URL_VARIABLE] = own.render_as_string(hide_password=False)
 
 
 def find_binaries() -> Path:
@@ -36,7 +58,7 @@ class Cluster:
     """A server that can be stopped, killed and started again. *directory*, for its socket too, must exist."""
 
     def __init__(self, directory: Path, *, data: Path | None = None) -> None:
-        self._directory = directory
+        self.directory = directory
         self._data = data or directory / "data"
         self._binaries = find_binaries()
         self._server: subprocess.Popen[bytes] | None = None
@@ -54,7 +76,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"postgresql+psycopg://sealgate@/sealgate?host={self._directory}"
+        return f"postgresql+psycopg://sealgate@/sealgate?host={self.directory}"
 
     def create(self, *words: str) -> None:
         """Make it, with an empty database `sealgate`; it runs then. *words* are for `initdb`."""
@@ -69,12 +91,12 @@ class Cluster:
     def start(self) -> None:
         """Returns when it accepts connections: after a crash, when it has recovered."""
         # Our own child: if it is killed, its lock file is stale as soon as we have waited for it.
-        with (self._directory / "log").open("ab") as log:
+        with (self.directory / "log").open("ab") as log:
             self._server = subprocess.Popen(
                 [
                     *(str(self._binaries / "postgres"), "-D", str(self._data)),
                     # A Unix socket's path is short: the temporary directory's is, as long as TMPDIR is.
-                    *("-c", "listen_addresses=", "-c", f"unix_socket_directories={self._directory}"),
+                    *("-c", "listen_addresses=", "-c", f"unix_socket_directories={self.directory}"),
                     # After a crash: one sync of the file system, not one of each of a thousand files.
                     *("-c", "recovery_init_sync_method=syncfs"),
                 ],
@@ -86,7 +108,7 @@ class Cluster:
         while not self._is_ready(self._server.pid):
             if self._server.poll() is not None or time.monotonic() > deadline_s:
                 self.stop()
-                raise RuntimeError((self._directory / "log").read_text()[-2000:])
+                raise RuntimeError((self.directory / "log").read_text()[-2000:])
             time.sleep(0.01)
 
     def _is_ready(self, process: int) -> bool:
