@@ -1,37 +1,40 @@
 """Key-material envelopes, JWE( JWS( claims ) ), from a key agent to one network service (docs/format.md 5).
 
-1. What is accepted follows from our own certificate and our own settings, never from the token. joserfc is
-   given an exact list of algorithms; header members beyond the listed ones, which it would let pass, are
-   refused before.
+1. What is accepted follows from our own certificate and our own settings, never from the token: one
+   algorithm each, and exactly the header members of the format.
 2. The checks of `open_envelope` stand in the order of docs/format.md. It returns everything or raises
    EnvelopeError with the code of the first rule that was broken; a caller never sees a part of the claims.
-3. joserfc checks neither `exp` nor any other claim: all of them are checked here.
+3. A document that holds key material exists in buffers with names, which are overwritten on every way out; so
+   are the strings that the JSON parser makes of key material (envelope/memory.py).
 4. Time, sequence, nonce and seen token ids are arguments; remembering them, per issuer, is the caller's duty.
 """
 
+import contextlib
 import functools
 import hmac
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NoReturn
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_private_key
-from joserfc import jwe, jws
-from joserfc.jwk import ECKey, RSAKey
 
-from envelope.base64url import b64u_decode, b64u_encode
+from envelope.base64url import b64u_decode, b64u_encode, decode_secret, encode_secret
 from envelope.certificates import CertificateError, Identity, Role, fingerprint, read_identity
 from envelope.compact import (
     ECDH_ES_A256KW,
     RSA_OAEP_256,
+    decrypt_by_ec,
+    decrypt_by_rsa,
     encrypt_to_ec,
     encrypt_to_rsa,
     sign_es256,
+    verify_es256,
 )
 from envelope.derive import key_check_value, signing_key_check_value
 from envelope.errors import EnvelopeError, FormatError, MisuseError
@@ -44,6 +47,7 @@ from envelope.keys import (
     NetworkService,
     check_name,
 )
+from envelope.memory import wipe, wipe_text
 
 MAX_ENVELOPE_BYTES: Final = 64 * 1024
 MAX_AHEAD_S: Final = 30
@@ -60,6 +64,8 @@ _CLAIMS: Final = frozenset({"iss", "aud", "sub", "iat", "nbf", "exp", "jti", "se
 _ALGORITHM: Final = re.compile(r"[A-Za-z0-9+-]{1,32}")
 _MAX_AUDIENCE: Final = 255
 _COMPACT: Final = json.JSONEncoder(separators=(",", ":"))
+
+_HOLE: Final = b'"km":""'
 
 type RecipientKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -167,7 +173,7 @@ def recipient_thumbprint(token: str) -> bytes:
 
     EnvelopeError "too-large", "malformed" or "header".
     """
-    header = _object(_segments(token, 5)[0])
+    header = _object(b64u_decode(_segments(token, 5)[0]))
     return _bytes_member(header, "x5t#S256", 32, "header")
 
 
@@ -214,12 +220,17 @@ def seal_envelope(
         raise MisuseError(f"{by.identity} does not sign for agent {claims.issuer} of {claims.owner.tenant}")
     if not _is_pair(signing_key, by):
         raise MisuseError("the signing key is not the signing certificate's")
-    body = _COMPACT.encode(_encode_claims(claims, to.thumbprint)).encode()
-    signed = sign_es256(by.header, body, signing_key).encode()
-    if isinstance(to.public_key, rsa.RSAPublicKey):
-        token = encrypt_to_rsa(to.header, signed, to.public_key)
-    else:
-        token = encrypt_to_ec(to.header, signed, to.public_key, to.curve or "")
+    body = _with_secrets(_COMPACT.encode(_encode_claims(claims, to.thumbprint)), claims.keys)
+    signed = bytearray()
+    try:
+        signed = sign_es256(by.header, body, signing_key)
+        if isinstance(to.public_key, rsa.RSAPublicKey):
+            token = encrypt_to_rsa(to.header, signed, to.public_key)
+        else:
+            token = encrypt_to_ec(to.header, signed, to.public_key, to.curve or "")
+    finally:
+        body[:] = bytes(len(body))
+        signed[:] = bytes(len(signed))
     if len(token) > MAX_ENVELOPE_BYTES:
         raise EnvelopeError("too-large", f"{len(claims.keys)} keys do not fit an envelope")
     return token
@@ -235,18 +246,27 @@ def open_envelope(token: str, expected: Expectation) -> Claims:
     if ours.identity != Identity(expected.owner.tenant, Role.SERVICE, expected.owner.service):
         raise EnvelopeError("recipient", "our own certificate is not this network service's")
     signed = _decrypt(token, ours, expected.recipient_key)
-    signer, claims = _verify(signed, expected)
-    _check_parties(claims, ours, signer, expected)
-    _check_freshness(claims, expected)
-    return _decode_claims(claims, expected.owner)
+    try:
+        signer, claims = _verify(signed, expected)
+    finally:
+        signed[:] = bytes(len(signed))
+    try:
+        if claims.keys() - {"nonce"} != _CLAIMS:
+            raise EnvelopeError("malformed", "other claims than the format's")
+        _check_parties(claims, ours, signer, expected)
+        _check_freshness(claims, expected)
+        return _decode_claims(claims, expected.owner)
+    finally:
+        _overwrite_secrets(claims)
 
 
 # --- reading, in the order of docs/format.md 5 ---
 
 
-def _decrypt(token: str, ours: _Recipient, key: RecipientKey) -> str:
+def _decrypt(token: str, ours: _Recipient, key: RecipientKey) -> bytearray:
     """Rules 1 to 4, outside: the inner JWS."""
-    header = _object(_segments(token, 5)[0])
+    parts = _segments(token, 5)
+    header = _object(b64u_decode(parts[0]))
     if header.get("alg") != ours.algorithm or header.get("enc") != _ENCRYPTION:
         raise EnvelopeError("algorithm", f"only {ours.algorithm} with {_ENCRYPTION} is accepted here")
     if header.keys() != ours.members:
@@ -257,44 +277,58 @@ def _decrypt(token: str, ours: _Recipient, key: RecipientKey) -> str:
         _check_ephemeral_key(header["epk"], ours.curve)
     if header["x5t#S256"] != ours.thumbprint:
         raise EnvelopeError("recipient", "sealed to another certificate")
-    try:
-        opened = jwe.decrypt_compact(
-            token, _recipient_key(key, ours), registry=_jwe_registry(ours.algorithm)
-        ).plaintext
-    except Exception:  # noqa: BLE001 - whatever a broken token makes of joserfc and OpenSSL: one answer
-        opened = None
+    opened = None
+    # Whatever a broken token, or a key that is not our certificate's, makes of OpenSSL: one answer.
+    with contextlib.suppress(Exception):
+        if isinstance(key, rsa.RSAPrivateKey):
+            opened = decrypt_by_rsa(parts, key)
+        else:
+            opened = decrypt_by_ec(parts, key, header["epk"])
     if opened is None:
         raise EnvelopeError("decryption", "does not open with the key of our certificate")
-    try:
-        return opened.decode("ascii")
-    except UnicodeDecodeError:
-        raise EnvelopeError("malformed", "the inner token is not text") from None
+    return opened
 
 
-def _verify(signed: str, expected: Expectation) -> tuple[Signer, dict[str, Any]]:
-    """Rules 2 to 4, inside: who signed, and the claims, not yet judged."""
-    header_segment, payload_segment, _ = _segments(signed, 3)
-    header = _object(header_segment)
-    if header.get("alg") != _SIGNATURE:
-        raise EnvelopeError("algorithm", f"only {_SIGNATURE} signatures are accepted")
-    if header.keys() != {"alg", "kid", "typ"}:
-        raise EnvelopeError("header", "the inner header has other members than the format's")
-    if header["typ"] != _INNER_TYPE:
-        raise EnvelopeError("header", "the inner header is of another type")
-    signer = expected.signers.get(_bytes_member(header, "kid", 32, "header"))
-    if signer is None:
-        raise EnvelopeError("signer", "signed by none of this tenant's agents")
-    by = _check_signer(signer, expected)
+def _verify(signed: bytearray, expected: Expectation) -> tuple[Signer, dict[str, Any]]:
+    """Rules 1 to 4, inside: who signed, and the claims, not yet judged."""
+    if len(signed) > MAX_ENVELOPE_BYTES:
+        raise EnvelopeError("too-large", f"more than {MAX_ENVELOPE_BYTES} bytes")
+    if signed.count(b".") != 2:
+        raise EnvelopeError("malformed", "not a compact token of 3 parts")
+    first, last = signed.index(b"."), signed.rindex(b".")
+    payload = bytearray()
     try:
-        verified = jws.deserialize_compact(signed, _jose_key(by), registry=_jws_registry()).payload
-    except Exception:  # noqa: BLE001 - as above
-        verified = None
-    if verified is None:
-        raise EnvelopeError("signature", "the signature is not this signer's")
-    claims = _object(payload_segment)
-    if claims.keys() - {"nonce"} != _CLAIMS:
-        raise EnvelopeError("malformed", "other claims than the format's")
-    return signer, claims
+        with memoryview(signed) as view:
+            header_bytes, signature = decode_secret(view[:first]), decode_secret(view[last + 1 :])
+            payload = decode_secret(view[first + 1 : last])
+            header = _object(header_bytes)
+            if header.get("alg") != _SIGNATURE:
+                raise EnvelopeError("algorithm", f"only {_SIGNATURE} signatures are accepted")
+            if header.keys() != {"alg", "kid", "typ"}:
+                raise EnvelopeError("header", "the inner header has other members than the format's")
+            if header["typ"] != _INNER_TYPE:
+                raise EnvelopeError("header", "the inner header is of another type")
+            signer = expected.signers.get(_bytes_member(header, "kid", 32, "header"))
+            if signer is None:
+                raise EnvelopeError("signer", "signed by none of this tenant's agents")
+            by = _check_signer(signer, expected)
+            try:
+                verify_es256(view[:last], bytes(signature), by.public_key)
+            except (InvalidSignature, ValueError):
+                raise EnvelopeError("signature", "the signature is not this signer's") from None
+        return signer, _object(payload)
+    except FormatError:
+        raise EnvelopeError("malformed", "a part is not base64url") from None
+    finally:
+        payload[:] = bytes(len(payload))
+
+
+def _overwrite_secrets(claims: dict[str, Any]) -> None:
+    """Nothing else holds the parser's strings: the keys that were made of them have copies of their own."""
+    items = claims.get("keys")
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict) and isinstance(text := item.get("km"), str):
+            wipe_text(text)
 
 
 def _check_signer(signer: Signer, expected: Expectation) -> _Signing:
@@ -421,7 +455,7 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
         use=use,
         algorithm=algorithm,
         version=version,
-        secret=bytearray(_bytes_member(item, "km", None, "malformed")) if "km" in item else bytearray(),
+        secret=_secret_member(item, "km") if "km" in item else bytearray(),
     )
     if state is not KeyState.DESTROYED:
         stated = _bytes_member(item, "kcv", 16, "malformed")
@@ -453,11 +487,13 @@ def _segments(token: str, count: int) -> list[str]:
     return parts
 
 
-def _object(segment: str) -> dict[str, Any]:
-    """The JSON object in *segment*: no member twice, no float, no NaN."""
+def _object(document: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that *document* is: no member twice, no float, no NaN."""
+    text = ""
     try:
+        text = document.decode()
         value = json.loads(
-            b64u_decode(segment).decode(),
+            text,
             object_pairs_hook=_unique_members,
             parse_float=_no_number,
             parse_constant=_no_number,
@@ -465,6 +501,8 @@ def _object(segment: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         # Without the cause: its text may quote the document.
         raise EnvelopeError("malformed", "not the JSON of this format") from None
+    finally:
+        wipe_text(text)
     if not isinstance(value, dict):
         raise EnvelopeError("malformed", "not a JSON object")
     return value
@@ -498,6 +536,18 @@ def _bytes_member(members: dict[str, Any], name: str, size: int | None, code: st
     if data is None or (size is not None and len(data) != size):
         raise EnvelopeError(code, f"{name} is not the base64url of {size or 'some'} bytes")
     return data
+
+
+def _secret_member(members: dict[str, Any], name: str) -> bytearray:
+    """As `_bytes_member`, of a secret."""
+    value = members[name]
+    text = value.encode("ascii", "replace") if isinstance(value, str) else b"?"
+    try:
+        return decode_secret(text)
+    except FormatError:
+        raise EnvelopeError("malformed", f"{name} is not the base64url of some bytes") from None
+    finally:
+        wipe(text)
 
 
 def _check_ephemeral_key(epk: object, curve: str) -> None:
@@ -566,8 +616,28 @@ def _encode_key(key: KeyMaterial, owner: NetworkService) -> dict[str, str | int]
             raise MisuseError("a destroyed key has no secret")
     else:
         item["kcv"] = b64u_encode(key.verified_kcv or key_check(key))
-        item["km"] = b64u_encode(bytes(key.secret))
+        item["km"] = ""  # until `_with_secrets`
     return item
+
+
+def _with_secrets(document: str, keys: Sequence[KeyMaterial]) -> bytearray:
+    """*document* with the secrets of *keys* where they belong: the JSON encoder never saw them.
+
+    Inside a string of JSON every quotation mark has a backslash before it, so nothing else looks like _HOLE.
+    """
+    first, *others = document.encode().split(_HOLE)
+    secrets = [encode_secret(key.secret) for key in keys if key.state is not KeyState.DESTROYED]
+    parts: list[bytes | bytearray] = [first]
+    for secret, other in zip(secrets, others, strict=True):
+        parts += (_HOLE[:-1], secret, _HOLE[-1:], other)
+    filled = bytearray(sum(map(len, parts)))
+    at = 0
+    for part in parts:
+        filled[at : at + len(part)] = part
+        at += len(part)
+    for secret in secrets:
+        secret[:] = bytes(len(secret))
+    return filled
 
 
 # --- what follows from certificates ---
@@ -594,13 +664,6 @@ def _recipient(certificate: x509.Certificate) -> _Recipient:
 _CURVES: Final = {"secp256r1": "P-256", "secp384r1": "P-384"}
 
 
-def _recipient_key(key: RecipientKey, ours: _Recipient) -> RSAKey | ECKey:
-    # The dictionary of the public key keeps joserfc from exporting the private numbers into strings of its
-    # own.
-    public = _jose_key(ours).as_dict(private=False)
-    return RSAKey(key, public) if isinstance(key, rsa.RSAPrivateKey) else ECKey(key, public)
-
-
 @functools.lru_cache(maxsize=1024)
 def _signing(certificate: x509.Certificate) -> _Signing:
     """Cached, as `_recipient`. CertificateError if it states no role, MisuseError if it is not for ES256."""
@@ -614,21 +677,3 @@ def _signing(certificate: x509.Certificate) -> _Signing:
 def _is_pair(key: ec.EllipticCurvePrivateKey, of: _Signing) -> bool:
     """Cached by identity: comparing two points takes as long as signing. It is one agent's key, or two."""
     return key.public_key() == of.public_key
-
-
-@functools.lru_cache(maxsize=1024)
-def _jose_key(of: _Recipient | _Signing) -> RSAKey | ECKey:
-    """Its public key for joserfc, which reads; cached, as `_recipient`."""
-    public = of.public_key
-    return RSAKey(public, public) if isinstance(public, rsa.RSAPublicKey) else ECKey(public, public)
-
-
-@functools.cache
-def _jwe_registry(algorithm: str) -> jwe.JWERegistry:
-    """Rule 2: an open list let 6 of 74 invalid Wycheproof tokens pass."""
-    return jwe.JWERegistry(algorithms=[algorithm, _ENCRYPTION])
-
-
-@functools.cache
-def _jws_registry() -> jws.JWSRegistry:
-    return jws.JWSRegistry(algorithms=[_SIGNATURE])
