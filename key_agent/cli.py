@@ -24,6 +24,7 @@ from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, setup
 from key_agent.commands import Json
 from key_agent.operations import Operations
+from key_agent.sources.vendors import GENERIC, load_vendor, vendor_names
 from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
 from runtime import doctor as report
@@ -143,8 +144,15 @@ def init(  # noqa: PLR0917 - typer calls it by name
     context: typer.Context,
     tenant: Annotated[str, typer.Option(help="The tenant's id.")],
     agent: Annotated[str, typer.Option(help="This agent's id, as in its certificates.")],
-    module: Annotated[Path, typer.Option(help="The HSM's PKCS#11 library.")],
-    token_label: Annotated[str, typer.Option(help="Label of the token that holds the KEK.")],
+    module: Annotated[
+        Path | None, typer.Option(help="The HSM's PKCS#11 library. Default: where --hsm has it.")
+    ] = None,
+    token_label: Annotated[str | None, typer.Option(help="Label of the token that holds the KEK.")] = None,
+    hsm: Annotated[str, typer.Option(help=f"Whose HSM it is: {', '.join(vendor_names())}.")] = GENERIC,
+    openbao: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenBao instead of an HSM: https://host:port.")
+    ] = None,
+    kmip: Annotated[str | None, typer.Option(metavar="HOST", help="A KMIP server instead of an HSM.")] = None,
     environment: Annotated[str, typer.Option(help="This environment's id.")] = "main",
     state_dir: Annotated[Path, typer.Option(help="Database, audit log, lock, socket.")] = Path(
         "/var/lib/sealgate-agent"
@@ -164,13 +172,50 @@ def init(  # noqa: PLR0917 - typer calls it by name
             tenant=tenant,
             agent=agent,
             environment=environment,
-            module=module,
-            token_label=token_label,
+            source=_key_source(module, token_label, hsm, openbao, kmip),
             state_dir=state_dir,
             files_dir=files_dir or options.config_file.parent / "key-agent",
         ),
     )
     options.emit(result, lambda: setup.what_is_missing(result))
+
+
+def _key_source(
+    module: Path | None, token_label: str | None, hsm: str, openbao: str | None, kmip: str | None
+) -> setup.Hsm | setup.OpenBaoServer | setup.KmipServer:
+    is_hsm = module is not None or token_label is not None or hsm != GENERIC
+    if is_hsm + (openbao is not None) + (kmip is not None) != 1:
+        raise CommandError(
+            "say where the KEK is to be: in one place",
+            "--token-label LABEL with --module FILE or --hsm VENDOR; or --openbao URL; or --kmip HOST",
+            ExitCode.USAGE,
+            code="usage",
+        )
+    if openbao is not None:
+        return setup.OpenBaoServer(url=openbao)
+    if kmip is not None:
+        return setup.KmipServer(host=kmip)
+    try:
+        vendor = load_vendor(hsm)
+    except ValueError as error:
+        raise CommandError(str(error), "--hsm VENDOR", ExitCode.USAGE, code="usage") from None
+    if not vendor.pkcs11:
+        raise CommandError(
+            f"{vendor.title} has no PKCS#11 module", vendor.instead, ExitCode.USAGE, code="usage"
+        )
+    known = next((path for path in vendor.module_paths if path.is_file()), None)
+    if (module := module or known) is None:
+        raise CommandError(
+            f"the PKCS#11 library of {vendor.title} is not where it usually is",
+            "install it, or say where it is: --module FILE",
+            ExitCode.USAGE,
+            code="usage",
+        )
+    if token_label is None:
+        raise CommandError(
+            "the token's label is missing", "--token-label LABEL", ExitCode.USAGE, code="usage"
+        )
+    return setup.Hsm(module=module, token_label=token_label, vendor=hsm)
 
 
 @program.command()

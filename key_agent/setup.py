@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from envelope.keys import check_name
+from key_agent.sources.vendors import GENERIC
 from runtime.cli import CommandError, ExitCode
 
 _TEMPLATE: Final = """\
@@ -45,13 +46,7 @@ key_file = {signing_key}
 certificate_file = {tls_certificate}
 key_file = {tls_key}
 
-[pkcs11]
-module_path = {module}
-token_label = {token_label}
-# token_serial = "..."                   # where two tokens have one label
-pin_file = {pin}
-# method = "auto"                        # or "gcm", "kw"
-
+{source}
 [refresh]
 interval_s = 300      # keys are pushed this often, as proof that the enterprise still consents
 validity_s = 330      # and are valid this long, so that one retry fits
@@ -71,16 +66,87 @@ port = 8320
 """
 
 
+_PKCS11: Final = """\
+[pkcs11]
+vendor = {vendor}                # `key-agent init --help` lists them; docs/hsm.md
+module_path = {module}
+token_label = {token_label}
+# token_serial = "..."                   # where two tokens have one label
+pin_file = {pin}
+# method = "auto"                        # or one of docs/hsm.md, for KEKs made from now on
+"""
+_OPENBAO: Final = """\
+[openbao]
+# docs/key-servers.md has the policy that the token needs.
+url = {url}
+token_file = {token}
+ca_file = {ca}
+mount = "transit"
+"""
+_KMIP: Final = """\
+[kmip]
+host = {host}
+port = 5696
+ca_file = {ca}
+# Our identity at the server.
+certificate_file = {certificate}
+key_file = {key}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hsm:
+    """A token reached by PKCS#11."""
+
+    module: Path
+    token_label: str
+    vendor: str = GENERIC
+
+    def section(self, files_dir: Path) -> tuple[str, list[Path]]:
+        """Its text, and the files that it names."""
+        pin = files_dir / "pin"
+        values = {
+            "vendor": self.vendor,
+            "module": str(self.module.absolute()),
+            "token_label": self.token_label,
+            "pin": str(pin),
+        }
+        return _PKCS11.format(**{name: _toml(value) for name, value in values.items()}), [pin]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBaoServer:
+    url: str
+
+    def section(self, files_dir: Path) -> tuple[str, list[Path]]:
+        files = {"token": files_dir / "openbao-token", "ca": files_dir / "openbao-ca.pem"}
+        values = {name: _toml(str(path)) for name, path in files.items()}
+        return _OPENBAO.format(url=_toml(self.url), **values), list(files.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KmipServer:
+    host: str
+
+    def section(self, files_dir: Path) -> tuple[str, list[Path]]:
+        files = {
+            "ca": files_dir / "kmip-ca.pem",
+            "certificate": files_dir / "kmip.pem",
+            "key": files_dir / "kmip.key",
+        }
+        values = {name: _toml(str(path)) for name, path in files.items()}
+        return _KMIP.format(host=_toml(self.host), **values), list(files.values())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     tenant: str
     agent: str
     environment: str
-    module: Path
-    token_label: str
+    source: Hsm | OpenBaoServer | KmipServer
     state_dir: Path
     files_dir: Path
-    """Where root.pem, signing.*, tls.* and pin are to be put."""
+    """Where root.pem, signing.*, tls.* and the key source's files are to be put."""
 
 
 def initialise(config_file: Path, answers: Answers) -> dict[str, object]:
@@ -94,8 +160,8 @@ def initialise(config_file: Path, answers: Answers) -> dict[str, object]:
         "signing_key": files_dir / "signing.key",
         "tls_certificate": files_dir / "tls.pem",
         "tls_key": files_dir / "tls.key",
-        "pin": files_dir / "pin",
     }
+    section, source_files = answers.source.section(files_dir)
     values = {name: _toml(str(path)) for name, path in files.items()}
     text = _TEMPLATE.format(
         agent=_toml(answers.agent),
@@ -104,8 +170,7 @@ def initialise(config_file: Path, answers: Answers) -> dict[str, object]:
         tenant_plain=answers.tenant,
         environment=_toml(answers.environment),
         state_dir=_toml(str(state_dir)),
-        module=_toml(str(answers.module.absolute())),
-        token_label=_toml(answers.token_label),
+        source=section,
         **values,
     )
     config_file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,14 +188,14 @@ def initialise(config_file: Path, answers: Answers) -> dict[str, object]:
     return {
         "config": str(config_file),
         "state_dir": str(state_dir),
-        "missing": [str(path) for path in files.values() if not path.exists()],
+        "missing": [str(path) for path in (*files.values(), *source_files) if not path.exists()],
     }
 
 
 def what_is_missing(result: Any) -> str:
     lines = [f"written: {result['config']}", f"made: {result['state_dir']}"]
     if result["missing"]:
-        lines.append("now put these in place (keys and PIN with mode 0600):")
+        lines.append("now put these in place (keys, PIN and token with mode 0600):")
         lines += [f"  {path}" for path in result["missing"]]
     lines.append("then: key-agent doctor; key-agent kek create; key-agent run")
     return "\n".join(lines)

@@ -273,3 +273,34 @@ def test_how_a_rotation_and_an_end_are_told() -> None:
     assert _lifetime_text(end) == "tls: ends 2027-01-01, in 3 days"
     assert _lifetime_text(end | {"days_left": -1.0}) == "tls: EXPIRED 2027-01-01"
     assert _lifetime_text(end | {"not_after": None, "days_left": None}) == "tls: nobody can tell when it ends"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "in one place"),
+        (("--openbao", "https://b:1", "--kmip", "k"), "in one place"),
+        (("--kmip", "k", "--token-label", "t"), "in one place"),
+        (("--hsm", "softhsm2"), "label is missing"),
+        (("--hsm", "nobody", "--token-label", "t"), "no HSM vendor"),
+        (("--hsm", "azure", "--token-label", "t"), "no PKCS#11 module"),
+        (("--hsm", "luna", "--token-label", "t"), "not where it usually is"),
+    ],
+)
+def test_init_wants_one_key_source(
+    words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "agent.toml"
+    places = ("--state-dir", tmp_path / "state", "--files-dir", tmp_path / "files")
+    code = _run("--config", path, "init", "--tenant", "acme", "--agent", "hq", *words, *places)
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_init_finds_the_vendors_library(tmp_path: Path) -> None:
+    path = tmp_path / "agent.toml"
+    places = ("--state-dir", tmp_path / "state", "--files-dir", tmp_path / "files")
+    words = ("--hsm", "softhsm2", "--token-label", "t")
+    assert _run("--config", path, "init", "--tenant", "acme", "--agent", "hq", *words, *places) == 0
+    assert "libsofthsm2.so" in path.read_text()

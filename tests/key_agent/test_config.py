@@ -18,8 +18,9 @@ def written(tmp_path: Path) -> Path:
             tenant="acme",
             agent="hq",
             environment="main",
-            module=Path("/usr/lib/softhsm/libsofthsm2.so"),
-            token_label='a "quoted" \\ label',
+            source=setup.Hsm(
+                module=Path("/usr/lib/softhsm/libsofthsm2.so"), token_label='a "quoted" \\ label'
+            ),
             state_dir=tmp_path / "state",
             files_dir=tmp_path / "files",
         ),
@@ -42,6 +43,37 @@ def test_what_init_writes_is_accepted(written: Path, tmp_path: Path) -> None:
         assert directory.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [
+        (setup.OpenBaoServer(url="https://bao.example:8200"), ["openbao-token", "openbao-ca.pem"]),
+        (setup.KmipServer(host="kmip.example"), ["kmip-ca.pem", "kmip.pem", "kmip.key"]),
+        (setup.Hsm(module=Path("/m"), token_label="t", vendor="softhsm2"), ["pin"]),
+    ],
+)
+def test_init_for_any_key_source(
+    tmp_path: Path, source: setup.Hsm | setup.OpenBaoServer | setup.KmipServer, missing: list[str]
+) -> None:
+    path = tmp_path / "key-agent.toml"
+    told = setup.initialise(
+        path,
+        setup.Answers(
+            tenant="acme",
+            agent="hq",
+            environment="main",
+            source=source,
+            state_dir=tmp_path / "state",
+            files_dir=tmp_path / "files",
+        ),
+    )
+    settings = config.load(path, {})
+    found = [settings.pkcs11, settings.openbao, settings.kmip]
+    assert [section is not None for section in found] == [
+        isinstance(source, kind) for kind in (setup.Hsm, setup.OpenBaoServer, setup.KmipServer)
+    ]
+    assert {str(tmp_path / "files" / name) for name in missing} <= set(told["missing"])  # type: ignore[call-overload]
+
+
 def test_init_overwrites_nothing(written: Path, tmp_path: Path) -> None:
     before = written.read_text()
     with pytest.raises(CommandError, match="exists"):
@@ -51,8 +83,7 @@ def test_init_overwrites_nothing(written: Path, tmp_path: Path) -> None:
                 tenant="globex",
                 agent="x",
                 environment="main",
-                module=Path("/m"),
-                token_label="t",
+                source=setup.Hsm(module=Path("/m"), token_label="t"),
                 state_dir=tmp_path / "state",
                 files_dir=tmp_path / "files",
             ),
