@@ -10,6 +10,7 @@ import asyncio
 import base64
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import structlog
 import typer
 
 from envelope.errors import SealgateError
-from key_agent import api, app, config, doctor, setup
+from key_agent import api, app, config, doctor, live_status, setup
 from key_agent.commands import Json
 from key_agent.operations import Operations
 from key_agent.sources.vendors import GENERIC, load_vendor, vendor_names
@@ -30,6 +31,7 @@ from runtime import cli, lifecycle, observe
 from runtime import doctor as report
 from runtime.audit_command import add_audit
 from runtime.cli import CommandError, ExitCode
+from runtime.clock import SystemClock
 from runtime.files import write_new_file
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
@@ -253,9 +255,38 @@ def _first(error: Exception) -> Exception:
 
 
 @program.command()
-def status(context: typer.Context) -> None:
+def status(
+    context: typer.Context,
+    follow: Annotated[
+        bool, typer.Option("--watch", help="A live table, until Ctrl-C; with --json a line each second.")
+    ] = False,
+) -> None:
     """Services and proxies: what was acknowledged, until when it is valid, and what the KEK says."""
+    if follow:
+        _watch(context.obj)
+        return
     _show(context, perform(context.obj, "status"), status_text)
+
+
+def _watch(options: Options) -> None:
+    observe.configure_logging(level=logging.CRITICAL)
+    socket = options.load().agent.state_dir / SOCKET_NAME
+    display: live_status.Display
+    if options.as_json:
+        display = live_status.JsonLines(sys.stdout)
+    elif sys.stdout.isatty():
+        is_coloured = "NO_COLOR" not in os.environ
+        display = live_status.Screen(sys.stdout, notes=_notes, is_coloured=is_coloured)
+    else:
+        raise CommandError("--watch draws on a terminal", "add --json, or leave --watch out", ExitCode.USAGE)
+    asyncio.run(live_status.watch(lambda: live_status.ask(socket), display, SystemClock()))
+
+
+def _notes(data: Any) -> list[str]:
+    return [
+        *(f"rotation: {rotation_text(row)}" for row in data["rotations"]),
+        *(f"certificate: {_lifetime_text(row)}" for row in data["ending"]),
+    ]
 
 
 @program.command(name="doctor")
