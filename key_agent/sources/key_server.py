@@ -8,35 +8,17 @@ from pathlib import Path
 from typing import override
 from urllib.parse import urlsplit
 
-import msgspec
-
 from key_agent.errors import UnsupportedError
 from key_agent.sources import wire
 from key_agent.sources.source import KekType, WrapMethod
 from key_agent.sources.worker import Worker
-from key_agent.sources.worker_source import Limits, WorkerSource
+from key_agent.sources.worker_source import WorkerSettings, WorkerSource
 from runtime.clock import Clock, SystemClock
 
 WORKER_MODULE = "key_agent.sources.server_worker_main"
 
 
-class _ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    request_timeout_s: float = 10.0
-    """The worker is killed when it has not answered by then."""
-    start_timeout_s: float = 20.0
-    administration_timeout_s: float = 60.0
-    batch_s: float = 0.25
-    """How long one batch keeps the KEK watch waiting."""
-
-    def __post_init__(self) -> None:
-        for name in ("request_timeout_s", "start_timeout_s", "administration_timeout_s", "batch_s"):
-            if not 0 < getattr(self, name) <= 3600:
-                raise ValueError(f"{name} must be greater than 0 and at most 3600")
-        if self.batch_s > self.request_timeout_s / 2:
-            raise ValueError(
-                "batch_s must be at most half of request_timeout_s, or a slow batch counts as a hang"
-            )
-
+class _ServerSettings(WorkerSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def call_timeout_s(self) -> float:
         """Of one call to the server: its failure is told before the worker is given up."""
@@ -120,8 +102,7 @@ class KeyServerSource(WorkerSource):
             module=WORKER_MODULE,
             title="key server's worker",
         )
-        limits = Limits(administration_timeout_s=settings.administration_timeout_s, batch_s=settings.batch_s)
-        super().__init__(worker, limits, clock)
+        super().__init__(worker, settings, clock)
 
     @override
     def _methods(self, kek_type: KekType | None) -> tuple[WrapMethod, ...]:

@@ -22,7 +22,7 @@ from key_agent.sources.source import (
 )
 from key_agent.sources.vendors import GENERIC, Vendor, load_vendor, read_vendor_file
 from key_agent.sources.worker import Worker
-from key_agent.sources.worker_source import Limits, WorkerSource
+from key_agent.sources.worker_source import WorkerSettings, WorkerSource
 from runtime.clock import Clock, SystemClock
 
 _log = structlog.get_logger(__name__)
@@ -40,7 +40,7 @@ type MethodSetting = Literal[
 ]
 
 
-class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Pkcs11Settings(WorkerSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[pkcs11]` section. A KEK keeps the method it was made with, whatever `method` says later."""
 
     module_path: Path
@@ -60,23 +60,12 @@ class Pkcs11Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A file of that form in place of ours, for a site that knows better."""
     method: MethodSetting = "auto"
     """Pin the wrap method of KEKs that are made or adopted from now on."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = msgspec.field(default_factory=dict)
     """Further variables for the module, such as SOFTHSM2_CONF."""
-    request_timeout_s: float = 10.0
-    start_timeout_s: float = 20.0
-    administration_timeout_s: float = 60.0
-    """For creating and destroying KEKs and trying methods: dozens of calls, some slow on real HSMs."""
-    batch_s: float = 0.25
-    """How long one batch keeps the KEK watch waiting."""
 
+    @override
     def __post_init__(self) -> None:
-        for name in ("request_timeout_s", "start_timeout_s", "administration_timeout_s", "batch_s"):
-            if not 0 < getattr(self, name) <= 3600:
-                raise ValueError(f"{name} must be greater than 0 and at most 3600")
-        if self.batch_s > self.request_timeout_s / 2:
-            raise ValueError(
-                "batch_s must be at most half of request_timeout_s, or a slow batch counts as a hang"
-            )
+        super().__post_init__()
         if not self.token_label:
             raise ValueError("token_label must not be empty")
         if not self.module_path.is_absolute():
@@ -145,8 +134,7 @@ class Pkcs11Source(WorkerSource):
             start_timeout_s=settings.start_timeout_s,
             clock=clock,
         )
-        limits = Limits(administration_timeout_s=settings.administration_timeout_s, batch_s=settings.batch_s)
-        super().__init__(worker, limits, clock)
+        super().__init__(worker, settings, clock)
 
     @override
     def _methods(self, kek_type: KekType | None) -> tuple[WrapMethod, ...]:

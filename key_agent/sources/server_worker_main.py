@@ -6,15 +6,14 @@ loaded only where it is used, so that an agent without PyKMIP can use OpenBao.
 
 import contextlib
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, override
 
-from envelope.errors import SealgateError
-from key_agent.errors import KeySourceError
+from envelope.keys import KeyId
 from key_agent.sources import wire, worker_process
 from key_agent.sources.servers import work
 from key_agent.sources.servers.server import KeyGoneError, KeyServer, ServerUnavailableError, Unsupported
-from key_agent.sources.source import KekType
-from key_agent.sources.verdict import Verdict
+from key_agent.sources.source import Kek, KekType, WrappedKey
+from key_agent.sources.verdict import Diagnosis, Verdict
 from runtime.settings import SettingsError, read_secret_file
 
 
@@ -68,19 +67,21 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-class _Worker:
+class _Worker(worker_process.Answerer):
     def __init__(self, greeting: wire.OpenBaoHello | wire.KmipHello) -> None:
         self._greeting = greeting
-        self._server: KeyServer | None = None
+        self._connected: KeyServer | None = None
 
+    @property
+    def _server(self) -> KeyServer:
+        if self._connected is None:
+            self._connected = _connect(self._greeting)
+        return self._connected
+
+    @override
     def answer(self, request: wire.Request) -> wire.Reply:
         try:
-            if self._server is None:
-                self._server = _connect(self._greeting)
-            return self._answer(self._server, request)
-        except KeySourceError as error:
-            notes = getattr(error, "__notes__", ())
-            return wire.Failed(verdict=error.verdict, detail="; ".join([error.detail, *notes]))
+            return super().answer(request)
         except Unsupported as error:
             return wire.Failed(verdict=Verdict.UNSUPPORTED, detail=str(error))
         except (ServerUnavailableError, KeyGoneError) as error:
@@ -90,69 +91,73 @@ class _Worker:
                 verdict=Verdict.UNSUPPORTED,
                 detail=f"{error.name} is not installed; requirements-agent.lock brings it",
             )
-        except SealgateError as error:
-            return wire.Failed(verdict=Verdict.UNREACHABLE, detail=type(error).__name__)
 
-    def _answer(self, server: KeyServer, request: wire.Request) -> wire.Reply:
-        match request:
-            case wire.CreateKek():
-                kek = work.create_kek(
-                    server,
-                    request.reference,
-                    KekType.AES_256,
-                    request.valid_until_s,
-                    replace_unfinished=request.replace_unfinished,
-                    now_ms=request.now_ms,
-                )
-                return wire.KekMade(kek=kek)
-            case wire.AdoptKek():
-                kek = work.adopt_kek(
-                    server,
-                    request.reference,
-                    KekType.AES_256,
-                    request.valid_from_s,
-                    request.valid_until_s,
-                    now_ms=request.now_ms,
-                )
-                return wire.KekMade(kek=kek)
-            case wire.DestroyKek():
-                work.destroy_kek(server, request.kek)
-            case wire.EnableKek():
-                work.set_kek_enabled(server, request.kek, enabled=request.enabled)
-            case wire.Generate():
-                keys = work.generate(
-                    server, request.kek, request.wanted, now_ms=request.now_ms, budget_s=request.budget_s
-                )
-                return wire.Generated(keys=keys)
-            case wire.Rewrap():
-                made, failed = work.rewrap(
-                    server,
-                    request.old,
-                    request.new,
-                    request.keys,
-                    now_ms=request.now_ms,
-                    budget_s=request.budget_s,
-                )
-                return wire.RewrapDone(keys=made, failed_keys=failed)
-            case wire.SealEnvelopes():
-                results = work.seal_envelopes(
-                    server,
-                    worker_process.signer_of(self._greeting),
-                    request.kek,
-                    request.requests,
-                    budget_s=request.budget_s,
-                )
-                return wire.Sealed(results=results)
-            case wire.Diagnose():
-                found = work.diagnose(server, request.kek, now_s=request.now_s)
-                return wire.Diagnosed(verdict=found.verdict, detail=found.detail)
-            case wire.Describe():
-                facts = server.describe()
-                return wire.Described(facts={"server": facts, "methods": self._methods(server)})
-        return wire.Done()
+    @override
+    def begin(self) -> None:
+        """Nothing: a server that is away must not keep the worker from starting."""
 
-    def _methods(self, server: KeyServer) -> dict[str, str]:
-        return {str(server.method): work.try_method(server)}
+    @override
+    def create_kek(self, request: wire.CreateKek) -> Kek:
+        return work.create_kek(
+            self._server,
+            request.reference,
+            KekType.AES_256,
+            request.valid_until_s,
+            replace_unfinished=request.replace_unfinished,
+            now_ms=request.now_ms,
+        )
+
+    @override
+    def adopt_kek(self, request: wire.AdoptKek) -> Kek:
+        return work.adopt_kek(
+            self._server,
+            request.reference,
+            KekType.AES_256,
+            request.valid_from_s,
+            request.valid_until_s,
+            now_ms=request.now_ms,
+        )
+
+    @override
+    def destroy_kek(self, kek: Kek) -> None:
+        work.destroy_kek(self._server, kek)
+
+    @override
+    def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
+        work.set_kek_enabled(self._server, kek, enabled=enabled)
+
+    @override
+    def generate(self, request: wire.Generate) -> tuple[WrappedKey, ...]:
+        return work.generate(
+            self._server, request.kek, request.wanted, now_ms=request.now_ms, budget_s=request.budget_s
+        )
+
+    @override
+    def rewrap(self, request: wire.Rewrap) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+        return work.rewrap(
+            self._server,
+            request.old,
+            request.new,
+            request.keys,
+            now_ms=request.now_ms,
+            budget_s=request.budget_s,
+        )
+
+    @override
+    def seal_envelopes(self, request: wire.SealEnvelopes) -> tuple[wire.SealedEnvelopes, ...]:
+        signer = worker_process.signer_of(self._greeting)
+        return work.seal_envelopes(
+            self._server, signer, request.kek, request.requests, budget_s=request.budget_s
+        )
+
+    @override
+    def diagnose(self, request: wire.Diagnose) -> Diagnosis:
+        return work.diagnose(self._server, request.kek, now_s=request.now_s)
+
+    @override
+    def describe(self, request: wire.Describe) -> dict[str, object]:
+        server = self._server
+        return {"server": server.describe(), "methods": {str(server.method): work.try_method(server)}}
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@
 """
 
 import contextlib
-from typing import NoReturn
+from typing import NoReturn, override
 
 from pkcs11 import PKCS11Error
 
-from envelope.errors import SealgateError
-from key_agent.errors import KeySourceError
+from envelope.keys import KeyId
 from key_agent.sources import wire, worker_process
 from key_agent.sources.hsm import diagnosis, keks, material
 from key_agent.sources.hsm.session import Token
-from key_agent.sources.verdict import Verdict
+from key_agent.sources.source import Kek, WrappedKey
+from key_agent.sources.verdict import Diagnosis, Verdict
 
 
 def main() -> NoReturn:
@@ -29,7 +29,7 @@ def _begin(greeting: wire.Greeting) -> "_Worker":
     return _Worker(greeting)
 
 
-class _Worker:
+class _Worker(worker_process.Answerer):
     def __init__(self, hello: wire.Hello) -> None:
         self._token = Token(
             hello.module_path,
@@ -41,84 +41,79 @@ class _Worker:
         )
         self._hello = hello
 
+    @override
     def answer(self, request: wire.Request) -> wire.Reply:
         try:
-            return self._answer(request)
-        except KeySourceError as error:
-            notes = getattr(error, "__notes__", ())
-            return wire.Failed(verdict=error.verdict, detail="; ".join([error.detail, *notes]))
+            return super().answer(request)
         except PKCS11Error as error:
             return wire.Failed(verdict=Verdict.UNREACHABLE, detail=f"PKCS#11: {_text(error)}")
-        except SealgateError as error:
-            return wire.Failed(verdict=Verdict.UNREACHABLE, detail=type(error).__name__)
         finally:
             self._token.close()
 
-    def _answer(self, request: wire.Request) -> wire.Reply:
-        token = self._token
-        match request:
-            case wire.Hello():
-                token.load()
-            case wire.CreateKek():
-                kek = keks.create_kek(
-                    token,
-                    request.reference,
-                    keks.Making(
-                        methods=request.methods, now_ms=request.now_ms, valid_until_s=request.valid_until_s
-                    ),
-                    replace_unfinished=request.replace_unfinished,
-                )
-                return wire.KekMade(kek=kek)
-            case wire.AdoptKek():
-                kek = keks.adopt_kek(
-                    token,
-                    request.reference,
-                    keks.Making(
-                        methods=request.methods,
-                        now_ms=request.now_ms,
-                        valid_from_s=request.valid_from_s,
-                        valid_until_s=request.valid_until_s,
-                    ),
-                    is_method_pinned=request.is_method_pinned,
-                )
-                return wire.KekMade(kek=kek)
-            case wire.DestroyKek():
-                keks.destroy_kek(token, request.kek)
-            case wire.EnableKek():
-                keks.set_kek_enabled(token, request.kek, enabled=request.enabled)
-            case wire.Generate():
-                keys = material.generate(
-                    token, request.kek, request.wanted, now_ms=request.now_ms, budget_s=request.budget_s
-                )
-                return wire.Generated(keys=keys)
-            case wire.Rewrap():
-                made, failed = material.rewrap(
-                    token,
-                    request.old,
-                    request.new,
-                    request.keys,
-                    now_ms=request.now_ms,
-                    budget_s=request.budget_s,
-                )
-                return wire.RewrapDone(keys=made, failed_keys=failed)
-            case wire.SealEnvelopes():
-                results = material.seal_envelopes(
-                    token,
-                    worker_process.signer_of(self._hello),
-                    request.kek,
-                    request.requests,
-                    budget_s=request.budget_s,
-                )
-                return wire.Sealed(results=results)
-            case wire.Diagnose():
-                token.look_afresh()
-                found = diagnosis.diagnose(token, request.kek, now_s=request.now_s)
-                return wire.Diagnosed(verdict=found.verdict, detail=found.detail)
-            case wire.Describe():
-                return wire.Described(facts=self._describe(request))
-        return wire.Done()
+    @override
+    def begin(self) -> None:
+        self._token.load()
 
-    def _describe(self, request: wire.Describe) -> dict[str, object]:
+    @override
+    def create_kek(self, request: wire.CreateKek) -> Kek:
+        making = keks.Making(
+            methods=request.methods, now_ms=request.now_ms, valid_until_s=request.valid_until_s
+        )
+        return keks.create_kek(
+            self._token, request.reference, making, replace_unfinished=request.replace_unfinished
+        )
+
+    @override
+    def adopt_kek(self, request: wire.AdoptKek) -> Kek:
+        making = keks.Making(
+            methods=request.methods,
+            now_ms=request.now_ms,
+            valid_from_s=request.valid_from_s,
+            valid_until_s=request.valid_until_s,
+        )
+        return keks.adopt_kek(
+            self._token, request.reference, making, is_method_pinned=request.is_method_pinned
+        )
+
+    @override
+    def destroy_kek(self, kek: Kek) -> None:
+        keks.destroy_kek(self._token, kek)
+
+    @override
+    def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
+        keks.set_kek_enabled(self._token, kek, enabled=enabled)
+
+    @override
+    def generate(self, request: wire.Generate) -> tuple[WrappedKey, ...]:
+        return material.generate(
+            self._token, request.kek, request.wanted, now_ms=request.now_ms, budget_s=request.budget_s
+        )
+
+    @override
+    def rewrap(self, request: wire.Rewrap) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+        return material.rewrap(
+            self._token,
+            request.old,
+            request.new,
+            request.keys,
+            now_ms=request.now_ms,
+            budget_s=request.budget_s,
+        )
+
+    @override
+    def seal_envelopes(self, request: wire.SealEnvelopes) -> tuple[wire.SealedEnvelopes, ...]:
+        signer = worker_process.signer_of(self._hello)
+        return material.seal_envelopes(
+            self._token, signer, request.kek, request.requests, budget_s=request.budget_s
+        )
+
+    @override
+    def diagnose(self, request: wire.Diagnose) -> Diagnosis:
+        self._token.look_afresh()
+        return diagnosis.diagnose(self._token, request.kek, now_s=request.now_s)
+
+    @override
+    def describe(self, request: wire.Describe) -> dict[str, object]:
         token, library = self._token.token(), self._token.library
         facts: dict[str, object] = {
             "module": {

@@ -10,21 +10,93 @@
 import os
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol
+from typing import BinaryIO, NoReturn
 
+from envelope.errors import SealgateError
+from envelope.keys import KeyId
 from key_agent.errors import KeySourceError
 from key_agent.sources import wire
 from key_agent.sources.envelopes import Signer
+from key_agent.sources.source import Kek, WrappedKey
+from key_agent.sources.verdict import Diagnosis, Verdict
 from runtime.lifecycle import end_with_parent, harden_process
 
 
-class Answerer(Protocol):
-    """Answers every request of its worker's life, the greeting first."""
+class Answerer(ABC):
+    """Answers every request of its worker's life, the greeting first. Errors are KeySourceError."""
 
     def answer(self, request: wire.Request) -> wire.Reply:
         """Never raises but by a bug: failures are replies."""
+        try:
+            return self._dispatch(request)
+        except KeySourceError as error:
+            notes = getattr(error, "__notes__", ())
+            return wire.Failed(verdict=error.verdict, detail="; ".join([error.detail, *notes]))
+        except SealgateError as error:
+            return wire.Failed(verdict=Verdict.UNREACHABLE, detail=type(error).__name__)
+
+    def _dispatch(self, request: wire.Request) -> wire.Reply:
+        match request:
+            case wire.Hello() | wire.OpenBaoHello() | wire.KmipHello():
+                self.begin()
+            case wire.CreateKek():
+                return wire.KekMade(kek=self.create_kek(request))
+            case wire.AdoptKek():
+                return wire.KekMade(kek=self.adopt_kek(request))
+            case wire.DestroyKek():
+                self.destroy_kek(request.kek)
+            case wire.EnableKek():
+                self.set_kek_enabled(request.kek, enabled=request.enabled)
+            case wire.Generate():
+                return wire.Generated(keys=self.generate(request))
+            case wire.Rewrap():
+                made, failed = self.rewrap(request)
+                return wire.RewrapDone(keys=made, failed_keys=failed)
+            case wire.SealEnvelopes():
+                return wire.Sealed(results=self.seal_envelopes(request))
+            case wire.Diagnose():
+                found = self.diagnose(request)
+                return wire.Diagnosed(verdict=found.verdict, detail=found.detail)
+            case wire.Describe():
+                return wire.Described(facts=self.describe(request))
+        return wire.Done()
+
+    # As the methods of `KeySource`.
+
+    @abstractmethod
+    def begin(self) -> None: ...
+
+    @abstractmethod
+    def create_kek(self, request: wire.CreateKek) -> Kek: ...
+
+    @abstractmethod
+    def adopt_kek(self, request: wire.AdoptKek) -> Kek: ...
+
+    @abstractmethod
+    def destroy_kek(self, kek: Kek) -> None: ...
+
+    @abstractmethod
+    def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None: ...
+
+    @abstractmethod
+    def generate(self, request: wire.Generate) -> tuple[WrappedKey, ...]: ...
+
+    @abstractmethod
+    def rewrap(
+        self, request: wire.Rewrap
+    ) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]: ...
+
+    @abstractmethod
+    def seal_envelopes(self, request: wire.SealEnvelopes) -> tuple[wire.SealedEnvelopes, ...]: ...
+
+    @abstractmethod
+    def diagnose(self, request: wire.Diagnose) -> Diagnosis: ...
+
+    @abstractmethod
+    def describe(self, request: wire.Describe) -> dict[str, object]: ...
 
 
 def run(begin: Callable[[wire.Greeting], Answerer]) -> NoReturn:

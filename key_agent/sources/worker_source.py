@@ -10,9 +10,10 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, override
 
+import msgspec
 import structlog
 
 from envelope.keys import KeyId
@@ -48,18 +49,31 @@ _ENVELOPE_KEY_BYTES: Final = 600
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How long work may take, in seconds."""
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the section of any key source has."""
 
-    administration_timeout_s: float
-    batch_s: float
+    request_timeout_s: float = 10.0
+    """The worker is killed when it has not answered by then."""
+    start_timeout_s: float = 20.0
+    administration_timeout_s: float = 60.0
+    """For creating and destroying KEKs and trying methods: dozens of calls, some slow on real HSMs."""
+    batch_s: float = 0.25
+    """How long one batch keeps the KEK watch waiting."""
+
+    def __post_init__(self) -> None:
+        for name in ("request_timeout_s", "start_timeout_s", "administration_timeout_s", "batch_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ValueError(f"{name} must be greater than 0 and at most 3600")
+        if self.batch_s > self.request_timeout_s / 2:
+            raise ValueError(
+                "batch_s must be at most half of request_timeout_s, or a slow batch counts as a hang"
+            )
 
 
 class WorkerSource(KeySource):
     """What differs between HSMs and key servers is in the few methods without a body."""
 
-    def __init__(self, worker: Worker, limits: Limits, clock: Clock) -> None:
+    def __init__(self, worker: Worker, limits: WorkerSettings, clock: Clock) -> None:
         self._worker = worker
         self._limits = limits
         self._clock = clock

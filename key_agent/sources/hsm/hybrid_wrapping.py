@@ -12,6 +12,7 @@ from typing import Any, Final, override
 
 from pkcs11 import KDF, MGF, Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 
+from envelope.memory import wipe
 from key_agent.errors import KeySourceError
 from key_agent.sources.hsm.key_wrapping import MAC_SIZE, PASSING, authenticated, verified
 from key_agent.sources.hsm.wrapping import (
@@ -33,7 +34,6 @@ from key_agent.sources.hybrid import (
     seal_to_public_key,
 )
 from key_agent.sources.source import WrapMethod
-from envelope.memory import wipe
 
 SHARED_SECRET_SIZE: Final = 32
 _OAEP: Final[Mapping[WrapMethod, tuple[Mechanism, MGF, None]]] = {

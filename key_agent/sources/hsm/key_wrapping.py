@@ -14,6 +14,7 @@ from typing import Any, Final, override
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 
 from envelope.derive import lp
+from envelope.memory import wipe
 from key_agent.sources.hsm.wrapping import (
     KekObjects,
     Wrapping,
@@ -23,7 +24,6 @@ from key_agent.sources.hsm.wrapping import (
     random_bytes,
 )
 from key_agent.sources.source import WrapMethod
-from envelope.memory import wipe
 
 CHECKSUM_SIZE: Final = 8  # RFC 3394's integrity register
 BINDING_HASH_SIZE: Final = 32

@@ -24,6 +24,7 @@ from envelope.keys import (
     NetworkService,
     SigningAlgorithm,
 )
+from envelope.memory import wipe
 from key_agent.errors import KeySourceError, UnsupportedError, error_of
 from key_agent.sources.envelopes import (
     Signer,
@@ -42,7 +43,6 @@ from key_agent.sources.signing_keys import SEED_SIZE, der_size, make_signing_key
 from key_agent.sources.source import EnvelopeRequest, Kek, NewKey, WrappedKey
 from key_agent.sources.verdict import Verdict
 from key_agent.sources.wire import SealedEnvelopes
-from envelope.memory import wipe
 
 TOKEN_ID_SIZE: Final = 16
 

@@ -26,6 +26,7 @@ from envelope.keys import (
     NetworkService,
     SigningAlgorithm,
 )
+from envelope.memory import wipe
 from key_agent.errors import KeySourceError, UnsupportedError, error_of
 from key_agent.sources.envelopes import (
     Signer,
@@ -51,7 +52,6 @@ from key_agent.sources.signing_keys import SEED_SIZE, make_signing_key
 from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, KekType, NewKey, WrappedKey
 from key_agent.sources.verdict import Diagnosis, Verdict
 from key_agent.sources.wire import SealedEnvelopes
-from envelope.memory import wipe
 
 CANARY_NAME: Final = "sealgate-canary"
 PROBE_NAME: Final = "sealgate-probe"
