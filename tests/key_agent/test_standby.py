@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from envelope.certificates import fingerprint
+from envelope.material import Signer
 from tests.key_agent.test_agent_softhsm import (  # noqa: F401 - `site` is a fixture
     S3,
     Site,
@@ -21,6 +23,7 @@ from tests.key_agent.test_agent_softhsm import (  # noqa: F401 - `site` is a fix
     site,
     until,
 )
+from tests.pki import write_credential
 from tests.ports import free_port
 
 TAKE_OVER_S = 45.0
@@ -114,6 +117,7 @@ async def test_the_spare_stands_by_follows_a_killed_leader_and_feeds_the_proxies
     await until(lambda: len(first.proxy.accepted) > pushes)
 
     # The first one comes back, and it is its turn to stand by; the kill switch works at the leader.
+    (first.state_dir / "control.sock").unlink()  # the killed one left it
     returned = await first.start("run")
     await until((first.state_dir / "control.sock").exists)
     assert (await first.command("kek", "revoke", "--yes", exit_code=4))["code"] == "standby"
@@ -123,6 +127,23 @@ async def test_the_spare_stands_by_follows_a_killed_leader_and_feeds_the_proxies
     for process in (returned, follower):
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+def _under_a_name_of_its_own(first: Site, spare: Site) -> Site:
+    """With its own certificates, as docs/key-agent.md recommends."""
+    files = first.directory / "spare"
+    files.mkdir(mode=0o700)
+    signing = first.tenant.agent_signing("spare")
+    write_credential(signing, files, "signing")
+    write_credential(first.tenant.agent_tls("spare"), files, "tls")
+    signer = Signer(signing.certificate, "spare")
+    first.proxy.signers = {**first.proxy.signers, fingerprint(signing.certificate): signer}
+    names = {
+        f"KEY_AGENT_{section}__{option}": str(files / f"{section.lower()}.{ending}")
+        for section in ("SIGNING", "TLS")
+        for option, ending in (("KEY_FILE", "key"), ("CERTIFICATE_FILE", "pem"))
+    }
+    return replace(spare, environment=spare.environment | names | {"KEY_AGENT_AGENT__ID": "spare"})
 
 
 async def _freeze_between_transactions(first: Site, leader: asyncio.subprocess.Process) -> None:
@@ -145,13 +166,14 @@ async def _freeze_between_transactions(first: Site, leader: asyncio.subprocess.P
 @pytest.mark.timeout(240)
 async def test_a_frozen_leader_wakes_up_to_no_harm(pair: tuple[Site, Site]) -> None:
     first, spare = pair
+    spare = _under_a_name_of_its_own(first, spare)
     leader = await first.start("run")
     await first.wait_for_socket(leader)
     await until(lambda: first.proxy.valid_keys(S3))
     await _freeze_between_transactions(first, leader)
     follower = await spare.start("run")
     told = await _leads(spare)
-    assert told["leads"] is True
+    assert (told["leads"], told["agent"]) == (True, "spare")
     await spare.command("rotate", "s3")
     keys = (await spare.command("key", "list", "s3"))["keys"]
     leader.send_signal(signal.SIGCONT)

@@ -4,17 +4,19 @@ import os
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.pool import NullPool
 
 from runtime.database import ask, check_url_settings, chosen_url, make_engine, read_only, transaction
 from runtime.settings import SettingsError
-from tests.postgres import URL_VARIABLE
+from tests.postgres import URL_VARIABLE, running
 
 POSTGRES_URL = os.environ.get(URL_VARIABLE, "")
 needs_postgres = pytest.mark.skipif(not POSTGRES_URL, reason=f"{URL_VARIABLE} names no PostgreSQL server")
@@ -186,6 +188,49 @@ def test_a_postgres_that_would_lose_commits_is_refused(value: str) -> None:
     with pytest.raises(BrokenError, match=f"synchronous_commit={value}"):
         engine.connect()
     engine.dispose()
+
+
+@needs_postgres
+def test_a_postgres_that_loses_what_it_synced_is_refused_until_it_is_set_right() -> None:
+    """A server of its own: these settings are the whole server's."""
+    with running() as cluster:
+        url = make_url(cluster.url)
+        engine = engine_of(url)
+        for name in ("fsync", "full_page_writes"):
+            for value in ("off", "on"):
+                _set_at_server(url, name, value)
+                if value == "off":
+                    with pytest.raises(BrokenError, match=f"PostgreSQL has {name}=off.* set {name}=on"):
+                        engine.connect()
+                else:
+                    engine.connect().close()
+                    engine.dispose()
+
+
+def _set_at_server(url: URL, name: str, value: str) -> None:
+    """Return when new connections see it."""
+    administrator = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with administrator.connect() as connection:
+        connection.execute(text(f"ALTER SYSTEM SET {name} = {value}"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+    deadline_s = time.monotonic() + 20
+    while True:
+        with administrator.connect() as connection:
+            if connection.execute(text(f"SHOW {name}")).scalar() == value:
+                return
+        assert time.monotonic() < deadline_s
+
+
+@needs_postgres
+def test_a_server_that_vanished_is_noticed_and_the_url_has_the_last_word() -> None:
+    for given, expected in (({}, "20000"), ({"tcp_user_timeout": "7000"}, "7000")):
+        engine = engine_of(make_url(POSTGRES_URL).update_query_dict(given))
+        with engine.connect() as connection:
+            dbapi: Any = connection.connection.dbapi_connection
+            found = {option.keyword.decode(): option.val for option in dbapi.pgconn.info}
+            assert found["tcp_user_timeout"] == expected.encode()
+            assert (found["keepalives_idle"], found["keepalives_interval"]) == (b"5", b"5")
+        engine.dispose()
 
 
 @needs_postgres
