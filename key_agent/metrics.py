@@ -82,3 +82,15 @@ BROKER_OPEN: Final = Gauge(
     namespace=NAMESPACE,
     registry=REGISTRY,
 )
+ROTATIONS_OPEN: Final = Gauge(
+    "agent_rotations_open",
+    "Rotations of keys that have not ended",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+ROTATIONS_STUCK: Final = Gauge(
+    "agent_rotations_stuck",
+    "Rotations whose new key does not open in the HSM, so that it is not activated",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)

@@ -24,6 +24,7 @@ import structlog
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, KeyState, NetworkService
+from key_agent import metrics
 from key_agent.consent import Consent
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
@@ -182,6 +183,8 @@ class RotationLoop:
                     failures += 1
                     log.error("rotation", error=str(error))  # noqa: TRY400 - expected
                     delay_s = next_delay(interval_s=_MAX_DELAY_S, failures=failures, jitter=0)
+            metrics.ROTATIONS_OPEN.set(len(self._open))
+            metrics.ROTATIONS_STUCK.set(len(self._problems))
             await wait_until(clock, self._wake, clock.boot_s() + delay_s)
 
     async def begin(self, kek: Kek, wanted: Sequence[NewKey], cause: RotationCause) -> list[str]:

@@ -22,17 +22,27 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Self
+
+from prometheus_client import Counter
 
 from envelope import audit
 from envelope.audit import BrokenChainError, Head, Value
 from envelope.errors import SealgateError
 from runtime.clock import Clock
 from runtime.files import sync_directory
+from runtime.observe import NAMESPACE, REGISTRY
 
 FILE_MODE: Final = 0o600
+FAILURES: Final = Counter(
+    "audit_failures",
+    "Events that the audit log did not take: what they stand for was refused, but for withdrawals",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
 _READ_BYTES: Final = 1 << 20
 
 
@@ -82,6 +92,13 @@ class AuditLog:
 
     def append(self, action: str, *, outcome: str = "ok", durable: bool = True, **fields: Value) -> None:
         """Write one event. AuditUnavailableError if it cannot be: then refuse what it stands for."""
+        try:
+            self._append(action, outcome, fields, durable=durable)
+        except AuditUnavailableError:
+            FAILURES.inc()
+            raise
+
+    def _append(self, action: str, outcome: str, fields: Mapping[str, Value], *, durable: bool) -> None:
         with self._lock:
             self._check_usable()
             line, head = audit.encode_event(

@@ -90,6 +90,13 @@ async def problem_middleware(request: web.Request, handler: Handler) -> web.Stre
         )
 
 
+_READY: Final = (
+    b"# HELP sealgate_ready 1 if /readyz says yes, 0 if it has reasons not to\n"
+    b"# TYPE sealgate_ready gauge\n"
+    b"sealgate_ready %d.0\n"
+)
+
+
 def health_routes(
     application: web.Application,
     *,
@@ -115,6 +122,7 @@ def health_routes(
 
     async def metrics(_request: web.Request) -> web.Response:
         text = generate_latest(registry) if scrape is None else await scrape()
+        text += _READY % (not readyz())
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     application.router.add_get("/livez", health(livez))

@@ -20,6 +20,7 @@ from envelope.audit import BrokenChainError
 from envelope.errors import MisuseError
 from runtime.audit import AuditLog, AuditUnavailableError, read_chain
 from runtime.clock import Clock
+from runtime.observe import REGISTRY
 from tests.fakes.clock import ManualClock
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,22 @@ def test_threads_do_not_tear_the_chain(log: AuditLog, path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(events(path)) == 800
+
+
+def test_refusals_are_counted(log: AuditLog) -> None:
+    def failures() -> float:
+        found = REGISTRY.get_sample_value("sealgate_audit_failures_total")
+        assert found is not None
+        return found
+
+    before = failures()
+    log.append("one")
+    assert failures() == before
+    log.close()
+    for _ in range(2):
+        with pytest.raises(AuditUnavailableError):
+            log.append("two")
+    assert failures() == before + 2
 
 
 def test_a_closed_log_refuses(log: AuditLog) -> None:

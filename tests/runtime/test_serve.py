@@ -164,11 +164,14 @@ async def test_health(client: aiohttp.ClientSession) -> None:
             assert response.status == 503
             assert await response.json() == {"status": "failing", "reasons": ["no key yet"]}
             assert response.headers["Cache-Control"] == "no-store"
+        async with client.get(f"{base}/metrics") as response:
+            assert (await response.text()).endswith("\nsealgate_ready 0.0\n")
         reasons.clear()
         async with client.get(f"{base}/readyz") as response:
             assert response.status == 200
         async with client.get(f"{base}/metrics") as response:
             assert "sealgate_pushes_total 3.0" in await response.text()
+            assert (await response.text()).endswith("\nsealgate_ready 1.0\n")
             assert response.content_type == "text/plain"
 
 
