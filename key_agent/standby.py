@@ -1,7 +1,7 @@
 """The agent that does not lead: it waits for the lease, says so, and does nothing else.
 
-1. It is alive and not ready; its status names who leads. Every command is refused with where to give it: two
-   hands on one registry are what the lease is there to prevent.
+1. It is alive and not ready; its status names who leads, or what is wrong with the registry. Every command is
+   refused with where to give it: two hands on one registry are what the lease is there to prevent.
 2. It has opened neither the HSM nor a way to the proxies: a wrong PIN is not tried twice, no key is here.
 3. From the moment it leads it starts like any agent: everything is read from the registry.
 """
@@ -20,6 +20,7 @@ from aiohttp import web
 from key_agent import metrics
 from key_agent.commands import Json
 from key_agent.errors import KeyAgentError
+from key_agent.registry.database import RegistryError
 from key_agent.registry.lease import Holding
 from runtime.observe import REGISTRY
 from runtime.serve import health_routes, make_application, problem_response, serving
@@ -44,7 +45,9 @@ class Standby:
         self._socket_file = socket_file
         self._address = (host, port)
         self._stop = stop
+        self._serves = False
         self._leader: Holding | None = None
+        self._failure: RegistryError | None = None
         self._servers = AsyncExitStack()
         self.port: int | None = None
         """Of the loopback listener while it stands by."""
@@ -60,23 +63,28 @@ class Standby:
     ) -> None:
         await self.end()
 
-    async def stand_by(self, leader: Holding) -> None:
-        """*leader* holds the lease. StoppedOnStandbyError when it is time to go."""
+    async def stand_by(self, found: Holding | RegistryError) -> None:
+        """Who holds the lease, or why that cannot be known. StoppedOnStandbyError when it is time to go."""
         if self._stop.is_set():
             raise StoppedOnStandbyError("asked to stop while standing by")
-        if self._leader is None:
+        if not self._serves:
             await self._begin()
-        if self._leader is None or self._leader.instance != leader.instance:
-            log.info("stands by", agent=self._agent_id, leader=leader.describe())
-        self._leader = leader
+        if isinstance(found, RegistryError):
+            self._leader, self._failure = None, found
+            return
+        if self._leader is None or self._leader.instance != found.instance:
+            log.info("stands by", agent=self._agent_id, leader=found.describe())
+        self._leader, self._failure = found, None
 
     async def end(self) -> None:
         """Close what was served: the agent that leads serves at the same places."""
         await self._servers.aclose()
+        self._serves = False
         self.port = None
-        self._leader = None
+        self._leader = self._failure = None
 
     async def _begin(self) -> None:
+        self._serves = True
         metrics.LEADS.set(0)
         runner = web.AppRunner(self._refusing(), access_log=None, handle_signals=False)
         await runner.setup()
@@ -97,6 +105,7 @@ class Standby:
         return {
             "agent": self._agent_id,
             "role": "standby",
+            "problem": None if self._failure is None else str(self._failure),
             "leader": None
             if leader is None
             else {
@@ -109,6 +118,8 @@ class Standby:
         }
 
     def _reasons_not_ready(self) -> list[str]:
+        if self._failure is not None:
+            return [f"the registry cannot be used yet: {self._failure}"]
         leader = "nobody yet" if self._leader is None else self._leader.describe()
         return [f"stands by: {leader} leads"]
 
@@ -126,6 +137,14 @@ class Standby:
         application = make_application()
 
         async def refuse(_request: web.Request) -> web.Response:
+            if self._failure is not None:
+                return problem_response(
+                    503,
+                    "registry",
+                    f"agent {self._agent_id} waits for its registry: {self._failure}",
+                    "mend the database: the agent goes on by itself",
+                    headers={"Sealgate-Exit-Code": str(_UNAVAILABLE)},
+                )
             leader = "another agent" if self._leader is None else self._leader.describe()
             return problem_response(
                 503,

@@ -41,13 +41,14 @@ _POSTGRES_LOCK_TIMEOUT: Final = "2s"
 
 log = structlog.get_logger(__name__)
 
-type OnStandby = Callable[[Holding], Awaitable[None]]
-"""Told who leads, each time that we looked in vain."""
-
 
 class RegistryError(KeyAgentError):
     """The registry could not be read or written. Nothing of the transaction was kept, unless the cause says
     that the connection was lost while it committed."""
+
+
+type OnStandby = Callable[[Holding | RegistryError], Awaitable[None]]
+"""Told who leads, or why the registry cannot be used yet, at each look in vain. What it raises ends it."""
 
 
 def _failure(cause: str) -> RegistryError:
@@ -77,7 +78,7 @@ class Database:
         """Another has taken over: whatever is in memory may be old. Set once and for good."""
         self._has_failed = False
         self.returned = asyncio.Event()
-        """It works again after a failure, or after a time without a lease that counts. Who waits clears it."""
+        """It works again after a failure, or a time without a lease that counts. Who waits clears it."""
         self._engine = make_engine(
             url,
             failure=_failure,
@@ -104,14 +105,15 @@ class Database:
     ) -> Self:
         """Connect, check durability, migrate, take the lease. RegistryError says what is wrong and where.
 
-        While another agent holds the lease: RegistryInUseError, or, with *on_standby*, wait until it is free.
+        While another agent holds the lease: RegistryInUseError, or, with *on_standby*, wait until it is free;
+        and until the database is there.
         """
         parsed = make_url(url)
         if parsed.drivername == "sqlite":
             _check_directory(parsed)
         database = cls(parsed, agent_id=agent_id, clock=clock or SystemClock())
         try:
-            await database._migrate(patiently=on_standby is not None)
+            await database._patiently(lambda: database._run(migrations.upgrade), on_standby)
             await database._lead(on_standby)
         except BaseException:
             await database.close()
@@ -178,15 +180,16 @@ class Database:
             raise self._depose(lease.read(c))
         return work(c)
 
-    async def _migrate(self, *, patiently: bool) -> None:
+    async def _patiently[T](self, work: Callable[[], Awaitable[T]], on_standby: OnStandby | None) -> T:
+        """What *work* returns; who stands by has time until the database is there, and free."""
         while True:
             try:
-                return await self._run(migrations.upgrade)
+                return await work()
             except RegistryError as error:
-                if not patiently:
+                if on_standby is None:
                     raise
-                # Whoever leads, or was frozen amid a transaction, has it: who stands by has time.
-                log.warning("the registry cannot be prepared yet", cause=str(error))
+                log.warning("the registry cannot be used yet", cause=str(error))
+                await on_standby(error)
             await self._clock.sleep(LOOK_S)
 
     # The lease.
@@ -194,10 +197,13 @@ class Database:
     async def _lead(self, on_standby: OnStandby | None) -> None:
         watch = Watch(self._here)
         while True:
-            holding = await self.read_lease()
+            holding = await self._patiently(self.read_lease, on_standby)
             if watch.may_take(holding, self._clock.boot_s()):
-                if await self._take(holding):
+                failure = await self._take(holding)
+                if self._term is not None:
                     break
+                if failure is not None and on_standby is not None:
+                    await on_standby(failure)
             elif holding is not None:
                 if on_standby is not None:
                     await on_standby(holding)
@@ -210,7 +216,8 @@ class Database:
             await self._clock.sleep(LOOK_S)
         self._renewing = asyncio.create_task(self._renew_for_ever(), name="registry:lease")
 
-    async def _take(self, seen: Holding | None) -> bool:
+    async def _take(self, seen: Holding | None) -> RegistryError | None:
+        """Try it; what went wrong, if not somebody was quicker. `_term` is the lease's if it is ours."""
         began_boot_s = self._clock.boot_s()
 
         def work(c: Connection) -> int | None:
@@ -233,14 +240,14 @@ class Database:
         except RegistryError as error:
             # Two reach for it at once, or its frozen holder is inside a transaction: look again.
             log.warning("the registry's lease could not be taken yet", cause=str(error))
-            return False
+            return error
         if self._term is None:
-            return False
+            return None
         self._has_failed = False
         self._trusted_until_boot_s = began_boot_s + TRUST_S
         if seen is not None and not seen.is_free:
             log.warning("took the registry over", term=self._term, before=seen.describe())
-        return True
+        return None
 
     async def _renew_for_ever(self) -> NoReturn:
         while True:

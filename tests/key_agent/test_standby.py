@@ -1,6 +1,7 @@
 """Two agents on one registry, as real processes with a real HSM: one leads, the other follows it."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import sqlite3
@@ -25,6 +26,7 @@ from tests.key_agent.test_agent_softhsm import (  # noqa: F401 - `site` is a fix
 )
 from tests.pki import write_credential
 from tests.ports import free_port
+from tests.postgres import running
 
 TAKE_OVER_S = 45.0
 """On a loaded machine; that the constants allow 15 s is tested in registry/test_lease.py."""
@@ -69,6 +71,17 @@ async def _get(spare: Site, path: str) -> tuple[int, Any]:
             return error.code, json.loads(error.read())
 
     return await asyncio.to_thread(get)
+
+
+async def _serves(spare: Site) -> None:
+    """As soon as it can be asked how it is."""
+    began_s = time.monotonic()
+    while True:
+        with contextlib.suppress(OSError):
+            if (await _get(spare, "/livez"))[0] == 200:
+                return
+        assert time.monotonic() - began_s < 60
+        await asyncio.sleep(0.1)
 
 
 async def _leads(spare: Site) -> dict[str, Any]:
@@ -182,3 +195,29 @@ async def test_a_frozen_leader_wakes_up_to_no_harm(pair: tuple[Site, Site]) -> N
     assert first.proxy.valid_keys(S3)
     follower.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(follower.wait(), 30) == 0
+
+
+@pytest.mark.timeout(240)
+async def test_an_agent_whose_database_is_away_waits_says_so_and_goes_when_asked(site: Site) -> None:  # noqa: F811
+    """PostgreSQL starts later than the agent, as after a power cut of both."""
+    await _init(site)
+    with running() as cluster:
+        await asyncio.to_thread(cluster.kill)
+        port = str(free_port())
+        site.environment |= {"KEY_AGENT_AGENT__DATABASE_URL": cluster.url, "KEY_AGENT_ADMIN__PORT": port}
+        site.environment["PORT"] = port
+        for is_mended in (False, True):
+            agent = await site.start("run")
+            await _serves(site)
+            status, told = await _get(site, "/readyz")
+            assert status == 503
+            assert "the registry cannot be used yet" in told["reasons"][0]
+            assert (await _get(site, "/livez"))[0] == 200
+            assert "connection" in (await _get(site, "/v1/status"))[1]["problem"]
+            refused = await site.command("status", exit_code=4)
+            assert (refused["code"], "mend the database" in refused["next_step"]) == ("registry", True)
+            if is_mended:
+                await asyncio.to_thread(cluster.start)
+                assert (await _leads(site))["term"] == 1
+            agent.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(agent.wait(), 20) == 0

@@ -198,7 +198,7 @@ def _holder(url: str) -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-async def _patiently(_: Holding) -> None:
+async def _patiently(_: Holding | RegistryError) -> None:
     """Stand by."""
 
 
@@ -206,7 +206,8 @@ async def test_who_stands_by_leads_as_soon_as_the_other_is_dead(url: str) -> Non
     seen: list[Holding] = []
     stood_by = asyncio.Event()
 
-    async def on_standby(holding: Holding) -> None:
+    async def on_standby(holding: Holding | RegistryError) -> None:
+        assert isinstance(holding, Holding)
         seen.append(holding)
         stood_by.set()
 
