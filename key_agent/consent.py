@@ -113,8 +113,13 @@ class Consent:
     def succeed(self, row: KekRow, diagnosis: Diagnosis) -> None:
         """The keys have moved to another KEK, proven to work: consent goes on if there was consent.
 
-        Whatever else there was (an outage, a refused PIN) has to be looked at anew.
+        Whatever else there was (an outage, a refused PIN) has to be looked at anew. What was withdrawn while
+        they changed places stays so: the keys were taken back, whichever KEK they are under.
         """
+        if self.standing.is_withdrawn:
+            self.kek = row.kek
+            self._tell(self.standing)
+            return
         if self.standing is not Standing.CONSENTED or diagnosis.verdict is not Verdict.OK:
             self.adopt(row)
             return
@@ -144,9 +149,12 @@ class Consent:
         detail = None if self.diagnosis is None else self.diagnosis.detail
         report = log.info if new in (Standing.CONSENTED, Standing.UNPROVEN, Standing.NO_KEK) else log.error
         report("consent", standing=new, before=old, detail=detail)
+        self._tell(old)
+
+    def _tell(self, old: Standing) -> None:
         change = Change(
             old=old,
-            new=new,
+            new=self.standing,
             kek_id=None if self.kek is None else self.kek.reference.kek_id,
             diagnosis=self.diagnosis,
             at_ms=self.since_ms,

@@ -127,6 +127,8 @@ class KekRotation:
         if row is not None:
             agent.consent.succeed(row, proof)
         await agent.reload()
+        # Said between the look and the commit: it holds for the new KEK too, and nothing more is done.
+        self._check_consent()
 
     async def _leave(self, old: KekRow, new: Kek) -> str | None:
         """The old KEK leaves registry and HSM; why it did not."""

@@ -18,8 +18,8 @@ from key_agent.operations import Operations
 from key_agent.registry.states import TRANSITIONS, KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.registry.tables import dek_wrap
-from key_agent.sources.source import Kek, Verdict
-from tests.key_agent.conftest import Bench, until
+from key_agent.sources.source import Diagnosis, Kek, Verdict
+from tests.key_agent.conftest import RHYTHM, Bench, until
 from tests.key_agent.test_crash import dies
 
 S3, BOX = NetworkService("acme", "s3"), NetworkService("acme", "box")
@@ -208,6 +208,36 @@ async def test_a_kek_destroyed_by_other_hands_in_the_middle(bench: Bench) -> Non
         bench.source.bring_back(old)
         await operations.reinstate(restore=True)
         await until(lambda: len(bench.proxy().valid_keys(S3)) == 2)
+
+
+@pytest.mark.parametrize("by", ["proof", "command"])
+async def test_a_revocation_while_the_keks_change_places_holds_for_the_new_one(
+    bench: Bench, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench.agent() as (agent, operations):
+        old = await _provisioned(bench, agent, operations)
+        succeed = agent.registry.succeed_kek
+
+        async def after_the_last_look(new_kek_id: str, *, now_ms: int) -> int:
+            if by == "proof":
+                agent.consent.observe(old, Diagnosis(Verdict.KEK_DISABLED, "in the HSM, in this moment"))
+            else:
+                agent.consent.revoke("by the administrator, in this moment")
+            return await succeed(new_kek_id, now_ms=now_ms)
+
+        monkeypatch.setattr(agent.registry, "succeed_kek", after_the_last_look)
+        with pytest.raises(RefusedChangeError):
+            await operations.kek_rotate()
+        await until(lambda: not bench.proxy().valid_keys(S3))
+        await bench.clock.advance(RHYTHM.interval_s)
+        assert agent.consent.standing is Standing.REVOKED
+        assert not bench.proxy().valid_keys(S3), "no key was pushed again"
+        await until(lambda: agent._to_persist is None)
+    async with bench.agent() as (agent, operations):
+        assert agent.consent.standing is Standing.REVOKED, "in the agent's next life, too"
+        # What is under the new KEK is not lost: it is back as soon as an administrator says so.
+        await operations.reinstate(restore=True)
+        await until(lambda: bench.proxy().valid_keys(S3))
 
 
 async def test_an_outage_stops_it_and_it_goes_on_afterwards(bench: Bench) -> None:
