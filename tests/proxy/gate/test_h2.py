@@ -29,12 +29,19 @@ from mitmproxy.proxy.layers.http import HTTPMode
 from mitmproxy.proxy.layers.http._hooks import HttpRequestHeadersHook, HttpResponseHeadersHook
 from mitmproxy.proxy.mode_specs import ProxyMode
 
+from proxy import gate
 from proxy.gate import h2 as backpressure
 
 DEFAULT_WINDOW_BYTES = 65535
 # A piece of at most one window may be on its way when the destination turns out to be full.
 BOUND_BYTES = backpressure.STREAM_WINDOW_BYTES + backpressure.HIGH_WATER_BYTES + (1 << 17)
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _begins_with_the_stock_engine() -> None:
+    """Engines of other tests in this process have installed the whole gate, once and for good."""
+    gate.uninstall()
 
 
 @pytest.fixture
