@@ -17,7 +17,8 @@ from envelope.certificates import CertificateError
 from key_agent import app, config
 from key_agent.config import Settings
 from key_agent.errors import KeyAgentError
-from key_agent.state_dir import StateDirError, check_state_dir
+from key_agent.state_dir import AUDIT_NAME, StateDirError, check_state_dir
+from runtime import machine
 from runtime.cli import CommandError
 from runtime.doctor import Check, failed, has_failed, ok, validity, warning
 from runtime.lifecycle import harden_process
@@ -40,6 +41,9 @@ def examine(
         ]
     checks = [ok("configuration", str(config_file))]
     checks += _memory()
+    checks += machine.check_cores()
+    checks += machine.check_swap()
+    checks += machine.check_clock()
     checks += _state_dir(settings)
     checks += _files(settings)
     if has_failed(checks):
@@ -48,7 +52,14 @@ def examine(
         found = diagnose(settings)
     except CommandError as error:
         return [*checks, failed("agent", error.cause, error.next_step)]
-    return [*checks, *_hsm(found), *_certificates(found), *_authorities(found), *_proxies(found)]
+    return [
+        *checks,
+        *_lease(found),
+        *_hsm(found),
+        *_certificates(found),
+        *_authorities(found),
+        *_proxies(found),
+    ]
 
 
 def _memory() -> Iterator[Check]:
@@ -63,6 +74,8 @@ def _state_dir(settings: Settings) -> Iterator[Check]:
         yield failed("state_dir", str(error), error.next_step)
     else:
         yield ok("state_dir", str(settings.agent.state_dir))
+        yield from machine.check_disk("state_dir space", settings.agent.state_dir)
+        yield from machine.check_audit(settings.agent.state_dir / AUDIT_NAME)
 
 
 def _files(settings: Settings) -> Iterator[Check]:
@@ -115,6 +128,18 @@ def _files(settings: Settings) -> Iterator[Check]:
 def _valid(name: str, certificate: x509.Certificate) -> Check:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return validity(name, begin, end, now=datetime.now(UTC), mend="have it renewed")
+
+
+def _lease(found: Any) -> Iterator[Check]:
+    lease = found["lease"]
+    if lease["leads"]:
+        yield ok("lease", f"this agent leads, term {lease['term']}")
+    else:
+        yield failed(
+            "lease",
+            "this agent cannot rely on the registry's lease: no keys are pushed",
+            "check the database and the way to it; `key-agent run` has to reach it every few seconds",
+        )
 
 
 def _hsm(found: Any) -> Iterator[Check]:

@@ -477,6 +477,7 @@ class Operations(KeyCommands, BackupCommands):
             found["source"] = await agent.source.describe()
         except KeyAgentError as error:
             found["source_error"] = str(error)
+        found["lease"] = {"leads": agent.registry.leads, "term": agent.registry.term}
         found["kek"] = await self.kek_status()
         proxies = [proxy for proxy in agent.targets.proxies.values() if not proxy.removed]
         found["proxies"] = await asyncio.gather(*(self._probe(proxy) for proxy in proxies))

@@ -6,7 +6,6 @@
 """
 
 import asyncio
-import ctypes
 import fcntl
 import json
 import os
@@ -35,6 +34,7 @@ from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
 from proxy.tenants.model import Directory, Listen, Recipient, ServiceEntry, TenantEntry
+from runtime import machine
 from runtime.audit import mend_broken, read_chain
 from runtime.clock import Clock
 from runtime.doctor import Check, failed, ok, validity, warning
@@ -47,7 +47,6 @@ MIN_FREE_BYTES: Final = 256 << 20
 MIN_OPEN_FILES: Final = 4096
 _MAX_ANSWER_BYTES: Final = 1 << 20
 _INSTALL: Final = "pip install --require-hashes -r requirements-proxy.lock"
-_STA_UNSYNC: Final = 0x40  # <sys/timex.h>: the kernel's clock is not disciplined by anyone
 
 
 def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> list[Check]:
@@ -61,7 +60,7 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
     checks = [ok("configuration", f"{config_file}, proxy {'running' if is_running else 'not running'}")]
     checks += _process()
     checks += _engine()
-    checks += _clock()
+    checks += machine.check_clock()
     checks += _state_dir(settings.proxy.state_dir)
     for audit_file in settings.proxy.audit_files():
         checks += _audit(audit_file, is_running=is_running)
@@ -127,6 +126,8 @@ def _is_running(audit_file: Path) -> bool:
 def _process() -> Iterator[Check]:
     for cause in harden_process():
         yield warning("memory", cause, "start it by the systemd unit in deploy/, which sets the limits")
+    yield from machine.check_cores()
+    yield from machine.check_swap()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < MIN_OPEN_FILES:
         mend = f"allow at least {MIN_OPEN_FILES} (LimitNOFILE=): a flow through the proxy needs two"
@@ -147,36 +148,6 @@ def _engine() -> Iterator[Check]:
         yield failed("engine", str(error), _INSTALL)
     else:
         yield ok("engine", "mitmproxy and what it leans on are the versions that were tested")
-
-
-class _Timex(ctypes.Structure):
-    # Only `modes` (0: read) and `status` matter; the rest keeps the kernel's size (<sys/timex.h>).
-    _fields_ = (
-        ("modes", ctypes.c_uint),
-        ("offset", ctypes.c_long),
-        ("freq", ctypes.c_long),
-        ("maxerror", ctypes.c_long),
-        ("esterror", ctypes.c_long),
-        ("status", ctypes.c_int),
-        ("rest", ctypes.c_char * 256),
-    )
-
-
-def _clock() -> Iterator[Check]:
-    timex = _Timex()
-    try:
-        state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(timex))
-    except (OSError, AttributeError):
-        state = -1
-    mend = "run an NTP client: envelopes from more than 30 s ahead or behind their end are refused"
-    if state < 0:
-        yield warning("clock", "the kernel does not say whether it is synchronised", mend)
-    elif timex.status & _STA_UNSYNC:
-        yield warning(
-            "clock", f"not synchronised; it says {datetime.now(UTC).isoformat(timespec='seconds')}", mend
-        )
-    else:
-        yield ok("clock", "synchronised")
 
 
 def _state_dir(path: Path) -> Iterator[Check]:
