@@ -56,8 +56,10 @@ from key_agent.registry.tables import (
     push_sequence,
     service_proxy,
 )
+from key_agent.sources.source import Kek
 from key_agent.sources.verdict import Verdict
 
+_COMING: Final = (KekState.PRE_ACTIVE, KekState.STAGED)
 _FINAL: Final = (KeyState.DESTROYED, KeyState.COMPROMISED)
 
 type WrapName = tuple[str, str]
@@ -254,9 +256,15 @@ class Archives(RegistryAccess):
                 current = None
         for entry in archive.keks:
             made = entry.kek(self._environment)
-            if entry.id in known or made is None:
+            if made is None:
                 continue
             state = KekState(entry.state)
+            if (row := known.get(entry.id)) is not None:
+                # Rule 4: it was on its way here when its rotation went on there.
+                if current is None and row.state in _COMING and state not in NOT_CURRENT:
+                    current = self._follow(c, kek_row(row), entry, made, now_ms)
+                    done.keks.append(entry.id)
+                continue
             if state is KekState.STAGED or (state not in NOT_CURRENT and current is not None):
                 state = KekState.DEACTIVATED
             c.execute(
@@ -278,6 +286,18 @@ class Archives(RegistryAccess):
             done.keks.append(entry.id)
             if state not in NOT_CURRENT:
                 current = kek_row(c.execute(self._my_keks().where(kek.c.id == entry.id)).one())
+
+    def _follow(self, c: Connection, coming: KekRow, entry: KekEntry, made: Kek, now_ms: int) -> KekRow:
+        """*coming* is today's KEK from now on, as *made*, in the state of *entry*."""
+        state = KekState(entry.state)
+        mine = self._my_keks().where(kek.c.id == coming.reference.kek_id)
+        c.execute(update(kek).where(kek.c.id == coming.reference.kek_id).values(**made_values(made)))
+        self._set_kek_state(c, coming, KekState.ACTIVE, entry.reason, now_ms)
+        row = kek_row(c.execute(mine).one())
+        if state is not row.state:  # it worked, and was taken back
+            self._set_kek_state(c, row, state, entry.reason, now_ms)
+            row = kek_row(c.execute(mine).one())
+        return row
 
     def _free_version(self, c: Connection, wanted: int) -> int:
         mine = select(kek.c.version).where(kek.c.environment_id == self._environment)
@@ -354,11 +374,12 @@ class Archives(RegistryAccess):
                 done.ended[entry.kid] = theirs
             elif ours is not theirs:
                 done.kept[entry.kid] = f"{ours} here, {theirs} in the backup"
-            if theirs is KeyState.DESTROYED:
-                if ours is KeyState.COMPROMISED:
-                    self._destroy_key(c, entry.kid, now_ms)
-                    done.ended[entry.kid] = theirs
-                return
+            if theirs is KeyState.DESTROYED and ours is KeyState.COMPROMISED:
+                self._destroy_key(c, entry.kid, now_ms)
+                done.ended[entry.kid] = theirs
+            now = c.scalar(select(dek.c.state).where(dek.c.id == entry.kid))
+            if KeyState.DESTROYED in (theirs, now):
+                return  # one that was on its way is destroyed by now, whatever it became there
         self._restore_wraps(run, entry)
 
     def _end_as(self, c: Connection, entry: KeyEntry, ours: KeyState, theirs: KeyState, now_ms: int) -> None:

@@ -2,8 +2,9 @@
 
 import base64
 import json
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,41 @@ async def test_an_older_registry_follows_the_keks_that_came_after(bench: Bench, 
             KekState.ACTIVE,
         ]
         await until(lambda: bench.proxy().valid_keys(S3))
+
+
+async def test_a_registry_from_the_middle_of_a_rotation_of_keks_follows_it_to_its_end(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine's snapshot fell between two steps of `kek rotate`; the backup is of after it."""
+    middle = tmp_path / "new-machine"
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations, "s3")
+        succeed = agent.registry.succeed_kek
+
+        async def snapshot(new_kek_id: str, *, now_ms: int) -> int:
+            middle.mkdir(mode=0o700)
+            with (
+                closing(sqlite3.connect(bench.directory / "registry.db")) as here,
+                closing(sqlite3.connect(middle / "registry.db")) as there,
+            ):
+                here.backup(there)
+                there.execute("DELETE FROM lease")  # that of a process that is no more
+                there.commit()
+            return await succeed(new_kek_id, now_ms=now_ms)
+
+        monkeypatch.setattr(agent.registry, "succeed_kek", snapshot)
+        kek = (await operations.kek_rotate())["kek"]
+        newer = await _content(operations)
+        [kid] = bench.proxy().valid_keys(S3)
+    bench.proxy().restart()
+    async with _fresh(bench, tmp_path) as (agent, operations):
+        await until(lambda: agent.consent.standing is Standing.REVOKED and agent._to_persist is None)
+        assert (await _import(operations, newer))["keks"] == [kek]
+        await until(lambda: bench.proxy().valid_keys(S3) == [kid])
+        assert [row.state for row in await agent.registry.keks()] == [
+            KekState.DEACTIVATED,
+            KekState.ACTIVE,
+        ]
 
 
 async def test_but_not_if_it_was_revoked_by_command_here(bench: Bench, tmp_path: Path) -> None:

@@ -152,6 +152,8 @@ async def test_a_key_on_its_way_here_that_ended_there_ends(registry: Registry, s
     assert await registry.open_rotations() == []
     states = {key.key_id: key.state for key in await registry.data_keys()}
     assert states[new.key_id] is KeyState.DESTROYED, "it never sealed here"
+    [gone] = [key for key in await registry.data_keys() if key.key_id == new.key_id]
+    assert (gone.wrapped_by, gone.waits_for) == ((), ()), "no copy of a destroyed key comes out of a backup"
 
 
 async def test_a_kek_that_was_taken_back_here_stays_so(registry: Registry, source: Registry) -> None:
