@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tests.integration.test_kill_switch import INTERVAL_S, VALIDITY_S, Site, site, until
+from tests.integration.test_kill_switch import INTERVAL_S, VALIDITY_S, site
+from tests.integration.whole_site import Site, until
 
 __all__ = ["site"]
 
