@@ -7,7 +7,8 @@ cannot open.
    envelope of its service had, and every later envelope carries it (registry/store.py, rule 3).
 3. A proxy that does not acknowledge is named, and waited for until two refreshes have passed: by then nothing
    it was pushed before is valid any more, so it can neither seal nor open. Where nothing seals meanwhile
-   (after `reinstate`, or when the active key was taken back) it is waited for 15 s.
+   (after `reinstate`, or when the active key was taken back) it is waited for 15 s. This time passes on the
+   boot clock, as validity does at the proxy: a wall clock that is set ends no validity and begins none.
 4. Where a rotation stands is in the registry, never in memory alone: whoever is killed at any step finds it
    there, and the loop goes on with it.
 5. Before a key becomes active it is opened in the HSM once more. One that does not open is not activated.
@@ -57,15 +58,15 @@ class Decision:
     """Proxies that have not acknowledged this phase."""
 
 
-def decide(rotation: Rotation, links: Iterable[Link], *, now_ms: int, not_before_ms: int = 0) -> Decision:
+def decide(rotation: Rotation, links: Iterable[Link], *, left_s: float) -> Decision:
     """What comes next for an open *rotation*; *links* are the places its service's keys go to.
 
-    Proxies that are late are waited for until *not_before_ms* at least.
+    Proxies that are late are waited for while any of *left_s*, the rest of its phase, is left.
     """
     waiting = tuple(
         sorted(link.proxy_id for link in links if link.accepted_sequence <= rotation.after_sequence)
     )
-    if waiting and now_ms < max(rotation.until_ms, not_before_ms):
+    if waiting and left_s > 0:
         return Decision(step=Step.WAIT, waiting_for=waiting)
     step = Step.ACTIVATE if rotation.phase is RotationPhase.DISTRIBUTING else Step.FINISH
     return Decision(step=step, waiting_for=waiting)
@@ -122,7 +123,10 @@ class RotationLoop:
         self._changed = asyncio.Event()
         self._open: tuple[Rotation, ...] = ()
         self._looked_at_s: float | None = None
-        self._not_before_ms = 0
+        self._not_before_s = 0.0
+        """On the boot clock, as these:"""
+        self._ends_s: dict[tuple[str, int], float] = {}
+        """By rotation and the end of its phase in the registry: when that is."""
         self._problems: dict[str, str] = {}
         self._waiting: dict[str, set[str]] = {}
         """By rotation: proxies that had not acknowledged when it was looked at, nor delivered since."""
@@ -136,7 +140,7 @@ class RotationLoop:
 
     def resume(self) -> None:
         """Consent is there, or there again: nobody could acknowledge anything before."""
-        self._not_before_ms = self._now_ms() + UNSERVED_MS
+        self._not_before_s = self._clock.boot_s() + UNSERVED_MS / 1000
         self._wake.set()
 
     def wake(self) -> None:
@@ -211,20 +215,26 @@ class RotationLoop:
     def _decided(self, rotations: Iterable[Rotation]) -> list[tuple[Rotation, Decision]]:
         mine = [rotation for rotation in rotations if rotation.phase.is_open]
         links = places(self._targets, {rotation.owner for rotation in mine})
-        now_ms = self._now_ms()
         return [
-            (
-                rotation,
-                decide(rotation, links[rotation.owner], now_ms=now_ms, not_before_ms=self._not_before_ms),
-            )
+            (rotation, decide(rotation, links[rotation.owner], left_s=self._left_s(rotation)))
             for rotation in mine
         ]
 
+    def _left_s(self, rotation: Rotation) -> float:
+        """Of its phase, 0 or less: it is over. Counted from when it was first seen (rule 3)."""
+        now_s = self._clock.boot_s()
+        phase = (rotation.id, rotation.until_ms)
+        if (ends_s := self._ends_s.get(phase)) is None:
+            # The registry has it in wall-clock time, of another life perhaps: no phase is longer than usual.
+            left_ms = min(rotation.until_ms - self._now_ms(), max(self.patience.usual_ms, UNSERVED_MS))
+            ends_s = self._ends_s[phase] = now_s + left_ms / 1000
+        return max(ends_s, self._not_before_s) - now_s
+
     def _next_look_s(self) -> float:
         """Until the first phase runs out, a minute at most."""
-        left_ms = [max(r.until_ms, self._not_before_ms) - self._now_ms() for r in self._open]
+        left_s = map(self._left_s, self._open)
         # One that is over and still open has a problem: a minute is soon enough for that.
-        return min([LOOK_S, *(ms / 1000 + 0.001 for ms in left_ms if ms > 0)])
+        return min([LOOK_S, *(some_s + 0.001 for some_s in left_s if some_s > 0)])
 
     def _now_ms(self) -> int:
         return int(self._clock.wall_s() * 1000)
@@ -232,6 +242,8 @@ class RotationLoop:
     async def _carry_on(self) -> None:
         self._open = tuple(await self._registry.open_rotations())
         self._problems = {name: why for name, why in self._problems.items() if name in self._ids()}
+        phases = {(rotation.id, rotation.until_ms) for rotation in self._open}
+        self._ends_s = {phase: ends_s for phase, ends_s in self._ends_s.items() if phase in phases}
         decided = self._decided(self._open)
         self._note_waiting(decided)
         to_activate = [(r, d.waiting_for) for r, d in decided if d.step is Step.ACTIVATE]
