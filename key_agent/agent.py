@@ -196,6 +196,7 @@ class Agent:
             batch_size=self.rhythm.batch_size,
             on_diagnosis=self._diagnosed_by_push,
             may_push=self._may_push,
+            on_left_out=self.rotations.left_out,
         )
 
     async def start(self) -> None:

@@ -11,7 +11,8 @@ cannot open.
    boot clock, as validity does at the proxy: a wall clock that is set ends no validity and begins none.
 4. Where a rotation stands is in the registry, never in memory alone: whoever is killed at any step finds it
    there, and the loop goes on with it.
-5. Before a key becomes active it is opened in the HSM once more. One that does not open is not activated.
+5. Before a key becomes active it is opened in the HSM once more. One that does not open is not activated; nor
+   is one that did not open for a push: who acknowledged that does not have it, and has to be asked again.
 """
 
 import asyncio
@@ -127,6 +128,7 @@ class RotationLoop:
         """On the boot clock, as these:"""
         self._ends_s: dict[tuple[str, int], float] = {}
         """By rotation and the end of its phase in the registry: when that is."""
+        self._left_out: set[KeyId] = set()
         self._problems: dict[str, str] = {}
         self._waiting: dict[str, set[str]] = {}
         """By rotation: proxies that had not acknowledged when it was looked at, nor delivered since."""
@@ -161,6 +163,10 @@ class RotationLoop:
         for name, proxies in self._waiting.items():
             for proxy_id in proxies:
                 self._awaited.setdefault(proxy_id, []).append(name)
+
+    def left_out(self, keys: AbstractSet[KeyId]) -> None:
+        """They did not open for a push that is about to leave without them (rule 5)."""
+        self._left_out |= keys
 
     @property
     def changed(self) -> asyncio.Event:
@@ -243,6 +249,7 @@ class RotationLoop:
         self._open = tuple(await self._registry.open_rotations())
         self._problems = {name: why for name, why in self._problems.items() if name in self._ids()}
         phases = {(rotation.id, rotation.until_ms) for rotation in self._open}
+        self._left_out &= {rotation.new_key for rotation in self._open}
         self._ends_s = {phase: ends_s for phase, ends_s in self._ends_s.items() if phase in phases}
         decided = self._decided(self._open)
         self._note_waiting(decided)
@@ -272,13 +279,20 @@ class RotationLoop:
         keys = {key.key_id: key for key in held if key.key_id in new}
         failed = dict.fromkeys(new - keys.keys(), "its wrap is missing or damaged")
         failed |= await unopenable(self._source, kek, keys.values())
+        failed = dict.fromkeys(self._left_out & new, "did not open for a push") | failed
         activated = []
         for rotation, late in wanted:
             if (why := failed.get(rotation.new_key)) is not None:
                 self._problems[rotation.id] = why
                 log.error("a new key is not activated", **_fields(rotation), reason=why)
-                # It may have been left out of what was acknowledged.
-                await self._registry.distribute_again(rotation.id, self.patience, now_ms=self._now_ms())
+                # It may have been left out of what was acknowledged, and of a push that begins meanwhile.
+                told = self._left_out & {rotation.new_key}
+                self._left_out -= told
+                try:
+                    await self._registry.distribute_again(rotation.id, self.patience, now_ms=self._now_ms())
+                except BaseException:
+                    self._left_out |= told
+                    raise
                 continue
             self._problems.pop(rotation.id, None)
             if late:

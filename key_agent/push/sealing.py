@@ -15,6 +15,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import batched
 from typing import Final, override
@@ -26,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.certificates import CertificateError
 from envelope.errors import SealgateError
-from envelope.keys import NetworkService
+from envelope.keys import KeyId, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.push.recipients import Recipients, read_chain
@@ -101,7 +102,9 @@ class KeySealing(Sealing):
         batch_size: int,
         on_diagnosis: Callable[[Kek, Diagnosis], None],
         may_push: Callable[[], bool],
+        on_left_out: Callable[[AbstractSet[KeyId]], None] = lambda _: None,
     ) -> None:
+        """*on_left_out*: keys that did not open, and are in no envelope of their service this time."""
         self._source = source
         self._registry = registry
         self._targets = targets
@@ -111,6 +114,7 @@ class KeySealing(Sealing):
         self._batch_size = batch_size
         self._on_diagnosis = on_diagnosis
         self._may_push = may_push
+        self._on_left_out = on_left_out
         self._asks: list[_Ask] = []
         self._asked = asyncio.Event()
 
@@ -217,6 +221,9 @@ class KeySealing(Sealing):
             self._on_diagnosis(kek, error.diagnosis)
             raise
         for reservation, request, result in zip(reservations, requests, results, strict=True):
+            # Told before any of it leaves: whoever accepts it does not have them.
+            if left_out := result.failed_keys.keys() | set(reservation.damaged):
+                self._on_left_out(left_out)
             for recipient in request.recipients:
                 made[recipient.audience].append(_outcome(reservation, recipient, result, expires_at_s))
         return made

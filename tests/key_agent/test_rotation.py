@@ -248,6 +248,37 @@ async def test_a_key_that_does_not_open_is_not_activated(bench: Bench) -> None:
         assert not agent.rotations.problems
 
 
+async def test_a_push_that_left_the_new_key_out_does_not_count_though_it_opens_now(bench: Bench) -> None:
+    """An HSM or key server with a hiccup, or one that lies: it fails for one push only."""
+    async with bench.agent() as (agent, operations):
+        old = await _two_proxies(bench, operations)
+        bench.proxy("p2").down = True
+        [row] = _rows((await operations.rotate(service="s3"))["rotations"])
+        new = row["new_kid"]
+        bench.source.spoil(KeyId.parse(new))
+        before = len(_states(bench.proxy("p2")))
+        seals = 0
+
+        def one_push_fails(call: str) -> None:
+            nonlocal seals
+            seals += call == "seal_envelopes"
+            if seals > 1:
+                bench.source.unspoil(KeyId.parse(new))
+
+        bench.source.on_call = one_push_fails
+        bench.proxy("p2").down = False
+        agent.refresh.at_once(["p2"])
+        await until(
+            lambda: agent.rotations.problems or _states(bench.proxy("p1"))[-1][new] is KeyState.ACTIVE
+        )
+        assert _states(bench.proxy("p2"))[before:] == [{old: KeyState.ACTIVE}], "acknowledged without it"
+        assert _states(bench.proxy("p1"))[-1][new] is KeyState.PRE_ACTIVE, "p2 could not open what it sealed"
+        agent.refresh.at_once()
+        await until(lambda: _states(bench.proxy("p2"))[-1].get(new) is KeyState.ACTIVE)
+        assert _states(bench.proxy("p2"))[before + 1][new] is KeyState.PRE_ACTIVE
+        assert not agent.rotations.problems
+
+
 async def test_without_consent_nothing_rotates(bench: Bench) -> None:
     async with bench.agent() as (agent, operations):
         await _two_proxies(bench, operations)
