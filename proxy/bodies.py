@@ -179,7 +179,7 @@ class OpenBody(Transform):
         self._passes = False
         self.expected_out_bytes = out_bytes
 
-    def _object_key(self, header: Header) -> bytes:
+    def _object_key(self, header: Header) -> memoryview:
         self.key = self._find_key(header)
         return self.key.object_key
 

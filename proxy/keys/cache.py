@@ -29,6 +29,7 @@ from envelope import derive
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import Operation
+from envelope.memory import wipe
 from envelope.xaes import Xaes256Gcm
 from runtime.clock import Clock
 
@@ -128,15 +129,17 @@ class DataKey:
         return max(0.0, self._deadline_boot_s - self._boot_s())
 
     @property
-    def object_key(self) -> bytes:
-        """K_obj, 32 bytes (docs/format.md 6.1). KeyUnavailableError when the key has ended.
+    def object_key(self) -> memoryview:
+        """K_obj, 32 bytes (docs/format.md 6.1), to be used at once. KeyUnavailableError when it has ended.
 
-        The returned copy is the caller's: drop it as soon as the body's key is derived.
+        No copy, for a copy would stay in memory when the key ends: what is returned is zeros from then on.
         """
         self.check()
         if self._object_key is None:
-            self._object_key = bytearray(derive.object_key(self._secret, self.owner, self.key_id))
-        return bytes(self._object_key)
+            derived = derive.object_key(self._secret, self.owner, self.key_id)
+            self._object_key = bytearray(derived)
+            wipe(derived)
+        return memoryview(self._object_key).toreadonly()
 
     def service_cipher(self, dialect: str, context: bytes = b"") -> Xaes256Gcm:
         """The cipher of a dialect of the encryption service, and in it of *context* (docs/format.md 6.1).
@@ -159,11 +162,11 @@ class DataKey:
     def _derived_cipher(self, dialect: str, context: bytes) -> Xaes256Gcm:
         if self._use is not KeyUse.DATA:
             raise MisuseError(f"key {self.key_id} is for signing")
-        key = bytearray(derive.service_key(self._secret, self.owner, self.key_id, dialect, context))
+        key = derive.service_key(self._secret, self.owner, self.key_id, dialect, context)
         try:
             return Xaes256Gcm(key)
         finally:
-            key[:] = bytes(len(key))
+            wipe(key)
 
     @property
     def signing_key(self) -> SigningKey:

@@ -75,7 +75,7 @@ class Stream:
         self._record()
         return self._passing(opener.update, opener.finalize, first)
 
-    def _find(self, header: Header) -> bytes:
+    def _find(self, header: Header) -> memoryview:
         return self._use(self._core.object_key(self._ticket, header.key_id)).object_key
 
     def _use(self, key: DataKey) -> DataKey:
