@@ -7,7 +7,8 @@
    lp(binding) ‖ IV ‖ ciphertext and is verified before anything is decrypted.
 3. Objects are found by name, exactly one each, and their state is asked for anew at every call.
 4. After any exception the connection is closed: PyKMIP's next call would read the previous answer.
-5. PyKMIP checks no host names and refuses TLS 1.3; the connection is made here instead.
+5. PyKMIP checks no host names and refuses TLS 1.3, and reads answers of up to 4 GiB; the connection is made
+   here instead.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from kmip.pie import objects
 from kmip.pie.client import ProxyKmipClient
 from kmip.pie.exceptions import KmipOperationFailure
 from kmip.services.kmip_client import KMIPProxy
+from kmip.services.kmip_protocol import KMIPProtocol
 
 from envelope.derive import lp
 from key_agent.sources.servers.server import (
@@ -39,6 +41,7 @@ from key_agent.sources.servers.server import (
 )
 from key_agent.sources.source import WrapMethod
 
+ANSWER_LIMIT: Final = 1024 * 1024
 IV_SIZE: Final = 16
 BLOCK_SIZE: Final = 16
 MAC_SIZE: Final = 32
@@ -54,6 +57,16 @@ _MAC_USE: Final = [enums.CryptographicUsageMask.MAC_GENERATE, enums.Cryptographi
 _LOST: Final = frozenset({enums.ResultReason.ITEM_NOT_FOUND, enums.ResultReason.PERMISSION_DENIED})
 
 
+class _Protocol(KMIPProtocol):  # type: ignore[misc]  # PyKMIP has no types
+    """Rule 5."""
+
+    def _recv_all(self, total_bytes_to_be_read: int) -> bytes:
+        if total_bytes_to_be_read > ANSWER_LIMIT:
+            raise ValueError("the answer is too long")
+        data: bytes = super()._recv_all(total_bytes_to_be_read)
+        return data
+
+
 class _Proxy(KMIPProxy):  # type: ignore[misc]  # PyKMIP has no types
     """Rule 5."""
 
@@ -61,6 +74,10 @@ class _Proxy(KMIPProxy):  # type: ignore[misc]  # PyKMIP has no types
         super().__init__(host=host, port=port, config_file=os.devnull)
         self._context = context
         self.timeout = timeout_s
+
+    def open(self) -> None:
+        super().open()
+        self.protocol = _Protocol(self.socket)
 
     def _create_socket(self, sock: Any) -> None:
         sock.settimeout(self.timeout)
