@@ -200,9 +200,10 @@ class ServiceListener:
         context = None if self.tls is None else self.tls.context
         if bucket is not None:
             self._per_peer[bucket] += 1
+        connection = HttpConnection(self.site, address)
         try:
-            _, connection = await self._loop.connect_accepted_socket(
-                lambda: HttpConnection(self.site, address),
+            await self._loop.connect_accepted_socket(
+                lambda: connection,  # what uvloop returns in its place is a layer of its own
                 accepted,
                 ssl=context,
                 ssl_handshake_timeout=None if context is None else self._limits.handshake_s,

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -255,6 +256,25 @@ async def test_places_are_counted_before_a_word_is_said(pki: Pki) -> None:
         assert [(await client.ask("/e/echo")).status for client in clients] == [200] * 5
         late = await Client.connect(server.listeners[0].port)
         assert await late.ended() in {b"", b"<reset>"}
+
+
+def test_on_the_loop_of_the_program_an_open_connection_keeps_its_place(pki: Pki) -> None:
+    """uvloop returns its TLS layer where asyncio returns our protocol; the place must last all the same."""
+
+    async def places_end_with_connections() -> None:
+        async with serve(pki.listen(), limits=HttpLimits(connections_per_peer=2)) as server:
+            listener = server.listeners[0]
+            open_ones = [await secure(server, pki.context()) for _ in range(2)]
+            assert [(await client.ask("/e/echo")).status for client in open_ones] == [200, 200]
+            assert len(listener._places) == sum(listener._per_peer.values()) == 2
+            with pytest.raises((ConnectionResetError, ssl.SSLError)):
+                await secure(server, pki.context())
+            assert server._metrics.refused_connections == 1
+            open_ones.pop().close()
+            await until(lambda: len(listener._places) == 1)
+            assert (await (await secure(server, pki.context())).ask("/e/echo")).status == 200
+
+    uvloop.run(places_end_with_connections())
 
 
 async def test_a_handshake_that_stands_still_gives_its_place_back(pki: Pki) -> None:
