@@ -105,7 +105,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/key_agent/sources/test_key_server.py",
         "runs in the worker process only, seen through its answers",
     ),
-    "key_agent/sources/servers/kmip.py": _SERVERS,
     "key_agent/sources/servers/openbao.py": _SERVERS,
     "key_agent/sources/servers/server.py": _SERVERS,
     "key_agent/sources/source.py": (
