@@ -1,6 +1,7 @@
 """A connection to NATS: settings, TLS on both sides, and keeping it up.
 
-1. TLS 1.3 with our own certificate, or no connection: `urls` name nothing else.
+1. TLS 1.3 with our own certificate, or no connection: `urls` name nothing else, and who answers there has no
+   say in it (the library would go on in the clear with a server that asks for no TLS).
 2. The client library is an extra (`nats`). Who configures a broker without it is told what to install.
 3. A broker that is not there is no error of ours: the connection is tried again for ever, and whoever wants
    to use it asks whether it is up.
@@ -82,11 +83,19 @@ async def connected(settings: BrokerSettings, *, name: str) -> AsyncIterator[Any
     BrokerError if there is no connection now. TlsError for files that are no good.
     """
     from nats.aio.client import Client  # noqa: PLC0415 - an extra
+    from nats.errors import SecureConnRequiredError  # noqa: PLC0415
+
+    class TlsOnly(Client):  # type: ignore[misc]  # the library is an extra
+        async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+            # At each connection, before anything is sent: TLS begins by the server's word alone.
+            if initial_connection and not info.get("tls_required"):
+                raise SecureConnRequiredError
+            await super()._process_info(info, initial_connection=initial_connection)
 
     async def told(error: Exception) -> None:
         _log.debug("broker", error=f"{type(error).__name__}: {error}")
 
-    client = Client()
+    client = TlsOnly()
     options: dict[str, Any] = {}
     if settings.credentials_file is not None:
         options["user_credentials"] = str(settings.credentials_file)

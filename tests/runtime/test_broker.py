@@ -8,6 +8,7 @@ import pytest
 from runtime.broker import BrokerError, BrokerSettings, connected, in_payloads, unusable_files
 from runtime.tls import TlsError
 from tests.pki import make_server_ca, make_tenant, write_certificate, write_credential
+from tests.runtime.hostile_broker import HostileBroker
 
 
 def _settings(**changes: Any) -> BrokerSettings:
@@ -61,3 +62,17 @@ def test_tokens_are_parted_by_size() -> None:
     assert list(in_payloads([], most_bytes=10)) == []
     with pytest.raises(BrokerError, match="does not fit"):
         list(in_payloads(["x" * 10], most_bytes=10))
+
+
+async def test_whoever_asks_for_no_tls_gets_no_connection(tmp_path: Path) -> None:
+    """Somebody between us and the broker, who cannot have its certificate: strips what he cannot speak."""
+    certificate, key = write_credential(make_tenant().agent_tls(), tmp_path, "tls")
+    ca = write_certificate(make_server_ca().certificate, tmp_path / "ca.pem")
+    async with HostileBroker(answer=lambda _: b"{}") as broker:
+        settings = _settings(
+            urls=[f"tls://localhost:{broker.port}"], ca_file=ca, certificate_file=certificate, key_file=key
+        )
+        with pytest.raises(BrokerError, match=f"tls://localhost:{broker.port}"):
+            async with connected(settings, name="test"):
+                pass
+        assert not broker.received, "not a byte in the clear"
