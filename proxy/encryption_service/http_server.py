@@ -13,6 +13,7 @@
 import asyncio
 import contextlib
 import errno
+import functools
 import ipaddress
 import socket
 import ssl
@@ -191,15 +192,22 @@ class ServiceListener:
                 accepted.close()
                 continue
             accepted.setblocking(False)
-            place = self._loop.create_task(self._hold(accepted, peer, bucket), name="service:connection")
+            if bucket is not None:
+                self._per_peer[bucket] += 1  # here, not in the task: more are accepted before it begins
+            place = self._loop.create_task(self._hold(accepted, peer), name="service:connection")
             self._places.add(place)
-            place.add_done_callback(self._places.discard)
+            place.add_done_callback(functools.partial(self._give_back, bucket=bucket))
 
-    async def _hold(self, accepted: socket.socket, address: str, bucket: object) -> None:
+    def _give_back(self, place: asyncio.Task[None], *, bucket: object) -> None:
+        self._places.discard(place)
+        if bucket is not None:
+            self._per_peer[bucket] -= 1
+            if not self._per_peer[bucket]:
+                del self._per_peer[bucket]
+
+    async def _hold(self, accepted: socket.socket, address: str) -> None:
         """The place of one connection, from before its handshake to its end."""
         context = None if self.tls is None else self.tls.context
-        if bucket is not None:
-            self._per_peer[bucket] += 1
         connection = HttpConnection(self.site, address)
         try:
             await self._loop.connect_accepted_socket(
@@ -212,11 +220,6 @@ class ServiceListener:
         except (OSError, ssl.SSLError):  # the handshake failed, came too slowly, or its client has gone
             self._metrics.refused_connections += 1
             accepted.close()
-        finally:
-            if bucket is not None:
-                self._per_peer[bucket] -= 1
-                if not self._per_peer[bucket]:
-                    del self._per_peer[bucket]
 
     def _identify(self, transport: asyncio.BaseTransport, address: str) -> Peer | None:
         """Who is there, None for nobody we talk to (rule 3)."""

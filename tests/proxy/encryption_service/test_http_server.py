@@ -258,6 +258,21 @@ async def test_places_are_counted_before_a_word_is_said(pki: Pki) -> None:
         assert await late.ended() in {b"", b"<reset>"}
 
 
+async def test_a_burst_from_one_peer_gets_no_more_places_than_its_own(pki: Pki) -> None:
+    """All are accepted in one go, before the task of the first has run."""
+    async with serve(pki.listen(), limits=HttpLimits(connections_per_peer=2)) as server:
+        listener = server.listeners[0]
+        address = ("127.0.0.1", listener.port)
+        burst = [socket.create_connection(address) for _ in range(9)]  # blocking: the loop stands still
+        try:
+            await until(lambda: len(listener._places) + server._metrics.refused_connections == 9)
+            assert len(listener._places) == sum(listener._per_peer.values()) == 2
+        finally:
+            for one in burst:
+                one.close()
+        await until(lambda: not listener._places and not listener._per_peer)
+
+
 def test_on_the_loop_of_the_program_an_open_connection_keeps_its_place(pki: Pki) -> None:
     """uvloop returns its TLS layer where asyncio returns our protocol; the place must last all the same."""
 
