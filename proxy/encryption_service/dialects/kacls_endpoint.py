@@ -3,12 +3,14 @@
 1. An issuer of authentication (a person's identity provider) is not one of authorization (Google), nor
    another KACLS, nor ourselves: one signature must never count as both of the two that a call needs.
 2. Names in settings are compared with claims in one form: e-mail addresses and domains without regard to
-   case, URLs without a final slash and else as they are.
+   case (of addresses that of ASCII, or a person could bear a name that counts as another's), URLs without a
+   final slash and else as they are.
 3. A perimeter that is named nowhere is no perimeter: what is wrapped for it could be opened by nobody who is
    meant, so it is refused. The empty name is the exception, and has no conditions unless it is given some.
 """
 
 import re
+import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,6 +32,7 @@ _GOOGLE_ISSUERS: Final = (
 )
 _GOOGLE_KEYS: Final = "https://www.googleapis.com/service_accounts/v1/jwk/"
 _PATH: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_LOWER: Final = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _EMAIL: Final = re.compile(r"[^@\s]+@[^@\s]+")
 _ORIGIN: Final = re.compile(r"https://[a-z0-9.-]+(:[0-9]{1,5})?")
 # Where the other dialects live: a path is one dialect's only.
@@ -104,7 +107,8 @@ def normal_url(url: str) -> str:
 
 
 def normal_email(email: str) -> str:
-    return email.casefold()
+    """Without regard to the case of A to Z only: to Unicode a long s is an s, and a Kelvin sign a k."""
+    return email.translate(_LOWER)
 
 
 def check_endpoint(endpoint: KaclsEndpoint) -> None:

@@ -145,3 +145,19 @@ def test_names_have_one_form() -> None:
     assert users[IDP.issuer].audiences == {IDP.audience, "mobile"}
     assert set(users) == {IDP.issuer, URL}
     assert set(compiled(signing_key=None, trusted_kacls=()).users) == {IDP.issuer}
+
+
+@pytest.mark.parametrize(
+    ("admin", "other"),
+    [
+        ("security@acme.example", "\u017fecurity@acme.example"),  # long s
+        ("kim@acme.example", "\u212aim@acme.example"),  # Kelvin sign
+        ("boss@acme.example", "bo\u00df@acme.example"),  # sharp s
+        ("fiona@acme.example", "\ufb01ona@acme.example"),  # ligature fi
+    ],
+)
+def test_a_name_that_unicode_folds_to_the_admins_is_not_the_admins(admin: str, other: str) -> None:
+    """An identity provider may well let somebody register it."""
+    place = compiled(admins={admin: (Privileged.UNWRAP,)})
+    assert place.may(admin.upper(), Privileged.UNWRAP)
+    assert not place.may(other, Privileged.UNWRAP)
