@@ -6,6 +6,7 @@
    makes the stream if there is none and it may.
 3. A proxy whose receipts are missing is left to the direct road for a minute: nothing waits twice.
 4. The connection is kept up beside; while it is down this road is closed, at once and for everybody.
+5. Whatever a broker says ends its connection at most, which is then tried again.
 """
 
 import asyncio
@@ -95,6 +96,10 @@ class BrokerLink:
                 if self.failure != str(error):
                     log.error("no broker; envelopes go directly", error=str(error))  # noqa: TRY400
                 self.failure = str(error)
+            except Exception as error:
+                # What a broker answers goes through the library first, which believes it (rule 5).
+                self.failure = f"not understood: {type(error).__name__}"
+                log.exception("the broker's answer ended the connection")
             finally:
                 self._client = None
             await self._clock.sleep(RECONNECT_S)

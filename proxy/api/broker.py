@@ -8,6 +8,7 @@
 5. A process begins with what is published from now on: it has no sessions for what was before. After a broker
    was away it goes on where it stopped; what is stale by then is refused as such.
 6. Each agent's messages are slowed down to a rate, and taken one at a time: a broker cannot flood a proxy.
+7. Whatever a broker says ends its connection at most, never the proxy: what it carries comes directly too.
 """
 
 import asyncio
@@ -75,6 +76,10 @@ class BrokerListener:
                 if self.failure != text:
                     _log.warning("nothing comes from the broker", error=text)
                 self.failure = text
+            except* Exception as errors:  # noqa: BLE001 - logged whole
+                # What a broker answers goes through the library first, which believes it (rule 7).
+                self.failure = f"not understood: {_names(errors)}"
+                _log.exception("the broker's answer ended the connection")
             await self._clock.sleep(RECONNECT_S)
 
     async def _consume(self, client: Any, *, withdraws: bool) -> NoReturn:
@@ -163,3 +168,7 @@ class BrokerListener:
             proxy_id=self._receiver.proxy_id,
         )
         await client.publish(answer_subject(delivery.agent, self._receiver.proxy_id), sealed)
+
+
+def _names(errors: BaseExceptionGroup[BaseException]) -> str:
+    return ", ".join(sorted({type(error).__name__ for error in errors.exceptions}))
