@@ -237,6 +237,7 @@ class Agent:
         """Read the registry again after a command has changed it."""
         book = await self.registry.book()
         self.targets.load(book)
+        self.presence.wake()  # it sleeps while there is nobody to ask
         if kek_changed:
             self.consent.adopt(book.kek)
 

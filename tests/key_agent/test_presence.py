@@ -71,6 +71,21 @@ async def test_a_proxy_that_restarts_has_its_keys_within_seconds(bench: Bench) -
         assert one.posts == posts + 1, "once"
 
 
+async def test_an_agent_that_began_with_nobody_to_ask_asks_whoever_is_added_later(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        await operations.kek_create()
+        await until(lambda: agent.consent.may_push)
+        await bench.clock.advance(STEP_S)  # the round after the consent found nobody
+        await bench.provision(operations)
+        one = bench.proxy()
+        await until(lambda: one.valid_keys(S3))
+        await bench.clock.advance(STEP_S)
+        assert one.presences > 0
+        one.restart()
+        await bench.clock.advance(STEP_S)
+        await until(lambda: one.valid_keys(S3))
+
+
 async def test_nothing_changes_without_a_restart(bench: Bench) -> None:
     async with bench.agent() as (_, operations):
         await bench.provision(operations)
