@@ -59,6 +59,10 @@ class BodyCutError(SealgateError):
         self.trouble = trouble
 
 
+MAX_KEPT_BYTES: Final = 256 << 20
+"""Of all incomplete bodies of a listener: whose they are nobody knows yet. What comes at once is not kept."""
+
+
 class Waiting(Enum):
     """What a connection waits for, and by that how long."""
 
@@ -83,6 +87,8 @@ class Site:
     now_s: float = 0.0
     date: str = ""
     stopping: bool = False
+    max_kept_bytes: int = MAX_KEPT_BYTES
+    kept_bytes: int = 0
     connections: set["HttpConnection"] = field(default_factory=set)
     longest_s: Mapping[Waiting, float] = field(init=False)
     _prefixes: dict[_Prefix, bytes] = field(default_factory=dict)
@@ -187,6 +193,7 @@ class HttpConnection(asyncio.Protocol):
         "_dropped",
         "_ending",
         "_head",
+        "_kept",
         "_loop",
         "_pausing",
         "_peer",
@@ -221,6 +228,7 @@ class HttpConnection(asyncio.Protocol):
         self._scheduled = False  # more requests are here, and others' turn first
         self._ending = False  # nothing more is read as a request
         self._dropped = 0
+        self._kept = 0  # bytes of an incomplete body, counted in the site's `kept_bytes`
         self._began_s = 0.0
         self._body_since_s = 0.0
         self._waiting = Waiting.HEAD
@@ -259,6 +267,7 @@ class HttpConnection(asyncio.Protocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._site.connections.discard(self)
+        self._keep(0)
         if not self.closed.done():
             self.closed.set_result(None)
         self._ending = True
@@ -417,9 +426,20 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(Trouble.TOO_LARGE, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large(dialect))
             return True
         if body is None:
+            self._keep(self._reader.body_bytes)
+            if self._site.kept_bytes > self._site.max_kept_bytes:
+                self._refuse(
+                    Trouble.OVERLOAD, HTTPStatus.SERVICE_UNAVAILABLE, "too many bodies are on their way"
+                )
+                return True
             return False
+        self._keep(0)
         self._call(dialect, self._described(head, body))
         return True
+
+    def _keep(self, count: int) -> None:
+        self._site.kept_bytes += count - self._kept
+        self._kept = count
 
     def _described(self, head: Head, body: bytes = b"", stream: BodyStream | None = None) -> Call:
         return Call(

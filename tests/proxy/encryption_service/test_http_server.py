@@ -273,6 +273,23 @@ async def test_a_burst_from_one_peer_gets_no_more_places_than_its_own(pki: Pki) 
         await until(lambda: not listener._places and not listener._per_peer)
 
 
+async def test_bodies_of_strangers_are_bounded_all_together() -> None:
+    async with serve(plain()) as server:
+        site = server.listeners[0].site
+        site.max_kept_bytes = 100_000
+        half = b"POST /e/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n" + bytes(60_000)
+        first, second = [await Client.connect(server.listeners[0].port) for _ in range(2)]
+        await first.send(half)
+        await until(lambda: site.kept_bytes == 60_000)
+        await second.send(half)
+        assert (await second.reply()).status == 503
+        assert (await (await Client.connect(server.listeners[0].port)).ask("/e/echo")).status == 200
+        await first.send(bytes(30_000))
+        assert (await first.reply()).status == 200
+        second.close()
+        await until(lambda: site.kept_bytes == 0)
+
+
 def test_on_the_loop_of_the_program_an_open_connection_keeps_its_place(pki: Pki) -> None:
     """uvloop returns its TLS layer where asyncio returns our protocol; the place must last all the same."""
 
