@@ -67,6 +67,8 @@ __all__ = ["MAX_SEQUENCE", "MAX_TOMBSTONES", "RefusedChangeError", "Registry"]
 MAX_SEQUENCE: Final = 2**53 - 1
 MAX_TOMBSTONES: Final = 64
 """Of destroyed keys, the newest of a service travel, so that proxies say "destroyed" and not "unknown"."""
+# Destroyed by the agent once their keys have moved on, or used by it now.
+_IN_USE: Final = (KekState.ACTIVE, KekState.STAGED, KekState.DEACTIVATED)
 _AT_ONCE: Final = Patience(usual_ms=0, unserved_ms=0)
 _NEVER: Final = 1 << 30
 
@@ -231,10 +233,17 @@ class Registry(KeyLife, KekSuccession, Archives):
         finished.
 
         True with the latter: the HSM may hold it half-made. One that was to be adopted is no such: it gives
-        way to another wish. RefusedChangeError if *adopts* finds one half-made.
+        way to another wish. RefusedChangeError if *adopts* finds one half-made, or the key is in use already:
+        a rotation to the very same key would end by destroying it.
         """
 
         def work(c: Connection) -> tuple[KekReference, bool]:
+            for row in c.execute(self._my_keks().where(kek.c.state.in_(_IN_USE))):
+                if _hsm_name(row.label, row.object_id) == _hsm_name(reference.label, reference.object_id):
+                    raise RefusedChangeError(
+                        f"the key {reference.label!r} in the HSM is KEK {row.id} already ({row.state})",
+                        "name another key; without label and id a new one is made",
+                    )
             found = c.execute(self._my_keks().where(kek.c.state == KekState.PRE_ACTIVE)).one_or_none()
             if found is not None:
                 unfinished, was_adoption = kek_row(found), found.attributes is not None
@@ -673,6 +682,11 @@ class Registry(KeyLife, KekSuccession, Archives):
                     c.execute(statement, [_receipt_row(receipt) for receipt in part])
 
         await self._database.transact(work)
+
+
+def _hsm_name(label: str, object_id: bytes) -> str:
+    """Equal for two that a token or a key server, which knows no ids, could take for one."""
+    return f"{label}-{bytes(object_id).hex()}".rstrip("-")
 
 
 def _reservation(

@@ -69,6 +69,20 @@ async def test_a_key_of_the_hsms_owner_is_adopted_and_keys_move_to_the_next(benc
         assert (result["label"], result["moved"]) == ("bank-kek-2", 1)
 
 
+async def test_no_rotation_to_the_very_key_that_it_would_destroy_at_its_end(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        bench.source.make_key(_named("bank-kek", b"\x01"))
+        await operations.kek_create(hsm_label="bank-kek", hsm_id="01")
+        await bench.provision(operations)
+        with pytest.raises(RefusedChangeError, match="in the HSM is KEK"):
+            await operations.kek_rotate(hsm_label="bank-kek", hsm_id="01")
+        with pytest.raises(RefusedChangeError, match="in the HSM is KEK"):
+            await operations.kek_rotate(hsm_label="bank-kek-01", hsm_id="")
+        assert len(bench.source.keks) == 1
+        assert len(await agent.registry.keks()) == 1
+        assert (await operations.kek_rotate())["moved"] == 1
+
+
 def _named(label: str, object_id: bytes) -> KekReference:
     """As the HSM's owner knows it."""
     return KekReference(kek_id="", label=label, object_id=object_id, environment_id="")
