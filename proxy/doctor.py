@@ -29,7 +29,7 @@ from proxy.encryption_service.credentials import FILE_KEY_DIRECTORY, SecretSeale
 from proxy.encryption_service.dialects.kacls_reach import check_kacls
 from proxy.encryption_service.model import CredentialKind, DialectName, ServiceDirectory
 from proxy.encryption_service.outbound import Outbound, outbound_context
-from proxy.encryption_service.settings import ListenSettings, OutboundSettings
+from proxy.encryption_service.settings import EncryptionServiceSettings, ListenSettings, OutboundSettings
 from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
@@ -95,6 +95,7 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
             listeners[f"reverse proxy of {service.owner}"] = service.reverse_listen
     for key in directory.encryption_service.keys.values():
         checks += _recipient("key", key, directory, clock)
+    checks += unheard_dialects(directory.encryption_service, settings.encryption_service)
     checks += _stored_secrets(directory.encryption_service, settings.proxy.state_dir)
     checks += _stray_keys(settings.proxy.state_dir, in_use)
     if any(DialectName.KACLS in listen.dialects for listen in settings.encryption_service.listen):
@@ -232,6 +233,18 @@ def _service_identity(listen: ListenSettings, clock: Clock) -> Iterator[Check]:
             f"whoever has a certificate below {listen.client_roots_file} may connect",
             "name the one client by client_subject, as in cks.kms.<region>.amazonaws.com",
         )
+
+
+def unheard_dialects(directory: ServiceDirectory, settings: EncryptionServiceSettings) -> Iterator[Check]:
+    """Warns of dialects that are on for a tenant while no listener speaks them: nobody can call them."""
+    heard = {dialect for listen in settings.listen for dialect in listen.dialects}
+    for entry in directory.dialects.values():
+        if entry.enabled and entry.dialect not in heard:
+            yield warning(
+                f"{entry.dialect} of {entry.tenant}",
+                "is on, and no listener of the encryption service speaks it",
+                f"name {entry.dialect} in an [[encryption_service.listen]], then restart the proxy",
+            )
 
 
 def _token_issuers(directory: ServiceDirectory, settings: OutboundSettings) -> list[Check]:

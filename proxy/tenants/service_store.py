@@ -208,7 +208,8 @@ class ServiceStore:
                 wanted = _DEFAULTS.get(dialect)
             if wanted is None:
                 raise ChangeRefusedError(
-                    f"{dialect} has no settings for tenant {tenant} yet", "give them by --settings FILE"
+                    f"{dialect} has no settings for tenant {tenant} yet",
+                    f"`sealgate dialect set {tenant} {dialect} --settings FILE`",
                 )
             is_on = enabled if enabled is not None else known.enabled if known is not None else True
             after = DialectEntry(tenant=tenant, dialect=dialect, enabled=is_on, settings=wanted)
@@ -604,7 +605,7 @@ def _check_grant(before: Directory, grant: Grant) -> None:
     if grant.endpoint is not None and grant.endpoint not in places:
         raise ChangeRefusedError(
             f"{grant.dialect} of tenant {grant.tenant} has no {grant.endpoint!r}",
-            f"choose of: {joined(places) or 'nothing'}",
+            f"choose of: {joined(places)}" if places else f"{grant.dialect} has no endpoints: leave it out",
         )
     if grant.requests_per_s is not None and grant.requests_per_s <= 0:
         raise ChangeRefusedError("a rate is above 0", "leave it out for the service's default")

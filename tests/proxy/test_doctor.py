@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.doctor import examine
+from proxy.doctor import examine, unheard_dialects
+from proxy.encryption_service.model import DialectEntry, DialectName, ServiceDirectory, TransitSettings
+from proxy.encryption_service.settings import EncryptionServiceSettings, ListenSettings
 from runtime.audit import AuditLog
 from runtime.cli import ExitCode
 from runtime.clock import SystemClock
@@ -316,7 +318,7 @@ def test_the_kacls_of_the_manual_and_its_token_issuers(site: Installation, acme:
     settings = site.path / "kacls.json"
     settings.write_text(json.dumps(document))
     site.ask("dialect", "set", "acme", "kacls", "--settings", str(settings))
-    assert not [name for name in checks_of(site) if "kacls" in name]  # no listener speaks it
+    assert [name for name in checks_of(site) if "kacls" in name] == ["kacls of acme"]  # no listener speaks it
     site.config_file.write_text(
         site.config_file.read_text()
         + f'[[encryption_service.listen]]\nhost = "127.0.0.1"\nport = {free_port()}\nplain = true\n'
@@ -331,3 +333,19 @@ def test_the_kacls_of_the_manual_and_its_token_issuers(site: Installation, acme:
     code, error = site.refused("dialect", "set", "acme", "kacls", "--settings", str(settings))
     assert code is ExitCode.REFUSED
     assert "https://" in error["cause"]
+
+
+def test_a_dialect_that_is_on_and_that_no_listener_speaks_is_told() -> None:
+    entry = DialectEntry(tenant="acme", dialect=DialectName.TRANSIT, settings=TransitSettings())
+    directory = ServiceDirectory(keys={}, dialects={("acme", DialectName.TRANSIT): entry}, credentials={})
+
+    def told(*dialects: DialectName) -> list[str]:
+        listeners = tuple(
+            ListenSettings(host="127.0.0.1", port=8200 + i, plain=True, dialects=(dialect,))
+            for i, dialect in enumerate(dialects)
+        )
+        settings = EncryptionServiceSettings(listen=listeners)
+        return [check.name for check in unheard_dialects(directory, settings)]
+
+    assert told() == told(DialectName.NATIVE) == ["transit of acme"]
+    assert told(DialectName.NATIVE, DialectName.TRANSIT) == []
