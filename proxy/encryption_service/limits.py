@@ -141,11 +141,14 @@ class Limiter:
 
     @contextmanager
     def hold(self, tenant: str, credential_id: str | None, cost: int = 1) -> Iterator[None]:
-        """As `admit`, and a place until the block is left: for calls that await or stream. QuotaExceeded."""
-        self.admit(tenant, credential_id, cost)
+        """As `admit`, and a place until the block is left: for calls that await or stream. QuotaExceeded, and
+        then nothing is taken.
+        """
         share = self._share(tenant, self._clock.boot_s())
         if share.places >= self._max_places:
+            self.charge(tenant, 0.0)
             raise QuotaExceeded("more calls at the same time than agreed", retry_after_s=1.0)
+        self.admit(tenant, credential_id, cost)
         share.places += 1
         try:
             yield

@@ -107,6 +107,15 @@ def test_places_are_counted_and_given_back(clock: ManualClock) -> None:
         pass
 
 
+def test_without_a_place_nothing_is_taken(clock: ManualClock) -> None:
+    limiter = Limiter(clock, TIGHT)
+    with limiter.hold("acme", "one"), limiter.hold("acme", "one"), limiter.hold("acme", "one"):
+        for _ in range(100):
+            with pytest.raises(QuotaExceeded, match="at the same time"), limiter.hold("acme", "one"):
+                pytest.fail("more places than agreed")
+        assert admitted(limiter, "acme", "one", 50) == 10 - 3
+
+
 def test_alone_a_tenant_may_have_everything(clock: ManualClock) -> None:
     limiter = Limiter(clock, ENDLESS)
     for _ in range(1000):
