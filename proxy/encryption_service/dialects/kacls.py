@@ -7,7 +7,8 @@
 3. Every call that names a person or a key leaves an audit record; `/status` and `/certs` are public and do
    not. Of calls by strangers some are recorded (`Strangers`).
 4. `handle` is synchronous whenever the issuers' keys are at hand. Where they are not, nothing has been done
-   yet: they are fetched, and the call begins anew. `/rewrap` waits for the other KACLS.
+   yet: they are fetched, and the call begins anew, as the tenant is set up by then. `/rewrap` waits for the
+   other KACLS, and is refused if the tenant's settings have changed meanwhile.
 """
 
 from collections.abc import Awaitable, Callable
@@ -35,7 +36,7 @@ from proxy.encryption_service.dialects.kacls_messages import MalformedError
 from proxy.encryption_service.dialects.kacls_policy import DeniedError
 from proxy.encryption_service.errors import NotRecorded, QuotaExceeded
 from proxy.encryption_service.limits import Limiter
-from proxy.encryption_service.model import DialectName, ServiceDirectory
+from proxy.encryption_service.model import DialectName, ServiceDirectory, url_path
 from proxy.encryption_service.strangers import Strangers
 from proxy.encryption_service.tokens import KeysNeededError, KeySource, KeysUnavailableError
 from runtime.clock import Clock
@@ -76,7 +77,12 @@ class KaclsDialect(Dialect):
         self._clock = clock
         self._issuer_keys = issuer_keys
         self._calls: Final = KaclsCalls(
-            core=core, limiter=limiter, clock=clock, issuer_keys=issuer_keys, post=post
+            core=core,
+            limiter=limiter,
+            clock=clock,
+            issuer_keys=issuer_keys,
+            post=post,
+            is_current=lambda kacls: self._at(f"{url_path(kacls.url)}/") == kacls,
         )
         self._strangers: Final = Strangers(clock)
         self._seen = directory()
@@ -167,8 +173,11 @@ class KaclsDialect(Dialect):
             with self._limiter.hold(kacls.tenant, None):
                 for _ in range(MAX_FETCHES):
                     await self._issuer_keys.refresh(needed.url, patient=needed.patient)
+                    now = self._at(call.path)  # whom the tenant believes may have changed meanwhile
+                    if now is None or any(origin not in now.origins for origin in call.values("origin")):
+                        return self.refuse(Trouble.NOT_FOUND, call)
                     try:
-                        served = self._serve(kacls, operation, call)
+                        served = self._serve(now, operation, call)
                     except KeysNeededError as again:
                         needed = again
                         continue

@@ -109,13 +109,18 @@ class KaclsCalls:
         clock: Clock,
         issuer_keys: KeySource,
         post: Callable[[str, bytes], Awaitable[tuple[int, bytes]]],
+        is_current: Callable[[Kacls], bool],
     ) -> None:
-        """*post*: an HTTPS request with a JSON body, answered by status and body; OutboundError."""
+        """*post*: an HTTPS request with a JSON body, answered by status and body; OutboundError.
+
+        *is_current*: whether the endpoint is still set up as it was when the call came.
+        """
         self._core = core
         self._limiter = limiter
         self._clock = clock
         self._issuer_keys = issuer_keys
         self._post = post
+        self._is_current = is_current
         self._identity: Final = Identity(core)
         self._version: Final = installed_version("sealgate")
         self.operations: Final[Mapping[str, tuple[str, Callable[[Exchange], Served]]]] = {
@@ -322,6 +327,8 @@ class KaclsCalls:
     async def _migrate(self, exchange: Exchange, leave: "_Migration", wrapped_key: str) -> Answer:
         resource_name = leave.grant.resource_name
         data_key = await self._fetch_key(exchange, leave, wrapped_key)
+        if not self._is_current(exchange.kacls):  # whom it believed may be believed no more
+            raise DeniedError(Denial.ORIGINAL_KACLS, "settings-changed")
         content = _content(data_key, resource_name, leave.grant.perimeter_id)
         members: dict[str, object] = {
             "resource_key_hash": _key_hash(content, resource_name),

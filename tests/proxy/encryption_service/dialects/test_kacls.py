@@ -1,7 +1,7 @@
 """The calls of the KACLS API, as a browser, an admin and another KACLS make them; and each that must fail."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, override
 
@@ -22,7 +22,7 @@ from proxy.encryption_service.dialects.kacls_answers import (
 )
 from proxy.encryption_service.dialects.kacls_policy import Denial
 from proxy.encryption_service.errors import KeyRefused, Refusal, ServiceError
-from proxy.encryption_service.jwks import MAX_AGE_S, MIN_INTERVAL_S
+from proxy.encryption_service.jwks import MAX_AGE_S, MAX_STALE_S, MIN_INTERVAL_S
 from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectEntry, DialectName, KaclsSettings
 from proxy.encryption_service.strangers import BURST
@@ -821,6 +821,48 @@ async def test_keys_that_are_not_at_hand_are_fetched_before_anything_is_done(tmp
         assert sorted(kacls.pages.asked) == sorted([jwks_url(IDP), jwks_url(GOOGLE)])
         assert len(kacls.service.records()) == 1
         assert ok(kacls.wrap(b"k"))  # at once
+    finally:
+        await kacls.issuer_keys.aclose()
+        kacls.close()
+
+
+@pytest.mark.parametrize("change", ["admin", "issuer", "moved"])
+async def test_who_is_believed_no_more_once_the_keys_are_fetched_is_refused(
+    tmp_path: Path, change: str
+) -> None:
+    """The call came while its caller was let in, and waited for an issuer that took its time."""
+    kacls = KaclsRig(tmp_path)
+    try:
+        await kacls.fetch_keys()
+        wrapped = kacls.wrapped(b"k")
+        kacls.clock.shift(MAX_AGE_S + MAX_STALE_S)
+        kacls.service.push(kacls.key)
+
+        async def change_settings() -> None:
+            match change:
+                case "admin":
+                    kacls.set_endpoint(admins={})
+                case "issuer":
+                    kacls.set_endpoint(authentication_issuers=(issuer_of(GUEST_IDP),))
+                case _:
+                    kacls.set_endpoint(url=URL + "/elsewhere")
+
+        def unwrap() -> Awaitable[Answer]:
+            return kacls.wait(
+                "privilegedunwrap",
+                authentication=kacls.authentication(ADMIN),
+                resource_name=RESOURCE,
+                wrapped_key=wrapped,
+                reason="",
+            )
+
+        kacls.pages.before = change_settings
+        answer = await unwrap()
+        assert kacls.pages.asked, "it did not wait"
+        assert answer.status in {401, 403, 404}, answer.body
+        assert b'"key"' not in answer.body
+        kacls.set_endpoint()
+        assert ok(await unwrap())
     finally:
         await kacls.issuer_keys.aclose()
         kacls.close()

@@ -1,6 +1,7 @@
 """From one KACLS to another: both real, over TLS; and what an attacker makes of a URL in a request."""
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -307,3 +308,29 @@ def test_a_listed_kacls_may_do_nothing_else(kacls: KaclsRig) -> None:
         ("wrap", {"key": "AAAA", "authorization": kacls.authorization("writer", ADMIN)}),
     ):
         assert refused(kacls.call(operation, authentication=token, **members)) == (401, "issuer")
+
+
+async def test_a_kacls_that_is_trusted_no_more_when_it_answers_is_not_answered_for(kacls: KaclsRig) -> None:
+    kacls.answer_to_post = (200, b'{"key":"AAAA"}')
+    rewrap = kacls.dialect.handle(
+        kacls.http(
+            "rewrap",
+            json.dumps(
+                {
+                    "authorization": kacls.authorization("migrator"),
+                    "original_kacls_url": OTHER_KACLS,
+                    "reason": "",
+                    "wrapped_key": BLOB,
+                }
+            ).encode(),
+        )
+    )
+    assert not isinstance(rewrap, Answer)
+    waiting = asyncio.ensure_future(rewrap)
+    await kacls.asked.wait()
+    kacls.set_endpoint(trusted_kacls=())
+    answer = await waiting
+    assert isinstance(answer, Answer)
+    assert answer.status == 403
+    assert b"wrapped_key" not in answer.body
+    assert kacls.service.records()[-1]["cause"] == "settings-changed"
