@@ -7,7 +7,8 @@
 3. SIGTERM is for whoever ends one worker on purpose: it drains as on Stop, and its proxy starts another.
 4. Its audit log is a chain of its own, `audit-worker-<number>.jsonl`.
 5. A directory that cannot be read for a moment is asked again; after RELOAD_PATIENCE_S the worker ends rather
-   than serve what may have been taken back.
+   than serve what may have been taken back. Pictures of it are taken one after the other, and one that was
+   acknowledged is served.
 """
 
 import asyncio
@@ -59,6 +60,9 @@ class WorkerProcess:
         self._store: DirectoryStore | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._opened = False
+        # One picture of the directory after the other: an older one that was read slowly must not follow a
+        # newer one, nor may listeners open by one that was replaced while they opened.
+        self._picturing = asyncio.Lock()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until told to stop, by the proxy or by *stop*, or until the proxy is gone."""
@@ -158,15 +162,17 @@ class WorkerProcess:
             case wire.Scrape():
                 return wire.Scraped(generate_latest(REGISTRY))
             case wire.Reload(revision):
-                if receiver.directory.revision < revision:
-                    directory = await self._snapshot(store)
-                    receiver.apply(directory)
-                    if self._opened:
-                        await plane.apply(directory)
+                async with self._picturing:
+                    if receiver.directory.revision < revision:
+                        directory = await self._snapshot(store)
+                        receiver.apply(directory)
+                        if self._opened:
+                            await plane.apply(directory)
                 return wire.Done(tuple(plane.problems))
             case wire.Open():
-                await plane.start(receiver.directory)
-                self._opened = True
+                async with self._picturing:
+                    await plane.start(receiver.directory)
+                    self._opened = True
                 plane.tasks(group)
                 return wire.Done(tuple(plane.problems), ports=tuple(plane.service_ports))
             case wire.Stop(grace_s):

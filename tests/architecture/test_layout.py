@@ -165,7 +165,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "rows read as they were written, on both databases",
     ),
     "proxy/workers/link.py": _WORKERS,
-    "proxy/workers/worker_main.py": _WORKERS,
     "proxy/refusals.py": (
         "tests/integration/test_proxy_refusals.py",
         "a table: each row is answered on a real socket",
