@@ -180,6 +180,7 @@ class TransitDialect(Dialect):
             path = unquote(path, errors="replace")
         namespace = namespace.strip("/")
         settings = entry.settings if entry is not None else None
+        unknown = f'no handler for route "{path}". route entry not found.'
         if isinstance(settings, TransitSettings):
             for mount in settings.mounts:
                 own = mount.namespace or caller.tenant
@@ -188,15 +189,16 @@ class TransitDialect(Dialect):
                     rest = _below(path, f"{mount.namespace}/{mount.mount}")
                 if rest is None:
                     continue
-                if namespace and namespace != own:
-                    raise VaultError(404, "namespace not found")
+                if namespace and namespace != own:  # another namespace may have a mount of this name
+                    unknown = "namespace not found"
+                    continue
                 if caller.endpoint is not None and caller.endpoint != mount.mount:
                     raise AccessDenied("the credential is not for this mount")
                 operation, slash, name = rest.partition("/")
                 if not slash and operation != "keys":
                     raise VaultError(404, UNSUPPORTED_PATH)
                 return _Place(mount, operation, name)
-        raise VaultError(404, f'no handler for route "{path}". route entry not found.')
+        raise VaultError(404, unknown)
 
     # Errors.
 

@@ -266,6 +266,10 @@ def test_namespace_and_mount_agree_with_the_token(transit: TransitRig) -> None:
     assert status("/v1/emea/kms/encrypt/orders") == 200
     assert status("/v1/kms/encrypt/orders", "acme") == 404
     assert status("/v1/acme/kms/encrypt/orders") == 404
+    two = (*mounts, TransitMount(mount="kms", namespace="apac"))
+    transit.rig.add_dialect(DialectName.TRANSIT, TransitSettings(mounts=two))
+    assert status("/v1/kms/encrypt/orders", "emea") == status("/v1/kms/encrypt/orders", "apac") == 200
+    assert status("/v1/kms/encrypt/orders", "acme") == 404
 
 
 async def test_strangers_learn_nothing_and_do_not_fill_the_log(transit: TransitRig) -> None:
