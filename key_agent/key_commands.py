@@ -168,9 +168,15 @@ class KeyCommands(Commands):
         }
 
     def _holders(self, key: DataKeyRow) -> list[str]:
-        """Proxies that acknowledged a push with it, which is still valid."""
+        """Proxies that acknowledged a push with it, which is still valid.
+
+        One that the KEK of today does not wrap was in no push of today: it was withdrawn with its own KEK.
+        """
         now_ms = self._agent.now_ms()
+        kek = self._agent.consent.kek
         if key.state is KeyState.DESTROYED or self._agent.consent.standing.is_withdrawn:
+            return []
+        if kek is None or kek.reference.kek_id not in key.wrapped_by:
             return []
         return sorted(
             link.proxy_id

@@ -30,6 +30,7 @@ from key_agent.key_commands import KeyCommands
 from key_agent.push.pusher import Outcome
 from key_agent.push.recipients import leaf_sha256, read_chain
 from key_agent.push.transport import PushError
+from key_agent.registry.database import RegistryError
 from key_agent.registry.model import DataKeyRow, KekRow, Link, Proxy
 from key_agent.registry.states import REVOKED_BY_COMMAND, KekState
 from key_agent.registry.store import RefusedChangeError
@@ -425,7 +426,7 @@ class Operations(KeyCommands, BackupCommands):
         keys = _by_owner(await agent.registry.data_keys())
         links = _by_owner(agent.targets.links)
         current = None if row is None else row.reference.kek_id
-        consenting_since_ms = 0 if row is None else row.since_ms
+        consenting_since_ms = 0 if row is None else await self._consenting_since_ms(row)
         return {
             "agent": agent.agent_id,
             "tenant": agent.tenant,
@@ -571,6 +572,25 @@ class Operations(KeyCommands, BackupCommands):
 
     def _is_shown(self, link: Link, now_ms: int) -> bool:
         return not link.withdrawn or self._may_hold_keys(link, now_ms)
+
+    async def _consenting_since_ms(self, current: KekRow) -> int:
+        """Since when nothing was taken back, as far as the registry tells.
+
+        A KEK that followed one that worked took nothing back, so the time of a rotation does not count. Rows
+        of earlier KEKs keep no more of their past than when they were made.
+        """
+        try:
+            before = {row.rotated_to: row for row in await self._agent.registry.keks()}
+        except RegistryError:  # the row of an earlier KEK is damaged, which is no reason to show nothing
+            return current.since_ms
+        since_ms = current.since_ms
+        earlier = before.pop(current.reference.kek_id, None)
+        if earlier is not None and earlier.since_ms < since_ms:
+            return since_ms  # revoked and restored after that rotation
+        while earlier is not None and earlier.kek is not None:
+            since_ms = earlier.kek.created_at_ms
+            earlier = before.pop(earlier.reference.kek_id, None)
+        return since_ms
 
     def _place(self, link: Link, now_ms: int, consenting_since_ms: int) -> Json:
         """*consenting_since_ms*: what was acknowledged before is taken back, whatever its validity says."""

@@ -71,6 +71,28 @@ async def test_the_keys_stay_and_nobody_notices(bench: Bench) -> None:
     assert "succeeding" in bench.audit()
 
 
+async def test_status_calls_nothing_withdrawn_because_of_a_rotation(bench: Bench) -> None:
+    async def place() -> Any:
+        status: Any = await operations.status()
+        return status["services"][0]["proxies"][0]
+
+    async with bench.agent() as (agent, operations):
+        await _provisioned(bench, agent, operations)
+        for _ in range(2):
+            await bench.clock.advance(1)
+            await operations.kek_rotate()
+            assert (await place())["state"] == "valid"
+        # What is taken back unheard stays so, whichever KEK follows.
+        bench.proxy().down = True
+        await operations.kek_revoke()
+        await bench.clock.advance(1)
+        await operations.reinstate()
+        assert (await place())["state"] == "withdrawing"
+        await bench.clock.advance(1)
+        await operations.kek_rotate()
+        assert (await place())["state"] == "withdrawing"
+
+
 async def test_states_of_keys_move_along(bench: Bench) -> None:
     async with bench.agent() as (agent, operations):
         await _provisioned(bench, agent, operations)

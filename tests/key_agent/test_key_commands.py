@@ -132,6 +132,9 @@ async def test_who_holds_a_key(bench: Bench) -> None:
         bench.proxy("p2").down = False
         await operations.kek_revoke()
         assert [key["held_by"] for key in (await _keys(operations)).values()] == [[], []]
+        await operations.reinstate()
+        held = {key["version"]: key["held_by"] for key in (await _keys(operations)).values()}
+        assert held == {1: [], 2: [], 3: ["p1", "p2"]}, "nobody holds what the lost KEK wraps"
 
 
 async def test_wrong_names_are_refused(bench: Bench) -> None:
