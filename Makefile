@@ -63,7 +63,7 @@ COMPILE := uv pip compile --quiet --universal --python-version 3.12 --generate-h
 lock:
 	@$(COMPILE) --all-extras --group test --group lint --group build pyproject.toml -o requirements.lock
 	@grep -o '^[a-z0-9][^\\]*' requirements.lock > .locked-versions
-	@for part in "agent --extra kmip --extra nats" proxy; do $(COMPILE) --no-annotate --constraint .locked-versions \
+	@for part in "agent --extra kmip --extra nats" "proxy --extra nats"; do $(COMPILE) --no-annotate --constraint .locked-versions \
 	    --extra $$part --extra postgres pyproject.toml -o "requirements-$${part%% *}.lock"; done
 	@rm .locked-versions
 	@$(COMPILE) requirements-native.in -o requirements-native.lock

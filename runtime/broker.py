@@ -64,7 +64,9 @@ def check_library() -> None:
         import nats  # noqa: F401, PLC0415 - an extra
     except ImportError:
         raise SettingsError(
-            "[nats]", "", allowed="needs the NATS client: install sealgate[nats], or leave the section out"
+            "[nats]",
+            "",
+            allowed="needs the NATS client: install nats-py from the lock file, or leave the section out",
         ) from None
 
 

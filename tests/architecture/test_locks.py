@@ -28,6 +28,12 @@ def test_a_part_pins_what_the_whole_pins(part: str) -> None:
     }
 
 
+@pytest.mark.parametrize("part", ["requirements-agent.lock", "requirements-proxy.lock"])
+def test_the_broker_and_postgresql_need_nothing_beyond_a_part(part: str) -> None:
+    """docs/operations.md and docs/proxy.md say so."""
+    assert {"nats-py", "psycopg"} <= pins(part).keys()
+
+
 def test_the_agent_installs_without_the_engine() -> None:
     agent = pins("requirements-agent.lock")
     assert "python-pkcs11" in agent
