@@ -7,6 +7,7 @@
    write access to the registry anybody could file key material of his own choice otherwise.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final, override
 
@@ -75,8 +76,9 @@ class _HybridWrapping(Wrapping):
         except HybridError as error:
             raise WrongBindingError(str(error)) from None
 
+    @abstractmethod
     def _content_key(self, kek: KekObjects, sealed: bytes, binding: bytes) -> bytes:
-        raise NotImplementedError
+        """What the HSM makes of the head of *sealed*; the caller wipes it."""
 
 
 class RsaWrapping(_HybridWrapping):
