@@ -1,6 +1,6 @@
 # Sealgate: make demo | test | check | bench [ONLY=name] | format | lock | clean
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format lock clean environment native-environment
+.PHONY: help demo test check bench format lock clean environment native-environment referees
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,6 +8,8 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 NATIVE := .venv-native
+REFEREES := .venv-referees
+NODE_REFEREES := .node-referees
 # Of `make test`. More than cores make tests slow that wait for each other's processes.
 TEST_PROCESSES ?= 2
 SOURCES := envelope runtime key_agent proxy tests bench certs deploy
@@ -33,8 +35,20 @@ $(NATIVE)/ready: requirements-native.lock deploy/find-python
 	@$(NATIVE)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-native.lock
 	@touch $@
 
+# Third-party servers and clients for the tests, each a process of its own, in environments of their own.
+$(REFEREES)/ready: requirements-referees.lock deploy/find-python
+	@python=$$(deploy/find-python); "$$python" -m venv --clear $(REFEREES)
+	@$(REFEREES)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-referees.lock
+	@touch $@
+
+$(NODE_REFEREES)/ready: tests/referees/node/package.json tests/referees/node/package-lock.json
+	@rm -rf $(NODE_REFEREES); mkdir $(NODE_REFEREES); cp $^ $(NODE_REFEREES)
+	@npm ci --prefix $(NODE_REFEREES) --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
+
 environment: $(VENV)/ready
 native-environment: $(NATIVE)/ready
+referees: $(REFEREES)/ready $(NODE_REFEREES)/ready
 
 demo: environment
 	@deploy/system-packages demo
@@ -42,6 +56,7 @@ demo: environment
 
 test: environment native-environment
 	@deploy/system-packages test
+	@$(MAKE) --no-print-directory referees
 	@$(PY) -m tests.postgres $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: environment
@@ -67,6 +82,8 @@ lock:
 	    --extra $$part --extra postgres pyproject.toml -o "requirements-$${part%% *}.lock"; done
 	@rm .locked-versions
 	@$(COMPILE) requirements-native.in -o requirements-native.lock
+	@$(COMPILE) --no-annotate requirements-referees.in -o requirements-referees.lock
+	@cd tests/referees/node && npm install --package-lock-only --ignore-scripts --no-audit --no-fund --silent
 
 clean:
-	@rm -rf $(VENV) $(NATIVE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	@rm -rf $(VENV) $(NATIVE) $(REFEREES) $(NODE_REFEREES) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
