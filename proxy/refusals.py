@@ -100,6 +100,38 @@ RANGE_NOT_SATISFIABLE: Final = _refusal(
     416, "range-not-satisfiable", "The requested range lies outside the object.", "Ask for a range inside it."
 )
 
+# Who uses the forward proxy.
+PROXY_AUTHENTICATION: Final = _refusal(
+    407,
+    "proxy-authentication-required",
+    "This proxy serves users it knows, and the request names none.",
+    "Give the name and password that the administrator of this proxy has issued.",
+)
+PROXY_CREDENTIALS: Final = _refusal(
+    407,
+    "proxy-credentials-refused",
+    "The proxy credentials are wrong, have ended, or belong to a tenant that is not served here.",
+    "Correct name (tenant/user where tenants share a proxy) and password, or ask for new ones.",
+)
+USER_CERTIFICATE: Final = _refusal(
+    403,
+    "client-certificate-refused",
+    "This tenant's users show a client certificate to the proxy, and none that it trusts was shown.",
+    "Install the client certificate, and reach the proxy by TLS (HTTPS in the PAC file).",
+)
+USER_NETWORK: Final = _refusal(
+    403,
+    "network-refused",
+    "This tenant's users come from other networks than this one.",
+    _ADMIN + " to add the network.",
+)
+USER_MISMATCH: Final = _refusal(
+    403,
+    "user-mismatch",
+    "Client certificate and proxy credentials belong to different tenants.",
+    "Use both of one tenant.",
+)
+
 TOO_MANY: Final = _refusal(
     429,
     "too-many-requests",

@@ -1,0 +1,1 @@
+"""Who uses a forward proxy: for which tenant, and by what proof."""
