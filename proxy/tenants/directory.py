@@ -35,7 +35,7 @@ from envelope.certificates import (
     read_identity,
     verify_certificate,
 )
-from envelope.errors import SealgateError
+from envelope.errors import FormatError, SealgateError
 from envelope.keys import NetworkService, check_name
 from proxy.encryption_service.model import NamedKey
 from proxy.tenants import certificates, migrations, service_rows
@@ -55,12 +55,14 @@ from proxy.tenants.tables import (
     directory,
     history,
     network_service,
+    proxy_user,
     service_credential,
     service_dialect,
     signer,
     tenant,
     tunnel_host,
 )
+from proxy.tenants.user_rows import read_access, read_users
 from runtime.clock import Clock
 from runtime.database import make_engine, read_only, transaction
 
@@ -260,12 +262,12 @@ class DirectoryStore:
                 )
             _check_other_roots(before, name, root)
             if forward_listen is not None:
-                _check_listener(before, forward_listen, reserved)
+                _check_listener(before, forward_listen, reserved, user=None)
             connection.execute(
                 insert(tenant).values(
                     id=name,
                     root_der=root.public_bytes(Encoding.DER),
-                    forward_listen=None if forward_listen is None else str(forward_listen),
+                    forward_address=None if forward_listen is None else str(forward_listen),
                     ca_certificate_file=ca_certificate_file,
                     ca_key_file=ca_key_file,
                     created_at_ms=_ms(now_s),
@@ -323,8 +325,8 @@ class DirectoryStore:
             if forward_listen is not _UNCHANGED:
                 listen = forward_listen if isinstance(forward_listen, Listen) else None
                 if listen is not None and listen != entry.forward_listen:
-                    _check_listener(before, listen, reserved)
-                values["forward_listen"] = None if listen is None else str(listen)
+                    _check_listener(before, listen, reserved, user=entry)
+                values["forward_address"] = None if listen is None else str(listen)
                 detail["forward_listen"] = "none" if listen is None else str(listen)
             if rules is not None:
                 for service in before.services_of(name):
@@ -353,7 +355,7 @@ class DirectoryStore:
                     "remove them first: " + ", ".join(f"`{_removal(entry)}`" for entry in recipients),
                 )
             obsolete.extend([entry.interception_ca.certificate_file, entry.interception_ca.key_file])
-            for table in (tunnel_host, signer, service_dialect, service_credential):
+            for table in (tunnel_host, signer, service_dialect, service_credential, proxy_user):
                 connection.execute(delete(table).where(table.c.tenant_id == name))
             connection.execute(delete(tenant).where(tenant.c.id == name))
             return Draft(action="tenant-removed", tenant=name, detail={})
@@ -393,7 +395,7 @@ class DirectoryStore:
                 )
             _check_upstream(before, owner, upstream)
             if reverse_listen is not None:
-                _check_listener(before, reverse_listen, reserved)
+                _check_listener(before, reverse_listen, reserved, user=None)
             now_ms = _ms(self._clock.wall_s())
             connection.execute(
                 insert(network_service).values(
@@ -473,7 +475,7 @@ class DirectoryStore:
             if reverse_listen is not _UNCHANGED:
                 listen = reverse_listen if isinstance(reverse_listen, Listen) else None
                 if listen is not None and listen != entry.reverse_listen:
-                    _check_listener(before, listen, reserved)
+                    _check_listener(before, listen, reserved, user=None)
                 values["reverse_listen"] = None if listen is None else str(listen)
                 detail["reverse_listen"] = "none" if listen is None else str(listen)
             connection.execute(_update_service(owner).values(values))
@@ -616,13 +618,14 @@ class DirectoryStore:
             TenantEntry(
                 tenant=row.id,
                 root_certificate=x509.load_der_x509_certificate(row.root_der),
-                forward_listen=None if row.forward_listen is None else Listen.parse(row.forward_listen),
+                forward_listen=None if row.forward_address is None else Listen.parse(row.forward_address),
                 tunnel_hosts=frozenset(tunnels.get(row.id, ())),
                 interception_ca=CertificateFiles(
                     certificate_file=self._state_dir / row.ca_certificate_file,
                     key_file=self._state_dir / row.ca_key_file,
                 ),
                 signers=tuple(pins.get(row.id, ())),
+                access=_sound(read_access, row.access),
             )
             for row in connection.execute(select(tenant).order_by(tenant.c.id))
         ]
@@ -638,7 +641,9 @@ class DirectoryStore:
             encryption_service = service_rows.read(connection, self._state_dir)
         except service_rows.BrokenRowError as error:
             raise DirectoryUnavailableError(str(error)) from error
-        return Directory.of(int(revision), tenants, services, encryption_service)
+        return Directory.of(
+            int(revision), tenants, services, encryption_service, users=read_users(connection)
+        )
 
     def _service_entry(self, row: Row[Any]) -> ServiceEntry:
         der = row.certificate_der
@@ -650,6 +655,8 @@ class DirectoryStore:
             reverse_listen=None if row.reverse_listen is None else Listen.parse(row.reverse_listen),
             certificate=None if der is None else x509.load_der_x509_certificate(der),
             key_file=self._state_dir / row.key_file,
+            reverse_names=frozenset((row.reverse_names or "").split()),
+            profile_options=_sound(_options, row.profile_options),
         )
 
     def _check_root(self, root: x509.Certificate) -> None:
@@ -767,14 +774,35 @@ def _removal(entry: Recipient) -> str:
     return f"sealgate {noun} remove {entry.owner}"
 
 
-def _check_listener(before: Directory, listen: Listen, reserved: Iterable[Listen]) -> None:
+def _sound[T](read: Callable[[str | None], T], text: str | None) -> T:
+    try:
+        return read(text)
+    except FormatError as error:
+        raise DirectoryUnavailableError(str(error)) from error
+
+
+def _options(text: str | None) -> dict[str, object]:
+    options = {} if text is None else json.loads(text)
+    if not isinstance(options, dict):
+        raise FormatError("the options of a profile are damaged")
+    return options
+
+
+def _check_listener(
+    before: Directory, listen: Listen, reserved: Iterable[Listen], *, user: TenantEntry | None
+) -> None:
+    """*user*: the tenant whose forward proxy is to listen there; tenants whose users show whose they are
+    may share an address."""
+    sharing = before.tenants_of_listener(listen) if before.service_of_listener(listen) is None else ()
+    if sharing and user is not None and all(entry.access.identifies for entry in (*sharing, user)):
+        return
     users = {entry.forward_listen: f"tenant {name}" for name, entry in before.tenants.items()}
     users |= {entry.reverse_listen: f"network service {owner}" for owner, entry in before.services.items()}
     users |= dict.fromkeys(reserved, "the proxy itself (push, health)")
-    for taken, user in users.items():
+    for taken, whose in users.items():
         if taken is not None and listen.clashes_with(taken):
             raise ChangeRefusedError(
-                f"{listen} clashes with {taken} of {user}", "choose another address or port"
+                f"{listen} clashes with {taken} of {whose}", "choose another address or port"
             )
 
 

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from envelope.errors import FormatError
 from envelope.keys import NetworkService, check_name
 from proxy.encryption_service.model import EMPTY, NamedKey, ServiceDirectory
+from proxy.users.model import OPEN, UserAccess, Users
 
 _HOST: Final = re.compile(
     r"(?!.{254})[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
@@ -191,6 +192,10 @@ class ServiceEntry:
     reverse_listen: Listen | None
     certificate: x509.Certificate | None
     key_file: Path
+    reverse_names: frozenset[str] = frozenset()
+    """Host names that clients of the reverse listener may use; empty: any."""
+    profile_options: Mapping[str, object] = field(default_factory=dict)
+    """What the profile is told of this service, JSON-able, in the profile's own words (docs/profiles.md)."""
 
 
 type Recipient = ServiceEntry | NamedKey
@@ -206,6 +211,8 @@ class TenantEntry:
     interception_ca: CertificateFiles
     signers: tuple[x509.Certificate, ...] = ()
     """Pinned signing certificates of agents; empty: any that the root has certified for the role."""
+    access: UserAccess = OPEN
+    """Who may use its forward proxy."""
 
     def tunnels(self, host: str) -> bool:
         """Whether connections to *host* are passed through unread. A managed service never is."""
@@ -221,18 +228,22 @@ class Directory:
     tenants: Mapping[str, TenantEntry]
     services: Mapping[NetworkService, ServiceEntry]
     encryption_service: ServiceDirectory = EMPTY
+    users: Users = field(default_factory=dict)
+    """Of all tenants' forward proxies, by tenant and name."""
     recipients: Mapping[NetworkService, Recipient] = field(init=False, repr=False, compare=False)
     _by_host: Mapping[tuple[str, str, int], ServiceEntry] = field(init=False, repr=False, compare=False)
-    _by_listener: Mapping[Listen, TenantEntry] = field(init=False, repr=False, compare=False)
+    _by_listener: Mapping[Listen, tuple[TenantEntry, ...]] = field(init=False, repr=False, compare=False)
     _by_reverse_listener: Mapping[Listen, ServiceEntry] = field(init=False, repr=False, compare=False)
     _by_fingerprint: Mapping[bytes, Recipient] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         entries = self.services.values()
         hosts = {(entry.owner.tenant, entry.upstream.host, entry.upstream.port): entry for entry in entries}
-        listeners = {
-            tenant.forward_listen: tenant for tenant in self.tenants.values() if tenant.forward_listen
-        }
+        listeners: dict[Listen, tuple[TenantEntry, ...]] = {}
+        for tenant in self.tenants.values():
+            if tenant.forward_listen is not None:
+                sharing = listeners.get(tenant.forward_listen, ())
+                listeners[tenant.forward_listen] = (*sharing, tenant)
         reverse = {entry.reverse_listen: entry for entry in entries if entry.reverse_listen}
         recipients: dict[NetworkService, Recipient] = {**self.services, **self.encryption_service.keys}
         prints = {
@@ -253,12 +264,14 @@ class Directory:
         tenants: Iterable[TenantEntry],
         services: Iterable[ServiceEntry],
         encryption_service: ServiceDirectory = EMPTY,
+        users: Users | None = None,
     ) -> Self:
         return cls(
             revision=revision,
             tenants={entry.tenant: entry for entry in tenants},
             services={entry.owner: entry for entry in services},
             encryption_service=encryption_service,
+            users=users or {},
         )
 
     def service_for_host(self, tenant: str, host: str, port: int) -> ServiceEntry | None:
@@ -268,12 +281,12 @@ class Directory:
         except FormatError:
             return None
 
-    def tenant_of_listener(self, listen: Listen) -> TenantEntry | None:
-        """The tenant whose forward proxy listens here, or whose service does in reverse mode."""
+    def tenants_of_listener(self, listen: Listen) -> tuple[TenantEntry, ...]:
+        """The tenants whose forward proxy listens here, or the one whose service does in reverse mode."""
         service = self._by_reverse_listener.get(listen)
         if service is not None:
-            return self.tenants[service.owner.tenant]
-        return self._by_listener.get(listen)
+            return (self.tenants[service.owner.tenant],)
+        return self._by_listener.get(listen, ())
 
     def service_of_listener(self, listen: Listen) -> ServiceEntry | None:
         """The service that is served at this address in reverse mode."""

@@ -39,9 +39,22 @@ tenant = Table(
     metadata,
     Column("id", String(63), primary_key=True),
     Column("root_der", LargeBinary, nullable=False),
-    Column("forward_listen", String(64), unique=True),
+    Column("forward_listen", String(64), unique=True),  # empty since version 0003
+    Column("forward_address", String(64)),  # tenants may share one
+    Column("access", Text),  # JSON, proxy/tenants/user_rows.py; null: nothing is asked for
     Column("ca_certificate_file", String(255), nullable=False),
     Column("ca_key_file", String(255), nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("updated_at_ms", BigInteger, nullable=False),
+)
+
+proxy_user = Table(
+    "proxy_user",
+    metadata,
+    Column("tenant_id", ForeignKey("tenant.id"), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("verifier", LargeBinary, nullable=False),
+    Column("not_after_ms", BigInteger),
     Column("created_at_ms", BigInteger, nullable=False),
     Column("updated_at_ms", BigInteger, nullable=False),
 )
@@ -73,6 +86,8 @@ network_service = Table(
     Column("profile", String(63)),
     Column("legacy", String(16)),
     Column("reverse_listen", String(64), unique=True),
+    Column("reverse_names", Text),  # host names in reverse mode, a space between; null: any
+    Column("profile_options", Text),  # JSON object, in the profile's own words
     Column("certificate_der", LargeBinary),
     # The key of that certificate; while there is none, the key of the first CSR.
     Column("key_file", String(255), nullable=False),

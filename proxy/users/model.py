@@ -61,6 +61,9 @@ class UserAccess:
         return bool(self.networks or self.requires)
 
 
+OPEN: Final = UserAccess()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserEntry:
     """One user of one tenant's forward proxy."""

@@ -59,9 +59,11 @@ _KACLS: Final = (
     "tests/proxy/encryption_service/dialects/test_kacls.py",
     "a part of the dialect: each rule is seen in what a call is answered",
 )
+_USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
+    "proxy/tenants/user_rows.py": _USERS,
     "key_agent/app.py": _PROCESS,
     "key_agent/doctor.py": _PROCESS,
     "key_agent/errors.py": (

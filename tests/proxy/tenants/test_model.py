@@ -131,9 +131,9 @@ def test_look_ups_stay_within_the_tenant() -> None:
     assert directory.service_for_host("globex", "drive.example.com", 443) is None
     assert directory.service_for_host("acme", "drive.example.com", 8443) is None
     assert directory.service_for_host("acme", "not a host", 443) is None
-    assert directory.tenant_of_listener(Listen("127.0.0.1", 1002)) is tenants[1]
-    assert directory.tenant_of_listener(Listen("127.0.0.1", 2001)) is tenants[0]
-    assert directory.tenant_of_listener(Listen("127.0.0.1", 9)) is None
+    assert directory.tenants_of_listener(Listen("127.0.0.1", 1002)) == (tenants[1],)
+    assert directory.tenants_of_listener(Listen("127.0.0.1", 2001)) == (tenants[0],)
+    assert directory.tenants_of_listener(Listen("127.0.0.1", 9)) == ()
     assert directory.service_of_listener(Listen("127.0.0.1", 2001)) is drive
     assert directory.recipient_of_certificate(bytes(32)) is None
     assert directory.services_of("globex") == []
