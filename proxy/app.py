@@ -40,6 +40,7 @@ from proxy.keys.receive import Receiver
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Directory
 from proxy.tenants.watch import DirectoryWatch
+from proxy.users.portal import make_portal
 from proxy.workers.fleet import Fleet
 from runtime import lifecycle, serve
 from runtime.audit import AuditLog
@@ -191,6 +192,7 @@ class ProxyProcess:
             audit.append("proxy-started", proxy=settings.proxy.id, revision=directory.revision)
             await parts.enter_async_context(self._health(fleet))
             await parts.enter_async_context(self._push(receiver))
+            await parts.enter_async_context(self._portal(receiver))
             await self._serve(plane, keys, directory, stop)
             audit.append("proxy-stopped", proxy=settings.proxy.id)
 
@@ -267,6 +269,24 @@ class ProxyProcess:
                 application, host=push.host, port=push.port, ssl_context=self._push_tls.context
             )
             self.ports["push"] = await server.__aenter__()
+        try:
+            yield
+        finally:
+            await server.__aexit__(None, None, None)
+
+    @contextlib.asynccontextmanager
+    async def _portal(self, receiver: Receiver) -> AsyncIterator[None]:
+        portal = self._settings.portal
+        if portal is None:
+            yield
+            return
+        tls = None
+        if portal.certificate_file is not None and portal.key_file is not None:
+            tls = ServerTls(portal.certificate_file, portal.key_file).context
+        application = make_portal(lambda: receiver.directory)
+        with _binding("portal", portal.host, portal.port):
+            server = serve.serving(application, host=portal.host, port=portal.port, ssl_context=tls)
+            self.ports["portal"] = await server.__aenter__()
         try:
             yield
         finally:

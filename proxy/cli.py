@@ -50,6 +50,7 @@ from proxy.tenants.model import (
     TunnelRule,
     Upstream,
 )
+from proxy.users.cli import tenant_access, user_app
 from runtime import cli
 from runtime import doctor as report
 from runtime.audit_command import add_audit
@@ -73,6 +74,7 @@ program.add_typer(profile_app, name="profile")
 program.add_typer(key_app, name="key")
 program.add_typer(credential_app, name="credential")
 program.add_typer(dialect_app, name="dialect")
+program.add_typer(user_app, name="user")
 
 
 cli.add_options(
@@ -222,6 +224,12 @@ def tenant_ca(context: typer.Context, name: TenantName) -> None:
             {"tenant": name, "certificate": pem, "not_after": certificate.not_valid_after_utc.isoformat()},
             pem.rstrip(),
         )
+
+
+tenant_app.command(
+    "access",
+    epilog="Example: sealgate tenant access acme --require credentials --network 10.0.0.0/8 --proxy p:3128",
+)(tenant_access)
 
 
 # Network services.

@@ -145,6 +145,22 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_port("health.port", self.port)
 
 
+class PortalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where users of forward proxies fetch PAC file and CA: `/<tenant>/`. Without this section: nowhere."""
+
+    host: str = "0.0.0.0"
+    port: int = 8080
+    certificate_file: Path | None = None
+    """PEM; without it and its key the portal speaks plain HTTP."""
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_host("portal.host", self.host)
+        _check_port("portal.port", self.port)
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("portal.certificate_file and portal.key_file come together")
+
+
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     json: bool | None = None
     """JSON lines; default: JSON unless stderr is a terminal."""
@@ -158,6 +174,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keys: KeySettings = KeySettings()
     engine: EngineSettings = EngineSettings()
     health: HealthSettings = HealthSettings()
+    portal: PortalSettings | None = None
     log: LogSettings = LogSettings()
     encryption_service: EncryptionServiceSettings = EncryptionServiceSettings()
 
@@ -168,6 +185,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ValueError(f"encryption_service and {taken} must not listen at the same address")
             if not listen.port and self.proxy.workers > 1:
                 raise ValueError("with proxy.workers > 1 a listener of encryption_service needs a port")
+        if self.portal is not None and self.portal.port and (self.portal.host, self.portal.port) in own:
+            raise ValueError("portal must not listen at the address of push or health")
         if self.push.port and (self.push.host, self.push.port) == (self.health.host, self.health.port):
             raise ValueError("push and health must not listen at the same address")
 
@@ -186,6 +205,10 @@ def unusable_files(settings: Settings) -> Iterator[str]:
     if settings.engine.upstream_ca_file is not None:
         files["engine.upstream_ca_file"] = settings.engine.upstream_ca_file
     secrets = {"push.key_file": settings.push.key_file}
+    portal = settings.portal
+    if portal is not None and portal.certificate_file is not None and portal.key_file is not None:
+        files["portal.certificate_file"] = portal.certificate_file
+        secrets["portal.key_file"] = portal.key_file
     for name, path, is_secret in listener_files(settings.encryption_service):
         (secrets if is_secret else files)[name] = path
     if settings.nats is not None:

@@ -42,8 +42,10 @@ class Operator:
     @property
     def reserved(self) -> list[Listen]:
         """Addresses of the proxy's own listeners."""
-        push, health = self.settings.push, self.settings.health
+        push, health, portal = self.settings.push, self.settings.health, self.settings.portal
         service = [Listen(part.address, part.port) for part in self.settings.encryption_service.listen]
+        if portal is not None:
+            service.append(Listen(portal.host, portal.port))
         return [
             part
             for part in (Listen(push.host, push.port), Listen(health.host, health.port), *service)

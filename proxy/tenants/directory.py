@@ -796,7 +796,11 @@ def _check_listener(
     sharing = before.tenants_of_listener(listen) if before.service_of_listener(listen) is None else ()
     if sharing and user is not None and all(entry.access.identifies for entry in (*sharing, user)):
         return
-    users = {entry.forward_listen: f"tenant {name}" for name, entry in before.tenants.items()}
+    users = {
+        entry.forward_listen: f"tenant {entry.tenant}"
+        for entry in before.tenants.values()
+        if user is None or entry.tenant != user.tenant
+    }
     users |= {entry.reverse_listen: f"network service {owner}" for owner, entry in before.services.items()}
     users |= dict.fromkeys(reserved, "the proxy itself (push, health)")
     for taken, whose in users.items():

@@ -274,6 +274,10 @@ class Directory:
             users=users or {},
         )
 
+    def hosts_of(self, tenant: str) -> list[str]:
+        """The names of *tenant*'s managed hosts."""
+        return sorted({entry.upstream.host for entry in self.services_of(tenant)})
+
     def service_for_host(self, tenant: str, host: str, port: int) -> ServiceEntry | None:
         """The service of *tenant* at this upstream address, never another tenant's."""
         try:
