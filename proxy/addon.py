@@ -4,7 +4,8 @@
 2. Every hook that can let something through is guarded: what it raises refuses the flow.
 3. Every use of a key is in the audit log before a byte it changes moves on; if it cannot be, it is not used.
 4. The head of a message is edited after everything that may refuse it, right before the permit.
-5. A connection is the tenant's at whose listener it came in; if that becomes another's, it is no one's.
+5. A connection is the tenant's at whose listener it came in; if that becomes another's, it is no one's. Who
+   uses a forward proxy is asked before anything else, and again when the directory has changed.
 6. It holds no policy: where to is routing.py's, what may be the planner's, how bodies change bodies.py's.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import structlog
+from cryptography import x509
 from mitmproxy import connection, tls
 from mitmproxy.http import Headers, HTTPFlow, Message
 from mitmproxy.proxy import server_hooks
@@ -57,12 +59,16 @@ from proxy.planner import plan_answer, plan_request
 from proxy.prefetch import Beginning, Prefetch, PrefetchError, Source
 from proxy.profiles import profile_named
 from proxy.refusals import Refusal, RefusedError
-from proxy.routing import Holder, Routing, Wanted
+from proxy.routing import Holder, Listener, Routing, Wanted
 from proxy.tenants.model import LegacyPolicy
+from proxy.users.identification import Identity, Shown, address_of, identify, still_holds
 from runtime.audit import AuditLog, AuditUnavailableError
+from runtime.clock import Clock, SystemClock
 
 _EXCHANGE: Final = "sealgate.exchange"
 _COUNTED: Final = "sealgate.counted"
+_IDENTITY_GOOD_S: Final = 10.0
+"""While the directory does not change: certificates and passwords end by themselves too."""
 _MAX_AUDIT_PATH: Final = 512
 MAX_FLOWS: Final = 256
 """Of one client connection. HTTP/2 bounds open streams, not those its client has reset while we wait for a
@@ -80,6 +86,8 @@ class Exchange:
     method: str
     target: str
     client: str
+    user: str | None = None
+    """As whom the client was identified, if by more than where it came from."""
     asked: AskedRange | None = None
     beginning: Beginning | None = None
     key: DataKey | None = None
@@ -95,7 +103,13 @@ class _Client:
 
     connection: connection.Client
     holder: Holder | None
-    """Whose the listener was when the client came; None: nobody's."""
+    """Whose the listener was when the client came, then whose the client is; None: nobody's yet."""
+    identity: Identity | None = None
+    """None: not asked yet, for want of a request."""
+    checked: tuple[int, float] = (0, 0.0)
+    """The directory's revision and the time when the identity was last found to hold."""
+    certificates: tuple[x509.Certificate, ...] = ()
+    """Of the TLS connection to the proxy itself: the client's, then those it sent along."""
     connected: tuple[str, int] | None = None
     tunnel: tuple[str, int, str | None] | None = None
     """Host, port and server name of what is passed through unread."""
@@ -134,13 +148,21 @@ class SealgateAddon:
     """The only addon of ours in the engine. *wait_s*: how long an upload waits for a key that is late."""
 
     def __init__(
-        self, *, keys: KeyCache, audit: AuditLog, prefetch: Prefetch, metrics: ProxyMetrics, wait_s: float
+        self,
+        *,
+        keys: KeyCache,
+        audit: AuditLog,
+        prefetch: Prefetch,
+        metrics: ProxyMetrics,
+        wait_s: float,
+        clock: Clock | None = None,
     ) -> None:
         self._keys = keys
         self._audit = audit
         self._prefetch = prefetch
         self._metrics = metrics
         self._wait_s = wait_s
+        self._clock = clock or SystemClock()
         self._clients: dict[str, _Client] = {}
         self.audit_trouble: str | None = None
         """Why the last event could not be written; None if it was."""
@@ -150,7 +172,18 @@ class SealgateAddon:
     # ---- connections
 
     def client_connected(self, client: connection.Client) -> None:
-        self._clients[client.id] = _Client(client, self._holder(client))
+        listener = self._listener(client)
+        known = _Client(client, None if listener is None else listener.holder())
+        if listener is not None and listener.service is not None:
+            known.identity = Identity(tenant=listener.tenants[0].tenant, address=address_of(_peer(client)))
+        self._clients[client.id] = known
+
+    def tls_established_client(self, data: tls.TlsData) -> None:
+        """Keep the certificate shown to the proxy itself: the handshake inside a CONNECT wipes it."""
+        known = self._clients.get(data.context.client.id)
+        if known is not None and data.context.server.address is None:
+            shown = data.context.client.certificate_list
+            known.certificates = tuple(certificate.to_cryptography() for certificate in shown)
 
     def client_disconnected(self, client: connection.Client) -> None:
         gone = self._clients.pop(client.id, None)
@@ -162,7 +195,7 @@ class SealgateAddon:
         try:
             address = data.server.address
             if address is None or not self._routing().may_connect(
-                data.client.proxy_mode.full_spec, address[0], address[1]
+                data.client.proxy_mode.full_spec, address[0], address[1], tenant=self.tenant_of(data.client)
             ):
                 data.server.error = "not an address of this tenant"
         except BaseException:
@@ -179,14 +212,15 @@ class SealgateAddon:
         spec = client.proxy_mode.full_spec
         routing = self.routing
         known = self._clients.get(client.id)
-        if routing is None or known is None or known.holder is None or known.holder != self._holder(client):
+        if routing is None or known is None or known.identity is None or self._is_stray(known):
             return
         tunnel = (address[0], address[1], data.client_hello.sni)
-        if routing.tunnels(spec, *tunnel):
-            tenant = routing.listener(spec).tenant.tenant
+        tenant = known.identity.tenant
+        if routing.tunnels(spec, *tunnel, tenant=tenant):
             self._record(
                 "tunnel-opened",
                 tenant=tenant,
+                user=known.identity.name,
                 host=address[0],
                 port=address[1],
                 client=_peer(client),
@@ -198,8 +232,11 @@ class SealgateAddon:
     @fail_closed
     async def http_connect(self, flow: HTTPFlow) -> None:
         host, port = flow.request.host, flow.request.port
-        self._routing().check_connect(flow.client_conn.proxy_mode.full_spec, host, port)
-        self._client_of(flow).connected = (host, port)
+        client = self._client_of(flow)
+        identity = self._identified(client, Fields(flow.request.headers.fields))
+        spec = flow.client_conn.proxy_mode.full_spec
+        self._routing().check_connect(spec, host, port, tenant=identity.tenant)
+        client.connected = (host, port)
 
     # ---- requests
 
@@ -217,7 +254,14 @@ class SealgateAddon:
         route = self._route(flow, client, fields)
         head = RequestHead(method=request.method, target=request.path, fields=fields, http2=request.is_http2)
         plan = plan_request(head, route, profile_named(route.service.profile))
-        exchange = Exchange(route, plan, request.method, request.path, _peer(flow.client_conn))
+        exchange = Exchange(
+            route,
+            plan,
+            request.method,
+            request.path,
+            _peer(flow.client_conn),
+            client.identity.name if client.identity is not None else None,
+        )
         flow.metadata[_EXCHANGE] = exchange
         client.flows[flow.id] = []
         self._metrics.active.inc()
@@ -260,7 +304,29 @@ class SealgateAddon:
             connected=client.connected,
             in_clear=not flow.client_conn.tls_established,
         )
-        return self._routing().route(flow.client_conn.proxy_mode.full_spec, wanted)
+        identity = self._identified(client, fields)
+        return self._routing().route(flow.client_conn.proxy_mode.full_spec, wanted, tenant=identity.tenant)
+
+    def _identified(self, client: _Client, fields: Fields) -> Identity:
+        """Whose user the client is. RefusedError if that cannot be told, or not any more."""
+        listener = self._listener(client.connection)
+        if listener is None:
+            raise RefusedError(refusals.UNMANAGED_HOST)
+        if client.identity is not None:
+            return client.identity
+        found = identify(
+            {entry.tenant: entry.access for entry in listener.tenants},
+            Shown(
+                address=address_of(_peer(client.connection)),
+                certificate=client.certificates[0] if client.certificates else None,
+                intermediates=client.certificates[1:],
+                authorization=tuple(fields.all("proxy-authorization")),
+            ),
+            self._routing().directory.users,
+            now_s=self._clock.wall_s(),
+        )
+        client.identity, client.holder = found, listener.holder(found.tenant)
+        return found
 
     async def _sealing(self, exchange: Exchange, plan: Seal) -> SealBody:
         try:
@@ -483,6 +549,7 @@ class SealgateAddon:
             host=flow.request.host[:255],
             path=_path_of(flow.request.path),
             client=_peer(flow.client_conn),
+            user=exchange.user if exchange is not None else None,
             bytes_sent="yes" if bytes_sent else "no",
         )
 
@@ -509,18 +576,38 @@ class SealgateAddon:
         return [client.connection for client in self._clients.values() if self._is_stray(client)]
 
     def _is_stray(self, client: _Client) -> bool:
-        if client.holder is None or client.holder != self._holder(client.connection):
+        listener = self._listener(client.connection)
+        if listener is None or self.routing is None:
+            return True
+        identity = client.identity
+        if identity is None:
+            return client.holder != listener.holder()
+        if client.holder is None or client.holder != listener.holder(identity.tenant):
+            return True
+        if listener.service is None and not self._still_holds(client, identity, listener):
             return True
         if client.tunnel is None:
             return False
         spec = client.connection.proxy_mode.full_spec
-        return self.routing is None or not self.routing.tunnels(spec, *client.tunnel)
+        return not self.routing.tunnels(spec, *client.tunnel, tenant=identity.tenant)
 
-    def _holder(self, client: connection.Client) -> Holder | None:
-        listener = (
-            self.routing.listeners.get(client.proxy_mode.full_spec) if self.routing is not None else None
-        )
-        return listener.holder if listener is not None else None
+    def _still_holds(self, client: _Client, identity: Identity, listener: Listener) -> bool:
+        directory, now_s = self._routing().directory, self._clock.wall_s()
+        revision, at_s = client.checked
+        if revision == directory.revision and 0 <= now_s - at_s < _IDENTITY_GOOD_S:
+            return True
+        holds = still_holds(identity, listener.tenant(identity.tenant).access, directory.users, now_s=now_s)
+        if holds:
+            client.checked = (directory.revision, now_s)
+        return holds
+
+    def tenant_of(self, client: connection.Client) -> str | None:
+        """The tenant that *client* is known to belong to; None: not known, or the listener's only one."""
+        known = self._clients.get(client.id)
+        return known.identity.tenant if known is not None and known.identity is not None else None
+
+    def _listener(self, client: connection.Client) -> Listener | None:
+        return self.routing.listeners.get(client.proxy_mode.full_spec) if self.routing is not None else None
 
     def _end(self, flow: HTTPFlow, outcome: str) -> None:
         client = self._clients.get(flow.client_conn.id)
@@ -549,7 +636,7 @@ class SealgateAddon:
         client = self._clients.get(flow.client_conn.id)
         if client is None:
             raise RefusedError(refusals.INTERNAL)
-        if client.holder is None or client.holder != self._holder(client.connection):
+        if self._is_stray(client):
             raise RefusedError(refusals.UNMANAGED_HOST)
         return client
 
@@ -590,6 +677,7 @@ class SealgateAddon:
             method=exchange.method,
             path=_path_of(exchange.target),
             client=exchange.client,
+            user=exchange.user,
             size_bytes=size_bytes,
             start=span[0] if span else None,
             stop=span[1] if span else None,

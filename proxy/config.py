@@ -16,6 +16,7 @@ import msgspec
 from envelope.errors import FormatError
 from envelope.keys import check_name
 from proxy.encryption_service.settings import EncryptionServiceSettings, listener_files
+from proxy.tenants.model import CertificateFiles
 from runtime import broker, database
 from runtime import settings as runtime_settings
 
@@ -127,11 +128,23 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """PEM roots that services must be verified by; default: the Mozilla roots of certifi."""
     drain_s: float = 20.0
     """On SIGTERM: how long bodies in flight may go on."""
+    proxy_certificate_file: Path | None = None
+    """PEM, with intermediates: shown to clients that reach a forward proxy by TLS. Default: one of the
+    tenant's interception CA, where the listener is one tenant's alone."""
+    proxy_key_file: Path | None = None
     levers: bool = True
     """The performance patches of the gate; off to find out whether one is at fault."""
 
     def __post_init__(self) -> None:
         _check_range("engine.drain_s", self.drain_s, 0, 600)
+        if (self.proxy_certificate_file is None) != (self.proxy_key_file is None):
+            raise ValueError("engine.proxy_certificate_file and engine.proxy_key_file come together")
+
+    @property
+    def proxy_certificate(self) -> CertificateFiles | None:
+        if self.proxy_certificate_file is None or self.proxy_key_file is None:
+            return None
+        return CertificateFiles(certificate_file=self.proxy_certificate_file, key_file=self.proxy_key_file)
 
 
 class HealthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,6 +218,9 @@ def unusable_files(settings: Settings) -> Iterator[str]:
     if settings.engine.upstream_ca_file is not None:
         files["engine.upstream_ca_file"] = settings.engine.upstream_ca_file
     secrets = {"push.key_file": settings.push.key_file}
+    if (own := settings.engine.proxy_certificate) is not None:
+        files["engine.proxy_certificate_file"] = own.certificate_file
+        secrets["engine.proxy_key_file"] = own.key_file
     portal = settings.portal
     if portal is not None and portal.certificate_file is not None and portal.key_file is not None:
         files["portal.certificate_file"] = portal.certificate_file

@@ -83,6 +83,7 @@ class DataPlane:
             prefetch=prefetch,
             metrics=ProxyMetrics(self._registry),
             wait_s=settings.keys.wait_s,
+            clock=clock,
         )
         self._engine = Engine(settings.engine, self._addon, clock, reuse_port=processes > 1)
         await self._engine.prepare()

@@ -20,16 +20,18 @@ from typing import Final, NoReturn
 
 import certifi
 import structlog
+from cryptography.hazmat.primitives.hashes import SHA256
 from mitmproxy import connection, master, options
 from mitmproxy.addons import core, next_layer, proxyserver
 from mitmproxy.proxy import mode_specs
+from OpenSSL import SSL
 
 from envelope.errors import MisuseError, SealgateError
 from proxy import gate, refusals
 from proxy.addon import SealgateAddon
 from proxy.config import EngineSettings
 from proxy.gate.handler import GuardedConnectionHandler
-from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls
+from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls, own_context
 from proxy.profiles import PROFILES
 from proxy.routing import Listener, Routing
 from proxy.tenants.model import Directory
@@ -65,7 +67,10 @@ class Engine:
         self._addon = addon
         self._clock = clock
         self._authorities: dict[str, InterceptionCa] = {}
-        self._by_spec: dict[str, InterceptionCa] = {}
+        self._served: frozenset[str] = frozenset()
+        """The specs of the listeners that lead somewhere."""
+        self._outer: dict[tuple[bytes, ...], SSL.Context] = {}
+        """Of TLS to this proxy itself, by the digests of the clients' authorities."""
         self._levers = gate.ALL if settings.levers else frozenset[gate.Lever]()
         self._prepared = False
         self._directory: Directory | None = None
@@ -101,7 +106,7 @@ class Engine:
             raise MisuseError("the engine is running, or was not prepared")
         self._master = running = master.Master(options.Options(), asyncio.get_running_loop())
         self._server = proxyserver.Proxyserver()  # type: ignore[no-untyped-call]
-        tls = TenantTls(self._authority_of, http2=self._settings.http2)
+        tls = TenantTls(self._authority_of, http2=self._settings.http2, outer_of=self._outer_context)
         running.addons.add(  # type: ignore[no-untyped-call]
             core.Core(), self._server, next_layer.NextLayer(), tls, self._addon
         )
@@ -120,7 +125,8 @@ class Engine:
         problems: list[str] = []
         self._load_authorities(directory, problems)
         wanted = [listener for listener in routing.listeners.values() if self._can_serve(listener, problems)]
-        self._by_spec = {listener.spec: self._authorities[listener.tenant.tenant] for listener in wanted}
+        self._served = frozenset(listener.spec for listener in wanted)
+        self._outer.clear()
         self._addon.routing = routing
         self._abort_strays()
         await self._listen([listener.spec for listener in wanted], problems)
@@ -170,7 +176,7 @@ class Engine:
     # ---- listeners
 
     def _can_serve(self, listener: Listener, problems: list[str]) -> bool:
-        if listener.tenant.tenant not in self._authorities:
+        if not any(entry.tenant in self._authorities for entry in listener.tenants):
             return False  # told already
         service = listener.service
         if service is not None and service.profile not in PROFILES:
@@ -192,11 +198,31 @@ class Engine:
             authorities[tenant.tenant] = known if known is not None and unchanged else fresh
         self._authorities = authorities
 
-    def _authority_of(self, spec: str) -> InterceptionCa:
+    def _listener_of(self, client: connection.Client) -> Listener:
+        spec = client.proxy_mode.full_spec
+        routing = self._addon.routing
+        if routing is None or spec not in self._served:
+            raise InterceptionError("nothing is served at this listener any more")
+        return routing.listener(spec)
+
+    def _authority_of(self, client: connection.Client) -> InterceptionCa:
         try:
-            return self._by_spec[spec]
-        except KeyError:
-            raise InterceptionError("nothing is served at this listener any more") from None
+            return self._authorities[self._listener_of(client).tenant(self._addon.tenant_of(client)).tenant]
+        except (KeyError, refusals.RefusedError):
+            raise InterceptionError("it is not known whose client this is") from None
+
+    def _outer_context(self, client: connection.Client, name: str) -> SSL.Context:
+        """Of TLS to this proxy itself: whose user the client is will be asked inside."""
+        listener, files = self._listener_of(client), self._settings.proxy_certificate
+        roots = [root for entry in listener.tenants for root in entry.access.client_roots]
+        if files is None:
+            if listener.sole is None:
+                raise InterceptionError("tenants share this listener: it needs engine.proxy_certificate_file")
+            return self._authority_of(client).context_for(name, http2=False, client_roots=roots)
+        kind = tuple(root.fingerprint(SHA256()) for root in roots)
+        if kind not in self._outer:
+            self._outer[kind] = own_context(files, roots)
+        return self._outer[kind]
 
     async def _listen(self, specs: list[str], problems: list[str]) -> None:
         server = self._running_server()

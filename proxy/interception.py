@@ -8,7 +8,9 @@
    one, say without verification, must never be used.
 5. A service is verified by the very name that was planned and connected to, never by what the client named.
 6. A session with a service is taken up again by that tenant alone (sessions.py).
-7. HTTP/1.1 towards services; HTTP/2 towards clients where it is on, but not for CONNECT, which is HTTP/1.1.
+7. TLS to a forward proxy itself may show a certificate of its own, and asks for a client's where a tenant's
+   users have one. Those sessions are never resumed: each connection proves its key anew.
+8. HTTP/1.1 towards services; HTTP/2 towards clients where it is on, but not for CONNECT, which is HTTP/1.1.
 """
 
 import ipaddress
@@ -28,6 +30,7 @@ from mitmproxy.addons import tlsconfig
 from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layers import quic
 from OpenSSL import SSL
+from OpenSSL.crypto import X509, X509StoreFlags
 
 from envelope.certificates import key_usage
 from envelope.errors import SealgateError
@@ -56,7 +59,7 @@ class _Leaf:
     certificate: x509.Certificate
     made_at_s: float
     renew_at_s: float
-    contexts: dict[bool, SSL.Context] = field(default_factory=dict, repr=False)
+    contexts: dict[tuple[bool, tuple[bytes, ...]], SSL.Context] = field(default_factory=dict, repr=False)
 
 
 class InterceptionCa:
@@ -107,12 +110,23 @@ class InterceptionCa:
         """A leaf for *name*, a host name or IP address. FormatError if it is neither."""
         return self._leaf(normal_host(name)).certificate
 
-    def context_for(self, name: str, *, http2: bool) -> SSL.Context:
-        """A server's TLS context that shows the leaf for *name*. FormatError as `certificate_for`."""
+    def context_for(
+        self, name: str, *, http2: bool, client_roots: Sequence[x509.Certificate] = ()
+    ) -> SSL.Context:
+        """A server's TLS context that shows the leaf for *name*. FormatError as `certificate_for`.
+
+        *client_roots*: who may vouch for a client's certificate, which is then asked for, not demanded.
+        """
         leaf = self._leaf(normal_host(name))
-        context = leaf.contexts.get(http2)
+        kind = (http2, tuple(root.fingerprint(hashes.SHA256()) for root in client_roots))
+        context = leaf.contexts.get(kind)
         if context is None:
-            context = leaf.contexts[http2] = self._context(leaf, http2=http2)
+            context = self._context(http2=http2)
+            context.use_certificate(leaf.certificate)
+            context.use_privatekey(self._leaf_key)
+            context.check_privatekey()
+            ask_for_certificate(context, client_roots)
+            leaf.contexts[kind] = context
         return context
 
     def _leaf(self, name: str) -> _Leaf:
@@ -155,18 +169,50 @@ class InterceptionCa:
         half_s = (not_after - now).total_seconds() / 2
         return _Leaf(certificate, made_at_s=made_at_s, renew_at_s=made_at_s + half_s)
 
-    def _context(self, leaf: _Leaf, *, http2: bool) -> SSL.Context:
-        context = SSL.Context(SSL.TLS_SERVER_METHOD)
-        context.set_min_proto_version(SSL.TLS1_2_VERSION)
-        context.set_cipher_list(CIPHERS.encode())
-        context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
+    def _context(self, *, http2: bool) -> SSL.Context:
+        context = _server_context((b"h2", b"http/1.1") if http2 else (b"http/1.1",))
         context.set_session_id(self.certificate.fingerprint(hashes.SHA256()))
-        offers = (b"h2", b"http/1.1") if http2 else (b"http/1.1",)
-        context.set_alpn_select_callback(_alpn_choice(offers))
-        context.use_certificate(leaf.certificate)
-        context.use_privatekey(self._leaf_key)
-        context.check_privatekey()
         return context
+
+
+def _server_context(offers: Sequence[bytes]) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(CIPHERS.encode())
+    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
+    context.set_alpn_select_callback(_alpn_choice(offers))
+    return context
+
+
+def own_context(files: CertificateFiles, client_roots: Sequence[x509.Certificate]) -> SSL.Context:
+    """Of TLS to a forward proxy itself, with the proxy's own certificate. InterceptionError."""
+    context = _server_context((b"http/1.1",))
+    try:
+        context.use_certificate_chain_file(str(files.certificate_file))
+        context.use_privatekey_file(str(files.key_file))
+        context.check_privatekey()
+    except SSL.Error:
+        raise InterceptionError(
+            f"{files.certificate_file} and {files.key_file} are no certificate and key"
+        ) from None
+    ask_for_certificate(context, client_roots)
+    return context
+
+
+def ask_for_certificate(context: SSL.Context, client_roots: Sequence[x509.Certificate]) -> None:
+    """Ask the client for a certificate below one of *client_roots*; one from elsewhere ends the handshake."""
+    if not client_roots:
+        return
+    store = context.get_cert_store()
+    if store is None:
+        raise InterceptionError("there is nowhere to keep the authorities of clients")
+    for root in client_roots:
+        store.add_cert(X509.from_cryptography(root))
+    store.set_flags(X509StoreFlags.X509_STRICT)
+    context.set_verify(SSL.VERIFY_PEER, None)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET)
+    context.set_client_ca_list([X509.from_cryptography(root).get_subject() for root in client_roots])
 
 
 def _alpn_choice(offers: Sequence[bytes]) -> Callable[[SSL.Connection, list[bytes]], Any]:
@@ -181,13 +227,21 @@ def _alpn_choice(offers: Sequence[bytes]) -> Callable[[SSL.Connection, list[byte
 class TenantTls(tlsconfig.TlsConfig):
     """mitmproxy's TLS addon with our certificates and rules in place of its own.
 
-    *ca_of*: the CA for connections that came in by this listener spec; if it raises, the connection fails.
+    *ca_of*: the CA for this client's connections; *outer_of*: the context of TLS to the proxy itself, which
+    is asked for by name. If one raises, the connection fails.
     """
 
     name = "tlsconfig"
 
-    def __init__(self, ca_of: Callable[[str], InterceptionCa], *, http2: bool) -> None:
+    def __init__(
+        self,
+        ca_of: Callable[[connection.Client], InterceptionCa],
+        *,
+        http2: bool,
+        outer_of: Callable[[connection.Client, str], SSL.Context] | None = None,
+    ) -> None:
         self._ca_of = ca_of
+        self._outer_of = outer_of
         self._http2 = http2
         self._handshakes: dict[str, Handshake] = {}
         """By the id of the connection to a service."""
@@ -226,9 +280,10 @@ class TenantTls(tlsconfig.TlsConfig):
         if server.address is not None and not isinstance(client.proxy_mode, mode_specs.ReverseMode):
             meant = server.address
         name = client.sni or meant[0]
-        context = self._ca_of(client.proxy_mode.full_spec).context_for(
-            name, http2=self._http2 and not to_proxy_itself
-        )
+        if to_proxy_itself and self._outer_of is not None:
+            context = self._outer_of(client, name)
+        else:
+            context = self._ca_of(client).context_for(name, http2=self._http2 and not to_proxy_itself)
         answering = SSL.Connection(context)
         answering.set_accept_state()
         return answering
@@ -244,9 +299,9 @@ class TenantTls(tlsconfig.TlsConfig):
             super().tls_start_server(tls_start)
             if tls_start.ssl_conn is None:
                 raise InterceptionError("there is no TLS context for services")  # noqa: TRY301
-            spec = tls_start.context.client.proxy_mode.full_spec
-            place = (spec, server.address[0], server.address[1], server.sni)
-            self._handshakes[server.id] = self._ca_of(spec).sessions.resume(place, tls_start.ssl_conn)
+            client = tls_start.context.client
+            place = (client.proxy_mode.full_spec, server.address[0], server.address[1], server.sni)
+            self._handshakes[server.id] = self._ca_of(client).sessions.resume(place, tls_start.ssl_conn)
         except BaseException:
             tls_start.ssl_conn = None
             raise

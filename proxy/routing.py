@@ -1,6 +1,7 @@
 """Whose connection is it, where may it go: from a listener and the names in a request to a network service.
 
-1. The listener decides the tenant, before anything the client says is looked at.
+1. The listener decides the tenant, before anything the client says is looked at. Where tenants share one,
+   the client's proofs do (proxy/users/identification.py), and every question here names that tenant.
 2. In forward mode CONNECT host, TLS server name, Host and request target name one host, or nothing goes on.
 3. In reverse mode the listener decides the service too; the names the client uses are its own affair.
 4. What is tunnelled unread is on the tenant's list by CONNECT host and server name, and no managed host.
@@ -28,19 +29,36 @@ type Holder = tuple[str, x509.Certificate, NetworkService | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """One address this proxy listens at. `service` None: the tenant's forward proxy."""
+    """One address this proxy listens at. `service` None: a forward proxy, of one tenant or several."""
 
     spec: str
     """mitmproxy's words for it; every connection carries them."""
     listen: Listen
-    tenant: TenantEntry
+    tenants: tuple[TenantEntry, ...]
     service: ServiceEntry | None
 
     @property
-    def holder(self) -> "Holder":
-        """Whose it is: an address can pass from one to another while connections made there live on."""
+    def sole(self) -> TenantEntry | None:
+        """The tenant whose it is alone."""
+        return self.tenants[0] if len(self.tenants) == 1 else None
+
+    def tenant(self, name: str | None = None) -> TenantEntry:
+        """The tenant *name* here; without a name the sole one. RefusedError(UNMANAGED_HOST): there is none."""
+        for entry in self.tenants:
+            if name == entry.tenant or (name is None and entry is self.sole):
+                return entry
+        raise RefusedError(refusals.UNMANAGED_HOST)
+
+    def holder(self, name: str | None = None) -> "Holder | None":
+        """Whose it is: an address can pass from one to another while connections made there live on.
+
+        *name*: the tenant that a client is known to belong to. None: it is not that tenant's.
+        """
         owner = self.service.owner if self.service is not None else None
-        return (self.tenant.tenant, self.tenant.root_certificate, owner)
+        for entry in self.tenants:
+            if name == entry.tenant or (name is None and entry is self.sole):
+                return (entry.tenant, entry.root_certificate, owner)
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,23 +99,27 @@ class Routing:
         except KeyError:
             raise RefusedError(refusals.UNMANAGED_HOST) from None
 
-    def check_connect(self, spec: str, host: str, port: int) -> None:
+    def check_connect(self, spec: str, host: str, port: int, *, tenant: str | None = None) -> None:
         """Whether CONNECT to *host* may be answered at all. RefusedError(UNMANAGED_HOST) if not."""
         listener = self.listener(spec)
-        managed = self.directory.service_for_host(listener.tenant.tenant, host, port)
-        if listener.service is not None or (managed is None and not self._on_list(listener, host)):
+        entry = listener.tenant(tenant)
+        managed = self.directory.service_for_host(entry.tenant, host, port)
+        if listener.service is not None or (managed is None and not self._on_list(entry, host)):
             raise RefusedError(refusals.UNMANAGED_HOST)
 
-    def tunnels(self, spec: str, host: str, port: int, server_name: str | None) -> bool:
+    def tunnels(
+        self, spec: str, host: str, port: int, server_name: str | None, *, tenant: str | None = None
+    ) -> bool:
         """Whether the TLS connection to *host* that names *server_name* is passed through unread."""
         listener = self.listener(spec)
+        entry = listener.tenant(tenant)
         if listener.service is not None or server_name is None:
             return False
-        if self.directory.service_for_host(listener.tenant.tenant, host, port) is not None:
+        if self.directory.service_for_host(entry.tenant, host, port) is not None:
             return False
-        return self._on_list(listener, host) and self._on_list(listener, server_name)
+        return self._on_list(entry, host) and self._on_list(entry, server_name)
 
-    def may_connect(self, spec: str, host: str, port: int) -> bool:
+    def may_connect(self, spec: str, host: str, port: int, *, tenant: str | None = None) -> bool:
         """Whether a connection from *spec* may be opened to this address."""
         listener = self.listeners.get(spec)
         if listener is None:
@@ -106,12 +128,12 @@ class Routing:
             upstream = listener.service.upstream
             return (host, port) == (upstream.host, upstream.port)
         try:
-            name = normal_host(host)
-        except FormatError:
+            name, entry = normal_host(host), listener.tenant(tenant)
+        except (FormatError, RefusedError):
             return False
-        return (listener.tenant.tenant, name, port) in self._upstreams or self._on_list(listener, name)
+        return (entry.tenant, name, port) in self._upstreams or self._on_list(entry, name)
 
-    def route(self, spec: str, wanted: Wanted) -> Route:
+    def route(self, spec: str, wanted: Wanted, *, tenant: str | None = None) -> Route:
         """The service a request goes to. RefusedError if there is none, or if its names disagree."""
         listener = self.listener(spec)
         if wanted.in_clear and not listener.listen.is_loopback:
@@ -121,33 +143,32 @@ class Routing:
             if (wanted.scheme, wanted.host, wanted.port) != (upstream.scheme, upstream.host, upstream.port):
                 raise RefusedError(refusals.INTERNAL)  # not what this listener leads to: a bug, not a client
             return Route(service=listener.service, mode=Mode.REVERSE)
-        service = self.directory.service_for_host(listener.tenant.tenant, wanted.host, wanted.port)
+        service = self.directory.service_for_host(listener.tenant(tenant).tenant, wanted.host, wanted.port)
         if service is None or service.upstream.scheme != wanted.scheme:
             raise RefusedError(refusals.UNMANAGED_HOST)
         _check_names(service.upstream, wanted)
         return Route(service=service, mode=Mode.FORWARD)
 
-    def _on_list(self, listener: Listener, host: str) -> bool:
+    def _on_list(self, tenant: TenantEntry, host: str) -> bool:
         """On the tenant's list of hosts to tunnel, and not a managed host at any port."""
         try:
             name = normal_host(host)
-            return (listener.tenant.tenant, name) not in self._managed and listener.tenant.tunnels(name)
+            return (tenant.tenant, name) not in self._managed and tenant.tunnels(name)
         except FormatError:
             return False
 
 
 def _listeners(directory: Directory) -> Iterable[Listener]:
-    for tenant in directory.tenants.values():
-        if (listen := tenant.forward_listen) is not None:
-            yield Listener(
-                spec=f"regular@{listen.host}:{listen.port}", listen=listen, tenant=tenant, service=None
-            )
+    for listen, tenants in directory.forward_listeners.items():
+        yield Listener(
+            spec=f"regular@{listen.host}:{listen.port}", listen=listen, tenants=tenants, service=None
+        )
     for service in directory.services.values():
         if (listen := service.reverse_listen) is not None:
             yield Listener(
                 spec=f"reverse:{service.upstream}@{listen.host}:{listen.port}",
                 listen=listen,
-                tenant=directory.tenants[service.owner.tenant],
+                tenants=(directory.tenants[service.owner.tenant],),
                 service=service,
             )
 

@@ -232,7 +232,7 @@ class Directory:
     """Of all tenants' forward proxies, by tenant and name."""
     recipients: Mapping[NetworkService, Recipient] = field(init=False, repr=False, compare=False)
     _by_host: Mapping[tuple[str, str, int], ServiceEntry] = field(init=False, repr=False, compare=False)
-    _by_listener: Mapping[Listen, tuple[TenantEntry, ...]] = field(init=False, repr=False, compare=False)
+    forward_listeners: Mapping[Listen, tuple[TenantEntry, ...]] = field(init=False, repr=False, compare=False)
     _by_reverse_listener: Mapping[Listen, ServiceEntry] = field(init=False, repr=False, compare=False)
     _by_fingerprint: Mapping[bytes, Recipient] = field(init=False, repr=False, compare=False)
 
@@ -253,7 +253,7 @@ class Directory:
         }
         object.__setattr__(self, "recipients", recipients)
         object.__setattr__(self, "_by_host", hosts)
-        object.__setattr__(self, "_by_listener", listeners)
+        object.__setattr__(self, "forward_listeners", listeners)
         object.__setattr__(self, "_by_reverse_listener", reverse)
         object.__setattr__(self, "_by_fingerprint", prints)
 
@@ -290,7 +290,7 @@ class Directory:
         service = self._by_reverse_listener.get(listen)
         if service is not None:
             return (self.tenants[service.owner.tenant],)
-        return self._by_listener.get(listen, ())
+        return self.forward_listeners.get(listen, ())
 
     def service_of_listener(self, listen: Listen) -> ServiceEntry | None:
         """The service that is served at this address in reverse mode."""

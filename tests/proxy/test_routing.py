@@ -87,7 +87,7 @@ def refused(routing: Routing, spec: str, what: Wanted) -> Refusal:
 
 def test_listeners_are_spelt_for_the_engine(routing: Routing) -> None:
     assert set(routing.listeners) == {ACME, BETA, FILES, SIDECAR}
-    assert routing.listener(BETA).tenant.tenant == "beta"
+    assert routing.listener(BETA).tenant().tenant == "beta"
     with pytest.raises(RefusedError):
         routing.listener("regular@127.0.0.1:1")
 
