@@ -180,10 +180,14 @@ class SealgateAddon:
 
     def tls_established_client(self, data: tls.TlsData) -> None:
         """Keep the certificate shown to the proxy itself: the handshake inside a CONNECT wipes it."""
-        known = self._clients.get(data.context.client.id)
-        if known is not None and data.context.server.address is None:
-            shown = data.context.client.certificate_list
-            known.certificates = tuple(certificate.to_cryptography() for certificate in shown)
+        try:
+            known = self._clients.get(data.context.client.id)
+            if known is not None and data.context.server.address is None:
+                shown = data.context.client.certificate_list
+                known.certificates = tuple(certificate.to_cryptography() for certificate in shown)
+        except BaseException:
+            self._clients.pop(data.context.client.id, None)  # nobody's from now on
+            raise
 
     def client_disconnected(self, client: connection.Client) -> None:
         gone = self._clients.pop(client.id, None)

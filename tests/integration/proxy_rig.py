@@ -33,6 +33,7 @@ from proxy.tenants.model import (
     TenantEntry,
     Upstream,
 )
+from proxy.users.model import Password, UserEntry
 from runtime.audit import AuditLog
 from runtime.clock import SystemClock
 from tests import pki
@@ -77,6 +78,7 @@ class Rig:
     tenants: dict[str, TenantEntry] = field(default_factory=dict)
     services: dict[NetworkService, ServiceEntry] = field(default_factory=dict)
     materials: dict[NetworkService, dict[KeyId, bytes]] = field(default_factory=dict)
+    users: dict[tuple[str, str], UserEntry] = field(default_factory=dict)
     revision: int = 0
 
     # ---- provisioning
@@ -116,7 +118,15 @@ class Rig:
 
     def picture(self) -> Directory:
         self.revision += 1
-        return Directory.of(self.revision, self.tenants.values(), self.services.values())
+        return Directory.of(self.revision, self.tenants.values(), self.services.values(), users=self.users)
+
+    def user(self, tenant: str, name: str) -> str:
+        """A new user's password."""
+        password = Password.draw(tenant, name)
+        self.users[tenant, name] = UserEntry(
+            tenant=tenant, name=name, verifier=password.verifier, created_at_s=0
+        )
+        return password.text
 
     def push(
         self,
@@ -270,12 +280,23 @@ async def webdav(directory: Path, certificate_file: Path, key_file: Path) -> Asy
 
 @contextlib.asynccontextmanager
 async def proxy(
-    directory: Path, ca_file: Path | None, *, http2: bool = True, wait_s: float = 0.2
+    directory: Path,
+    ca_file: Path | None,
+    *,
+    http2: bool = True,
+    wait_s: float = 0.2,
+    proxy_certificate: tuple[Path, Path] | None = None,
 ) -> AsyncIterator[Rig]:
     """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`."""
     clock = SystemClock()
     registry = CollectorRegistry()
-    engine_settings = EngineSettings(http2=http2, upstream_ca_file=ca_file)
+    own_file, own_key_file = proxy_certificate or (None, None)
+    engine_settings = EngineSettings(
+        http2=http2,
+        upstream_ca_file=ca_file,
+        proxy_certificate_file=own_file,
+        proxy_key_file=own_key_file,
+    )
     audit = AuditLog.open(directory / "audit.jsonl", clock)
     keys = KeyCache(clock)
     metrics = ProxyMetrics(registry)

@@ -3,10 +3,12 @@
 import base64
 import datetime as dt
 import ipaddress
+import time
+from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -23,7 +25,8 @@ AWAY = ipaddress.ip_address("192.0.2.9")
 class Authority:
     """Of client certificates."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, now_s: float | None = None) -> None:
+        self._now_s = time.time() if now_s is None else now_s
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.certificate = self._signed(self.key, "users", is_ca=True)
 
@@ -31,6 +34,21 @@ class Authority:
         self, name: str = "alice", *, usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH
     ) -> x509.Certificate:
         return self._signed(ec.generate_private_key(ec.SECP256R1()), name, is_ca=False, usage=usage)
+
+    def write_client(self, directory: Path, name: str) -> tuple[Path, Path]:
+        """Certificate and key of a client whose dates are those of the real clock."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._signed(key, name, is_ca=False)
+        certificate_file, key_file = directory / f"{name}.pem", directory / f"{name}.key"
+        certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        key_file.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return certificate_file, key_file
 
     def _signed(
         self,
@@ -41,7 +59,7 @@ class Authority:
         usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
     ) -> x509.Certificate:
         day = dt.timedelta(days=1)
-        now = dt.datetime.fromtimestamp(NOW_S, dt.UTC)
+        now = dt.datetime.fromtimestamp(self._now_s, dt.UTC)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "users")])
         builder = (
@@ -200,7 +218,7 @@ def test_networks_restrict_whatever_else_is_shown() -> None:
 
 
 def test_client_certificates() -> None:
-    ours, theirs = Authority(), Authority()
+    ours, theirs = Authority(now_s=NOW_S), Authority(now_s=NOW_S)
     access = UserAccess(client_roots=(ours.certificate,), requires=frozenset({Proof.CERTIFICATE}))
     other = UserAccess(client_roots=(theirs.certificate,))
     found = identity({"acme": access}, shown(certificate=ours.client()))
@@ -217,7 +235,7 @@ def test_client_certificates() -> None:
 
 
 def test_an_expired_certificate_is_refused() -> None:
-    ours = Authority()
+    ours = Authority(now_s=NOW_S)
     access = UserAccess(client_roots=(ours.certificate,))
     with pytest.raises(RefusedError):
         identify({"acme": access}, shown(certificate=ours.client()), USERS, now_s=NOW_S + 3 * 86400)
@@ -236,7 +254,7 @@ def test_an_identity_holds_as_long_as_what_it_rests_on() -> None:
     assert still_holds(stranger, OPEN, USERS, now_s=NOW_S)
     assert not still_holds(stranger, KNOWN, USERS, now_s=NOW_S)
     assert not still_holds(stranger, UserAccess(requires=frozenset({Proof.CERTIFICATE})), USERS, now_s=NOW_S)
-    ours = Authority()
+    ours = Authority(now_s=NOW_S)
     access = UserAccess(client_roots=(ours.certificate,))
     certified = identity({"acme": access}, shown(certificate=ours.client()))
     assert still_holds(certified, access, USERS, now_s=NOW_S)
