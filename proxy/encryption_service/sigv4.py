@@ -16,34 +16,26 @@
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from enum import StrEnum
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 from envelope.errors import SealgateError
+from proxy import sigv4
+from proxy.sigv4 import MAX_SIGNED_HEADERS, MAX_SKEW_S, TERMINATOR, Headers, Scope
 
-ALGORITHM: Final = "AWS4-HMAC-SHA256"
-MAX_SKEW_S: Final = 300
-"""The specification's five minutes: more than this in the past, or in the future, fails."""
 MAX_AUTHORIZATION_LENGTH: Final = 4096
-MAX_SIGNED_HEADERS: Final = 64
 
-type Headers = Sequence[tuple[str, str]]
-"""(name in lower case, value) in the order received, duplicates kept."""
-
-_TERMINATOR: Final = "aws4_request"
 _REQUIRED: Final = ("host", "x-amz-date")
 _DECIDING: Final = frozenset({"authorization", *_REQUIRED})
 # The access key id may be anything here: what is malformed is unknown, and answered like it.
 _AUTHORIZATION: Final = re.compile(
     r"AWS4-HMAC-SHA256 +"
-    r"Credential=([!-+\--.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request *, *"
+    r"Credential=([!-+\--.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/"
+    + TERMINATOR
+    + r" *, *"
     r"SignedHeaders=([!#$%&'*+.^_`|~0-9a-z;-]{1,2048}) *, *"
     r"Signature=([0-9a-f]{64})"
 )
-_AMZ_DATE: Final = re.compile(r"([0-9]{4})([0-9]{2})([0-9]{2})T([0-9]{2})([0-9]{2})([0-9]{2})Z")
 
 
 class Cause(StrEnum):
@@ -83,8 +75,8 @@ class Claim(NamedTuple):
     """64 lower-case hexadecimal digits."""
 
     @property
-    def scope(self) -> str:
-        return f"{self.day}/{self.region}/{self.service}/{_TERMINATOR}"
+    def scope(self) -> Scope:
+        return Scope(self.day, self.region, self.service)
 
 
 def read_claim(headers: Headers, *, now_s: float, service: str, region: str | None = None) -> Claim:
@@ -144,51 +136,38 @@ def verify(claim: Claim, secret: bytes, *, method: str, path: str, headers: Head
 def canonical_request(signed_headers: str, *, method: str, path: str, headers: Headers, body: bytes) -> bytes:
     """What is signed of a request without a query. NotSignedError if a listed header is not there."""
     try:
-        head = [method, path, ""]
-        for name in signed_headers.split(";"):
-            values = [value for its_name, value in headers if its_name == name]
-            if not values:
-                raise NotSignedError(Cause.SIGNED_HEADERS)
-            head.append(f"{name}:{','.join(_collapsed(value) for value in values)}")
-        head += ["", signed_headers, hashlib.sha256(body).hexdigest()]
-        return "\n".join(head).encode("ascii")
-    except UnicodeEncodeError:
-        # What a signer made of such a value is anybody's guess, and no client of this service sends one.
+        canonical = sigv4.canonical_request(
+            method=method,
+            path=path,
+            query="",
+            signed_headers=signed_headers,
+            headers=headers,
+            payload=hashlib.sha256(body).hexdigest(),
+        )
+    except (KeyError, UnicodeEncodeError):
         raise NotSignedError(Cause.SIGNED_HEADERS) from None
+    if not canonical.isascii():
+        # What a signer made of such a value is anybody's guess, and no client of this service sends one.
+        raise NotSignedError(Cause.SIGNED_HEADERS)
+    return canonical
 
 
 def signature(claim: Claim, secret: bytes, canonical: bytes) -> str:
     """The signature of *canonical* under *secret*, date and scope of *claim*: 64 hexadecimal digits."""
-    key = hmac.digest(b"AWS4" + secret, claim.day.encode(), "sha256")
-    for step in (claim.region, claim.service, _TERMINATOR):
-        key = hmac.digest(key, step.encode(), "sha256")
-    to_sign = "\n".join((ALGORITHM, claim.amz_date, claim.scope, hashlib.sha256(canonical).hexdigest()))
-    return hmac.digest(key, to_sign.encode(), "sha256").hex()
+    text = sigv4.string_to_sign(claim.amz_date, claim.scope, canonical)
+    return sigv4.signature(sigv4.signing_key(secret, claim.scope), text)
 
 
 def _instant_s(amz_date: str) -> float:
-    match = _AMZ_DATE.fullmatch(amz_date)
-    if match is None:
-        raise NotSignedError(Cause.MALFORMED)
-    year, month, day, hour, minute, second = map(int, match.groups())
     try:
-        return datetime(year, month, day, hour, minute, second, tzinfo=UTC).timestamp()
+        return sigv4.instant_s(amz_date)
     except ValueError:
         raise NotSignedError(Cause.MALFORMED) from None
 
 
 def _check_list(signed_headers: str) -> None:
     names = signed_headers.split(";")
-    if len(names) > MAX_SIGNED_HEADERS:
-        raise NotSignedError(Cause.SIGNED_HEADERS)
-    if any(before >= after for before, after in pairwise(names)) or not names[0]:
-        raise NotSignedError(Cause.SIGNED_HEADERS)  # out of order, twice, or empty
+    if len(names) > MAX_SIGNED_HEADERS or not sigv4.sorted_once(names):
+        raise NotSignedError(Cause.SIGNED_HEADERS)  # too many, out of order, twice, or empty
     if any(name not in names for name in _REQUIRED):
         raise NotSignedError(Cause.SIGNED_HEADERS)
-
-
-def _collapsed(value: str) -> str:
-    """Without the blanks round *value*, and with one for every run of them inside."""
-    if "  " in value or "\t" in value or "\n" in value:
-        return " ".join(re.split(r"[ \t\r\n]+", value.strip(" \t\r\n")))
-    return value.strip(" ")
