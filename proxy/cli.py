@@ -302,6 +302,17 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
     legacy: Annotated[LegacyPolicy | None, typer.Option("--legacy", help="strict or migrate.")] = None,
     reverse_listen: ReverseListen = None,
     no_reverse: Annotated[bool, typer.Option("--no-reverse", help="Not in reverse mode any more.")] = False,
+    reverse_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reverse-name",
+            metavar="HOST",
+            help="Only by this name (or *.domain) in reverse mode; repeatable.",
+        ),
+    ] = None,
+    any_reverse_name: Annotated[
+        bool, typer.Option("--any-reverse-name", help="By whatever name in reverse mode.")
+    ] = False,
 ) -> None:
     """Replace what is given of a network service; keys and certificate stay."""
     with operating(context) as operator:
@@ -316,6 +327,9 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
         if reverse_listen is not None or no_reverse:
             _exclusive("--reverse-listen", reverse_listen is not None, "--no-reverse", no_reverse)
             changes["reverse_listen"] = _listen(reverse_listen)
+        if reverse_name is not None or any_reverse_name:
+            _exclusive("--reverse-name", reverse_name is not None, "--any-reverse-name", any_reverse_name)
+            changes["reverse_names"] = _rules(reverse_name)
         if not changes:
             raise CommandError("nothing to change", "see sealgate service update --help", ExitCode.USAGE)
         entry = operator.store.update_service(
@@ -596,6 +610,7 @@ def _service_json(service: ServiceEntry) -> dict[str, object]:
         "profile": service.profile,
         "legacy": service.legacy.value,
         "reverse_listen": None if service.reverse_listen is None else str(service.reverse_listen),
+        "reverse_names": sorted(service.reverse_names),
         "certificate_sha256": None if certificate is None else fingerprint(certificate).hex(),
         "not_after": None if certificate is None else certificate.not_valid_after_utc.isoformat(),
     }

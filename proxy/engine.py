@@ -26,7 +26,7 @@ from mitmproxy.addons import core, next_layer, proxyserver
 from mitmproxy.proxy import mode_specs
 from OpenSSL import SSL
 
-from envelope.errors import MisuseError, SealgateError
+from envelope.errors import FormatError, MisuseError, SealgateError
 from proxy import gate, refusals
 from proxy.addon import SealgateAddon
 from proxy.config import EngineSettings
@@ -34,7 +34,7 @@ from proxy.gate.handler import GuardedConnectionHandler
 from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls, own_context
 from proxy.profiles import PROFILES
 from proxy.routing import Listener, Routing
-from proxy.tenants.model import Directory
+from proxy.tenants.model import Directory, normal_host
 from runtime.clock import Clock
 
 CUT_INTERVAL_S: Final = 0.25
@@ -206,8 +206,11 @@ class Engine:
         return routing.listener(spec)
 
     def _authority_of(self, client: connection.Client) -> InterceptionCa:
+        listener = self._listener_of(client)
+        if listener.service is not None and not listener.service.is_served_as(_name_of(client)):
+            raise InterceptionError("the service is not served by this name")
         try:
-            return self._authorities[self._listener_of(client).tenant(self._addon.tenant_of(client)).tenant]
+            return self._authorities[listener.tenant(self._addon.tenant_of(client)).tenant]
         except (KeyError, refusals.RefusedError):
             raise InterceptionError("it is not known whose client this is") from None
 
@@ -293,6 +296,14 @@ def _muted(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = False
+
+
+def _name_of(client: connection.Client) -> str | None:
+    """The TLS server name the client asked for, in its normal form."""
+    try:
+        return None if client.sni is None else normal_host(client.sni)
+    except FormatError:
+        return None
 
 
 def _mode(spec: str) -> mode_specs.ProxyMode:

@@ -3,7 +3,8 @@
 1. The listener decides the tenant, before anything the client says is looked at. Where tenants share one,
    the client's proofs do (proxy/users/identification.py), and every question here names that tenant.
 2. In forward mode CONNECT host, TLS server name, Host and request target name one host, or nothing goes on.
-3. In reverse mode the listener decides the service too; the names the client uses are its own affair.
+3. In reverse mode the listener decides the service too; the names the client uses are its own affair. Where
+   the service is served by certain names only, the TLS handshake with another ends (engine.py).
 4. What is tunnelled unread is on the tenant's list by CONNECT host and server name, and no managed host.
 5. A connection is opened to an address of this picture only, whatever led to it.
 6. Content in the clear is taken on the loopback interface only: from a TLS terminator beside us.
@@ -43,7 +44,7 @@ class Listener:
         return self.tenants[0] if len(self.tenants) == 1 else None
 
     def tenant(self, name: str | None = None) -> TenantEntry:
-        """The tenant *name* here; without a name the sole one. RefusedError(UNMANAGED_HOST): there is none."""
+        """The tenant *name* here; without a name the sole one. UNMANAGED_HOST if there is none."""
         for entry in self.tenants:
             if name == entry.tenant or (name is None and entry is self.sole):
                 return entry

@@ -449,12 +449,20 @@ class DirectoryStore:
         profile: str | None = None,
         legacy: LegacyPolicy | None = None,
         reverse_listen: object = _UNCHANGED,
+        reverse_names: Iterable[str] | None = None,
         reserved: Iterable[Listen] = (),
     ) -> ServiceEntry:
         """Replace what is given; *reverse_listen* is a Listen or None. Keys and certificate stay.
 
+        *reverse_names*: host names (or `*.domain`) that clients of the reverse listener may use; none: any.
+
         ChangeRefusedError as for `add_service`.
         """
+        names = (
+            None
+            if reverse_names is None
+            else sorted({TunnelRule.parse(name).pattern for name in reverse_names})
+        )
 
         def change(connection: Connection, before: Directory) -> Draft:
             entry = _service_in(before, owner)
@@ -478,6 +486,9 @@ class DirectoryStore:
                     _check_listener(before, listen, reserved, user=None)
                 values["reverse_listen"] = None if listen is None else str(listen)
                 detail["reverse_listen"] = "none" if listen is None else str(listen)
+            if names is not None:
+                values["reverse_names"] = " ".join(names) or None
+                detail["reverse_names"] = " ".join(names)
             connection.execute(_update_service(owner).values(values))
             return Draft(action="service-updated", tenant=owner.tenant, service=owner.service, detail=detail)
 

@@ -197,6 +197,12 @@ class ServiceEntry:
     profile_options: Mapping[str, object] = field(default_factory=dict)
     """What the profile is told of this service, JSON-able, in the profile's own words (docs/profiles.md)."""
 
+    def is_served_as(self, host: str | None) -> bool:
+        """Whether clients of the reverse listener may call it *host* (normal form; None: by no name)."""
+        if not self.reverse_names:
+            return True
+        return host is not None and any(TunnelRule(name).matches(host) for name in self.reverse_names)
+
 
 type Recipient = ServiceEntry | NamedKey
 """What keys are pushed to: has an `owner`, a `certificate`, a `key_file`."""

@@ -182,3 +182,23 @@ async def test_client_certificates(world: World, tmp_path: Path) -> None:
     assert both.status in {201, 204}
     crossed = await world.by_tls(world.globex, *shown(ours, "eve"), "--proxy-user", f"globex/bob:{password}")
     assert crossed.exit_code != 0, "two tenants in one request"
+
+
+async def test_a_reverse_listener_answers_to_its_names_only(world: World) -> None:
+    entry = dataclasses.replace(world.acme, reverse_names=frozenset({"files.acme.example"}))
+    world.rig.services[entry.owner] = entry
+    await world.start()
+    assert entry.reverse_listen is not None
+    ca_file = world.rig.tenants["acme"].interception_ca.certificate_file
+
+    async def put(name: str, *arguments: str) -> Answer:
+        port = entry.reverse_listen.port if entry.reverse_listen is not None else 0
+        return await curl(
+            "--cacert", str(ca_file), "--resolve", f"{name}:{port}:127.0.0.1", *arguments,
+            "-T", "-", f"https://{name}:{port}/file", body=PLAIN,
+        )  # fmt: skip
+
+    assert (await put("other.example")).exit_code == 35, "no certificate is made for it"
+    assert (await world.rig.ask(entry, "/file")).exit_code == 35, "nor without a name"
+    assert world.origin.names() == []
+    assert (await put("files.acme.example")).status == 201

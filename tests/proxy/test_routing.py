@@ -202,3 +202,28 @@ def test_sockets_are_opened_to_known_addresses_only(routing: Routing) -> None:
         ("regular@127.0.0.1:1", "files.example", 443),
     ):
         assert not routing.may_connect(spec, host, port)
+
+
+def test_tenants_that_share_a_listener_are_asked_for_by_name() -> None:
+    listen = Listen("127.0.0.1", 8001)
+    acme, beta = (
+        service("acme/files", "https://files.example", None),
+        service("beta/mail", "https://mail.example", None),
+    )
+    routing = Routing(Directory.of(1, [tenant("acme", listen), tenant("beta", listen)], [acme, beta]))
+    assert list(routing.listeners) == [ACME]
+    assert routing.route(ACME, wanted(), tenant="acme").service is acme
+    for name in (None, "beta", "gamma"):
+        with pytest.raises(RefusedError) as caught:
+            routing.route(ACME, wanted(), tenant=name)
+        assert caught.value.refusal is refusals.UNMANAGED_HOST
+    routing.check_connect(ACME, "files.example", 443, tenant="acme")
+    for name in (None, "beta", "gamma"):
+        with pytest.raises(RefusedError):
+            routing.check_connect(ACME, "files.example", 443, tenant=name)
+        assert not routing.may_connect(ACME, "files.example", 443, tenant=name)
+    assert routing.may_connect(ACME, "mail.example", 443, tenant="beta")
+    listener = routing.listener(ACME)
+    assert listener.sole is None
+    assert listener.holder() is None
+    assert listener.holder("acme") != listener.holder("beta") != listener.holder("gamma") is None

@@ -1,5 +1,6 @@
 """The words of the directory and its look-ups."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,21 @@ def test_look_ups_stay_within_the_tenant() -> None:
     assert directory.services_of("globex") == []
     assert tenants[0].tunnels("A.SSO.example")
     assert not tenants[0].tunnels("drive.example.com")
+
+
+def test_names_in_reverse_mode() -> None:
+    entry = ServiceEntry(
+        owner=NetworkService("acme", "drive"),
+        upstream=Upstream("https", "drive.example.com", 443),
+        profile="generic",
+        legacy=LegacyPolicy.STRICT,
+        reverse_listen=Listen("127.0.0.1", 2001),
+        certificate=None,
+        key_file=Path("/k"),
+        reverse_names=frozenset({"files.acme.example", "*.s3.acme.example"}),
+    )
+    for host in ("files.acme.example", "bucket.s3.acme.example"):
+        assert entry.is_served_as(host)
+    for other in (None, "other.example", "s3.acme.example", "xfiles.acme.example"):
+        assert not entry.is_served_as(other)
+    assert dataclasses.replace(entry, reverse_names=frozenset()).is_served_as(None)
