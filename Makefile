@@ -65,7 +65,7 @@ check: environment
 	@$(VENV)/bin/mypy
 	@$(PY) -m pytest -q tests/architecture
 
-bench: environment
+bench: environment referees
 	@deploy/system-packages bench
 	@$(PY) -m bench $(ONLY)
 

@@ -136,6 +136,7 @@ def sealgate(
     without: tuple[str, ...] = (),
     workers: int = 1,
     core: int | None = PROXY_CORE,
+    profile: str = "generic",
 ) -> Iterator[Product]:
     """Provision a tenant with one service in front of the origin, start the proxy, push the key.
 
@@ -152,6 +153,7 @@ def sealgate(
             OWNER,
             Upstream("https", "localhost", origin_port),
             actor="bench",
+            profile=profile,
             reverse_listen=Listen("127.0.0.1", port),
         )
         certificate = pki.sign_service_csr(root, csr)
