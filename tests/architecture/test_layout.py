@@ -59,6 +59,10 @@ _KACLS: Final = (
     "tests/proxy/encryption_service/dialects/test_kacls.py",
     "a part of the dialect: each rule is seen in what a call is answered",
 )
+_PEERS: Final = (
+    "tests/key_agent/environments/test_peer_transport.py",
+    "one side of a connection: right when the other one, over real TLS, says so",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
@@ -66,6 +70,12 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/tenants/user_rows.py": _USERS,
     "key_agent/app.py": _PROCESS,
     "key_agent/doctor.py": _PROCESS,
+    "key_agent/environments/etcd.py": (
+        "tests/key_agent/environments/test_leadership.py",
+        "right when a real etcd says so",
+    ),
+    "key_agent/environments/peer_api.py": _PEERS,
+    "key_agent/environments/peer_trust.py": _PEERS,
     "key_agent/errors.py": (
         "tests/key_agent/sources/test_contract.py",
         "declarations; who raises them is tested",

@@ -1,0 +1,188 @@
+"""What an agent answers the agents of other environments: mutual TLS, one table of routes, bounded bodies.
+
+1. Nobody is answered whose certificate is not an agent's of this tenant, at this moment (peer_trust.py).
+   What only members may do is refused to everybody else of the tenant.
+2. A handshake, a body and a request each have their time; a peer has so many requests at once, and all
+   together so many: one environment that hangs or floods takes nothing from the others.
+3. A refusal is a problem document with a stable code; what it tells can be seen by whoever is a member.
+"""
+
+import asyncio
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, cast
+
+import structlog
+from aiohttp import web
+
+from envelope.certificates import CertificateError
+from envelope.errors import SealgateError
+from key_agent.environments.peer_trust import PeerTrust
+from runtime.serve import GRACE_S, Handler, ProblemError, make_application
+from runtime.tls import peer_certificate
+
+log = structlog.get_logger(__name__)
+
+MAX_BODY_BYTES: Final = 64 << 20
+"""A whole registry, of some 30,000 keys."""
+BODY_TIMEOUT_S: Final = 30.0
+HANDSHAKE_TIMEOUT_S: Final = 5.0
+AT_ONCE_PER_AGENT: Final = 8
+AT_ONCE: Final = 64
+_BUSY_RETRY_S: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRoute:
+    """One thing that peers may ask. *handle* gets the caller's agent id and the body; what it returns is the
+    body of the answer 200.
+    """
+
+    method: str
+    path: str
+    handle: Callable[[str, bytes], Awaitable[bytes]]
+    members_only: bool = True
+    limit_bytes: int = MAX_BODY_BYTES
+
+
+type Refusal = tuple[int, str, str]
+"""Status, code and next step of an error that handlers raise."""
+
+
+def make_api(
+    routes: Sequence[PeerRoute],
+    *,
+    trust: PeerTrust,
+    is_member: Callable[[str], bool],
+    refusals: Mapping[type[SealgateError], Refusal],
+    body_timeout_s: float = BODY_TIMEOUT_S,
+) -> web.Application:
+    """*is_member*: whether an agent id stands in the registry. *refusals*: errors that are answers."""
+    application = make_application(client_max_size_bytes=MAX_BODY_BYTES)
+    door = _Door(trust, is_member, refusals, body_timeout_s)
+    for route in routes:
+        application.router.add_route(route.method, route.path, door.handler(route))
+    return application
+
+
+class _Places:
+    def __init__(self) -> None:
+        self._taken: Counter[str] = Counter()
+
+    def take(self, agent_id: str) -> bool:
+        if self._taken[agent_id] >= AT_ONCE_PER_AGENT or self._taken.total() >= AT_ONCE:
+            return False
+        self._taken[agent_id] += 1
+        return True
+
+    def leave(self, agent_id: str) -> None:
+        self._taken[agent_id] -= 1
+        if not self._taken[agent_id]:
+            del self._taken[agent_id]
+
+
+class _Door:
+    """What every request passes (rules 1 and 2)."""
+
+    def __init__(
+        self,
+        trust: PeerTrust,
+        is_member: Callable[[str], bool],
+        refusals: Mapping[type[SealgateError], Refusal],
+        body_timeout_s: float,
+    ) -> None:
+        self._trust = trust
+        self._is_member = is_member
+        self._refusals = refusals
+        self._body_timeout_s = body_timeout_s
+        self._places = _Places()
+
+    def handler(self, route: PeerRoute) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            caller = self._caller(request, route)
+            if not self._places.take(caller):
+                raise ProblemError(
+                    503,
+                    "busy",
+                    "Too many requests at once.",
+                    "Try again in a second.",
+                    headers={"Retry-After": str(_BUSY_RETRY_S)},
+                )
+            try:
+                body = await _body(request, route.limit_bytes, self._body_timeout_s)
+                answer = await route.handle(caller, body)
+            except SealgateError as error:
+                raise self._refusal(error) from error
+            finally:
+                self._places.leave(caller)
+            return web.Response(
+                body=answer, content_type="application/json", headers={"Cache-Control": "no-store"}
+            )
+
+        return handle
+
+    def _caller(self, request: web.Request, route: PeerRoute) -> str:
+        try:
+            caller = self._trust.identify(peer_certificate(request.transport))
+        except CertificateError as error:
+            raise ProblemError(
+                403, "identity", str(error), "Show a TLS certificate of an agent of this tenant."
+            ) from None
+        if route.members_only and not self._is_member(caller):
+            raise ProblemError(
+                403, "not-a-member", f"Agent {caller} is of no environment.", "`key-agent env join` there."
+            )
+        return caller
+
+    def _refusal(self, error: SealgateError) -> Exception:
+        for kind, (status, code, next_step) in self._refusals.items():
+            if isinstance(error, kind):
+                return ProblemError(status, code, str(error), next_step)
+        return error
+
+
+async def _body(request: web.Request, limit_bytes: int, timeout_s: float) -> bytes:
+    content = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.content.iter_chunked(1 << 16):
+                content += piece
+                if len(content) > limit_bytes:
+                    raise ProblemError(
+                        413, "too-large", f"More than {limit_bytes} bytes.", "Send it in several requests."
+                    )
+    except TimeoutError:
+        raise ProblemError(
+            408, "slow", f"The body took more than {timeout_s:g} s.", "Send it faster."
+        ) from None
+    return bytes(content)
+
+
+@asynccontextmanager
+async def listening(
+    application: web.Application, *, host: str, port: int, ssl_context: ssl.SSLContext
+) -> AsyncIterator[int]:
+    """Serve *application* while the block runs; yields the bound port. OSError: it cannot be bound."""
+    # As runtime.serve.serving, but with a short time for handshakes: this port is open to whole networks.
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=GRACE_S, handle_signals=False)
+    await runner.setup()
+    try:
+        server = await asyncio.get_running_loop().create_server(
+            cast("web.Server", runner.server),  # there is one after `setup`
+            host,
+            port,
+            ssl=ssl_context,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+            ssl_shutdown_timeout=HANDSHAKE_TIMEOUT_S,
+            backlog=128,
+            reuse_address=True,
+        )
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+    finally:
+        await runner.cleanup()

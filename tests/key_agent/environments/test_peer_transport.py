@@ -1,0 +1,382 @@
+"""Two agents over real TLS: who is let in, who is spoken to, and what a bad peer can do (nothing)."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from certs.pki import Credential
+from envelope.errors import SealgateError
+from key_agent.environments.peer_api import AT_ONCE_PER_AGENT, PeerRoute, Refusal, listening, make_api
+from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peer_trust import PeerTrust
+from key_agent.push.revocations import Revocations
+from runtime.tls import server_context
+from tests.environments.fault_proxy import Fault, FaultProxy
+from tests.fakes.clock import ManualClock
+from tests.pki import Tenant, write_certificate, write_credential
+
+
+class Echoed(msgspec.Struct):
+    caller: str
+    size: int
+
+
+class StaleError(SealgateError):
+    """One that the server turns into an answer."""
+
+
+REFUSALS: dict[type[SealgateError], Refusal] = {StaleError: (409, "stale_term", "Ask for the rest.")}
+
+
+class Side:
+    """One agent's files and what it can do with them."""
+
+    def __init__(self, directory: Path, tenant: Tenant, agent_id: str, *, serves: bool = True) -> None:
+        self.agent_id = agent_id
+        self.tenant = tenant
+        self.directory = directory / f"{tenant.name}-{agent_id}"
+        self.directory.mkdir()
+        self.credential = tenant.agent_tls(agent_id, hostnames=["localhost"] if serves else ())
+        self.files = write_credential(self.credential, self.directory, "tls")
+        self.clock = ManualClock()
+        self.revocations: Revocations | None = None
+
+    @property
+    def trust(self) -> PeerTrust:
+        return PeerTrust(
+            tenant=self.tenant.name,
+            root=self.tenant.root.certificate,
+            revocations=self.revocations,
+            clock=self.clock,
+        )
+
+    @asynccontextmanager
+    async def transport(self) -> AsyncIterator[PeerTransport]:
+        made = PeerTransport(trust=self.trust, certificate_file=self.files[0], key_file=self.files[1])
+        try:
+            yield made
+        finally:
+            await made.close()
+
+    @asynccontextmanager
+    async def serving(
+        self, *more: PeerRoute, members: tuple[str, ...] = ("a",), body_timeout_s: float = 30
+    ) -> AsyncIterator[PeerAddress]:
+        async def echo(caller: str, body: bytes) -> bytes:
+            return msgspec.json.encode(Echoed(caller, len(body)))
+
+        async def stale(caller: str, body: bytes) -> bytes:
+            raise StaleError("term 1 is over")
+
+        routes = [
+            PeerRoute("POST", "/v1/env/echo", echo, limit_bytes=1 << 20),
+            PeerRoute("POST", "/v1/env/stale", stale),
+            PeerRoute("GET", "/v1/env/anyone", echo, members_only=False),
+            *more,
+        ]
+        api = make_api(
+            routes,
+            trust=self.trust,
+            is_member=members.__contains__,
+            refusals=REFUSALS,
+            body_timeout_s=body_timeout_s,
+        )
+        context = server_context(*self.files, client_roots=[self.tenant.root.certificate])
+        async with listening(api, host="127.0.0.1", port=0, ssl_context=context) as port:
+            yield PeerAddress(f"https://127.0.0.1:{port}", self.agent_id)
+
+
+@pytest.fixture
+def make_side(tmp_path: Path) -> Callable[..., Side]:
+    def make(tenant: Tenant, agent_id: str, *, serves: bool = True) -> Side:
+        return Side(tmp_path, tenant, agent_id, serves=serves)
+
+    return make
+
+
+async def test_a_member_is_answered_and_known_by_its_certificate(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving() as peer, a.transport() as transport:
+        body = b"x" * 300_000
+        answer = await transport.request(peer, "POST", "/v1/env/echo", body, timeout_s=10)
+        assert msgspec.json.decode(answer, type=Echoed) == Echoed("a", 300_000)
+        found = await transport.call(peer, "GET", "/v1/env/anyone", None, Echoed, timeout_s=10)
+        assert found.caller == "a"
+
+
+async def test_an_agent_that_is_no_member_may_only_ask_what_anyone_may(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    c, b = make_side(acme, "c", serves=False), make_side(acme, "b")
+    async with b.serving() as peer, c.transport() as transport:
+        found = await transport.call(peer, "GET", "/v1/env/anyone", None, Echoed, timeout_s=10)
+        assert found.caller == "c"
+        with pytest.raises(PeerError, match="not-a-member") as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code == "not-a-member"
+        assert not refused.value.is_silence
+
+
+async def test_nothing_is_sent_to_another_agent_than_meant(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    """An agent of the tenant at the address of another one: its certificate is good, its name is not."""
+    a, b, heard = make_side(acme, "a"), make_side(acme, "b"), list[str]()
+
+    async def listen(caller: str, body: bytes) -> bytes:
+        heard.append(caller)
+        return b"{}"
+
+    async with b.serving(PeerRoute("POST", "/v1/env/heard", listen)) as peer, a.transport() as transport:
+        with pytest.raises(PeerError) as refused:
+            await transport.request(
+                PeerAddress(peer.url, "c"), "POST", "/v1/env/heard", b"secret", timeout_s=10
+            )
+        assert refused.value.code == "tls"
+        assert "not agent c" in refused.value.detail
+        assert heard == []
+        await transport.request(peer, "POST", "/v1/env/heard", b"secret", timeout_s=10)
+        assert heard == ["a"]
+
+
+def test_the_same_on_the_loop_that_agents_run_on(acme: Tenant, make_side: Callable[..., Side]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(test_nothing_is_sent_to_another_agent_than_meant(acme, make_side))
+
+
+async def test_another_tenants_agents_are_strangers(
+    acme: Tenant, globex: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, other = make_side(acme, "a"), make_side(globex, "a")
+    async with make_side(acme, "b").serving() as peer, other.transport() as transport:
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code == "tls"
+    async with make_side(globex, "b").serving() as peer, a.transport() as transport:
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code == "tls"
+
+
+@pytest.mark.parametrize("role", ["service", "signing"])
+async def test_only_a_tls_identity_counts(
+    acme: Tenant, make_side: Callable[..., Side], tmp_path: Path, role: str
+) -> None:
+    """A signing or service certificate of the same tenant opens no connection, or no request."""
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    credential = acme.agent_signing("a") if role == "signing" else acme.service("s3")
+    a.files = write_credential(credential, a.directory, role)
+    async with b.serving() as peer, a.transport() as transport:
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code in ("identity", "tls")
+
+
+async def test_a_client_without_a_certificate_gets_no_answer(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    async with make_side(acme, "b").serving() as peer:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        port = int(peer.url.rpartition(":")[2])
+        with contextlib.suppress(ssl.SSLError, ConnectionError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+            writer.write(b"GET /v1/env/anyone HTTP/1.1\r\nHost: b\r\n\r\n")
+            assert await reader.read() == b""
+            writer.close()
+
+
+def _revocation_list(root: Credential, clock: ManualClock, *revoked: x509.Certificate) -> bytes:
+    now = datetime.fromtimestamp(clock.wall_s(), UTC)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(root.certificate.subject)
+        .last_update(now)
+        .next_update(now + timedelta(hours=1))
+    )
+    for certificate in revoked:
+        builder = builder.add_revoked_certificate(
+            x509.RevokedCertificateBuilder()
+            .serial_number(certificate.serial_number)
+            .revocation_date(now)
+            .build()
+        )
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return builder.sign(root.key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+async def test_a_certificate_taken_back_counts_on_an_open_connection(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    file = b.directory / "crl.pem"
+    file.write_bytes(_revocation_list(acme.root, b.clock))
+    b.revocations = Revocations(file, acme.root.certificate)
+    async with b.serving() as peer, a.transport() as transport:
+        await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        b.clock.shift(1)
+        file.write_bytes(_revocation_list(acme.root, b.clock, a.credential.certificate))
+        assert b.revocations.refresh()
+        with pytest.raises(PeerError, match="revoked") as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code == "identity"
+
+
+async def test_a_revoked_server_is_not_spoken_to(acme: Tenant, make_side: Callable[..., Side]) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    file = a.directory / "crl.pem"
+    file.write_bytes(_revocation_list(acme.root, a.clock, b.credential.certificate))
+    a.revocations = Revocations(file, acme.root.certificate)
+    async with b.serving() as peer, a.transport() as transport:
+        with pytest.raises(PeerError, match="revoked") as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code == "tls"
+
+
+async def test_refusals_keep_their_code(acme: Tenant, make_side: Callable[..., Side]) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving() as peer, a.transport() as transport:
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "POST", "/v1/env/stale", b"", timeout_s=10)
+        assert (refused.value.code, refused.value.detail) == ("stale_term", "term 1 is over")
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", bytes((1 << 20) + 1), timeout_s=10)
+        assert refused.value.code == "too-large"
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "POST", "/v1/env/nowhere", b"", timeout_s=10)
+        assert refused.value.code == "not-found"
+
+
+async def test_answers_are_bounded_and_parsed_strictly(acme: Tenant, make_side: Callable[..., Side]) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+
+    async def large(caller: str, body: bytes) -> bytes:
+        return bytes(100_000)
+
+    async def odd(caller: str, body: bytes) -> bytes:
+        return b'{"caller": 7}'
+
+    routes = PeerRoute("GET", "/v1/env/large", large), PeerRoute("GET", "/v1/env/odd", odd)
+    async with b.serving(*routes) as peer, a.transport() as transport:
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "GET", "/v1/env/large", timeout_s=10, limit_bytes=99_999)
+        assert refused.value.code == "bad-answer"
+        with pytest.raises(PeerError) as refused:
+            await transport.call(peer, "GET", "/v1/env/odd", None, Echoed, timeout_s=10)
+        assert refused.value.code == "bad-answer"
+
+
+async def test_a_flood_of_one_agent_leaves_places_for_the_others(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    b, release, begun = make_side(acme, "b"), asyncio.Event(), asyncio.Semaphore(0)
+
+    async def hang(caller: str, body: bytes) -> bytes:
+        begun.release()
+        await release.wait()
+        return b"{}"
+
+    sides = [make_side(acme, "a"), make_side(acme, "c")]
+    async with (
+        b.serving(PeerRoute("GET", "/v1/env/hang", hang), members=("a", "c")) as peer,
+        contextlib.AsyncExitStack() as stack,
+        asyncio.TaskGroup() as group,
+    ):
+        # Several transports: each has a bound of its own too.
+        loud = [await stack.enter_async_context(sides[0].transport()) for _ in range(AT_ONCE_PER_AGENT)]
+        for one in loud:
+            group.create_task(one.request(peer, "GET", "/v1/env/hang", timeout_s=60), name="flood")
+            await begun.acquire()
+        with pytest.raises(PeerError) as refused:
+            await loud[0].request(peer, "GET", "/v1/env/anyone", timeout_s=10)
+        assert refused.value.code == "busy"
+        other = await stack.enter_async_context(sides[1].transport())
+        await other.request(peer, "GET", "/v1/env/anyone", timeout_s=10)
+        release.set()
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving(body_timeout_s=0.05) as peer:
+        context = b.trust.client_context(*a.files, agent_id="b")
+        port = int(peer.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="b")
+        writer.write(b"POST /v1/env/echo HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\nfive")
+        head = await asyncio.wait_for(reader.readline(), 10)
+        assert b" 408 " in head
+        writer.close()
+
+
+@pytest.mark.parametrize("fault", [Fault.BLACK_HOLE, Fault.HALF_OPEN])
+async def test_a_silent_network_costs_the_deadline_and_no_more(
+    acme: Tenant, make_side: Callable[..., Side], fault: Fault
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving() as peer, FaultProxy(int(peer.url.rpartition(":")[2])) as network:
+        through = PeerAddress(f"https://127.0.0.1:{network.port}", "b")
+        async with a.transport() as transport:
+            await transport.request(through, "POST", "/v1/env/echo", b"", timeout_s=10)
+            network.inject(fault)
+            with pytest.raises(PeerError) as refused:
+                await transport.request(through, "POST", "/v1/env/echo", b"", timeout_s=0.2)
+            assert refused.value.code == "timeout"
+            assert refused.value.is_silence
+            network.inject(Fault.NONE)
+            await transport.request(through, "POST", "/v1/env/echo", b"", timeout_s=10)
+
+
+async def test_a_connection_that_was_reset_is_replaced_at_once(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving() as peer, FaultProxy(int(peer.url.rpartition(":")[2])) as network:
+        through = PeerAddress(f"https://127.0.0.1:{network.port}", "b")
+        async with a.transport() as transport:
+            for _ in range(3):
+                await transport.request(through, "POST", "/v1/env/echo", b"", timeout_s=10)
+                await network.reset_connections()
+        assert network.connections == 3
+
+
+async def test_nobody_there_is_told_at_once(acme: Tenant, make_side: Callable[..., Side]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        peer = PeerAddress(f"https://127.0.0.1:{unused.getsockname()[1]}", "b")
+        async with make_side(acme, "a").transport() as transport:
+            with pytest.raises(PeerError) as refused:
+                await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=10)
+            assert refused.value.code == "unreachable"
+            assert refused.value.is_silence
+
+
+async def test_a_renewed_certificate_is_used_without_a_restart(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving(members=("z",)) as peer, a.transport() as transport:
+        found = await transport.call(peer, "GET", "/v1/env/anyone", None, Echoed, timeout_s=10)
+        assert found.caller == "a"
+        for file in a.files:
+            file.unlink()
+        write_credential(acme.agent_tls("z"), a.directory, "tls")
+        found = await transport.call(peer, "GET", "/v1/env/anyone", None, Echoed, timeout_s=10)
+        assert found.caller == "z"
+        write_certificate(acme.root.certificate, a.files[0])  # not the key's
+        with pytest.raises(PeerError, match="own certificate"):
+            await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=10)
