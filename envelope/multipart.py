@@ -9,6 +9,9 @@
 3. A reader needs the trailer and the manifest first, then the parts in any stretch. Lengths must add up
    exactly.
 4. Manifests are bounded before memory is spent on them.
+5. Version 1 is for services that join parts by rising number (S3), and says so by rising numbers. Version 2
+   is for those that join named blocks in the order of a list that comes last (Azure): a number is then made
+   of the block's name, and the manifest's order is the order of the bytes.
 """
 
 import hashlib
@@ -39,7 +42,8 @@ TRAILER_MAGIC: Final = b"SGT-MPU\n"
 MAX_PARTS: Final = 65_536
 """More than any service joins (S3 10 000, Azure 50 000 blocks); a manifest stays below 3 MiB."""
 
-_VERSION: Final = 1
+RISING: Final = 1
+LISTED: Final = 2
 _FIXED_SIZE: Final = 1 + UPLOAD_REF_SIZE + 4
 _ENTRY_SIZE: Final = 4 + 8 + COMMITMENT_SIZE
 _MAX_NUMBER: Final = 2**32 - 1
@@ -71,19 +75,32 @@ class Part:
         return plain_length(self.stored_bytes)
 
 
+def block_number(name: bytes) -> int:
+    """The part number of the block *name*, where blocks have names and no numbers (version 2)."""
+    return int.from_bytes(hashlib.sha256(name).digest()[:4])
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The parts of a composite in their order. FormatError unless there is one and numbers rise."""
+    """The parts of a composite in their order, at least one.
+
+    *version*: RISING or LISTED (rule 5). FormatError for another, or for RISING with numbers that do not rise.
+    """
 
     upload_ref: bytes
     parts: tuple[Part, ...]
+    version: int = RISING
 
     def __post_init__(self) -> None:
         if len(self.upload_ref) != UPLOAD_REF_SIZE:
             raise FormatError(f"an upload reference has {UPLOAD_REF_SIZE} bytes, not {len(self.upload_ref)}")
         if not 0 < len(self.parts) <= MAX_PARTS:
             raise FormatError(f"a composite has 1 to {MAX_PARTS} parts, not {len(self.parts)}")
-        if any(after.number <= before.number for before, after in itertools.pairwise(self.parts)):
+        if self.version not in (RISING, LISTED):
+            raise FormatError(f"there is no manifest of version {self.version}")
+        if self.version == RISING and any(
+            after.number <= before.number for before, after in itertools.pairwise(self.parts)
+        ):
             raise FormatError("part numbers do not rise")
 
     @property
@@ -99,12 +116,12 @@ class Manifest:
         entries = (
             part.number.to_bytes(4) + part.stored_bytes.to_bytes(8) + part.commitment for part in self.parts
         )
-        return bytes((_VERSION,)) + self.upload_ref + len(self.parts).to_bytes(4) + b"".join(entries)
+        return bytes((self.version,)) + self.upload_ref + len(self.parts).to_bytes(4) + b"".join(entries)
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Inverse of `encode`. FormatError for anything else."""
-        if len(data) < _FIXED_SIZE or data[0] != _VERSION:
+        if len(data) < _FIXED_SIZE or data[0] not in (RISING, LISTED):
             raise FormatError("not a manifest of this version")
         count = int.from_bytes(data[_FIXED_SIZE - 4 : _FIXED_SIZE])
         if len(data) != _FIXED_SIZE + count * _ENTRY_SIZE:
@@ -113,7 +130,7 @@ class Manifest:
         parts = (
             Part(int.from_bytes(entry[:4]), int.from_bytes(entry[4:12]), entry[12:]) for entry in entries
         )
-        return cls(data[1 : 1 + UPLOAD_REF_SIZE], tuple(parts))
+        return cls(data[1 : 1 + UPLOAD_REF_SIZE], tuple(parts), data[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from envelope.errors import (
 )
 from envelope.keys import KeyId
 from envelope.multipart import (
+    LISTED,
     MAX_PARTS,
     TRAILER_MAGIC,
     TRAILER_SIZE,
@@ -28,6 +29,7 @@ from envelope.multipart import (
     Ending,
     Manifest,
     Part,
+    block_number,
     composite_range,
     ending_range,
     open_ending,
@@ -353,7 +355,8 @@ def test_a_manifest_both_ways() -> None:
     [
         lambda raw: b"",
         lambda raw: raw[:20],
-        lambda raw: b"\x02" + raw[1:],
+        lambda raw: b"\x00" + raw[1:],
+        lambda raw: b"\x03" + raw[1:],
         lambda raw: raw[:-1],
         lambda raw: raw + b"\0",
         lambda raw: raw[:17] + b"\xff\xff\xff\xff" + raw[21:],
@@ -387,6 +390,46 @@ def test_manifests_that_cannot_be_made() -> None:
     for upload, number in ((b"", 1), (UPLOAD + b"x", 1), (UPLOAD, -1), (UPLOAD, 2**32)):
         with pytest.raises(MisuseError):
             part_sealer(OBJECT_KEY, OWNER, KEY_ID, upload=upload, number=number)
+
+
+def _listed(names: Sequence[bytes], plains: Sequence[bytes]) -> _Composite:
+    """Named blocks, joined in the order of a list (version 2)."""
+    parts = [_part(block_number(name), plain) for name, plain in zip(names, plains, strict=True)]
+    manifest = Manifest(UPLOAD, tuple(part for _, part in parts), LISTED)
+    ending = seal_ending(OBJECT_KEY, OWNER, KEY_ID, manifest)
+    return _Composite(b"".join(plains), tuple(message for message, _ in parts), manifest, ending)
+
+
+def test_blocks_in_the_order_of_a_list() -> None:
+    names = [b"zulu", b"alpha", b"mike", b"alpha"]
+    composite = _listed(names, [pattern(size) for size in (CHUNK_SIZE + 1, 0, 5, 70)])
+    numbers = [part.number for part in composite.manifest.parts]
+    assert numbers != sorted(numbers)
+    assert numbers[1] == numbers[3], "a block may be listed twice"
+    assert Manifest.parse(composite.manifest.encode()) == composite.manifest
+    assert composite.manifest.encode()[0] == LISTED
+    ending = open_ending(OWNER, always(OBJECT_KEY), composite.ending, stored_bytes=len(composite.stored))
+    opener = CompositeOpener(OWNER, always(OBJECT_KEY), ending)
+    assert run(opener, [composite.stored]) == composite.plain
+
+
+def test_blocks_are_bound_to_their_names_and_their_order() -> None:
+    composite = _listed([b"b", b"a"], [pattern(100), pattern(100)])
+    ending = open_ending(OWNER, always(OBJECT_KEY), composite.ending, stored_bytes=len(composite.stored))
+    swapped = b"".join(reversed(composite.messages)) + composite.ending
+    with pytest.raises(IntegrityError):
+        run(CompositeOpener(OWNER, always(OBJECT_KEY), ending), [swapped])
+    renamed = replace(composite.manifest.parts[0], number=block_number(b"c"))
+    forged = Manifest(UPLOAD, (renamed, composite.manifest.parts[1]), LISTED)
+    with pytest.raises(IntegrityError):
+        run(
+            CompositeOpener(OWNER, always(OBJECT_KEY), Ending(forged, composite.ending)),
+            [b"".join(composite.messages) + composite.ending],
+        )
+    with pytest.raises(FormatError):
+        Manifest(UPLOAD, tuple(sorted(composite.manifest.parts, key=lambda part: -part.number)))
+    with pytest.raises(FormatError):
+        Manifest(UPLOAD, composite.manifest.parts, 3)
 
 
 def test_the_largest_manifest() -> None:
