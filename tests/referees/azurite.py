@@ -1,0 +1,67 @@
+"""Azurite, Microsoft's emulator of Azure Blob Storage: checks SharedKey signatures, ids, ranges, conditions.
+
+It speaks TLS itself. `tests/referees/node` brings it; everything it stores lies below one directory.
+"""
+
+import asyncio
+import base64
+import contextlib
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.ports import free_port
+from tests.referees.tls_front import clean_environment, ended, listening
+
+ROOT = Path(__file__).parents[2]
+AZURITE = ROOT / ".node-referees" / "node_modules" / ".bin" / "azurite-blob"
+ACCOUNT = "refereeaccount"
+
+
+@dataclass(frozen=True, slots=True)
+class Azurite:
+    """A running Azurite. `url` is the account's endpoint with the account in the path."""
+
+    port: int
+    directory: Path
+    log: Path
+    account: str = ACCOUNT
+    key: str = field(default="", repr=False)
+    """Of the account, in base64."""
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}/{self.account}"
+
+    def stored(self) -> list[tuple[str, bytes]]:
+        """Name and content of every file below its directory: blobs lie in extents, many in one file."""
+        return [
+            (str(path.relative_to(self.directory)), path.read_bytes())
+            for path in sorted(self.directory.rglob("*"))
+            if path.is_file()
+        ]
+
+
+@contextlib.asynccontextmanager
+async def azurite(directory: Path, certificate_file: Path, key_file: Path) -> AsyncIterator[Azurite]:
+    """Start it with one account whose key is drawn now."""
+    home = directory / "azurite"
+    home.mkdir()
+    key = base64.b64encode(secrets.token_bytes(64)).decode()
+    port, log = free_port(), directory / "azurite.log"
+    environment = {**clean_environment(), "AZURITE_ACCOUNTS": f"{ACCOUNT}:{key}"}
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            shutil.which("node") or "node", str(AZURITE.resolve()),
+            "--location", str(home), "--blobPort", str(port),
+            "--cert", str(certificate_file), "--key", str(key_file),
+            "--disableTelemetry", "--skipApiVersionCheck", "--disableProductStyleUrl",
+            stdout=output, stderr=output, env=environment,
+        )  # fmt: skip
+        try:
+            await listening(port, process)
+            yield Azurite(port, home, log, key=key)
+        finally:
+            await ended(process)
