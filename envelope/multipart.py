@@ -84,7 +84,7 @@ def block_number(name: bytes) -> int:
 class Manifest:
     """The parts of a composite in their order, at least one.
 
-    *version*: RISING or LISTED (rule 5). FormatError for another, or for RISING with numbers that do not rise.
+    *version*: RISING or LISTED (rule 5). FormatError for another, or if numbers do not rise in RISING.
     """
 
     upload_ref: bytes
