@@ -20,7 +20,7 @@ from cryptography import x509
 
 from envelope.errors import SealgateError
 from key_agent import metrics
-from key_agent.consent import Change, Consent, Standing
+from key_agent.consent import Change, Consent, EnvironmentStanding, Standing
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials, Lifetimes, Signing
 from key_agent.presence import PresenceLoop
@@ -202,6 +202,7 @@ class Agent:
     async def start(self) -> None:
         """Take over what the registry says of the KEK. To be called once, before anything else."""
         self.consent.listen(self._consent_changed)
+        self.consent.listen_environment(self._environment_changed)
         self.consent.adopt(await self.registry.current_kek())
 
     @asynccontextmanager
@@ -279,11 +280,15 @@ class Agent:
 
     def reasons_not_ready(self) -> list[str]:
         reasons = self.reasons_not_alive()
-        if not self.consent.may_push:
+        if self.consent.standing is not Standing.CONSENTED:
             diagnosis = self.consent.diagnosis
             reasons.append(
                 f"no keys are pushed: {self.consent.standing}"
                 + ("" if diagnosis is None else f" ({diagnosis.verdict}: {diagnosis.detail})")
+            )
+        if self.consent.environment is not EnvironmentStanding.SERVES:
+            reasons.append(
+                f"environment {self.environment_id} does not serve: {self.consent.environment_reason}"
             )
         if not self.registry.leads:
             reasons.append("the registry's lease is not renewed: no keys are pushed")
@@ -335,6 +340,18 @@ class Agent:
             verdict=None if diagnosis is None else diagnosis.verdict,
             proof=None if diagnosis is None else diagnosis.detail,
         )
+
+    def _environment_changed(self, new: EnvironmentStanding) -> None:
+        self.presence.wake()
+        if new is EnvironmentStanding.SERVES:
+            self.rotations.resume()
+            self.refresh.at_once()
+        else:
+            self.pusher.stop()
+            self._delivered.set()
+        if new is EnvironmentStanding.WITHDRAWN:
+            self.withdrawals.at_once()
+        self.journal.note("environment-standing", outcome=new, reason=self.consent.environment_reason)
 
     async def _persist_loop(self) -> NoReturn:
         failures = 0

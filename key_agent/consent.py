@@ -5,6 +5,8 @@
 3. An outage withdraws nothing and pushes nothing: the validity runs out by itself.
 4. The answer changes in memory first, and listeners hear of it at once; writing it down follows and cannot
    stop it.
+5. With several environments the tenant has a second voice: an environment that is breached, or has not heard
+   of the others for too long, pushes nothing and takes back what is out there, however well its KEK works.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,6 +41,17 @@ class Standing(StrEnum):
     @property
     def is_withdrawn(self) -> bool:
         return self in (Standing.SUSPENDED, Standing.REVOKED)
+
+
+class EnvironmentStanding(StrEnum):
+    """Whether this environment may serve (rule 5)."""
+
+    SERVES = "serves"
+    """Also: it is the only one."""
+    UNPROVEN = "unproven"
+    """Nobody was heard yet since the agent started: push nothing, withdraw nothing."""
+    WITHDRAWN = "withdrawn"
+    """Healing, not joined yet, retired, or its registry lease is over."""
 
 
 _BY_VERDICT: Final[Mapping[Verdict, Standing]] = {
@@ -94,14 +107,36 @@ class Consent:
         """The last one, of whatever verdict."""
         self.diagnosed_at_ms: int | None = None
         self.since_ms = self._now_ms()
+        self.environment = EnvironmentStanding.SERVES
+        self.environment_reason: str | None = None
+        self._environment_listeners: list[Callable[[EnvironmentStanding], None]] = []
 
     @property
     def may_push(self) -> bool:
-        return self.standing is Standing.CONSENTED
+        return self.standing is Standing.CONSENTED and self.environment is EnvironmentStanding.SERVES
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """What is out there is taken back."""
+        return self.standing.is_withdrawn or self.environment is EnvironmentStanding.WITHDRAWN
 
     def listen(self, listener: Callable[[Change], None]) -> None:
         """Call *listener* at every change, at once; it must not wait and must not raise."""
         self._listeners.append(listener)
+
+    def listen_environment(self, listener: Callable[[EnvironmentStanding], None]) -> None:
+        """Call *listener* with each new standing of the environment; it must not wait and must not raise."""
+        self._environment_listeners.append(listener)
+
+    def set_environment(self, new: EnvironmentStanding, reason: str | None) -> None:
+        """What the tenant's other environments, or a breach of this one, make of it (rule 5)."""
+        old, self.environment, self.environment_reason = self.environment, new, reason
+        if old is new:
+            return
+        report = log.info if new is EnvironmentStanding.SERVES else log.error
+        report("environment", standing=new, before=old, reason=reason)
+        for listener in self._environment_listeners:
+            listener(new)
 
     def adopt(self, row: KekRow | None) -> None:
         """Start over from the registry: at start-up, and after the KEK was made or reinstated."""

@@ -550,7 +550,7 @@ class Operations(KeyCommands, BackupCommands):
         now_ms = agent.now_ms()
         left: dict[str, int] = {}
         for link in agent.targets.links:
-            if self._may_hold_keys(link, now_ms) and (link.withdrawn or agent.consent.standing.is_withdrawn):
+            if self._may_hold_keys(link, now_ms) and (link.withdrawn or agent.consent.is_withdrawn):
                 left[link.proxy_id] = max(left.get(link.proxy_id, 0), link.silent_at_ms)
         names = sorted({link.proxy_id for link in agent.targets.links} if only is None else set(only))
         return [
@@ -598,7 +598,7 @@ class Operations(KeyCommands, BackupCommands):
         is_outdated = link.accepted_at_ms is not None and link.accepted_at_ms < consenting_since_ms
         if not is_outdated and link.valid_until_ms is not None and link.valid_until_ms > now_ms:
             valid_for_s = round((link.valid_until_ms - now_ms) / 1000, 1)
-        is_withdrawn = link.withdrawn or self._agent.consent.standing.is_withdrawn
+        is_withdrawn = link.withdrawn or self._agent.consent.is_withdrawn
         if is_outdated and not is_withdrawn:
             # New keys may be on their way: not a word on those before the proxy's.
             is_over = link.withdrawal_is_newest or not self._may_hold_keys(link, now_ms)

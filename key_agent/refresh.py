@@ -256,7 +256,7 @@ class WithdrawalLoop:
         found = self._targets.to_withdraw(
             int(self._clock.wall_s() * 1000),
             self._clock.boot_s(),
-            everything=self._consent.standing.is_withdrawn,
+            everything=self._consent.is_withdrawn,
         )
         return {name: frozenset(link.owner for link in links) for name, links in found.items()}
 
@@ -296,7 +296,7 @@ class WithdrawalLoop:
             name,
             int(self._clock.wall_s() * 1000),
             self._clock.boot_s(),
-            everything=self._consent.standing.is_withdrawn,
+            everything=self._consent.is_withdrawn,
         )
         return frozenset(link.owner for link in links)
 

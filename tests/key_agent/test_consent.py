@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from envelope.errors import MisuseError
-from key_agent.consent import Change, Consent, Standing, next_standing
+from key_agent.consent import Change, Consent, EnvironmentStanding, Standing, next_standing
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import TRANSITIONS, KekState, check_transition
 from key_agent.sources.source import Diagnosis, Kek, KekReference, Verdict, WrapMethod
@@ -103,3 +103,30 @@ def test_kek_states_go_only_where_the_table_says() -> None:
         KekState.REVOKED,
         KekState.DESTROYED,
     }
+
+
+def test_an_environment_that_does_not_serve_pushes_nothing_whatever_its_kek_says(clock: ManualClock) -> None:
+    consent, row = Consent(clock), _row()
+    heard: list[EnvironmentStanding] = []
+    consent.listen_environment(heard.append)
+    consent.adopt(row)
+    consent.observe(_kek(row), Diagnosis(Verdict.OK, "opens"))
+    assert (consent.may_push, consent.is_withdrawn) == (True, False)
+    consent.set_environment(EnvironmentStanding.UNPROVEN, "nobody was heard yet")
+    assert (consent.may_push, consent.is_withdrawn) == (False, False)
+    consent.set_environment(EnvironmentStanding.WITHDRAWN, "healing")
+    consent.set_environment(EnvironmentStanding.WITHDRAWN, "healing still")
+    assert (consent.may_push, consent.is_withdrawn) == (False, True)
+    assert consent.environment_reason == "healing still"
+    # The KEK's own verdicts change nothing about it, and it nothing about them.
+    consent.observe(_kek(row), Diagnosis(Verdict.OK, "opens"))
+    assert (consent.may_push, consent.standing) == (False, Standing.CONSENTED)
+    consent.set_environment(EnvironmentStanding.SERVES, None)
+    assert (consent.may_push, consent.is_withdrawn) == (True, False)
+    assert heard == [
+        EnvironmentStanding.UNPROVEN,
+        EnvironmentStanding.WITHDRAWN,
+        EnvironmentStanding.SERVES,
+    ]
+    consent.revoke("by command")
+    assert consent.is_withdrawn
