@@ -34,6 +34,7 @@ from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
 from proxy.tenants.model import Directory, Listen, Recipient, ServiceEntry, TenantEntry
+from proxy.vault.model import VaultError
 from runtime import machine
 from runtime.audit import mend_broken, read_chain
 from runtime.clock import Clock
@@ -96,7 +97,7 @@ def examine(config_file: Path, load: Callable[[], Settings], clock: Clock) -> li
     for key in directory.encryption_service.keys.values():
         checks += _recipient("key", key, directory, clock)
     checks += unheard_dialects(directory.encryption_service, settings.encryption_service)
-    checks += _stored_secrets(directory.encryption_service, settings.proxy.state_dir)
+    checks += _stored_secrets(directory, settings.proxy.state_dir)
     checks += _stray_keys(settings.proxy.state_dir, in_use)
     if any(DialectName.KACLS in listen.dialects for listen in settings.encryption_service.listen):
         checks += _token_issuers(directory.encryption_service, settings.encryption_service.outbound)
@@ -336,21 +337,33 @@ def _recipient(noun: str, service: Recipient, directory: Directory, clock: Clock
     yield _valid(name, service.certificate, clock, renew)
 
 
-def _stored_secrets(service: ServiceDirectory, state_dir: Path) -> Iterator[Check]:
-    """Whether the file keys are here that open the secrets of SigV4 credentials."""
-    stored = [entry for entry in service.credentials.values() if entry.kind is CredentialKind.SIGV4]
-    if not stored:
-        return
+def _stored_secrets(directory: Directory, state_dir: Path) -> Iterator[Check]:
+    """Whether the file keys are here that open the SigV4 secrets, of callers and for signing upstream."""
+    callers = [
+        entry
+        for entry in directory.encryption_service.credentials.values()
+        if entry.kind is CredentialKind.SIGV4
+    ]
     sealer = SecretSealer(state_dir)
-    lost = [entry.id for entry in stored if sealer.open(entry.verifier, entry.id, entry.tenant) is None]
+    lost = [entry.id for entry in callers if sealer.open(entry.verifier, entry.id, entry.tenant) is None]
+    count = len(callers)
+    for service in directory.services.values():
+        count += len(service.credentials)
+        for access_key, credential in service.credentials.items():
+            try:
+                credential.open()
+            except VaultError:
+                lost.append(f"{service.owner} {access_key}")
+    if not count:
+        return
     if lost:
         yield failed(
             "stored secrets",
-            f"{len(lost)} of {len(stored)} do not open: {', '.join(sorted(lost)[:5])}",
+            f"{len(lost)} of {count} do not open: {', '.join(sorted(lost)[:5])}",
             f"restore {state_dir / FILE_KEY_DIRECTORY} (mode 0600), or revoke them and issue others",
         )
     else:
-        yield ok("stored secrets", f"{len(stored)} open by their file keys")
+        yield ok("stored secrets", f"{count} open by their file keys")
 
 
 def _stray_keys(state_dir: Path, in_use: set[Path]) -> Iterator[Check]:

@@ -103,6 +103,10 @@ class SecretSealer:
         self._pretended_text = self._pretended.encrypt(self._pretended_nonce, random_secret().encode(), b"")
 
     def seal(self, secret: str, credential_id: str, tenant: str, *, key: bytes | None = None) -> bytes:
+        """As `seal_bound`, bound to a credential and its tenant."""
+        return self.seal_bound(secret.encode(), _binding(credential_id, tenant), key=key)
+
+    def seal_bound(self, secret: bytes, binding: bytes, *, key: bytes | None = None) -> bytes:
         """name of the file key ‖ nonce ‖ ciphertext ‖ tag. FileKeyError.
 
         Seals by the file key *key* (default: the newest; the first is made now).
@@ -112,20 +116,30 @@ class SecretSealer:
         if cipher is None:
             raise FileKeyError(f"{self._file(name)} cannot be used: see the log")
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        return name + nonce + cipher.encrypt(nonce, secret.encode(), _binding(credential_id, tenant))
+        return name + nonce + cipher.encrypt(nonce, secret, binding)
 
     def open(self, sealed: bytes, credential_id: str, tenant: str) -> bytes | None:
         """The secret; None if it was not sealed for this credential by a file key that is here."""
+        secret = self.open_bound(sealed, _binding(credential_id, tenant))
+        if secret is None:
+            _log.warning("a stored secret does not open", credential=credential_id, tenant=tenant)
+        return secret
+
+    def open_bound(self, sealed: bytes, binding: bytes) -> bytes | None:
+        """The secret; None if it was not sealed with this binding by a file key that is here."""
         name, nonce = sealed[:_KEY_NAME_BYTES], sealed[_KEY_NAME_BYTES : _KEY_NAME_BYTES + _NONCE_BYTES]
         cipher = self._cipher(name)
         text = sealed[_KEY_NAME_BYTES + _NONCE_BYTES :]
         if cipher is None or len(text) < _TAG_BYTES:
             return None
         try:
-            return cipher.decrypt(nonce, text, _binding(credential_id, tenant))
+            return cipher.decrypt(nonce, text, binding)
         except InvalidTag:
-            _log.warning("a stored secret does not open", credential=credential_id, tenant=tenant)
             return None
+
+    def prepare(self, sealed: bytes) -> None:
+        """Read the file key of *sealed* now: a rotation removes it, perhaps before this is opened."""
+        self._cipher(sealed[:_KEY_NAME_BYTES])
 
     def pretend_to_open(self) -> None:
         """As much work as `open`, for nobody (access.py rule 1)."""

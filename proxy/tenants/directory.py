@@ -37,6 +37,7 @@ from envelope.certificates import (
 )
 from envelope.errors import FormatError, SealgateError
 from envelope.keys import NetworkService, check_name
+from proxy.encryption_service.credentials import SecretSealer
 from proxy.encryption_service.model import NamedKey
 from proxy.tenants import certificates, migrations, service_rows
 from proxy.tenants.certificates import CredentialError, KeyType
@@ -63,6 +64,8 @@ from proxy.tenants.tables import (
     tunnel_host,
 )
 from proxy.tenants.user_rows import read_access, read_users
+from proxy.tenants.vault_rows import read_vault
+from proxy.vault.model import UpstreamCredential
 from runtime.clock import Clock
 from runtime.database import make_engine, read_only, transaction
 
@@ -150,6 +153,7 @@ class DirectoryStore:
         self._reader = read_only(engine)
         self._state_dir = state_dir
         self._clock = clock
+        self._sealer = SecretSealer(state_dir)
 
     @classmethod
     def open(cls, url: str, state_dir: Path, *, clock: Clock, migrate: bool = True) -> Self:
@@ -640,8 +644,9 @@ class DirectoryStore:
             )
             for row in connection.execute(select(tenant).order_by(tenant.c.id))
         ]
+        vault = read_vault(connection, self._sealer)
         services = [
-            self._service_entry(row)
+            self._service_entry(row, vault.get(NetworkService(row.tenant_id, row.name), {}))
             for row in connection.execute(
                 select(network_service)
                 .where(network_service.c.upstream_host.is_not(None))
@@ -656,7 +661,7 @@ class DirectoryStore:
             int(revision), tenants, services, encryption_service, users=read_users(connection)
         )
 
-    def _service_entry(self, row: Row[Any]) -> ServiceEntry:
+    def _service_entry(self, row: Row[Any], credentials: Mapping[str, UpstreamCredential]) -> ServiceEntry:
         der = row.certificate_der
         return ServiceEntry(
             owner=NetworkService(row.tenant_id, row.name),
@@ -668,6 +673,7 @@ class DirectoryStore:
             key_file=self._state_dir / row.key_file,
             reverse_names=frozenset((row.reverse_names or "").split()),
             profile_options=_sound(_options, row.profile_options),
+            credentials=credentials,
         )
 
     def _check_root(self, root: x509.Certificate) -> None:

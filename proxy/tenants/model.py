@@ -23,6 +23,7 @@ from envelope.errors import FormatError
 from envelope.keys import NetworkService, check_name
 from proxy.encryption_service.model import EMPTY, NamedKey, ServiceDirectory
 from proxy.users.model import OPEN, UserAccess, Users
+from proxy.vault.model import UpstreamCredential
 
 _HOST: Final = re.compile(
     r"(?!.{254})[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
@@ -196,6 +197,8 @@ class ServiceEntry:
     """Host names that clients of the reverse listener may use; empty: any."""
     profile_options: Mapping[str, object] = field(default_factory=dict)
     """What the profile is told of this service, JSON-able, in the profile's own words (docs/profiles.md)."""
+    credentials: Mapping[str, UpstreamCredential] = field(default_factory=dict)
+    """By access key id: what requests to it are signed with anew (docs/profiles-s3.md)."""
 
     def is_served_as(self, host: str | None) -> bool:
         """Whether clients of the reverse listener may call it *host* (normal form; None: by no name)."""

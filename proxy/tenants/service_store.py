@@ -62,6 +62,7 @@ from proxy.tenants.directory import (
 from proxy.tenants.model import Directory
 from proxy.tenants.service_rows import joined, settings_text
 from proxy.tenants.tables import named_key, network_service, service_credential, service_dialect
+from proxy.tenants.vault_store import reseal_vault
 
 MAX_LABEL_CHARS: Final = 100
 MAX_PER_LINE: Final = 2
@@ -315,7 +316,8 @@ class ServiceStore:
         return gone[0]
 
     def rotate_file_key(self, *, actor: str) -> int:
-        """Seal every SigV4 secret by a new file key, then remove the old ones. How many were sealed anew.
+        """Seal every SigV4 secret (of callers, and what requests are signed with upstream) by a new file key,
+        then remove the old ones. How many were sealed anew.
 
         ChangeRefusedError if one does not open: nothing is changed then.
         """
@@ -341,6 +343,7 @@ class ServiceStore:
                     .values(verifier=sealed, updated_at_ms=self._store.now_ms())
                 )
                 done.append(entry.id)
+            done.extend(reseal_vault(connection, before, self._sealer, new))
             return Draft(action="file-key-rotated", tenant="", detail={"resealed": str(len(done))})
 
         try:

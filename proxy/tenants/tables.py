@@ -1,7 +1,8 @@
 """The directory's tables, as the newest migration leaves them.
 
 1. Nothing here is secret in the clear: private keys are files below the state directory, named relative to
-   it; of a bearer token there is a digest, a SigV4 secret is sealed by a file key of the state directory.
+   it; of a bearer token there is a digest, a SigV4 secret (a caller's, or one that this proxy signs with
+   upstream) is sealed by a file key of the state directory.
 2. Times are milliseconds since the Unix epoch. Ids are text and immutable.
 3. Every change is one transaction that raises `directory.revision` by one and leaves one row of `history`.
 """
@@ -96,6 +97,24 @@ network_service = Table(
     Column("created_at_ms", BigInteger, nullable=False),
     Column("updated_at_ms", BigInteger, nullable=False),
     UniqueConstraint("tenant_id", "upstream_host", "upstream_port", name="uq_network_service_upstream"),
+)
+
+upstream_credential = Table(
+    "upstream_credential",
+    metadata,
+    Column("tenant_id", String(63), primary_key=True),
+    Column("service", String(63), primary_key=True),
+    Column("access_key", String(128), primary_key=True),
+    Column("upstream_access_key", String(128), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("not_after_ms", BigInteger),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("updated_at_ms", BigInteger, nullable=False),
+    ForeignKeyConstraint(
+        ["tenant_id", "service"],
+        ["network_service.tenant_id", "network_service.name"],
+        ondelete="CASCADE",
+    ),
 )
 
 named_key = Table(

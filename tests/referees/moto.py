@@ -28,7 +28,7 @@ class Moto:
     port: int
     plain_port: int
     access_key: str = "moto-access-key"
-    secret_key: str = "moto verifies nothing, so this is no secret"
+    secret_key: str = "moto-verifies-nothing-so-this-is-no-secret"
     region: str = "us-east-1"
 
     def stored(self) -> list[tuple[str, bytes]]:
