@@ -14,6 +14,7 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
+from key_agent.environments.etcd import EtcdSettings
 from key_agent.sources.key_server import KmipSettings, OpenBaoSettings
 from key_agent.sources.pkcs11 import Pkcs11Settings
 from runtime import broker, database
@@ -123,6 +124,31 @@ class AdminSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("admin.port must be between 0 and 65535")
 
 
+class EnvironmentsSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """This agent's environment is one of several (docs/environments.md). Without it nothing is different."""
+
+    host: str = "0.0.0.0"
+    port: int = 8330
+    """Where the agents of the other environments, and lb-agents, reach this one: mutual TLS. 0: any free
+    port (the log names it)."""
+    heartbeat_s: float = 5.0
+    """Between two questions to the other agents."""
+    request_timeout_s: float = 3.0
+    """One request to one of them: an environment that hangs delays nobody longer."""
+    etcd: EtcdSettings | None = None
+    """The manager is elected; default: `key-agent env promote` appoints it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError("environments.port must be between 0 and 65535")
+        if not 0.1 <= self.heartbeat_s <= 15:
+            raise ValueError(
+                "environments.heartbeat_s must be between 0.1 and 15: the strictest lease is 60 s"
+            )
+        if not 0.1 <= self.request_timeout_s <= 10:
+            raise ValueError("environments.request_timeout_s must be between 0.1 and 10")
+
+
 class LogSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     json: bool | None = None
     """JSON lines; default: JSON unless stderr is a terminal."""
@@ -138,6 +164,7 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     refresh: RefreshSettings = RefreshSettings()
     push: PushSettings = PushSettings()
     keys: KeySettings = KeySettings()
+    environments: EnvironmentsSettings | None = None
     nats: broker.BrokerSettings | None = None
     """A second road to the proxies, beside the direct one."""
     admin: AdminSettings = AdminSettings()
@@ -197,6 +224,12 @@ def unusable_files(settings: Settings) -> Iterator[str]:
     }
     more, more_secrets = source_files(settings)
     files, secrets = files | more, secrets | more_secrets
+    if settings.environments is not None and (etcd := settings.environments.etcd) is not None:
+        if etcd.ca_file is not None:
+            files["environments.etcd.ca_file"] = etcd.ca_file
+        if etcd.certificate_file is not None and etcd.key_file is not None:
+            files["environments.etcd.certificate_file"] = etcd.certificate_file
+            secrets["environments.etcd.key_file"] = etcd.key_file
     if settings.nats is not None:
         broker.check_library()
         more, more_secrets = broker.unusable_files(settings.nats)

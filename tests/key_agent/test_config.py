@@ -147,3 +147,45 @@ def test_two_databases_are_one_too_many(written: Path) -> None:
                 "KEY_AGENT_AGENT__DATABASE_URL_FILE": "/x/url",
             },
         )
+
+
+_ENVIRONMENTS = """
+[environments]
+port = 8330
+heartbeat_s = 1.0
+[environments.etcd]
+urls = ["https://etcd-a.example:2379", "https://etcd-b.example:2379"]
+ca_file = "etcd-ca.pem"
+certificate_file = "etcd.pem"
+key_file = "etcd.key"
+"""
+
+
+def test_one_of_several_environments(written: Path) -> None:
+    assert config.load(written, {}).environments is None
+    written.write_text(written.read_text() + _ENVIRONMENTS)
+    settings = config.load(written, {"KEY_AGENT_ENVIRONMENTS__HEARTBEAT_S": "2.5"})
+    assert settings.environments is not None
+    assert settings.environments.heartbeat_s == 2.5
+    assert settings.environments.etcd is not None
+    assert settings.environments.etcd.urls[1] == "https://etcd-b.example:2379"
+    # The files of etcd are looked at as all others are.
+    problems = list(config.unusable_files(settings))
+    for name in ("ca_file", "certificate_file", "key_file"):
+        assert any(f"environments.etcd.{name}" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ("heartbeat_s = 1.0", "heartbeat_s = 16.0"),
+        ("port = 8330", "port = 70000"),
+        ("port = 8330", "request_timeout_s = 11.0"),
+        ("port = 8330", "member = true"),
+        ('ca_file = "etcd-ca.pem"', ""),
+    ],
+)
+def test_environments_that_make_no_sense_are_refused(written: Path, line: str, changed: str) -> None:
+    written.write_text(written.read_text() + _ENVIRONMENTS.replace(line, changed))
+    with pytest.raises(SettingsError, match="environments"):
+        config.load(written, {})
