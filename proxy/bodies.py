@@ -1,15 +1,13 @@
-"""The bodies that change on their way: transforms for the gate, over the sealed objects of envelope/.
+"""The bodies that change on their way up, and what all that change have in common: transforms for the gate.
 
 1. The key is asked at every piece and at the end: a body in flight stops when its key ends.
 2. A digest or length that does not fit is found before the last chunk goes up: nothing valid is stored then.
+   A decoder (aws-chunked, say) stands before all of it, and its own checks count like a digest's.
 3. Every failure becomes a refusal of the table; which check of an object failed is told to nobody.
-4. An answer's head waits until its object has begun to verify.
-5. What passes unopened is looked at first, through a coding too: it must not begin like an object of ours.
 """
 
 import hashlib
 import hmac
-import zlib
 from collections.abc import Callable
 from typing import Final, NoReturn, override
 
@@ -21,23 +19,18 @@ from envelope.errors import (
     Unavailable,
 )
 from envelope.keys import NetworkService
-from envelope.objects import MAGIC, Header, Opener, RangeOpener, Sealer, has_magic, sealed_length
+from envelope.multipart import part_sealer
+from envelope.objects import Sealer, sealed_length
 from proxy import refusals
 from proxy.gate.permit import Piece, Transform
-from proxy.keys.cache import DataKey
+from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ExpectedDigest
-from proxy.plan import AskedRange, EmptyBody
+from proxy.plan import Decoder, EmptyBody, PartOf, Reshape, Reshaper, Seal, Sealed
 from proxy.refusals import Refusal, RefusedError
 from runtime.audit import AuditUnavailableError
 
-type FindKey = Callable[[Header], DataKey]
-"""The key an object names. KeyUnavailableError; AuditUnavailableError if its use could not be recorded."""
 type Meter = Callable[[int], None]
 """Told the plaintext bytes of every piece that went through."""
-
-CODINGS: Final = frozenset({"gzip", "x-gzip", "deflate"})
-"""Content codings that can be looked through."""
-_MAX_LOOK_BYTES: Final = 16 * 1024
 
 _KEY_REFUSALS: Final = {
     Unavailable.UNKNOWN: refusals.KEY_UNKNOWN,
@@ -68,7 +61,19 @@ def sealing_refusal(error: KeyUnavailableError) -> Refusal:
     return refusals.NO_ACTIVE_KEY if error.reason is Unavailable.UNKNOWN else refusal_for(error)
 
 
-def _refuse(error: SealgateError) -> NoReturn:
+async def sealing_key(keys: KeyCache, owner: NetworkService, *, wait_s: float) -> DataKey:
+    """The active key; one that is late is waited for: a push may be on its way. RefusedError without one."""
+    try:
+        return keys.sealing_key(owner)
+    except KeyUnavailableError:
+        pass
+    try:
+        return await keys.wait_for_sealing_key(owner, timeout_s=wait_s)
+    except KeyUnavailableError as error:
+        raise RefusedError(sealing_refusal(error)) from error
+
+
+def refuse(error: SealgateError) -> NoReturn:
     raise RefusedError(refusal_for(error)) from error
 
 
@@ -89,8 +94,19 @@ class NoBody(Transform):
         return []
 
 
+def sealer_of(key: DataKey, part: PartOf | None = None) -> Sealer:
+    """A sealer for one message under *key*: an object, or a part of a composite."""
+    if part is None:
+        return Sealer(key.object_key, key.owner, key.key_id)
+    return part_sealer(key.object_key, key.owner, key.key_id, upload=part.upload_ref, number=part.number)
+
+
 class SealBody(Transform):
-    """Seals an upload of *plain_bytes* (None: as many as come) under *key*."""
+    """Seals an upload of *plain_bytes* (None: as many as come) under *key*.
+
+    *digests* are checked; those that *record_digests* names are computed. With a *decoder* all of this is
+    about what it yields.
+    """
 
     def __init__(
         self,
@@ -99,201 +115,127 @@ class SealBody(Transform):
         plain_bytes: int | None = None,
         empty: EmptyBody = EmptyBody.SEAL,
         digests: tuple[ExpectedDigest, ...] = (),
+        decoder: Decoder | None = None,
+        part: PartOf | None = None,
+        record_digests: tuple[str, ...] = (),
         meter: Meter,
     ) -> None:
         self.key = key
-        self._sealer = Sealer(key.object_key, key.owner, key.key_id)
+        self._sealer = sealer_of(key, part)
         self._plain_bytes = plain_bytes
         self._empty = empty
-        self._digests = [
-            (hashlib.new(digest.algorithm, usedforsecurity=False), digest.value) for digest in digests
-        ]
+        self._expected = digests
+        algorithms = dict.fromkeys((*(digest.algorithm for digest in digests), *record_digests))
+        self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+        self._decoder = decoder
         self._meter = meter
         self._received = 0
         if plain_bytes is not None:
             self.expected_out_bytes = sealed_length(plain_bytes)
 
+    @classmethod
+    def by(cls, plan: Seal, key: DataKey, meter: Meter) -> "SealBody":
+        return cls(
+            key,
+            plain_bytes=plan.plain_bytes,
+            empty=plan.empty,
+            digests=plan.digests,
+            decoder=plan.decoder() if plan.decoder is not None else None,
+            part=plan.part,
+            record_digests=plan.record_digests,
+            meter=meter,
+        )
+
+    @property
+    def sealed(self) -> Sealed:
+        """What the upload became; RefusedError(INTERNAL) before its end."""
+        if not self.finished:
+            raise RefusedError(refusals.INTERNAL)
+        return Sealed(
+            plain_bytes=self._received,
+            stored_bytes=self.out_bytes,
+            commitment=self._sealer.commitment,
+            key_id=self.key.key_id.raw,
+            digests={name: made.digest() for name, made in self._hashes.items()},
+        )
+
     @override
     def feed(self, piece: bytes) -> list[Piece]:
+        return self._seal(piece if self._decoder is None else self._decoder.feed(piece))
+
+    def _seal(self, piece: bytes) -> list[Piece]:
         try:
             self.key.check()
             self._received += len(piece)
             if self._plain_bytes is not None and self._received > self._plain_bytes:
                 raise RefusedError(refusals.BAD_LENGTH)
-            for digest, _value in self._digests:
+            for digest in self._hashes.values():
                 digest.update(piece)
             sealed = self._sealer.update(piece)
         except SealgateError as error:
-            _refuse(error)
+            refuse(error)
         self._meter(len(piece))
         return [sealed]
 
     @override
     def finish(self) -> list[Piece]:
+        rest: list[Piece] = []
+        if self._decoder is not None and (last := self._decoder.finish()):
+            rest = self._seal(last)
         if self._plain_bytes is not None and self._received != self._plain_bytes:
             raise RefusedError(refusals.BAD_LENGTH)
-        for digest, value in self._digests:
-            if not hmac.compare_digest(digest.digest(), value):
+        for digest in self._expected:
+            if not hmac.compare_digest(self._hashes[digest.algorithm].digest(), digest.value):
                 raise RefusedError(refusals.BAD_DIGEST)
         if not self._received and self._empty is EmptyBody.KEEP:
             return []
         try:
             self.key.check()
-            return [self._sealer.finalize()]
+            return [*rest, self._sealer.finalize()]
         except SealgateError as error:
-            _refuse(error)
+            refuse(error)
 
 
-class OpenBody(Transform):
-    """Opens the object in an answer.
+class ReshapeBody(Transform):
+    """A body that a profile's reshaper makes, with messages sealed under *key* in it.
 
-    *out_bytes*: what the head will declare, None where it will not. *may_be_sealed*, *may_be_legacy*: what
-    the body can be, by its length and the service's policy; the first bytes tell which it is. *on_legacy*:
-    called once, before anything comes out, when the body passes as it is; what it raises refuses the body.
-    *coding*: one of CODINGS that the answer names; a service may have coded what it stores.
+    The head waits for the first output, by which the reshaper may know its length: *on_length* then declares
+    it (None: none is).
     """
 
     holds_head = True
 
     def __init__(
-        self,
-        owner: NetworkService,
-        find_key: FindKey,
-        *,
-        out_bytes: int | None,
-        may_be_sealed: bool = True,
-        may_be_legacy: bool = False,
-        on_legacy: Callable[[], None] | None = None,
-        coding: str | None = None,
-        meter: Meter,
+        self, plan: Reshape, key: DataKey, *, on_length: Callable[[int | None], None], meter: Meter
     ) -> None:
-        self._find_key = find_key
-        self.key: DataKey | None = None
-        self._opener = Opener(owner, self._object_key)
-        self._may_be_sealed = may_be_sealed
-        self._may_be_legacy = may_be_legacy
-        self._on_legacy = on_legacy
-        self._coding = coding
-        self._meter = meter
-        self._begin: bytearray | None = bytearray()
-        self._passes = False
-        self.expected_out_bytes = out_bytes
-
-    def _object_key(self, header: Header) -> memoryview:
-        self.key = self._find_key(header)
-        return self.key.object_key
-
-    @override
-    def feed(self, piece: bytes) -> list[Piece]:
-        if self._begin is not None:
-            self._begin += piece
-            if len(self._begin) < len(MAGIC) or not self._decide(more_may_come=True):
-                return []
-            piece, self._begin = bytes(self._begin), None
-        return self._pass_on(piece)
-
-    @override
-    def finish(self) -> list[Piece]:
-        rest: list[Piece] = []
-        if self._begin is not None:
-            self._decide(more_may_come=False)
-            rest = self._pass_on(bytes(self._begin))
-        if self._passes:
-            return rest
-        try:
-            if self.key is not None:
-                self.key.check()
-            last = self._opener.finalize()
-        except SealgateError as error:
-            _refuse(error)
-        self._meter(len(last))
-        return [*rest, last]
-
-    def _decide(self, *, more_may_come: bool) -> bool:
-        """By the first bytes: an object of ours, or what was there before us. False: too few to tell."""
-        begin = self._begin or b""
-        if has_magic(begin):
-            if not self._may_be_sealed:
-                raise RefusedError(refusals.OBJECT_INVALID)
-            return True
-        if not self._may_be_legacy:
-            raise RefusedError(refusals.NOT_SEALED if begin else refusals.OBJECT_INVALID)
-        decoded = _decoded(begin, self._coding) if self._coding is not None else None
-        if decoded is not None:
-            is_short = len(decoded) < len(MAGIC)
-            if has_magic(decoded) or (is_short and len(begin) > _MAX_LOOK_BYTES):
-                raise RefusedError(refusals.OBJECT_INVALID)
-            if is_short and more_may_come:
-                return False
-        self._passes = True
-        if self._on_legacy is not None:
-            try:
-                self._on_legacy()
-            except SealgateError as error:
-                _refuse(error)
-        return True
-
-    def _pass_on(self, piece: bytes) -> list[Piece]:
-        if self._passes:
-            return [piece]
-        try:
-            if self.key is not None:
-                self.key.check()
-            opened = self._opener.update(piece)
-        except SealgateError as error:
-            _refuse(error)
-        self._meter(len(opened))
-        return [opened]
-
-
-def _decoded(begin: bytes | bytearray, coding: str) -> bytes | None:
-    """The first bytes that *begin* decodes to, as far as it goes; None if it is not coded so."""
-    windows = [zlib.MAX_WBITS | 32, -zlib.MAX_WBITS] if coding == "deflate" else [zlib.MAX_WBITS | 16]
-    for window_bits in windows:  # many send deflate without its zlib frame (RFC 9110 8.4.1.2)
-        try:
-            return zlib.decompressobj(window_bits).decompress(begin, len(MAGIC))
-        except zlib.error:
-            continue
-    return None
-
-
-class OpenRangeBody(Transform):
-    """Opens the stored range *asked* of an object whose first 88 bytes are *prefix*."""
-
-    holds_head = True
-
-    def __init__(self, key: DataKey, prefix: bytes, asked: AskedRange, *, meter: Meter) -> None:
-        """RefusedError if the prefix is no object's under *key*."""
         self.key = key
+        self._reshaper: Reshaper = plan.make(lambda part=None: sealer_of(key, part))
+        self._on_length = on_length
         self._meter = meter
-        start, stop = asked.plain
-        self.expected_out_bytes = stop - start
-        try:
-            self._opener = RangeOpener(
-                key.owner,
-                lambda _header: key.object_key,
-                prefix,
-                start=start,
-                stop=stop,
-                plain_bytes=asked.plain_bytes,
-            )
-        except SealgateError as error:
-            _refuse(error)
+        self._is_settled = False
+        self.expected_out_bytes = self._reshaper.out_bytes
 
     @override
     def feed(self, piece: bytes) -> list[Piece]:
-        try:
-            self.key.check()
-            opened = self._opener.update(piece)
-        except SealgateError as error:
-            _refuse(error)
-        self._meter(len(opened))
-        return [opened]
+        made = self._checked_by_key(lambda: self._reshaper.feed(piece))
+        self._meter(len(piece))
+        return self._settled(made)
 
     @override
     def finish(self) -> list[Piece]:
+        return self._settled(self._checked_by_key(self._reshaper.finish), is_end=True)
+
+    def _checked_by_key(self, step: Callable[[], bytes]) -> bytes:
         try:
             self.key.check()
-            return [self._opener.finalize()]
+            return step()
         except SealgateError as error:
-            _refuse(error)
+            refuse(error)
+
+    def _settled(self, made: bytes, *, is_end: bool = False) -> list[Piece]:
+        if not self._is_settled and (made or is_end):
+            self._is_settled = True
+            if self.expected_out_bytes != self._reshaper.out_bytes:
+                self.expected_out_bytes = self._reshaper.out_bytes
+                self._on_length(self.expected_out_bytes)
+        return [made]

@@ -32,7 +32,6 @@ from proxy.addon import SealgateAddon
 from proxy.config import EngineSettings
 from proxy.gate.handler import GuardedConnectionHandler
 from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls, own_context
-from proxy.profiles import PROFILES
 from proxy.routing import Listener, Routing
 from proxy.tenants.model import Directory, normal_host
 from runtime.clock import Clock
@@ -124,7 +123,8 @@ class Engine:
         routing = Routing(directory)
         problems: list[str] = []
         self._load_authorities(directory, problems)
-        wanted = [listener for listener in routing.listeners.values() if self._can_serve(listener, problems)]
+        problems += [f"{owner}: {cause}" for owner, cause in routing.broken.items()]
+        wanted = [listener for listener in routing.listeners.values() if self._can_serve(listener, routing)]
         self._served = frozenset(listener.spec for listener in wanted)
         self._outer.clear()
         self._addon.routing = routing
@@ -175,14 +175,11 @@ class Engine:
 
     # ---- listeners
 
-    def _can_serve(self, listener: Listener, problems: list[str]) -> bool:
+    def _can_serve(self, listener: Listener, routing: Routing) -> bool:
+        """Why not is told already."""
         if not any(entry.tenant in self._authorities for entry in listener.tenants):
-            return False  # told already
-        service = listener.service
-        if service is not None and service.profile not in PROFILES:
-            problems.append(f"{service.owner}: there is no profile {service.profile!r}")
             return False
-        return True
+        return listener.service is None or listener.service.owner not in routing.broken
 
     def _load_authorities(self, directory: Directory, problems: list[str]) -> None:
         """Keep the CAs (with their leaves) that have not changed."""
@@ -251,7 +248,7 @@ class Engine:
             "ssl_insecure": False,
             "ssl_verify_upstream_trusted_ca": str(self._settings.upstream_ca_file or certifi.where()),
             "upstream_cert": False,
-            "keep_host_header": False,
+            "keep_host_header": True,  # the addon sets it: a client may have signed what it sent
             "validate_inbound_headers": True,
             "ciphers_server": CIPHERS,
             "allow_hosts": [],

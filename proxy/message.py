@@ -106,6 +106,8 @@ class RequestHead:
     target: str
     fields: Fields
     http2: bool = False
+    host: str = ""
+    """Host field or authority as the client sent it: what it has signed, where it signs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

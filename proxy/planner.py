@@ -18,6 +18,8 @@ from envelope.objects import plain_length
 from proxy import refusals
 from proxy.message import (
     AnswerHead,
+    BodyFrame,
+    Framing,
     RequestHead,
     body_frame,
     content_range,
@@ -26,8 +28,12 @@ from proxy.message import (
     strong_etag,
 )
 from proxy.plan import (
+    EMPTY_DIRECTORY,
+    NO_EDITS,
+    Answer,
     AnswerPlan,
     AskedRange,
+    Converse,
     Edits,
     Forward,
     HeadSize,
@@ -39,14 +45,19 @@ from proxy.plan import (
     OpenRange,
     OpenWhole,
     Pass,
+    PassBody,
     Refuse,
+    Request,
     RequestPlan,
+    Reshape,
     Route,
     Seal,
+    Unopened,
 )
+from proxy.profile_options import StoredPolicy
 from proxy.profiles.profile import Profile
 from proxy.refusals import RefusedError
-from proxy.tenants.model import LegacyPolicy
+from proxy.tenants.model import Directory
 
 # Fields of one connection (RFC 9110 7.6.1), and what a client says to a proxy alone.
 _HOP_BY_HOP: Final = frozenset(
@@ -77,14 +88,49 @@ _OWN_REFERENCE: Final = re.compile(
 _ABSOLUTE: Final = re.compile(r"([A-Za-z]+)://[^@/?#\\\x00-\x20\x7f]+(?:[/?#][^\\\x00-\x20\x7f]*)?")
 
 
-def plan_request(head: RequestHead, route: Route, profile: Profile) -> RequestPlan:
+def planned(
+    head: RequestHead,
+    route: Route,
+    profile: Profile,
+    *,
+    now_s: float = 0.0,
+    directory: Directory = EMPTY_DIRECTORY,
+) -> tuple[Request, RequestPlan]:
     """What happens to this request on its way to *route*'s service. Whatever a client sends gives a plan."""
+    unfit = Request(head=head, frame=BodyFrame(framing=Framing.NONE), edits=NO_EDITS, route=route)
     try:
-        frame = body_frame(head)
-        edits = _request_edits(head)
-        return profile.plan(head, frame, edits, route.service)
+        frame, edits = body_frame(head), _request_edits(head)
     except RefusedError as refused:
-        return Refuse(refusal=refused.refusal)
+        return unfit, Refuse(refusal=refused.refusal)
+    request = Request(head=head, frame=frame, edits=edits, route=route, now_s=now_s, directory=directory)
+    try:
+        return request, _plan_of(request, profile)
+    except RefusedError as refused:
+        return request, Refuse(refusal=refused.refusal)
+
+
+def plan_request(head: RequestHead, route: Route, profile: Profile) -> RequestPlan:
+    """The plan alone."""
+    return planned(head, route, profile)[1]
+
+
+def _plan_of(request: Request, profile: Profile) -> RequestPlan:
+    """The profile's plan, where the route's policy leaves it to the profile. RefusedError as it raises."""
+    plan = profile.plan(request)
+    if request.route.policy is StoredPolicy.PASSTHROUGH and isinstance(plan, Open | OpenRange | HeadSize):
+        return Unopened(
+            edits=request.edits,
+            target=plan.target,
+            sign=plan.sign,
+            memo=plan.memo,
+            body_may_come=plan.body_may_come,
+        )
+    return plan
+
+
+def request_of(head: RequestHead, route: Route, *, now_s: float = 0.0) -> Request:
+    """The request as a profile is asked about it. RefusedError for what no service may get."""
+    return Request(head=head, frame=body_frame(head), edits=_request_edits(head), route=route, now_s=now_s)
 
 
 def _request_edits(head: RequestHead) -> Edits:
@@ -114,12 +160,23 @@ def _request_edits(head: RequestHead) -> Edits:
     return Edits(drop=frozenset(drop), put=tuple(put))
 
 
+def is_target(text: str) -> bool:
+    """Whether this can be asked for: path and query, and nothing that is another host or another request."""
+    return _TARGET.fullmatch(text) is not None or text == "*"
+
+
 def plan_answer(
-    plan: RequestPlan, answer: AnswerHead, route: Route, *, asked: AskedRange | None = None
+    plan: RequestPlan,
+    answer: AnswerHead,
+    route: Route,
+    *,
+    asked: AskedRange | None = None,
+    composites: bool = False,
 ) -> AnswerPlan:
     """What happens to the answer to a request that went on by *plan*.
 
-    *asked*: the range that went up in place of the client's, if one did.
+    *asked*: the range that went up in place of the client's, if one did. *composites*: the object may be one,
+    so that its length tells nothing.
     """
     edits = _answer_edits(answer, route)
     status = answer.status
@@ -128,14 +185,20 @@ def plan_answer(
     match plan:
         case Refuse():
             return Refuse(refusal=plan.refusal)
-        case Seal() if 300 <= status < 400 and status not in (303, 304) and not _stays(answer, route):
+        case Answer() | Converse():
+            return Refuse(refusal=refusals.INTERNAL)  # it never left
+        case Seal() | Reshape() if (
+            300 <= status < 400 and status not in (303, 304) and not _stays(answer, route)
+        ):
             return Refuse(refusal=refusals.ANSWER_REFUSED)
-        case Forward() | Seal():
+        case Unopened():
+            return Pass(edits=edits)
+        case Forward() | PassBody() | Seal() | Reshape():
             return Pass(edits=edits, may_be_sealed=not 200 <= status < 300)
         case LegacyRange():
             return _plan_legacy_range(plan, answer, route, edits)
         case HeadSize():
-            return _plan_head(answer, route, edits)
+            return _plan_head(answer, route, edits, composites=composites)
         case Open() | OpenRange():
             if asked is not None and (refusal := _range_refusal(answer, asked)) is not None:
                 return Refuse(refusal=refusal)
@@ -236,7 +299,7 @@ def _plan_whole(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
     except RefusedError as refused:
         return Refuse(refusal=refused.refusal)
     if stored == 0:
-        if route.service.legacy is LegacyPolicy.MIGRATE:
+        if route.policy is StoredPolicy.MIGRATE:
             return Pass(edits=_opened_edits(answer, edits))
         return Refuse(refusal=refusals.OBJECT_INVALID)
     return OpenWhole(
@@ -244,7 +307,7 @@ def _plan_whole(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
     )
 
 
-def _plan_head(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
+def _plan_head(answer: AnswerHead, route: Route, edits: Edits, *, composites: bool) -> AnswerPlan:
     if not 200 <= answer.status < 300 or answer.status in _BODILESS_STATUS:
         return Pass(edits=edits.also(drop=("content-length",) if answer.status == 304 else ()))
     opened = _opened_edits(answer, edits)
@@ -255,9 +318,9 @@ def _plan_head(answer: AnswerHead, route: Route, edits: Edits) -> AnswerPlan:
     if stored is None:
         return Pass(edits=opened)
     plain = _plain_or_none(stored)
-    if route.service.legacy is LegacyPolicy.MIGRATE:
-        if plain is None:
-            return Pass(edits=opened)
+    if route.policy is StoredPolicy.MIGRATE and plain is None and not composites:
+        return Pass(edits=opened)
+    if composites or route.policy is StoredPolicy.MIGRATE:
         return MapSize(edits=opened, stored_bytes=stored, plain_bytes=plain, probe=True)
     if plain is None:
         return Refuse(refusal=refusals.OBJECT_INVALID)

@@ -1,65 +1,62 @@
 """What must be known of an object before a range of it can be asked for: its first bytes and its true size.
 
-1. Asked with the client's own credentials, at the same URL, over TLS verified like any other (interception.py
-   rule 5): who may not read the object learns nothing from us either.
-2. A size the service states is a claim until the last record has opened. What was proven is remembered for
-   the object's strong ETag and first bytes, never for the URL alone; the number remembered is bounded.
+1. Asked as the client, by asking.py: who may not read the object learns nothing from us either.
+2. A size the service states is a claim until the last record has opened; of a composite, until its manifest
+   has. What was proven is remembered for the object's strong ETag and first bytes, never for the URL alone;
+   what is remembered is bounded.
 3. Nothing here decides anything: an answer that is no 206 tells nothing (None), and the client's own request
    then brings the service's own answer.
-4. At most one record is read into memory. Redirects are not followed, cookies not kept.
-5. Each network service has connections of its own: one tenant's slow service takes none from another's.
+4. At most one record, or one manifest, is read into memory.
 """
 
 import hashlib
 import ssl
-from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from types import TracebackType
 from typing import Final, Self
 
-import aiohttp
-from aiohttp import hdrs
 from cachetools import LRUCache
-from multidict import CIMultiDict
-from yarl import URL
 
-from envelope.keys import NetworkService
-from envelope.objects import PREFIX_SIZE, RECORD_SIZE, RangeOpener, has_magic, sealed_range
+from envelope.multipart import TRAILER_SIZE, Ending, ending_range, open_ending
+from envelope.objects import (
+    PREFIX_SIZE,
+    RECORD_SIZE,
+    FindKey,
+    RangeOpener,
+    has_magic,
+    sealed_range,
+)
+from proxy.asking import Asking, AskingError, Source
 from proxy.keys.cache import DataKey
-from proxy.message import Fields, content_range, strong_etag
-from proxy.tenants.model import ServiceEntry
+from proxy.message import content_range, strong_etag
+from proxy.opening import is_part
+
+__all__ = ["Beginning", "Kind", "Prefetch", "PrefetchError", "Source"]
 
 MAX_PROVEN: Final = 4096
-_MAX_CONNECTIONS: Final = 32
-"""Of one network service; further ranged reads wait for one to be free."""
-_TIMEOUT: Final = aiohttp.ClientTimeout(total=15, sock_connect=5)
-# What belongs to the client's request and not to ours: its conditions, its ranges, its body, its connection.
-_NOT_OURS: Final = frozenset(
-    {
-        "accept-encoding",
-        "connection",
-        "content-length",
-        "content-type",
-        "expect",
-        "host",
-        "if-match",
-        "if-modified-since",
-        "if-none-match",
-        "if-range",
-        "if-unmodified-since",
-        "keep-alive",
-        "proxy-authorization",
-        "proxy-connection",
-        "range",
-        "te",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
+MAX_ENDING_BYTES: Final = 4 * 1024 * 1024
+"""A manifest lists at most 65,536 parts in 44 bytes each."""
+MAX_LISTED_PARTS: Final = 131_072
+"""Of all manifests that are remembered: some 16 MiB."""
+_TOTAL_S: Final = 15.0
+
+PrefetchError = AskingError
 
 
-class PrefetchError(Exception):
-    """The service could not be asked: unreachable, not verified, too slow, or it broke off."""
+class Kind(Enum):
+    """What an object is, by its first bytes."""
+
+    OTHER = "other"  # none of ours
+    SIMPLE = "simple"
+    COMPOSITE = "composite"
+
+    @classmethod
+    def of(cls, begin: bytes) -> "Kind":
+        """A guess from what is written there, as long as nothing has been opened."""
+        if not has_magic(begin):
+            return cls.OTHER
+        return cls.COMPOSITE if is_part(begin) else cls.SIMPLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,26 +70,19 @@ class Beginning:
     last_modified: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where the object is and as whom to ask: the client's target and header fields."""
-
-    service: ServiceEntry
-    target: str
-    fields: tuple[tuple[bytes, bytes], ...]
-
-
 class Prefetch:
     """Asks services for pieces of objects. Use as `async with`."""
 
     def __init__(self, trust: ssl.SSLContext, *, max_proven: int = MAX_PROVEN) -> None:
-        self._trust = trust
+        self.asking: Final = Asking(trust)
         self._proven: LRUCache[bytes, int] = LRUCache(maxsize=max_proven)
-        self._sealed: LRUCache[bytes, bool] = LRUCache(maxsize=max_proven)
-        self._sessions: dict[NetworkService, aiohttp.ClientSession] | None = None
+        self._kinds: LRUCache[bytes, Kind] = LRUCache(maxsize=max_proven)
+        self._manifests: LRUCache[bytes, Ending] = LRUCache(
+            maxsize=MAX_LISTED_PARTS, getsizeof=lambda ending: len(ending.manifest.parts)
+        )
 
     async def __aenter__(self) -> Self:
-        self._sessions = {}
+        await self.asking.__aenter__()
         return self
 
     async def __aexit__(
@@ -101,44 +91,27 @@ class Prefetch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        sessions, self._sessions = self._sessions or {}, None
-        for session in sessions.values():
-            await session.close()
-
-    def _session(self, owner: NetworkService) -> aiohttp.ClientSession:
-        if self._sessions is None:
-            raise PrefetchError("not open")
-        session = self._sessions.get(owner)
-        if session is None:
-            session = self._sessions[owner] = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self._trust, limit=_MAX_CONNECTIONS),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-                timeout=_TIMEOUT,
-                skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
-            )
-        return session
+        await self.asking.__aexit__(kind, error, traceback)
 
     async def beginning(self, source: Source) -> Beginning | None:
         """The object's first bytes; None if the service does not serve them as a range. PrefetchError."""
-        return await self._piece(source, 0, PREFIX_SIZE, etag=None)
+        return await self._piece(source, (0, PREFIX_SIZE), etag=None)
 
-    async def is_sealed(self, source: Source, etag: str | None) -> bool | None:
-        """Whether the object begins like a sealed one; None if that cannot be told. PrefetchError.
+    async def kind(self, source: Source, etag: str | None) -> Kind | None:
+        """What the object is; None if that cannot be told. PrefetchError.
 
         *etag*: the strong one of the answer this is about; an object that has another by now tells nothing.
         """
         mark = _mark(source, etag, b"")
-        if mark is not None and (known := self._sealed.get(mark)) is not None:
+        if mark is not None and (known := self._kinds.get(mark)) is not None:
             return known
         begin = await self.beginning(source)
         if begin is None or begin.etag != etag:
             return None
-        sealed = has_magic(begin.data)
+        kind = Kind.of(begin.data)
         if mark is not None:
-            self._sealed[mark] = sealed
-        return sealed
+            self._kinds[mark] = kind
+        return kind
 
     async def proven_size(self, source: Source, begin: Beginning, key: DataKey, plain_bytes: int) -> bool:
         """Whether the object is *plain_bytes* long, by opening its last record under *key* if need be.
@@ -151,7 +124,7 @@ class Prefetch:
             key.check()
             return True
         start, stop = sealed_range(plain_bytes, plain_bytes, plain_bytes=plain_bytes)
-        last = await self._piece(source, start, stop, etag=begin.etag)
+        last = await self._piece(source, (start, stop), etag=begin.etag)
         if last is None or last.stored_bytes != begin.stored_bytes or len(last.data) != stop - start:
             return False
         opener = RangeOpener(
@@ -168,55 +141,69 @@ class Prefetch:
             self._proven[mark] = plain_bytes
         return True
 
-    async def _piece(self, source: Source, start: int, stop: int, *, etag: str | None) -> Beginning | None:
-        session = self._session(source.service.owner)
-        wanted = stop - start
-        if not 0 < wanted <= max(PREFIX_SIZE, RECORD_SIZE):
-            raise PrefetchError(f"{wanted} bytes are not read ahead")
-        if not source.target.startswith("/"):
-            # It would go on in the authority, and the client's credentials with it to whom it names there.
-            raise PrefetchError("the target is no path")
-        url = URL(f"{source.service.upstream}{source.target}", encoded=True)
-        headers = _own_fields(source.fields)
-        headers[hdrs.HOST] = _host_field(source.service)
-        headers[hdrs.ACCEPT_ENCODING] = "identity"
-        headers[hdrs.RANGE] = f"bytes={start}-{stop - 1}"
+    async def ending(
+        self, source: Source, find_key: FindKey, *, etag: str | None, stored_bytes: int | None
+    ) -> Ending | None:
+        """Manifest of the composite, opened; None: the service gave something else, or serves no ranges.
+
+        *etag*, *stored_bytes*: of the answer this is about, as far as known. PrefetchError; FormatError,
+        IntegrityError, KeyUnavailableError if it does not open.
+        """
+        mark = _mark(source, etag, b"ending")
+        if mark is not None and (known := self._manifests.get(mark)) is not None:
+            return known
+        tail = await self._piece(source, TRAILER_SIZE, etag=etag)
+        if tail is None or (etag is not None and tail.etag != etag):
+            return None
+        if stored_bytes is not None and tail.stored_bytes != stored_bytes:
+            return None
+        begin, end = ending_range(tail.data, stored_bytes=tail.stored_bytes)
+        stored = await self._piece(source, (begin, end), etag=etag)
+        if stored is None or stored.stored_bytes != tail.stored_bytes or len(stored.data) != end - begin:
+            return None
+        ending = open_ending(source.service.owner, find_key, stored.data, stored_bytes=tail.stored_bytes)
+        if mark is not None and len(ending.manifest.parts) <= MAX_LISTED_PARTS // 8:
+            self._manifests[mark] = ending
+        return ending
+
+    async def part_prefix(self, source: Source, offset: int, *, etag: str | None) -> Beginning | None:
+        """The first bytes of the part message at *offset* of a composite; None as `beginning`."""
+        return await self._piece(source, (offset, offset + PREFIX_SIZE), etag=etag)
+
+    async def _piece(
+        self, source: Source, wanted: tuple[int, int] | int, *, etag: str | None
+    ) -> Beginning | None:
+        """*wanted*: [from, to), or so many bytes at the end. Fewer come where the object is shorter."""
+        size = wanted if isinstance(wanted, int) else wanted[1] - wanted[0]
+        if not 0 < size <= max(PREFIX_SIZE, RECORD_SIZE, MAX_ENDING_BYTES):
+            raise PrefetchError(f"{size} bytes are not read ahead")
+        spelt = f"bytes=-{wanted}" if isinstance(wanted, int) else f"bytes={wanted[0]}-{wanted[1] - 1}"
+        fields = [("Range", spelt)]
         if etag is not None:
-            headers[hdrs.IF_MATCH] = etag
-        try:
-            async with session.get(url, headers=headers, allow_redirects=False) as answer:
-                if answer.status != 206:
-                    answer.close()  # not to read what may be the whole object
-                    return None
-                fields = Fields(answer.raw_headers)
-                got = content_range(fields)
-                if got is None or got[0] != start or got[1] > stop or "content-encoding" in fields:
-                    answer.close()
-                    return None
-                data = await answer.content.readexactly(got[1] - got[0])
-        except (aiohttp.ClientError, TimeoutError, EOFError, OSError, ValueError) as error:
-            raise PrefetchError(f"{source.service.upstream}: {type(error).__name__}") from error
+            fields.append(("If-Match", etag))
+        async with self.asking.ask(source, "GET", fields=fields, total_s=_TOTAL_S) as answer:
+            if answer.status != 206:
+                answer.leave()  # not to read what may be the whole object
+                return None
+            got = content_range(answer.fields)
+            if got is None or "content-encoding" in answer.fields or not _is_asked(got, wanted):
+                answer.leave()
+                return None
+            data = await answer.read(got[1] - got[0])
+            if len(data) != got[1] - got[0]:
+                raise PrefetchError("fewer bytes than the service said")
         return Beginning(
             data=data,
             stored_bytes=got[2],
-            etag=strong_etag(fields),
-            last_modified=fields.sole("last-modified"),
+            etag=strong_etag(answer.fields),
+            last_modified=answer.fields.sole("last-modified"),
         )
 
 
-def _own_fields(fields: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
-    kept: CIMultiDict[str] = CIMultiDict()
-    for name, value in fields:
-        text = name.decode("latin-1")
-        if text.lower() not in _NOT_OURS and not text.startswith(":"):
-            kept.add(text, value.decode("utf-8", "surrogateescape"))
-    return kept
-
-
-def _host_field(service: ServiceEntry) -> str:
-    upstream = service.upstream
-    default = {"http": 80, "https": 443}.get(upstream.scheme)
-    return upstream.authority.rpartition(":")[0] if upstream.port == default else upstream.authority
+def _is_asked(got: tuple[int, int, int], wanted: tuple[int, int] | int) -> bool:
+    if isinstance(wanted, int):
+        return got[1] == got[2] and got[1] - got[0] == min(wanted, got[2])
+    return got[0] == wanted[0] and got[1] <= wanted[1]
 
 
 def _mark(source: Source, etag: str | None, begin: bytes) -> bytes | None:

@@ -75,6 +75,18 @@ HOST_MISMATCH: Final = _refusal(
 TLS_REQUIRED: Final = _refusal(
     403, "tls-required", "The request came in the clear, and not from this machine.", "Use https."
 )
+TOO_LARGE: Final = _refusal(
+    413,
+    "too-large",
+    "This body has to be read before it can go on, and it is longer than may be.",
+    "Send less at once.",
+)
+LENGTH_REQUIRED: Final = _refusal(
+    411,
+    "length-required",
+    "The service needs to know the length of this body before it comes.",
+    "Send a Content-Length.",
+)
 PARTIAL_WRITE: Final = _refusal(
     501, "partial-write", "Writing a part of an object in place cannot be sealed.", "Upload the whole object."
 )
@@ -175,6 +187,19 @@ ANSWER_REFUSED: Final = _refusal(
     "answer-refused",
     "The service acknowledged an upload before its end, or sends it on to where it would not be sealed.",
     _ADMIN + " whether another host of the service must be managed.",
+)
+SERVICE_ANSWER: Final = _refusal(
+    502,
+    "service-answer",
+    "The service's answer is not what this operation is answered with, or too long to be read.",
+    _ADMIN + ": see the log.",
+)
+SPOOL_FULL: Final = _refusal(
+    503,
+    "spool-full",
+    "There is no room to hold this upload until it can be sent.",
+    "Try again later, or send a Content-Length.",
+    retry_after_s=10,
 )
 AUDIT_UNAVAILABLE: Final = _refusal(
     503,

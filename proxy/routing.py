@@ -20,6 +20,8 @@ from envelope.errors import FormatError
 from envelope.keys import NetworkService
 from proxy import refusals
 from proxy.plan import Mode, Route
+from proxy.profile_options import ProfileOptions
+from proxy.profiles import UnknownProfileError, profile_named
 from proxy.refusals import RefusedError
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry, Upstream, normal_host
 
@@ -75,6 +77,8 @@ class Wanted:
     connected: tuple[str, int] | None
     in_clear: bool = False
     """The client speaks without TLS."""
+    target: str = "/"
+    """Path and query: policies may depend on it."""
 
 
 class Routing:
@@ -85,6 +89,15 @@ class Routing:
         self.listeners: Final[Mapping[str, Listener]] = {
             listener.spec: listener for listener in _listeners(directory)
         }
+        self._options: Final[dict[NetworkService, ProfileOptions]] = {}
+        self.broken: Final[dict[NetworkService, str]] = {}
+        """Services that cannot be served: their profile is unknown, or does not know its options."""
+        for entry in directory.services.values():
+            try:
+                options = profile_named(entry.profile).options
+                self._options[entry.owner] = options.of(entry.profile_options)
+            except (UnknownProfileError, FormatError) as error:
+                self.broken[entry.owner] = str(error)
         self._managed: Final = frozenset(
             (entry.owner.tenant, entry.upstream.host) for entry in directory.services.values()
         )
@@ -143,12 +156,18 @@ class Routing:
             upstream = listener.service.upstream
             if (wanted.scheme, wanted.host, wanted.port) != (upstream.scheme, upstream.host, upstream.port):
                 raise RefusedError(refusals.INTERNAL)  # not what this listener leads to: a bug, not a client
-            return Route(service=listener.service, mode=Mode.REVERSE)
+            return self._route(listener.service, Mode.REVERSE, wanted)
         service = self.directory.service_for_host(listener.tenant(tenant).tenant, wanted.host, wanted.port)
         if service is None or service.upstream.scheme != wanted.scheme:
             raise RefusedError(refusals.UNMANAGED_HOST)
         _check_names(service.upstream, wanted)
-        return Route(service=service, mode=Mode.FORWARD)
+        return self._route(service, Mode.FORWARD, wanted)
+
+    def _route(self, service: ServiceEntry, mode: Mode, wanted: Wanted) -> Route:
+        options = self._options.get(service.owner)
+        if options is None:
+            raise RefusedError(refusals.INTERNAL)  # `broken` says why
+        return Route(service=service, mode=mode, options=options, stored=options.policy_for(wanted.target))
 
     def _on_list(self, tenant: TenantEntry, host: str) -> bool:
         """On the tenant's list of hosts to tunnel, and not a managed host at any port."""
@@ -165,10 +184,10 @@ def _listeners(directory: Directory) -> Iterable[Listener]:
             spec=f"regular@{listen.host}:{listen.port}", listen=listen, tenants=tenants, service=None
         )
     for service in directory.services.values():
-        if (listen := service.reverse_listen) is not None:
+        if (at := service.reverse_listen) is not None:
             yield Listener(
-                spec=f"reverse:{service.upstream}@{listen.host}:{listen.port}",
-                listen=listen,
+                spec=f"reverse:{service.upstream}@{at.host}:{at.port}",
+                listen=at,
                 tenants=(directory.tenants[service.owner.tenant],),
                 service=service,
             )

@@ -28,7 +28,18 @@ from proxy.gate.handler import (
 )
 from proxy.gate.http1 import GuardedHttp1Client, GuardedHttp1Server, bad_message_response
 from proxy.gate.levers import ALL, Lever, warmed_up
-from proxy.gate.permit import CLEAR, Clear, Permit, Piece, Transform, TransformError, permit
+from proxy.gate.permit import (
+    CLEAR,
+    Clear,
+    Collect,
+    Grant,
+    Permit,
+    Piece,
+    Shape,
+    Transform,
+    TransformError,
+    permit,
+)
 from proxy.gate.pins import UnknownEngineError, check_versions
 from proxy.gate.selftest import SelfTestError, self_test
 from proxy.gate.stream import GuardedStream
@@ -37,11 +48,14 @@ __all__ = [
     "ALL",
     "CLEAR",
     "Clear",
+    "Collect",
+    "Grant",
     "Lever",
     "OnRefused",
     "Permit",
     "Piece",
     "SelfTestError",
+    "Shape",
     "Transform",
     "TransformError",
     "UnknownEngineError",

@@ -274,6 +274,12 @@ class GuardedConnectionHandler(BackpressureHandler):
             await self._run_hook(hook)
 
     async def _run_hook(self, hook: commands.StartHook) -> None:
+        if isinstance(hook, stream.SettleHook):
+            try:
+                await hook.transform.settle()
+            except Exception as error:  # noqa: BLE001 - the stream raises it where the flow ends by it
+                hook.failure = error
+            return
         kind: Any = type(hook)  # mypy does not take it for hashable
         data = getattr(hook, _argument_name(kind))
         try:

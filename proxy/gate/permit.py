@@ -4,15 +4,18 @@
 2. A permit names the very object that makes the body. The gate compares identities at every piece, both ways.
 3. A transform that has failed stays failed; one that has finished takes nothing more; it serves one message.
 4. Not a byte beyond the promised length leaves a transform, and it does not finish before that length.
+5. A body that is collected leaves as the very `bytes` object that was approved after its end, or not at all.
 
 This module knows nothing of mitmproxy: bodies and planner build on it, the gate checks against it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Final, Protocol, cast, final, override
 
 from envelope.errors import MisuseError
-from proxy.refusals import Refusal
+from proxy import refusals
+from proxy.refusals import Refusal, RefusedError
 
 type Piece = bytes | bytearray | memoryview
 """One buffer of a body. A bytearray or memoryview must not be changed once it was handed over."""
@@ -51,8 +54,12 @@ class Transform(ABC):
     """Exact size of the whole output, where it is known: then it is also the Content-Length."""
 
     holds_head: bool = False
-    """Responses only: status and headers wait until the first output, or the end, so that a refusal raised on
-    the first bytes of an object is still a proper answer. Bytes are not collected meanwhile: they are fed."""
+    """The message's head waits until the first output, or the end: a refusal raised on the first bytes of an
+    object is still a proper answer, and the length may be found out in the body: `expected_out_bytes` and
+    Content-Length may be changed together until then. Bytes are not collected meanwhile: they are fed."""
+
+    pending: bool = False
+    """True: the gate awaits `settle` before it feeds the next piece, or the end. It reads nothing then."""
 
     _out_bytes: int = 0
     _finished: bool = False
@@ -66,6 +73,10 @@ class Transform(ABC):
     @abstractmethod
     def finish(self) -> list[Piece]:
         """The body has ended properly; return the rest."""
+
+    async def settle(self) -> None:
+        """Find out what nothing can be made without; set `pending` to False. May raise as `feed`."""
+        raise MisuseError("this transform waits for nothing")
 
     @property
     def finished(self) -> bool:
@@ -134,19 +145,78 @@ class Transform(ABC):
         return checked
 
 
+class Collect:
+    """Permits a body to be read into memory, at most *limit_bytes*, and what is approved to leave for it.
+
+    For a request the hook `request` approves, or sets a response; for a response the hook `response` does.
+    Content-Length must be set there as well. Subclasses may put the pieces elsewhere (`_take`).
+    """
+
+    def __init__(self, limit_bytes: int, *, too_large: Refusal = refusals.TOO_LARGE) -> None:
+        self._limit_bytes = limit_bytes
+        self._too_large = too_large
+        self._pieces: list[bytes] = []
+        self._in_bytes = 0
+        self._approved: bytes | None = None
+
+    @property
+    def in_bytes(self) -> int:
+        """Bytes that have come so far."""
+        return self._in_bytes
+
+    @property
+    def approved(self) -> bytes | None:
+        """What may leave; None: nothing."""
+        return self._approved
+
+    @final
+    def take(self, piece: bytes) -> None:
+        """One piece of the body that comes. RefusedError beyond the limit."""
+        self._in_bytes += len(piece)
+        if self._in_bytes > self._limit_bytes or self._approved is not None:
+            raise RefusedError(self._too_large)
+        self._take(piece)
+
+    def _take(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+
+    def body(self) -> bytes:
+        """All that has come."""
+        self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0]
+
+    @final
+    def approve(self, body: bytes) -> None:
+        """Let *body* leave: this object, set as the message's `raw_content`. MisuseError: twice."""
+        if self._approved is not None or type(body) is not bytes:
+            raise MisuseError("one body of bytes is approved, once")
+        self._approved = body
+
+    def discard(self) -> None:
+        """The message was aborted: let go of what was collected."""
+        self._pieces = []
+
+
+type Grant = Clear | Transform | Collect
+
+type Shape = Callable[[Refusal], tuple[str, bytes] | None]
+"""Content-Type and body of a refusal, in the client's dialect. None: as it is. It may fail."""
+
+
 class Permit:
     """What may happen to one flow. None refuses: the state in which every flow begins."""
 
-    __slots__ = ("_revoked", "refusal", "request", "response")
+    __slots__ = ("_revoked", "refusal", "request", "response", "shape")
 
     def __init__(self) -> None:
         self._revoked = False
-        self.request: Clear | Transform | None = None
+        self.request: Grant | None = None
         """Decided in `requestheaders`: the request's body (and its trailers, for CLEAR alone)."""
-        self.response: Clear | Transform | None = None
+        self.response: Grant | None = None
         """Decided in `responseheaders`, never earlier: it is reset before that hook."""
         self.refusal: Refusal | None = None
         """What the client is told while it is not permitted; None: `refusals.NO_PERMIT`."""
+        self.shape: Shape | None = None
 
     @property
     def revoked(self) -> bool:

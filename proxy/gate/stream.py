@@ -20,6 +20,10 @@ pass, or ends the flow. The rules:
     the protocol whitelist. It is refused by `permit.refusal`, by a non-2xx `flow.response`, or by a hook of
     it that fails.
 11. A response set by an addon in `requestheaders` answers at once, without reading a body that is to come.
+12. A body that is collected never reaches mitmproxy's buffers: it ends up in its `Collect`, within the limit.
+    What leaves in its place is the approved object, by identity.
+13. A head that is held may change until it leaves; then it is checked again, and its length counts.
+14. While a transform is pending its `settle` is awaited before anything more is fed to it.
 """
 
 import contextlib
@@ -27,6 +31,7 @@ import logging
 import time
 import weakref
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, cast, override
 
 from h2.errors import ErrorCodes
@@ -56,6 +61,7 @@ from mitmproxy.proxy.layers.http._hooks import (
     HttpConnectHook,
     HttpErrorHook,
     HttpRequestHeadersHook,
+    HttpRequestHook,
     HttpResponseHeadersHook,
     HttpResponseHook,
 )
@@ -63,7 +69,7 @@ from mitmproxy.proxy.layers.http._http1 import Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Server
 
 from proxy import refusals
-from proxy.gate.permit import CLEAR, Clear, Transform, permit
+from proxy.gate.permit import CLEAR, Collect, Grant, Shape, Transform, permit
 from proxy.refusals import Refusal, RefusedError
 
 LINGER_S: Final = 5.0
@@ -112,6 +118,14 @@ def keeper_of(client_id: str) -> Keeper | None:
     return _keepers.get(client_id)
 
 
+@dataclass
+class SettleHook(commands.StartHook):  # type: ignore[no-untyped-call]
+    """Not for addons: the handler awaits `settle` of a pending transform, as if it were a hook."""
+
+    transform: Transform
+    failure: BaseException | None = field(default=None, init=False)
+
+
 class _VetoError(RefusedError):
     """The gate itself refuses; *cause* goes to the log only."""
 
@@ -128,10 +142,13 @@ class _Leg:
     """One direction of a flow: what was granted for it, and what has left."""
 
     __slots__ = (
+        "collect",
         "declared_bytes",
         "ended",
         "framing",
         "granted",
+        "held_head",
+        "is_collected",
         "last",
         "sent_bytes",
         "started",
@@ -139,7 +156,7 @@ class _Leg:
     )
 
     def __init__(self) -> None:
-        self.granted: Clear | Transform | None = None
+        self.granted: Grant | None = None
         self.transform: Transform | None = None
         """The same, if it is one."""
         self.framing: tuple[object, object, int | None, bool] | None = None
@@ -150,8 +167,13 @@ class _Leg:
         self.ended = False
         self.last: SendHttp | None = None
         """The piece that completes the declared length, held back."""
+        self.held_head: SendHttp | None = None
+        self.collect: Collect | None = None
+        """Where the body goes that is coming in."""
+        self.is_collected = False
+        """The hook that comes after the body has run."""
 
-    def start(self, granted: Clear | Transform | None, declared_bytes: int | None) -> None:
+    def start(self, granted: Grant | None, declared_bytes: int | None) -> None:
         self.granted = granted
         self.transform = granted if isinstance(granted, Transform) else None
         self.declared_bytes = declared_bytes
@@ -187,7 +209,6 @@ class GuardedStream(http.HttpStream):
         self._over = False  # nothing is let out any more
         self._head: RequestHeaders | ResponseHeaders | None = None  # of the message whose hook comes next
         self._body_follows = False  # of the request, as it will be sent
-        self._held_head: SendHttp | None = None
         self._head_left = False  # a part of the final response has been given to the client connection
         self._response_received = False
         self._error_hooked = False
@@ -207,8 +228,36 @@ class GuardedStream(http.HttpStream):
                 keeper.adopt(self)
             if isinstance(event, (RequestTrailers, ResponseTrailers)):
                 yield from self._guard(self._take_trailers(event))
+            elif (leg := self._busy_leg(event)) is not None:
+                yield from self._guard(self._take_body(leg, event))
             else:
                 yield from self._guard(super()._handle_event(event))
+
+    def _busy_leg(self, event: events.Event) -> _Leg | None:
+        """The leg of this piece of a body, or its end, if more is to be done than to feed it."""
+        if isinstance(event, (RequestData, RequestEndOfMessage)):
+            leg = self._request
+        elif isinstance(event, (ResponseData, ResponseEndOfMessage)):
+            leg = self._response
+        else:
+            return None
+        is_pending = leg.transform is not None and leg.transform.pending
+        return leg if is_pending or leg.collect is not None else None
+
+    def _take_body(self, leg: _Leg, event: events.Event) -> Commands:
+        if leg.collect is not None:
+            if isinstance(event, (RequestData, ResponseData)):
+                leg.collect.take(event.data)
+                return
+        elif leg.transform is not None:
+            hook = SettleHook(leg.transform)
+            yield hook
+            if hook.failure is not None:
+                leg.transform.fail(hook.failure)
+                raise hook.failure
+            if leg.transform.pending:
+                raise _VetoError(refusals.INTERNAL, "a transform is pending still")
+        yield from super()._handle_event(event)
 
     def _take_trailers(self, event: RequestTrailers | ResponseTrailers) -> Commands:
         is_request = isinstance(event, RequestTrailers)
@@ -330,6 +379,11 @@ class GuardedStream(http.HttpStream):
             return self._after_requestheaders()
         if isinstance(hook, HttpResponseHeadersHook) and self._request.started:
             self._after_responseheaders()
+        elif isinstance(hook, HttpRequestHook) and self._request.collect is not None:
+            self._request.is_collected = True
+            self._body_follows = bool(self._request.collect.approved)
+        elif isinstance(hook, HttpResponseHook) and self._response.collect is not None:
+            self._response.is_collected = True
         elif isinstance(hook, HttpConnectHook) and decided.refusal is not None:
             raise _VetoError(decided.refusal, "CONNECT")
         return False
@@ -348,6 +402,11 @@ class GuardedStream(http.HttpStream):
             granted.claim(self)
             # A body of no bytes is transformed as well: mitmproxy would send it as it is.
             head.end_stream = False
+        elif isinstance(granted, Collect):
+            if request.stream is not False:
+                raise _VetoError(refusals.INTERNAL, "a body to be collected is streamed")
+            self._request.collect = granted
+            return False  # it is judged when it has been collected
         elif granted is CLEAR and not head.end_stream and not request.stream:
             request.stream = True  # mitmproxy would collect it in memory
         self._body_follows = not head.end_stream
@@ -364,6 +423,11 @@ class GuardedStream(http.HttpStream):
                 raise _VetoError(refusals.INTERNAL, "a transform where no body comes")
             granted.claim(self)
             head.end_stream = False
+        elif isinstance(granted, Collect):
+            if not self._may_have_body(response) or response.stream is not False:
+                raise _VetoError(refusals.INTERNAL, "a body to be collected is streamed, or none comes")
+            self._response.collect = granted
+            return
         elif granted is CLEAR and not head.end_stream and not response.stream:
             response.stream = True
         self._check_response(response)
@@ -378,14 +442,16 @@ class GuardedStream(http.HttpStream):
                 raise _VetoError(permit(self.flow).refusal or refusals.NO_PERMIT, "killed")
             raise _VetoError(refusals.BAD_MESSAGE, "invalid message")
 
-    def _check_grant(self, leg: _Leg, granted: Clear | Transform | None, message: Message) -> None:
+    def _check_grant(self, leg: _Leg, granted: Grant | None, message: Message) -> None:
         self._check_error()
         if granted is None:
             raise _VetoError(permit(self.flow).refusal or refusals.NO_PERMIT, "no permit")
         if leg.started and granted is not leg.granted:
             raise _VetoError(refusals.INTERNAL, "the permit was exchanged in mid-body")
+        if leg.collect is not None:
+            self._check_collected(leg, granted, message)
         # Asking a class with abstract methods is slow; a leg that has started has asked.
-        if leg.transform is granted if leg.started else isinstance(granted, Transform):
+        elif leg.transform is granted if leg.started else isinstance(granted, Transform):
             stream: object = message.stream
             if stream is not granted:
                 raise _VetoError(refusals.INTERNAL, "the stream is not the permitted transform")
@@ -395,6 +461,14 @@ class GuardedStream(http.HttpStream):
             raise _VetoError(refusals.INTERNAL, "the permit is neither CLEAR nor a transform")
         elif message.stream is not True and message.stream is not False:
             raise _VetoError(refusals.INTERNAL, "permitted as it is, yet something would transform it")
+
+    def _check_collected(self, leg: _Leg, granted: Grant, message: Message) -> None:
+        if granted is not leg.collect:
+            raise _VetoError(refusals.INTERNAL, "the permit was exchanged while the body was collected")
+        if not leg.is_collected or leg.collect.approved is None:
+            raise _VetoError(permit(self.flow).refusal or refusals.NO_PERMIT, "what was collected")
+        if message.stream is not False or message.raw_content is not leg.collect.approved:
+            raise _VetoError(refusals.INTERNAL, "what is to leave is not what was approved")
 
     def _check_request(self) -> None:
         request = self.flow.request
@@ -411,13 +485,16 @@ class GuardedStream(http.HttpStream):
         self._check_grant(self._response, granted, response)
         self._check_framing(self._response, granted, response)
 
-    def _check_framing(self, leg: _Leg, granted: Clear | Transform | None, message: Message) -> bool:
+    def _check_framing(self, leg: _Leg, granted: Grant | None, message: Message) -> bool:
         """As `_check_framing` says; again only if there is something new to look at."""
         fields, known = message.headers.fields, leg.framing
-        expected = getattr(granted, "expected_out_bytes", None)  # CLEAR promises none
+        if leg.collect is not None:
+            expected: int | None = len(leg.collect.approved or b"")
+        else:
+            expected = getattr(granted, "expected_out_bytes", None)  # CLEAR promises none
         is_same = known is not None and known[0] is fields and known[1] is granted and known[2] == expected
         if known is None or not is_same or type(fields) is not tuple:  # a list could be changed in place
-            known = leg.framing = (fields, granted, expected, _check_framing(message, granted))
+            known = leg.framing = (fields, granted, expected, _check_framing(message, granted, expected))
         return known[3]
 
     def _may_have_body(self, response: Response) -> bool:
@@ -479,12 +556,19 @@ class GuardedStream(http.HttpStream):
             if event.end_stream and (isinstance(granted, Transform) or declared):
                 raise _VetoError(refusals.INTERNAL, "a body was announced and none comes")
             leg.start(granted, declared)
+            if leg.transform is not None and leg.transform.holds_head:
+                leg.held_head = command
+                return
         elif isinstance(event, RequestData):
             if not event.data:
                 return  # would end a chunked body
             self._check_grant(leg, granted, request)
+            self._check_held(leg, request)
+            if leg.collect is not None and event.data is not leg.collect.approved:
+                raise _VetoError(refusals.INTERNAL, "what leaves is not what was approved")
             if leg.completes(command, len(event.data)):
                 return
+            yield from self._release_head(leg)
         elif isinstance(event, RequestEndOfMessage):
             yield from self._release_last(leg)
             leg.ended = True
@@ -508,6 +592,9 @@ class GuardedStream(http.HttpStream):
         if isinstance(event, ResponseData):
             if not event.data:
                 return
+            self._check_held(leg, response)
+            if leg.collect is not None and event.data is not leg.collect.approved:
+                raise _VetoError(refusals.INTERNAL, "what leaves is not what was approved")
             if leg.completes(command, len(event.data)):
                 return
         elif isinstance(event, ResponseEndOfMessage):
@@ -518,13 +605,33 @@ class GuardedStream(http.HttpStream):
                 raise _VetoError(refusals.TRAILERS, "trailers")
         else:
             raise _VetoError(refusals.INTERNAL, f"unknown event {type(event).__name__}")
-        yield from self._release_head()
+        yield from self._release_head(leg)
         yield command
 
-    def _release_head(self) -> Commands:
-        if self._held_head is not None:
-            head, self._held_head = self._held_head, None
+    def _check_held(self, leg: _Leg, message: Message) -> None:
+        """A head that is held may have been changed: judge it again, and go by the length it declares now."""
+        if leg.held_head is None:
+            return
+        if leg is self._request:
+            self._check_request()
+        else:
+            self._check_response(_the(message, Response))
+        if not leg.sent_bytes:
+            leg.declared_bytes = _declared_length(message)
+        elif leg.declared_bytes != _declared_length(message):
+            raise _VetoError(refusals.INTERNAL, "the length changed after the first output")
+
+    def _release_head(self, leg: _Leg) -> Commands:
+        if leg.held_head is None:
+            return
+        self._check_held(
+            leg, self.flow.request if leg is self._request else _the(self.flow.response, Response)
+        )
+        head, leg.held_head = leg.held_head, None
+        if leg is self._response:
             self._head_left = True
+            yield head
+        elif self._is_connected():
             yield head
 
     def _release_last(self, leg: _Leg) -> Commands:
@@ -533,26 +640,28 @@ class GuardedStream(http.HttpStream):
         if self._request.started:  # else it is an addon's own answer
             granted = permit(self.flow).request if leg is self._request else permit(self.flow).response
             self._check_grant(leg, granted, message)
+        self._check_held(leg, message)
         leg.check_end()
         last, leg.last = leg.last, None
-        if last is not None:
-            if leg is self._response:
-                yield from self._release_head()
-            if leg is self._response or self._is_connected():
-                yield last
+        yield from self._release_head(leg)
+        if last is not None and (leg is self._response or self._is_connected()):
+            yield last
 
     def _judge_response_head(self, command: SendHttp, event: ResponseHeaders) -> Commands:
         response, leg = event.response, self._response
         if response.status_code < 200:
             if response.status_code != 100 or self._head_left:
                 raise _VetoError(refusals.UPGRADE, f"status {response.status_code}")
-            self._check_request()
+            if self._request.collect is None:
+                self._check_request()
+            else:
+                self._check_error()
             yield command
             client = self._client_connection()
             if isinstance(client, Http1Server):
                 client.response = None  # mitmproxy takes the 100 for the response and would send no other
             return
-        granted: Clear | Transform | None = CLEAR  # an addon's own answer to a request that never left
+        granted: Grant | None = CLEAR  # an addon's own answer to a request that never left
         if self._request.started:
             self._check_response(response)
             granted = permit(self.flow).response
@@ -565,7 +674,7 @@ class GuardedStream(http.HttpStream):
             raise _VetoError(refusals.INTERNAL, "a body was announced and none comes")
         leg.start(granted, declared)
         if isinstance(granted, Transform) and granted.holds_head:
-            self._held_head = command
+            leg.held_head = command
         else:
             self._head_left = True
             yield command
@@ -611,7 +720,7 @@ class GuardedStream(http.HttpStream):
         elif self._head_left:
             yield from self._cut_client()
         else:
-            flow.response = _response_for(told)
+            flow.response = _response_for(told, permit(flow).shape)
             yield from self._answer(flow.response)
         yield from self._retire()
         if not self._error_hooked:
@@ -629,6 +738,8 @@ class GuardedStream(http.HttpStream):
         for leg in (self._request, self._response):
             if isinstance(leg.granted, Transform) and not leg.granted.finished:
                 leg.granted.fail(RefusedError(refusals.INTERNAL))
+            if leg.collect is not None:
+                leg.collect.discard()
 
     def _report(self, refusal: Refusal) -> Refusal:
         """Returns what the client is told: another refusal where this one cannot be recorded."""
@@ -773,7 +884,7 @@ def _declared_length(message: Message) -> int | None:
     return None if value is None else int(value)
 
 
-def _check_framing(message: Message, granted: Clear | Transform | None) -> bool:
+def _check_framing(message: Message, granted: Grant | None, expected_bytes: int | None) -> bool:
     """True if *message* says how its body ends."""
     lengths = message.headers.get_all("content-length")
     codings = message.headers.get_all("transfer-encoding")
@@ -784,15 +895,36 @@ def _check_framing(message: Message, granted: Clear | Transform | None) -> bool:
             declared = validate.parse_content_length(lengths[0])
         except ValueError:
             raise _VetoError(refusals.INTERNAL, "invalid content-length") from None
-        if isinstance(granted, Transform) and granted.expected_out_bytes != declared:
-            raise _VetoError(refusals.INTERNAL, "content-length is not the length of the transform's output")
-    if codings and isinstance(granted, Transform) and codings[0].strip().lower() != "chunked":
+        if granted is not CLEAR and expected_bytes != declared:
+            raise _VetoError(refusals.INTERNAL, "content-length is not the length of what leaves")
+    if codings and isinstance(granted, Collect):
+        raise _VetoError(refusals.INTERNAL, "a collected body has a length")
+    if codings and granted is not CLEAR and codings[0].strip().lower() != "chunked":
         raise _VetoError(refusals.INTERNAL, "a transfer coding besides chunked")
     return bool(lengths or codings)
 
 
-def _response_for(refusal: Refusal) -> Response:
+def _response_for(refusal: Refusal, shape: Shape | None) -> Response:
+    body, headers = refusal.body(), Headers([(n.encode(), v.encode()) for n, v in refusal.headers()])
+    if shape is not None and (shaped := _shaped(refusal, shape)) is not None:
+        headers["content-type"], body = shaped
+        headers["content-length"] = str(len(body))
     now_s = time.time()
-    headers = [(name.encode(), value.encode()) for name, value in refusal.headers()]
     reason = status_codes.RESPONSES.get(refusal.status, "").encode()
-    return Response(b"HTTP/1.1", refusal.status, reason, Headers(headers), refusal.body(), None, now_s, now_s)
+    return Response(b"HTTP/1.1", refusal.status, reason, headers, body, None, now_s, now_s)
+
+
+def _shaped(refusal: Refusal, shape: Shape) -> tuple[str, bytes] | None:
+    """The refusal in the client's dialect. None where that fails: it must be told all the same."""
+    try:
+        shaped = shape(refusal)
+        if (
+            shaped is not None
+            and type(shaped[1]) is bytes
+            and shaped[0].isascii()
+            and shaped[0].isprintable()
+        ):
+            return shaped
+    except Exception as error:  # noqa: BLE001 - whatever a profile raises
+        log.error("refusal not shaped: %s", origin_of(error))  # noqa: TRY400
+    return None

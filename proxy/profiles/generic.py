@@ -10,20 +10,19 @@ from typing import ClassVar, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.message import BodyFrame, Framing, RequestHead, byte_range, request_digests
+from proxy.message import BodyFrame, Framing, byte_range, request_digests
 from proxy.plan import (
-    Edits,
     EmptyBody,
     Forward,
     HeadSize,
     Open,
     OpenRange,
     Refuse,
+    Request,
     RequestPlan,
     Seal,
 )
 from proxy.profiles.profile import Limitation, Profile
-from proxy.tenants.model import ServiceEntry
 
 _BODILESS = frozenset({"DELETE", "MKCOL", "OPTIONS"})
 _RANGES = ("if-range", "range")
@@ -48,6 +47,10 @@ _PARTS = frozenset(
 class GenericProfile(Profile):
     name: ClassVar[str] = "generic"
     summary: ClassVar[str] = "one URL, one object: uploads are sealed, downloads are opened"
+    encrypts: ClassVar[str] = "every uploaded body, as one object"
+    sizes: ClassVar[str] = "Content-Length by arithmetic, in GET, HEAD and ranges; lists are not rewritten"
+    validators: ClassVar[str] = "ETag, Last-Modified and conditions pass unchanged: they name stored versions"
+    digests: ClassVar[str] = "those of a request are checked against the plaintext, none is passed on"
     operations: ClassVar[tuple[tuple[str, str], ...]] = (
         ("PUT, POST", "the body is sealed; digests in the request are checked and dropped"),
         ("GET", "the body is opened; one range is served by range, several as the whole object"),
@@ -96,12 +99,13 @@ class GenericProfile(Profile):
     )
 
     @override
-    def plan(self, head: RequestHead, frame: BodyFrame, edits: Edits, service: ServiceEntry) -> RequestPlan:
-        match head.method:
+    def plan(self, request: Request) -> RequestPlan:
+        frame, edits = request.frame, request.edits
+        match request.head.method:
             case "PUT" | "POST":
-                return self._upload(head, frame, edits)
+                return self._upload(request)
             case "GET":
-                return self._read(head, frame, edits)
+                return self._read(request)
             case "HEAD" if not frame.is_declared:
                 return HeadSize(edits=edits.also(drop=_RANGES), body_may_come=_may_come(frame))
             case method if method in _BODILESS and not frame.is_declared:
@@ -111,7 +115,8 @@ class GenericProfile(Profile):
             case _:
                 return Refuse(refusal=refusals.UNKNOWN_ROUTE)
 
-    def _upload(self, head: RequestHead, frame: BodyFrame, edits: Edits) -> RequestPlan:
+    def _upload(self, request: Request) -> RequestPlan:
+        head, frame, edits = request.head, request.frame, request.edits
         if not _PARTS.isdisjoint(head.fields):
             return Refuse(refusal=refusals.PARTIAL_WRITE)
         digests = request_digests(head.fields)
@@ -124,7 +129,8 @@ class GenericProfile(Profile):
             edits = edits.also(put=(("content-length", str(sealed_length(plain_bytes))),))
         return Seal(edits=edits, plain_bytes=plain_bytes, empty=empty, digests=digests)
 
-    def _read(self, head: RequestHead, frame: BodyFrame, edits: Edits) -> RequestPlan:
+    def _read(self, request: Request) -> RequestPlan:
+        head, frame, edits = request.head, request.frame, request.edits
         if frame.is_declared:
             return Refuse(refusal=refusals.UNKNOWN_ROUTE)
         edits = edits.also(drop=_RANGES)

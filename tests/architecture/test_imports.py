@@ -21,7 +21,7 @@ FIRST_PARTY: Final = {*PACKAGES, "tests", "bench", "certs", "deploy"}
 
 # An outside library -> where it may be imported. Everything else is free to all.
 DOORS: Final[Mapping[str, tuple[str, ...]]] = {
-    "mitmproxy": ("proxy.gate", "proxy.engine", "proxy.addon", "proxy.interception"),
+    "mitmproxy": ("proxy.gate", "proxy.engine", "proxy.addon", "proxy.exchange", "proxy.interception"),
     "h2": ("proxy.gate",),
     "h11": ("proxy.gate",),
     # `key_agent.sources.hsm` is what runs inside worker_main's process.

@@ -63,6 +63,10 @@ _PEERS: Final = (
     "tests/key_agent/environments/test_peer_transport.py",
     "one side of a connection: right when the other one, over real TLS, says so",
 )
+_TALKS: Final = (
+    "tests/integration/test_profile_hooks.py",
+    "carries out what profiles plan: on real sockets, through the real gate",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
@@ -128,6 +132,16 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/worker_process.py": _WORKER,
     "key_agent/sources/worker_source.py": _WORKER,
     "proxy/addon.py": _JOB,
+    "proxy/conversation.py": _TALKS,
+    "proxy/exchange.py": _TALKS,
+    "proxy/reading.py": (
+        "tests/integration/test_proxy_ranges.py",
+        "what is asked of a service and what its clients get for it",
+    ),
+    "proxy/recording.py": (
+        "tests/integration/test_proxy_refusals.py",
+        "what the audit log says of real requests",
+    ),
     "proxy/api/broker.py": _BROKER,
     "proxy/data_plane.py": (
         "tests/integration/test_proxy_process.py",

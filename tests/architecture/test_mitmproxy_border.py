@@ -27,7 +27,6 @@ HARMLESS: Final[Mapping[tuple[str, str], str]] = {
     ("SealgateAddon", "client_connected"): "without its entry every flow of the client is refused",
     ("SealgateAddon", "client_disconnected"): "book-keeping about a connection that has ended",
     ("SealgateAddon", "tls_clienthello"): "its first statement says not to pass the connection through",
-    ("SealgateAddon", "response"): "book-keeping about a message that has left by its permit",
     ("SealgateAddon", "error"): "book-keeping about a message that has ended",
     ("TenantTls", "load"): "at the start: the process ends",
     ("TenantTls", "configure"): "at the start and on a change of options: neither touches a flow",

@@ -11,10 +11,11 @@ from envelope.errors import FormatError, IntegrityError, KeyUnavailableError, Mi
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.objects import CHUNK_SIZE, Header, Opener, sealed_length, sealed_range
 from proxy import refusals
-from proxy.bodies import NoBody, OpenBody, OpenRangeBody, SealBody, refusal_for, sealing_refusal
+from proxy.bodies import NoBody, SealBody, refusal_for, sealing_refusal
 from proxy.gate.permit import Transform
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ExpectedDigest
+from proxy.opening import OpenBody, OpenRangeBody
 from proxy.plan import AskedRange, EmptyBody
 from proxy.refusals import Refusal, RefusedError
 from runtime.audit import AuditUnavailableError
@@ -192,12 +193,12 @@ def test_only_verified_chunks_come_out_before_a_bad_one(keys: Keys) -> None:
 
 
 def test_what_is_not_sealed(keys: Keys) -> None:
-    def opened(content: bytes, *, may_be_sealed: bool = True, may_be_legacy: bool = False) -> bytes:
+    def opened(content: bytes, *, may_be_simple: bool = True, may_be_legacy: bool = False) -> bytes:
         body = OpenBody(
             OWNER,
             keys.find,
             out_bytes=None,
-            may_be_sealed=may_be_sealed,
+            may_be_simple=may_be_simple,
             may_be_legacy=may_be_legacy,
             meter=Meter(),
         )
@@ -211,9 +212,9 @@ def test_what_is_not_sealed(keys: Keys) -> None:
         assert opened(content, may_be_legacy=True) == content
     assert opened(sealed, may_be_legacy=True) == b"ours"
     assert (
-        refusal_of(lambda: opened(sealed, may_be_sealed=False, may_be_legacy=True)) is refusals.OBJECT_INVALID
+        refusal_of(lambda: opened(sealed, may_be_simple=False, may_be_legacy=True)) is refusals.OBJECT_INVALID
     )
-    assert refusal_of(lambda: opened(sealed, may_be_sealed=False)) is refusals.OBJECT_INVALID
+    assert refusal_of(lambda: opened(sealed, may_be_simple=False)) is refusals.OBJECT_INVALID
     assert refusal_of(lambda: opened(sealed[:40], may_be_legacy=True)) is refusals.OBJECT_INVALID
 
 

@@ -1,0 +1,233 @@
+"""Requests of our own to a service, for one of a client's: as the client, over connections verified like the
+engine's.
+
+1. Asked with the client's own credentials: who may not do it learns nothing from us, and changes nothing. A
+   profile's signer signs these like what the engine forwards.
+2. TLS is verified by the name of the service's own host (interception.py rule 5). Redirects are not followed,
+   cookies not kept, proxies of the environment not used, codings not undone.
+3. Each network service has connections of its own: one tenant's slow service takes none from another's.
+4. A body that fails on its way up ends without an end: the service sees a request that broke off.
+5. Idle time is limited, total time is the caller's affair.
+"""
+
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+from aiohttp import hdrs
+from multidict import CIMultiDict
+from yarl import URL
+
+from envelope.keys import NetworkService
+from proxy.message import Fields
+from proxy.tenants.model import ServiceEntry
+
+PIECE_BYTES: Final = 256 * 1024
+IDLE_S: Final = 60.0
+CONNECT_S: Final = 5.0
+_MAX_CONNECTIONS: Final = 32
+"""Of one network service; further requests wait for one to be free."""
+_READ_BUFFER_BYTES: Final = 256 * 1024
+# What belongs to the client's request and not to ours: its conditions, its ranges, its body, its connection.
+_NOT_OURS: Final = frozenset(
+    {
+        "accept-encoding",
+        "connection",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "if-match",
+        "if-modified-since",
+        "if-none-match",
+        "if-range",
+        "if-unmodified-since",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "range",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """A request as it is about to leave: `fields` in their order, Host included, names as they came."""
+
+    method: str
+    target: str
+    fields: tuple[tuple[bytes, bytes], ...]
+
+
+type Signer = Callable[[Outgoing], Outgoing]
+"""Runs last, on every request that leaves for one of the client's: this one, what is read ahead for it, and
+what its conversation asks. Pure, and quick: it may set fields and the query. What it raises refuses."""
+
+
+class AskingError(Exception):
+    """The service could not be asked: unreachable, not verified, too slow, or it broke off."""
+
+
+class AnswerTooLongError(AskingError):
+    """The body of an answer is longer than the caller reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where to ask and as whom: the client's target and header fields."""
+
+    service: ServiceEntry
+    target: str
+    fields: tuple[tuple[bytes, bytes], ...]
+    sign: Signer | None = None
+
+
+class ServiceAnswer:
+    """What the service has answered; its body is read while the question's `async with` lasts."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+        self.status: Final = answer.status
+        self.fields: Final = Fields(answer.raw_headers)
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body. AnswerTooLongError beyond the limit; AskingError if it breaks off."""
+        body = bytearray()
+        async for piece in self.pieces():
+            body += piece
+            if len(body) > limit_bytes:
+                raise AnswerTooLongError(f"more than {limit_bytes} bytes")
+        return bytes(body)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes. AskingError if it breaks off."""
+        try:
+            async for piece in self._answer.content.iter_chunked(PIECE_BYTES):
+                yield piece
+        except (aiohttp.ClientError, TimeoutError, EOFError, OSError, ValueError) as error:
+            raise AskingError(type(error).__name__) from error
+
+    def leave(self) -> None:
+        """Do not read the rest: the connection is closed."""
+        self._answer.close()
+
+
+class Asking:
+    """Asks services. Use as `async with`."""
+
+    def __init__(self, trust: ssl.SSLContext) -> None:
+        self._trust = trust
+        self._sessions: dict[NetworkService, aiohttp.ClientSession] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._sessions = {}
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        sessions, self._sessions = self._sessions or {}, None
+        for session in sessions.values():
+            await session.close()
+
+    @contextlib.asynccontextmanager
+    async def ask(
+        self,
+        source: Source,
+        method: str,
+        *,
+        target: str | None = None,
+        fields: Iterable[tuple[str, str]] = (),
+        keep: Iterable[str] = (),
+        body: bytes | AsyncIterator[bytes] | None = None,
+        body_bytes: int | None = None,
+        total_s: float | None = None,
+    ) -> AsyncIterator[ServiceAnswer]:
+        """Ask *method* *target* (None: the client's). AskingError, also from within the `async with`.
+
+        The client's fields go with it, but for those of its conditions, range, body and connection; those
+        that *keep* names do go, *fields* replace. *body_bytes*: how much an iterator yields; it must.
+        """
+        outgoing = _outgoing(source, method, target or source.target, fields, frozenset(keep))
+        length = len(body) if isinstance(body, bytes) else body_bytes
+        if length is not None:
+            outgoing = _with(outgoing, "Content-Length", str(length))
+        elif body is not None:
+            raise AskingError("a body of unknown length is not sent")
+        if source.sign is not None:
+            outgoing = source.sign(outgoing)
+        url = URL(f"{source.service.upstream}{_path(outgoing.target)}", encoded=True)
+        headers = CIMultiDict(
+            (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+            for name, value in outgoing.fields
+        )
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S, sock_read=IDLE_S)
+        try:
+            async with self._session(source.service.owner).request(
+                method, url, headers=headers, data=body, allow_redirects=False, timeout=timeout
+            ) as answer:
+                yield ServiceAnswer(answer)
+        except (aiohttp.ClientError, TimeoutError, EOFError, OSError, ValueError) as error:
+            raise AskingError(f"{source.service.upstream}: {type(error).__name__}") from error
+
+    def _session(self, owner: NetworkService) -> aiohttp.ClientSession:
+        if self._sessions is None:
+            raise AskingError("not open")
+        session = self._sessions.get(owner)
+        if session is None:
+            session = self._sessions[owner] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=self._trust, limit=_MAX_CONNECTIONS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
+                read_bufsize=_READ_BUFFER_BYTES,
+                skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
+            )
+        return session
+
+
+def host_field(service: ServiceEntry) -> str:
+    """The service's host as the Host field names it: without the port that its scheme stands for."""
+    upstream = service.upstream
+    default = {"http": 80, "https": 443}.get(upstream.scheme)
+    return upstream.authority.rpartition(":")[0] if upstream.port == default else upstream.authority
+
+
+def _path(target: str) -> str:
+    if not target.startswith("/"):
+        # It would go on in the authority, and the client's credentials with it to whom it names there.
+        raise AskingError("the target is no path")
+    return target
+
+
+def _outgoing(
+    source: Source, method: str, target: str, fields: Iterable[tuple[str, str]], keep: frozenset[str]
+) -> Outgoing:
+    ours = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in fields]
+    ours += [(b"Accept-Encoding", b"identity"), (b"Host", host_field(source.service).encode())]
+    dropped = (_NOT_OURS - keep) | {name.decode().lower() for name, _ in ours}
+    theirs = [
+        (name, value)
+        for name, value in source.fields
+        if not name.startswith(b":") and name.decode("latin-1").lower() not in dropped
+    ]
+    return Outgoing(method=method, target=_path(target), fields=(*theirs, *ours))
+
+
+def _with(outgoing: Outgoing, name: str, value: str) -> Outgoing:
+    kept = [field for field in outgoing.fields if field[0].decode("latin-1").lower() != name.lower()]
+    return Outgoing(
+        method=outgoing.method,
+        target=outgoing.target,
+        fields=(*kept, (name.encode(), value.encode())),
+    )

@@ -1,0 +1,414 @@
+"""One request and its answer, from the plan to what the gate is told: the head's edits, the bodies, the keys.
+
+1. The head of a message is edited after everything that may refuse it; a profile's signer sees it last.
+2. What is permitted is named: a transform, a body to be collected, or nothing but the head.
+3. The plan of an answer follows from the plan by which its request went on.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from mitmproxy.http import Headers, HTTPFlow, Message, Response
+from mitmproxy.http import Request as HttpRequest
+
+from envelope.errors import KeyUnavailableError
+from envelope.keys import NetworkService
+from proxy import refusals
+from proxy.asking import Outgoing, Source
+from proxy.bodies import NoBody, ReshapeBody, SealBody, refusal_for, sealing_key
+from proxy.conversation import ServiceConversation
+from proxy.gate.permit import CLEAR, Collect, Grant, Transform, permit
+from proxy.keys.cache import DataKey, KeyCache
+from proxy.message import AnswerHead, Fields
+from proxy.opening import MapAnswerBody, OpenBody, OpenRangeBody
+from proxy.plan import (
+    Answer,
+    Converse,
+    Edits,
+    Forward,
+    Going,
+    HeadSize,
+    LegacyRange,
+    MapBody,
+    MapSize,
+    MapWhole,
+    Open,
+    OpenPart,
+    OpenRange,
+    OpenWhole,
+    Pass,
+    PassBody,
+    Refuse,
+    Reply,
+    Request,
+    RequestPlan,
+    Reshape,
+    Seal,
+    Unopened,
+)
+from proxy.planner import is_target, plan_answer
+from proxy.prefetch import Prefetch
+from proxy.profiles.profile import Profile
+from proxy.reading import Read, Reading
+from proxy.recording import Trail
+from proxy.refusals import Refusal, RefusedError
+
+type ClientBody = SealBody | ReshapeBody | OpenBody | OpenRangeBody
+"""What holds a key while it runs."""
+
+_EXCHANGE: Final = "sealgate.exchange"
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """What is known of one flow between its hooks."""
+
+    request: Request
+    profile: Profile
+    plan: RequestPlan
+    trail: Trail
+    source: Source
+    read: Read | None = None
+    key: DataKey | None = None
+    is_answered_here: bool = False
+    whole: MapWhole | None = None
+    """What is to become of the answer, once it has been collected."""
+    answer: AnswerHead | None = None
+    conversation: ServiceConversation | None = None
+
+    @property
+    def owner(self) -> NetworkService:
+        return self.request.service.owner
+
+    @property
+    def key_in_use(self) -> DataKey | None:
+        return self.key or (self.read.key if self.read is not None else None)
+
+
+def exchange_of(flow: HTTPFlow) -> Exchange | None:
+    exchange = flow.metadata.get(_EXCHANGE)
+    return exchange if isinstance(exchange, Exchange) else None
+
+
+class Exchanges:
+    """Carries plans out. *wait_s*: how long an upload waits for a key that is late."""
+
+    def __init__(self, keys: KeyCache, prefetch: Prefetch, *, wait_s: float) -> None:
+        self._keys = keys
+        self._prefetch = prefetch
+        self._reading = Reading(keys, prefetch)
+        self._wait_s = wait_s
+
+    # ---- requests
+
+    async def permit_request(
+        self, flow: HTTPFlow, exchange: Exchange, bodies: list[ClientBody]
+    ) -> Grant | None:
+        """Prepare the request to leave by its plan. None: it does not; `flow.response` answers it."""
+        flow.metadata[_EXCHANGE] = exchange
+        permit(flow).shape = lambda refusal: exchange.profile.refusal_body(refusal, exchange.request.head)
+        plan, request = exchange.plan, flow.request
+        match plan:
+            case Refuse():
+                raise RefusedError(plan.refusal)
+            case Answer():
+                self._answer(flow, exchange, plan.reply)
+                return None
+            case PassBody():
+                return Collect(plan.limit_bytes)
+            case Converse():
+                return Collect(plan.limit_bytes)
+            case Seal() | Reshape():
+                body = await self._sealing(flow, exchange, plan)
+                bodies.append(body)
+                _depart(request, plan, plan.edits)
+                _stream(request, body)
+                return body
+            case OpenRange():
+                return _bodiless(request, plan, await self._range(exchange, plan))
+            case Forward() | Open() | LegacyRange() | HeadSize() | Unopened():
+                return _bodiless(request, plan, plan.edits)
+
+    async def decide(self, flow: HTTPFlow, exchange: Exchange, collected: Collect) -> None:
+        """The body has been collected: what goes on in its place, or the answer."""
+        plan = exchange.plan
+        match plan:
+            case PassBody():
+                _depart_with(flow.request, plan, plan.edits, collected, collected.body())
+            case Converse():
+                exchange.conversation = talk = self._conversation(exchange, collected)
+                decision = await plan.handler(talk)
+                match decision:
+                    case Refuse():
+                        raise RefusedError(decision.refusal)
+                    case Answer():
+                        self._answer(flow, exchange, decision.reply)
+                    case _:
+                        exchange.plan = decision.plan
+                        edits = decision.plan.edits
+                        if isinstance(decision.plan, OpenRange):
+                            edits = await self._range(exchange, decision.plan)
+                        _depart_with(flow.request, decision.plan, edits, collected, decision.body)
+            case _:
+                raise RefusedError(refusals.INTERNAL)
+
+    def _conversation(self, exchange: Exchange, collected: Collect | None) -> ServiceConversation:
+        if exchange.conversation is not None:
+            return exchange.conversation
+        return ServiceConversation(
+            exchange.request,
+            exchange.trail,
+            exchange.source,
+            keys=self._keys,
+            prefetch=self._prefetch,
+            reading=self._reading,
+            composites=exchange.profile.makes_composites,
+            wait_s=self._wait_s,
+            body=collected.body() if collected is not None else b"",
+        )
+
+    def _answer(self, flow: HTTPFlow, exchange: Exchange, reply: Reply) -> None:
+        exchange.is_answered_here = True
+        headers = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in reply.fields]
+        flow.response = Response.make(reply.status, reply.body, headers)
+        if reply.status in (204, 304):
+            flow.response.headers.pop("content-length", None)
+
+    async def _sealing(
+        self, flow: HTTPFlow, exchange: Exchange, plan: Seal | Reshape
+    ) -> SealBody | ReshapeBody:
+        key = await sealing_key(self._keys, exchange.owner, wait_s=self._wait_s)
+        meter = exchange.trail.meters.sealed
+        body: SealBody | ReshapeBody
+        if isinstance(plan, Seal):
+            body = SealBody.by(plan, key, meter)
+            size_bytes = plan.plain_bytes
+        else:
+            headers = flow.request.headers
+            body = ReshapeBody(plan, key, on_length=lambda n: _declare(headers, n), meter=meter)
+            size_bytes = exchange.request.frame.length_bytes
+        exchange.trail.use("object-seal", key, size_bytes=size_bytes)
+        exchange.key = key
+        return body
+
+    async def _range(self, exchange: Exchange, plan: OpenRange) -> Edits:
+        read = self._read(exchange)
+        ranged = await self._reading.range(read, plan, exchange.request.head.fields)
+        exchange.plan = cast("RequestPlan", ranged.plan)
+        return ranged.edits
+
+    def _read(self, exchange: Exchange) -> Read:
+        if exchange.read is None:
+            exchange.read = Read(
+                route=exchange.request.route,
+                trail=exchange.trail,
+                source=exchange.source,
+                composites=exchange.profile.makes_composites,
+            )
+        return exchange.read
+
+    # ---- answers
+
+    async def permit_answer(
+        self, flow: HTTPFlow, response: Response, exchange: Exchange, bodies: list[ClientBody]
+    ) -> Grant:
+        """Prepare the answer to go on by its plan."""
+        going, profile, request = exchange.plan, exchange.profile, exchange.request
+        answer = AnswerHead(status=response.status_code, fields=Fields(response.headers.fields))
+        exchange.answer = answer
+        if isinstance(going, Seal | Reshape) and 200 <= answer.status < 300 and not _has_left(flow):
+            raise RefusedError(refusals.ANSWER_REFUSED)
+        read = self._read(exchange)
+        plan = plan_answer(
+            going,
+            answer,
+            request.route,
+            asked=read.asked,
+            composites=isinstance(going, HeadSize) and profile.may_be_composite(request, answer),
+        )
+        if isinstance(going, Going):
+            plan = profile.plan_answer(request, going, answer, plan)
+        granted: Grant
+        match plan:
+            case Refuse():
+                raise RefusedError(plan.refusal)
+            case Pass():
+                granted = await self._pass(flow, response, exchange, plan, answer)
+            case MapSize():
+                edits = plan.edits
+                if plan.probe:
+                    size = await self._reading.size(read, plan, answer)
+                    edits = edits.also(drop=("content-length",)) if size is None else _sized(edits, size)
+                _edit(response.headers, edits)
+                granted = CLEAR
+            case OpenPart():
+                granted = self._reading.open_part(read)
+                _edit(response.headers, plan.edits)
+            case OpenWhole():
+                granted = opening = await self._reading.open_whole(
+                    read, plan, answer, on_length=lambda n: _declare(response.headers, n)
+                )
+                _edit(response.headers, _declared(plan.edits, answer, opening.expected_out_bytes))
+        if isinstance(granted, Transform):
+            _stream(response, granted)
+            if isinstance(granted, OpenBody | OpenRangeBody):
+                bodies.append(granted)
+        elif isinstance(granted, Collect):
+            response.stream = False
+        else:
+            response.stream = True
+        return granted
+
+    async def _pass(
+        self, flow: HTTPFlow, response: Response, exchange: Exchange, plan: Pass, answer: AnswerHead
+    ) -> Grant:
+        edits, going = plan.edits, exchange.plan
+        if isinstance(going, Seal) and going.after is not None and 200 <= answer.status < 300:
+            body = permit(flow).request
+            if not isinstance(body, SealBody):
+                raise RefusedError(refusals.INTERNAL)
+            more = await going.after(self._conversation(exchange, None), answer, body.sealed)
+            edits = edits.also(drop=more.drop, put=more.put)
+        if isinstance(going, Unopened) and 200 <= answer.status < 300:
+            exchange.trail.passed_as_stored()
+        has_body = exchange.request.head.method != "HEAD" and answer.status not in (204, 304)
+        match plan.body if has_body else None:
+            case MapBody() as mapping:
+                mapper = mapping.make(self._conversation(exchange, None))
+                _edit(response.headers, edits.also(drop=("content-length", "content-md5", "trailer")))
+                return MapAnswerBody(mapper)
+            case MapWhole() as mapping:
+                exchange.whole = mapping
+                _edit(response.headers, edits)
+                return Collect(mapping.limit_bytes, too_large=refusals.SERVICE_ANSWER)
+            case None:
+                granted = (
+                    CLEAR if plan.may_be_sealed else self._reading.not_sealed(self._read(exchange), answer)
+                )
+                _edit(response.headers, edits)
+                return granted
+
+    async def map_whole(self, response: Response, exchange: Exchange, collected: Collect) -> None:
+        """The answer has been collected: put in its place what the profile makes of it."""
+        if exchange.whole is None or exchange.answer is None:
+            raise RefusedError(refusals.INTERNAL)
+        talk = self._conversation(exchange, None)
+        reply = await exchange.whole.function(talk, exchange.answer, collected.body())
+        response.status_code = reply.status
+        response.reason = ""
+        _edit(
+            response.headers,
+            _sized(Edits(drop=frozenset({"transfer-encoding"}), put=reply.fields), len(reply.body)),
+        )
+        _approve(response, collected, reply.body)
+
+
+def source_of(request: Request, plan: RequestPlan, fields: Iterable[tuple[bytes, bytes]]) -> Source:
+    """As whom to ask about the object of this request: the client's *fields*, but for those dropped."""
+    dropped = plan.edits.drop if isinstance(plan, Going) else frozenset[str]()
+    return Source(
+        service=request.service,
+        target=(plan.target if isinstance(plan, Going) else None) or request.head.target,
+        fields=tuple(field for field in fields if field[0].decode("latin-1").lower() not in dropped),
+        sign=plan.sign if isinstance(plan, Going) else None,
+    )
+
+
+def ended(body: ClientBody) -> Refusal | None:
+    """Why a body under way has to end though nothing moves it; None: it has not to."""
+    if body.finished or body.failure is not None or body.key is None:
+        return None
+    try:
+        body.key.check()
+    except KeyUnavailableError as error:
+        return refusal_for(error)
+    return None
+
+
+def _bodiless(request: HttpRequest, plan: Any, edits: Edits) -> Grant:
+    if not plan.body_may_come:
+        _depart(request, plan, edits)
+        return CLEAR
+    _depart(request, plan, edits.also(put=(("content-length", "0"),)))
+    nothing = NoBody()
+    _stream(request, nothing)
+    return nothing
+
+
+def _depart_with(request: HttpRequest, plan: Going, edits: Edits, collected: Collect, body: bytes) -> None:
+    """A request whose body was collected goes on with *body*."""
+    if body or request.method in ("POST", "PUT"):
+        edits = _sized(edits.also(drop=("transfer-encoding",)), len(body))
+    else:
+        edits = edits.also(drop=("content-length", "transfer-encoding"))
+    _depart(request, plan, edits)
+    _approve(request, collected, body)
+
+
+def _approve(message: Message, collected: Collect, body: bytes) -> None:
+    collected.approve(body)
+    message.raw_content = body
+
+
+def _depart(request: HttpRequest, plan: Going, edits: Edits) -> None:
+    """Edit the head for good, and have it signed."""
+    _edit(request.headers, edits)
+    if plan.target is not None:
+        request.path = _checked(plan.target)
+    if plan.sign is None:
+        return
+    if "host" not in request.headers:  # HTTP/2: towards HTTP/1 it would be added later
+        request.headers["Host"] = request.authority
+    leaving = Outgoing(method=request.method, target=request.path, fields=tuple(request.headers.fields))
+    signed = plan.sign(leaving)
+    if signed.method != leaving.method:
+        raise RefusedError(refusals.INTERNAL)
+    request.headers.fields = signed.fields
+    request.path = _checked(signed.target)
+
+
+def _checked(target: str) -> str:
+    if not is_target(target):
+        raise RefusedError(refusals.INTERNAL)
+    return target
+
+
+def _has_left(flow: HTTPFlow) -> bool:
+    """Whether the last of the upload is on its way: before that no service can have it."""
+    upload = permit(flow).request
+    return isinstance(upload, Transform) and upload.finished
+
+
+def _stream(message: Message, transform: Transform) -> None:
+    # Its pieces are any buffers; mitmproxy's annotation says bytes, its code only passes them on.
+    message.stream = cast("Any", transform)
+
+
+def _edit(headers: Headers, edits: Edits) -> None:
+    """In one pass: mitmproxy's mapping looks through all fields for each name."""
+    last = dict(edits.put)  # of a name that is put twice the later counts
+    gone = edits.drop.union(last)
+    kept = [field for field in headers.fields if field[0].decode("latin-1").lower() not in gone]
+    kept += [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in last.items()]
+    headers.fields = tuple(kept)
+
+
+def _declare(headers: Headers, length_bytes: int | None) -> None:
+    if length_bytes is None:
+        headers.pop("content-length", None)
+    else:
+        headers["content-length"] = str(length_bytes)
+
+
+def _sized(edits: Edits, length_bytes: int) -> Edits:
+    return edits.also(put=(("content-length", str(length_bytes)),))
+
+
+def _declared(edits: Edits, answer: AnswerHead, out_bytes: int | None) -> Edits:
+    """*edits*, and the length of what will leave in place of what came."""
+    if "content-length" not in answer.fields:
+        return edits
+    if out_bytes is None:
+        return edits.also(drop=("content-length",))
+    return _sized(edits, out_bytes)

@@ -1,0 +1,67 @@
+"""What a profile is told of one network service: `profile_options` of the directory, checked.
+
+1. Every profile has these; a profile with options of its own subclasses `ProfileOptions`. An option nobody
+   knows is an error, told when it is set and again when the directory is read.
+2. Where there are rules for paths, a path that could be spelled otherwise (dot segments, empty segments,
+   letters or slashes that are percent-encoded, parameters) is `strict`: it may be another rule's.
+"""
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Final, Self
+
+import msgspec
+
+from envelope.errors import FormatError
+
+# `/a/../b`, `/a//b`, `\\`, `;x`; and `%` before what RFC 3986 2.3 says is never encoded, or before a slash.
+_AMBIGUOUS: Final = re.compile(
+    r"/\.{1,2}(?:/|\Z)|//|[\\;]|%(?:2[def]|3[0-9]|4[1-9a-f]|5[0-9acf]|6[1-9a-f]|7[0-9ae])", re.IGNORECASE
+)
+
+
+class StoredPolicy(StrEnum):
+    """What to do with a stored body."""
+
+    STRICT = "strict"  # what is not sealed is refused
+    MIGRATE = "migrate"  # what is not sealed passes, counted and audited; what is sealed is opened
+    PASSTHROUGH = "passthrough"  # all of it is served as it is stored, ciphertext too, counted and audited
+
+
+class SealedUpload(StrEnum):
+    """What to do with an upload that begins like a sealed object."""
+
+    WRAP = "wrap"  # sealed like any other: what comes down is what went up
+    PASS = "pass"  # noqa: S105 - stored as it is if it opens under a key of this service, refused if not
+
+
+class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options that every profile has."""
+
+    legacy: dict[Annotated[str, msgspec.Meta(pattern="^/", max_length=1024)], StoredPolicy] = {}
+    """Path prefix -> policy for stored bodies; the longest prefix wins, else the service's `legacy`."""
+    sealed_upload: SealedUpload = SealedUpload.WRAP
+
+    @classmethod
+    def of(cls, given: Mapping[str, object]) -> Self:
+        """FormatError, naming the option, for what this profile does not know or cannot use."""
+        try:
+            return msgspec.convert(dict(given), type=cls)
+        except msgspec.ValidationError as error:
+            raise FormatError(f"profile options: {error}") from None
+
+    def policy_for(self, target: str) -> StoredPolicy | None:
+        """What the rules say of this path and query; None: nothing."""
+        if not self.legacy:
+            return None
+        path = target.partition("?")[0]
+        if _AMBIGUOUS.search(path):
+            return StoredPolicy.STRICT
+        prefixes = [prefix for prefix in self.legacy if _lies_under(path, prefix)]
+        return self.legacy[max(prefixes, key=len)] if prefixes else None
+
+
+def _lies_under(path: str, prefix: str) -> bool:
+    """By whole segments: `/old` is no prefix of `/older`."""
+    return path == prefix or path.startswith(prefix if prefix.endswith("/") else prefix + "/")
