@@ -159,6 +159,49 @@ service_credential = Table(
     Column("updated_at_ms", BigInteger, nullable=False),
 )
 
+# Uploads that take several requests (proxy/uploads.py). Written by the data path, outside of `revision` and
+# history; no foreign keys: what is left of a service that was removed is swept away.
+upload_part = Table(
+    "upload_part",
+    metadata,
+    Column("tenant_id", String(63), primary_key=True),
+    Column("service", String(63), primary_key=True),
+    Column("upload_ref", LargeBinary(16), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("tag", String(255), primary_key=True),
+    Column("stored_bytes", BigInteger, nullable=False),
+    Column("commitment", LargeBinary(32), nullable=False),
+    Column("digests", LargeBinary),  # of the plaintext, sealed
+    Column("at_ms", BigInteger, nullable=False),
+)
+
+upload_held = Table(
+    "upload_held",
+    metadata,
+    Column("tenant_id", String(63), primary_key=True),
+    Column("service", String(63), primary_key=True),
+    Column("upload_ref", LargeBinary(16), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("tag", String(255), primary_key=True),
+    Column("sealed", LargeBinary, nullable=False),  # the part as it lies at the service
+    Column("sealed_bytes", BigInteger, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+)
+
+upload_completion = Table(
+    "upload_completion",
+    metadata,
+    Column("tenant_id", String(63), primary_key=True),
+    Column("service", String(63), primary_key=True),
+    Column("upload_ref", LargeBinary(16), primary_key=True),
+    Column("asked", LargeBinary(32), nullable=False),  # SHA-256 of what the client asked
+    Column("request", LargeBinary, nullable=False),
+    Column("final_number", BigInteger, nullable=False),
+    Column("is_joined", Boolean, nullable=False),
+    Column("is_done", Boolean, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+)
+
 history = Table(
     "history",
     metadata,

@@ -1,0 +1,178 @@
+"""What is remembered of uploads: on SQLite and PostgreSQL, by several proxies, within its bounds."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from envelope.keys import NetworkService
+from envelope.multipart import Part, upload_ref
+from proxy import uploads
+from proxy.uploads import (
+    KEEP_COMPLETED_S,
+    KEEP_S,
+    MAX_HELD_PARTS,
+    MAX_TAGS,
+    Completion,
+    KeptPart,
+    Upload,
+    UploadsFullError,
+    UploadStore,
+    UploadsUnavailableError,
+)
+from tests.proxy.tenants.places import BOTH, Place, make_place
+
+DRIVE = NetworkService("tenant-a", "drive")
+UPLOAD = Upload(DRIVE, upload_ref("one"))
+
+
+@pytest.fixture(params=BOTH)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    with make_place(request.param, tmp_path) as place:
+        place.open().close()  # makes the schema
+        yield place
+
+
+@pytest.fixture
+async def store(place: Place) -> AsyncIterator[UploadStore]:
+    async with UploadStore.open(place.url, clock=place.clock) as store:
+        yield store
+
+
+def kept(number: int, tag: str, stored_bytes: int = 104, digests: bytes | None = None) -> KeptPart:
+    return KeptPart(part=Part(number, stored_bytes, os.urandom(32)), tag=tag, digests=digests)
+
+
+def completion(*, is_done: bool = False, asked: bytes = b"a" * 32) -> Completion:
+    return Completion(asked=asked, request=b"<xml/>", final_number=3, is_joined=True, is_done=is_done)
+
+
+async def test_parts_come_back_by_number_and_the_newest_first(place: Place, store: UploadStore) -> None:
+    first, again, second = kept(2, "aa"), kept(2, "bb"), kept(1, "cc", digests=b"sealed")
+    for part in (first, again, second):
+        await store.add_part(UPLOAD, part)
+        await place.clock.advance(1)
+    assert await store.parts(UPLOAD) == [second, again, first]
+    other = Upload(NetworkService("tenant-a", "drive-2"), UPLOAD.ref)
+    assert await store.parts(other) == []
+    assert await store.parts(Upload(DRIVE, upload_ref("two"))) == []
+
+
+async def test_another_proxy_and_one_that_was_started_again_know_it(place: Place, store: UploadStore) -> None:
+    part = kept(1, "aa", 120)
+    sealed = os.urandom(120)
+    await store.add_part(UPLOAD, part, held=sealed)
+    await store.complete(UPLOAD, completion())
+    async with UploadStore.open(place.url, clock=place.clock) as other:
+        [found] = await other.parts(UPLOAD)
+        assert (found.part, found.tag, found.is_held) == (part.part, "aa", True)
+        assert await other.held(UPLOAD, found) == sealed
+        assert await other.completion(UPLOAD) == completion()
+
+
+async def test_parts_sent_at_once_are_all_remembered(store: UploadStore) -> None:
+    parts = [kept(number, f"{number:04}") for number in range(1, 41)]
+    async with asyncio.TaskGroup() as group:
+        for part in parts:
+            group.create_task(store.add_part(UPLOAD, part))
+    assert await store.parts(UPLOAD) == parts
+
+
+async def test_the_same_message_twice_is_one(store: UploadStore) -> None:
+    part = kept(1, "aa")
+    await store.add_part(UPLOAD, part, held=bytes(104))
+    await store.add_part(UPLOAD, part)
+    assert await store.parts(UPLOAD) == [part]
+    assert await store.held(UPLOAD, part) is None
+
+
+async def test_only_the_last_small_parts_are_held(store: UploadStore) -> None:
+    numbers = [1, 5, 2, 9, 7]
+    for number in numbers:
+        await store.add_part(UPLOAD, kept(number, "aa"), held=bytes(104))
+    held = [found.part.number for found in await store.parts(UPLOAD) if found.is_held]
+    assert held == sorted(numbers)[-MAX_HELD_PARTS:]
+
+
+async def test_only_the_last_tags_of_a_number_are_remembered(place: Place, store: UploadStore) -> None:
+    for tag in "abcdef":
+        await store.add_part(UPLOAD, kept(1, tag), held=bytes(104))
+        await place.clock.advance(1)
+    assert [found.tag for found in await store.parts(UPLOAD)] == list("fedcba")[:MAX_TAGS]
+
+
+async def test_bytes_held_for_a_service_are_bounded(
+    store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MAX_HELD_BYTES", 300)
+    for name in ("one", "two"):
+        await store.add_part(Upload(DRIVE, upload_ref(name)), kept(1, "a"), held=bytes(104))
+    third = Upload(DRIVE, upload_ref("three"))
+    with pytest.raises(UploadsFullError):
+        await store.add_part(third, kept(1, "a"), held=bytes(104))
+    assert await store.parts(third) == []
+    other = Upload(NetworkService("tenant-b", "drive"), upload_ref("three"))
+    await store.add_part(other, kept(1, "a"), held=bytes(104))
+
+
+async def test_parts_of_an_upload_are_bounded(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_ROWS", 2)
+    for number in (1, 2):
+        await store.add_part(UPLOAD, kept(number, "a"))
+    with pytest.raises(UploadsFullError):
+        await store.add_part(UPLOAD, kept(3, "a"))
+    assert len(await store.parts(UPLOAD)) == 2
+
+
+async def test_other_bytes_than_the_parts_are_not_held(store: UploadStore) -> None:
+    with pytest.raises(UploadsFullError):
+        await store.add_part(UPLOAD, kept(1, "a", 104), held=bytes(103))
+    assert await store.parts(UPLOAD) == []
+
+
+async def test_a_completion_replaces_the_one_before_and_ends_the_parts_when_done(store: UploadStore) -> None:
+    await store.add_part(UPLOAD, kept(1, "a"), held=bytes(104))
+    assert await store.completion(UPLOAD) is None
+    await store.complete(UPLOAD, completion())
+    await store.complete(UPLOAD, completion(asked=b"b" * 32))
+    assert len(await store.parts(UPLOAD)) == 1
+    await store.complete(UPLOAD, completion(asked=b"b" * 32, is_done=True))
+    assert await store.parts(UPLOAD) == []
+    assert await store.completion(UPLOAD) == completion(asked=b"b" * 32, is_done=True)
+    await store.forget_completion(UPLOAD)
+    assert await store.completion(UPLOAD) is None
+
+
+async def test_an_aborted_upload_leaves_nothing(store: UploadStore) -> None:
+    await store.add_part(UPLOAD, kept(1, "a"), held=bytes(104))
+    await store.complete(UPLOAD, completion())
+    await store.forget(UPLOAD)
+    assert await store.parts(UPLOAD) == []
+    assert await store.completion(UPLOAD) is None
+
+
+async def test_what_nothing_happened_to_is_swept_away(place: Place, store: UploadStore) -> None:
+    alive, dead, done = (Upload(DRIVE, upload_ref(name)) for name in ("alive", "dead", "done"))
+    for upload in (alive, dead):
+        await store.add_part(upload, kept(1, "a"), held=bytes(104))
+    await store.complete(done, completion(is_done=True))
+    await place.clock.advance(KEEP_COMPLETED_S + 1)
+    assert await store.sweep() == 0
+    assert await store.completion(done) is None
+    await place.clock.advance(KEEP_S - KEEP_COMPLETED_S)
+    await store.add_part(alive, kept(2, "a"))
+    assert await store.sweep() == 1
+    assert await store.parts(dead) == []
+    assert [found.part.number for found in await store.parts(alive)] == [1, 2]
+    [first, _second] = await store.parts(alive)
+    assert await store.held(alive, first) == bytes(104)
+
+
+async def test_a_database_that_cannot_be_used_is_told(tmp_path: Path, place: Place) -> None:
+    async with UploadStore.open(f"sqlite:///{tmp_path / 'none' / 'none.db'}", clock=place.clock) as store:
+        with pytest.raises(UploadsUnavailableError):
+            await store.add_part(UPLOAD, kept(1, "a"))
+        with pytest.raises(UploadsUnavailableError):
+            await store.parts(UPLOAD)
