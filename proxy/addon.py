@@ -33,7 +33,6 @@ from proxy.metrics import OK, ProxyMetrics
 from proxy.plan import Mode, Route
 from proxy.planner import planned
 from proxy.prefetch import Prefetch
-from proxy.profiles import profile_named
 from proxy.recording import Recorder, Trail, path_of
 from proxy.refusals import Refusal, RefusedError
 from proxy.routing import Holder, Listener, Routing, Wanted
@@ -231,7 +230,7 @@ class SealgateAddon:
             self._end(flow, OK)  # no hook follows where a body that comes is not read
 
     def _exchange(self, flow: HTTPFlow, client: _Client, head: RequestHead, route: Route) -> Exchange:
-        profile = profile_named(route.service.profile)
+        profile = self._routing().profile(route.service)
         user = client.identity.name if client.identity is not None else None
         peer = _peer(flow.client_conn)
         trail = Trail(self._recorder, route, method=head.method, target=head.target, client=peer, user=user)

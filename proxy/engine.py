@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -32,6 +32,7 @@ from proxy.addon import SealgateAddon
 from proxy.config import EngineSettings
 from proxy.gate.handler import GuardedConnectionHandler
 from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls, own_context
+from proxy.profiles import PROFILES, Profile
 from proxy.routing import Listener, Routing
 from proxy.tenants.model import Directory, normal_host
 from runtime.clock import Clock
@@ -58,13 +59,20 @@ class Engine:
     """The data plane. `start`, `apply` as often as the directory changes, `stop`; one event loop."""
 
     def __init__(
-        self, settings: EngineSettings, addon: SealgateAddon, clock: Clock, *, reuse_port: bool = False
+        self,
+        settings: EngineSettings,
+        addon: SealgateAddon,
+        clock: Clock,
+        *,
+        reuse_port: bool = False,
+        profiles: Mapping[str, Profile] = PROFILES,
     ) -> None:
         """*reuse_port*: other processes of ours listen at the same addresses."""
         self._settings = settings
         self._reuse_port = reuse_port
         self._addon = addon
         self._clock = clock
+        self._profiles = profiles
         self._authorities: dict[str, InterceptionCa] = {}
         self._served: frozenset[str] = frozenset()
         """The specs of the listeners that lead somewhere."""
@@ -120,7 +128,7 @@ class Engine:
         if self._server is None:
             raise MisuseError("the engine is not running")
         self._directory = directory
-        routing = Routing(directory)
+        routing = Routing(directory, self._profiles)
         problems: list[str] = []
         self._load_authorities(directory, problems)
         problems += [f"{owner}: {cause}" for owner, cause in routing.broken.items()]

@@ -21,7 +21,7 @@ from envelope.keys import NetworkService
 from proxy import refusals
 from proxy.plan import Mode, Route
 from proxy.profile_options import ProfileOptions
-from proxy.profiles import UnknownProfileError, profile_named
+from proxy.profiles import PROFILES, Profile
 from proxy.refusals import RefusedError
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry, Upstream, normal_host
 
@@ -84,19 +84,23 @@ class Wanted:
 class Routing:
     """The directory's picture, as the engine asks it."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, profiles: Mapping[str, Profile] = PROFILES) -> None:
         self.directory: Final = directory
         self.listeners: Final[Mapping[str, Listener]] = {
             listener.spec: listener for listener in _listeners(directory)
         }
+        self._profiles: Final = profiles
         self._options: Final[dict[NetworkService, ProfileOptions]] = {}
         self.broken: Final[dict[NetworkService, str]] = {}
         """Services that cannot be served: their profile is unknown, or does not know its options."""
         for entry in directory.services.values():
+            profile = profiles.get(entry.profile)
+            if profile is None:
+                self.broken[entry.owner] = f"there is no profile {entry.profile!r}"
+                continue
             try:
-                options = profile_named(entry.profile).options
-                self._options[entry.owner] = options.of(entry.profile_options)
-            except (UnknownProfileError, FormatError) as error:
+                self._options[entry.owner] = profile.options.of(entry.profile_options)
+            except FormatError as error:
                 self.broken[entry.owner] = str(error)
         self._managed: Final = frozenset(
             (entry.owner.tenant, entry.upstream.host) for entry in directory.services.values()
@@ -168,6 +172,10 @@ class Routing:
         if options is None:
             raise RefusedError(refusals.INTERNAL)  # `broken` says why
         return Route(service=service, mode=mode, options=options, stored=options.policy_for(wanted.target))
+
+    def profile(self, service: ServiceEntry) -> Profile:
+        """Of a service that `route` has led to."""
+        return self._profiles[service.profile]
 
     def _on_list(self, tenant: TenantEntry, host: str) -> bool:
         """On the tenant's list of hosts to tunnel, and not a managed host at any port."""

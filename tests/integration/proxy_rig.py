@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from proxy.engine import Engine, upstream_trust
 from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
+from proxy.profiles import PROFILES, Profile
 from proxy.tenants.model import (
     CertificateFiles,
     Directory,
@@ -286,6 +287,7 @@ async def proxy(
     http2: bool = True,
     wait_s: float = 0.2,
     proxy_certificate: tuple[Path, Path] | None = None,
+    profiles: Mapping[str, Profile] = PROFILES,
 ) -> AsyncIterator[Rig]:
     """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`."""
     clock = SystemClock()
@@ -302,7 +304,7 @@ async def proxy(
     metrics = ProxyMetrics(registry)
     async with Prefetch(upstream_trust(engine_settings.upstream_ca_file)) as prefetch:
         addon = SealgateAddon(keys=keys, audit=audit, prefetch=prefetch, metrics=metrics, wait_s=wait_s)
-        engine = Engine(engine_settings, addon, clock)
+        engine = Engine(engine_settings, addon, clock, profiles=profiles)
         rig = Rig(directory, engine_settings, keys, audit, metrics, registry, engine)
         try:
             yield rig
