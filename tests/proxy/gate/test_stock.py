@@ -40,7 +40,7 @@ CASES = (
 # The same of bodies that are collected.
 COLLECT_CASES = (
     "test_what_nobody_approved_stays_here[h1-h1]",
-    "test_more_than_the_limit_is_refused[h1-h1-True]",
+    "test_more_than_the_limit_is_refused[True-h1-h1]",
     "test_an_answer_longer_than_the_limit_is_refused",
     "test_what_cannot_be_settled_ends_the_message[<lambda>-upstream-changed-h1-h1]",
 )
