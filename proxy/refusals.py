@@ -152,6 +152,129 @@ TOO_MANY: Final = _refusal(
     retry_after_s=1,
 )
 
+# Signatures of requests (AWS Signature Version 4, proxy/profiles/s3).
+SIGNATURE_MISMATCH: Final = _refusal(
+    403,
+    "signature-mismatch",
+    "The signature of the request, or of a chunk of its body, is not what this access key's secret makes.",
+    "Check the secret access key and what changes the request between client and proxy.",
+)
+ACCESS_KEY_UNKNOWN: Final = _refusal(
+    403,
+    "access-key-unknown",
+    "The access key is not in the vault of this service, or has ended.",
+    _ADMIN + " to add it by `sealgate s3-credential add`.",
+)
+REQUEST_SKEWED: Final = _refusal(
+    403,
+    "request-time-skewed",
+    "The request is dated more than five minutes before or after now.",
+    "Set the client's clock.",
+)
+SIGNATURE_EXPIRED: Final = _refusal(
+    403, "signature-expired", "The presigned URL has expired, or is not good yet.", "Make a new one."
+)
+AUTHORIZATION_MALFORMED: Final = _refusal(
+    400,
+    "authorization-malformed",
+    "The signature's parameters are missing, malformed, or contradict each other.",
+    "Mend the client; retrying will not help.",
+)
+HEADERS_NOT_SIGNED: Final = _refusal(
+    403,
+    "headers-not-signed",
+    "Host and every x-amz-* header of the request must be signed.",
+    "Mend the client; retrying will not help.",
+)
+SIGNATURE_VERSION: Final = _refusal(
+    400,
+    "signature-version",
+    "Only AWS4-HMAC-SHA256 can be verified and made anew; this is SigV2, SigV4A or something else.",
+    "Use Signature Version 4 (boto3: Config(signature_version='s3v4')).",
+)
+SESSION_TOKEN: Final = _refusal(
+    400,
+    "session-token",
+    "Temporary credentials of clients cannot be verified here.",
+    "Use a key of this proxy (`sealgate s3-credential add --generate`).",
+)
+ANONYMOUS: Final = _refusal(
+    403, "request-not-signed", "Requests to this service have to be signed.", "Give the client an access key."
+)
+CANNOT_SIGN: Final = _refusal(
+    403,
+    "cannot-sign-anew",
+    "This request has to be changed, and its access key is not in the vault to sign it anew.",
+    _ADMIN + " to add it by `sealgate s3-credential add`.",
+)
+PAYLOAD_MISMATCH: Final = _refusal(
+    400,
+    "payload-mismatch",
+    "The body is not the one whose SHA-256 the request has signed.",
+    "Send the body again.",
+)
+INVALID_DIGEST: Final = _refusal(
+    400,
+    "invalid-digest",
+    "A digest or checksum in the request is no value of its kind, or is missing where it was announced.",
+    "Mend the client; retrying will not help.",
+)
+
+# Uploads of several requests.
+MALFORMED_DOCUMENT: Final = _refusal(
+    400,
+    "malformed-document",
+    "The document in the request is not what this operation is asked with.",
+    "Mend the client; retrying will not help.",
+)
+PART_UNKNOWN: Final = _refusal(
+    400,
+    "part-unknown",
+    "A listed part is not known here: it was sent another way, or again since, or its state was lost.",
+    "Upload the part again, or start the upload over.",
+)
+PART_ORDER: Final = _refusal(
+    400, "part-order", "The listed parts are not in rising order.", "List them by rising number."
+)
+PART_TOO_SMALL: Final = _refusal(
+    400,
+    "part-too-small",
+    "A part that is not the last one is smaller than the service takes.",
+    "Upload larger parts.",
+)
+PART_NUMBER: Final = _refusal(
+    400,
+    "part-number",
+    "This part number is not usable: the highest one is needed for what ends a sealed object in parts.",
+    "Use larger and fewer parts.",
+)
+UPLOAD_SIZE: Final = _refusal(
+    400,
+    "upload-size",
+    "The parts together do not have the size that the request declares.",
+    "Check which parts were listed.",
+)
+UPLOADS_FULL: Final = _refusal(
+    503,
+    "uploads-full",
+    "No more can be remembered of uploads in parts that are under way.",
+    "Try again later; end or abort uploads that lie about.",
+    retry_after_s=60,
+)
+UPLOADS_UNAVAILABLE: Final = _refusal(
+    503,
+    "uploads-unavailable",
+    "The database that remembers uploads in parts cannot be used, so nothing was acknowledged.",
+    _ADMIN + ": see the log.",
+    retry_after_s=10,
+)
+COPY_SOURCE: Final = _refusal(
+    400,
+    "copy-source",
+    "The source of the copy cannot be read as an object of this service.",
+    "Name an object of this service as the source.",
+)
+
 # What the administrator of the proxy may mend.
 UNMANAGED_HOST: Final = _refusal(
     403,
