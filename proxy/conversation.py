@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final, override
 
 from envelope.multipart import Manifest, seal_ending
-from envelope.objects import Header, has_magic, sealed_length
+from envelope.objects import Header, has_magic, plain_length, sealed_length
 from proxy import refusals
 from proxy.asking import AskingError, ServiceAnswer, Source
 from proxy.bodies import SealBody, sealing_key
@@ -20,12 +20,24 @@ from proxy.gate.permit import Transform
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ByteRange, content_range
 from proxy.opening import OpenBody
-from proxy.plan import NO_EDITS, Conversation, EmptyBody, Opened, OpenRange, PartOf, Request, Sealed
-from proxy.prefetch import Beginning, Prefetch
+from proxy.plan import (
+    NO_EDITS,
+    Conversation,
+    EmptyBody,
+    Inspected,
+    Opened,
+    OpenRange,
+    PartOf,
+    Request,
+    Sealed,
+    StoredKind,
+)
+from proxy.prefetch import Beginning, Prefetch, kind_of
 from proxy.profile_options import StoredPolicy
 from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import RefusedError
+from proxy.uploads import UploadStore
 
 MAX_ANSWER_BYTES: Final = 1024 * 1024
 """What `ServiceAnswer.read` is mostly given: an answer to a command, not a file."""
@@ -67,6 +79,7 @@ class ServiceConversation(Conversation):
         reading: Reading,
         composites: bool,
         wait_s: float,
+        uploads: UploadStore | None,
         body: bytes = b"",
     ) -> None:
         self.request = request
@@ -78,6 +91,14 @@ class ServiceConversation(Conversation):
         self._reading = reading
         self._composites = composites
         self._wait_s = wait_s
+        self._uploads = uploads
+
+    @property
+    @override
+    def uploads(self) -> UploadStore:
+        if self._uploads is None:
+            raise RefusedError(refusals.UPLOADS_UNAVAILABLE)
+        return self._uploads
 
     # ---- the service
 
@@ -175,7 +196,7 @@ class ServiceConversation(Conversation):
         self, source: Source, begin: Beginning, wanted: ByteRange | None
     ) -> tuple[tuple[int, int], int, Transform | None]:
         """Stored range to ask for, the whole object's length, and what opens it (None: it is not sealed)."""
-        read = Read(route=self.request.route, trail=self._trail, source=source, composites=self._composites)
+        read = self._read(source)
         every = ByteRange(first=0, last=None)
         if not has_magic(begin.data):
             if self.request.route.policy is StoredPolicy.STRICT:
@@ -194,9 +215,41 @@ class ServiceConversation(Conversation):
         return asked.stored, asked.plain_bytes, self._reading.open_part(read)
 
     @override
+    async def inspect(self, target: str | None = None) -> Inspected | None:
+        source = self._source if target is None else replace(self._source, target=target)
+        try:
+            begin = await self._prefetch.beginning(source)
+            return None if begin is None else await self._inspected(source, begin)
+        except AskingError as error:
+            raise RefusedError(refusals.UPSTREAM) from error
+
+    async def _inspected(self, source: Source, begin: Beginning) -> Inspected:
+        read, kind = self._read(source), kind_of(begin.data)
+        manifest, plain_bytes = None, begin.stored_bytes
+        if kind is StoredKind.OTHER:
+            if self.request.route.policy is StoredPolicy.STRICT:
+                raise RefusedError(refusals.NOT_SEALED)
+        else:
+            self._reading.find_key(read, size_bytes=begin.stored_bytes)(Header.parse(begin.data))
+            if kind is StoredKind.SIMPLE:
+                plain_bytes = plain_length(begin.stored_bytes)
+            else:
+                manifest = await self._reading.manifest(read, begin)
+                plain_bytes = manifest.plain_bytes
+        return Inspected(
+            kind=kind,
+            stored_bytes=begin.stored_bytes,
+            plain_bytes=plain_bytes,
+            etag=begin.etag,
+            manifest=manifest,
+        )
+
+    def _read(self, source: Source) -> Read:
+        return Read(route=self.request.route, trail=self._trail, source=source, composites=self._composites)
+
+    @override
     async def composite_bytes(self, target: str, *, etag: str | None, stored_bytes: int) -> int | None:
-        source = replace(self._source, target=target)
-        read = Read(route=self.request.route, trail=self._trail, source=source, composites=self._composites)
+        read = self._read(replace(self._source, target=target))
         return await self._reading.size_of(read, etag=etag, stored_bytes=stored_bytes)
 
     def opening_key(self, header: Header) -> DataKey:

@@ -21,6 +21,7 @@ from proxy.message import AnswerHead, BodyFrame, ByteRange, ExpectedDigest, Fiel
 from proxy.profile_options import ProfileOptions, StoredPolicy
 from proxy.refusals import Refusal
 from proxy.tenants.model import Directory, ServiceEntry
+from proxy.uploads import UploadStore
 
 EMPTY_DIRECTORY: Final = Directory.of(0, (), ())
 
@@ -160,6 +161,26 @@ class Opened:
     pieces: AsyncIterator[bytes]
 
 
+class StoredKind(Enum):
+    """What a stored object is, by its first bytes."""
+
+    OTHER = "other"  # none of ours
+    SIMPLE = "simple"
+    COMPOSITE = "composite"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What could be told of a stored object without reading it."""
+
+    kind: StoredKind
+    stored_bytes: int
+    plain_bytes: int
+    etag: str | None
+    manifest: Manifest | None
+    """Of a composite."""
+
+
 class Sealing(Protocol):
     """Plaintext on its way to become one message: iterate it once, then ask what it became."""
 
@@ -180,6 +201,11 @@ class Conversation(ABC):
     request: Request
     body: bytes
     """What the client has sent, if it was to be collected."""
+
+    @property
+    @abstractmethod
+    def uploads(self) -> UploadStore:
+        """What is remembered of uploads in parts. RefusedError(UPLOADS_UNAVAILABLE) where there is none."""
 
     @abstractmethod
     def ask(
@@ -226,6 +252,13 @@ class Conversation(ABC):
 
         *fields* go with the read of the content: conditions, say. RefusedError: RangeRefusal, what a GET of
         it would be refused with, UPSTREAM_CHANGED, SERVICE_ANSWER if nothing comes that could be opened.
+        """
+
+    @abstractmethod
+    async def inspect(self, target: str | None = None) -> Inspected | None:
+        """What lies at *target* (None: the client's); None: the service does not say. Its key is asked for.
+
+        RefusedError as a GET of it would be refused.
         """
 
     @abstractmethod

@@ -12,7 +12,6 @@
 import hashlib
 import ssl
 from dataclasses import dataclass
-from enum import Enum
 from types import TracebackType
 from typing import Final, Self
 
@@ -31,8 +30,9 @@ from proxy.asking import Asking, AskingError, Source
 from proxy.keys.cache import DataKey
 from proxy.message import content_range, strong_etag
 from proxy.opening import is_part
+from proxy.plan import StoredKind
 
-__all__ = ["Beginning", "Kind", "Prefetch", "PrefetchError", "Source"]
+__all__ = ["Beginning", "Prefetch", "PrefetchError", "Source"]
 
 MAX_PROVEN: Final = 4096
 MAX_ENDING_BYTES: Final = 4 * 1024 * 1024
@@ -44,19 +44,11 @@ _TOTAL_S: Final = 15.0
 PrefetchError = AskingError
 
 
-class Kind(Enum):
-    """What an object is, by its first bytes."""
-
-    OTHER = "other"  # none of ours
-    SIMPLE = "simple"
-    COMPOSITE = "composite"
-
-    @classmethod
-    def of(cls, begin: bytes) -> "Kind":
-        """A guess from what is written there, as long as nothing has been opened."""
-        if not has_magic(begin):
-            return cls.OTHER
-        return cls.COMPOSITE if is_part(begin) else cls.SIMPLE
+def kind_of(begin: bytes) -> StoredKind:
+    """A guess from what is written there, as long as nothing has been opened."""
+    if not has_magic(begin):
+        return StoredKind.OTHER
+    return StoredKind.COMPOSITE if is_part(begin) else StoredKind.SIMPLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +68,7 @@ class Prefetch:
     def __init__(self, trust: ssl.SSLContext, *, max_proven: int = MAX_PROVEN) -> None:
         self.asking: Final = Asking(trust)
         self._proven: LRUCache[bytes, int] = LRUCache(maxsize=max_proven)
-        self._kinds: LRUCache[bytes, Kind] = LRUCache(maxsize=max_proven)
+        self._kinds: LRUCache[bytes, StoredKind] = LRUCache(maxsize=max_proven)
         self._manifests: LRUCache[bytes, Ending] = LRUCache(
             maxsize=MAX_LISTED_PARTS, getsizeof=lambda ending: len(ending.manifest.parts)
         )
@@ -97,7 +89,7 @@ class Prefetch:
         """The object's first bytes; None if the service does not serve them as a range. PrefetchError."""
         return await self._piece(source, (0, PREFIX_SIZE), etag=None)
 
-    async def kind(self, source: Source, etag: str | None) -> Kind | None:
+    async def kind(self, source: Source, etag: str | None) -> StoredKind | None:
         """What the object is; None if that cannot be told. PrefetchError.
 
         *etag*: the strong one of the answer this is about; an object that has another by now tells nothing.
@@ -108,7 +100,7 @@ class Prefetch:
         begin = await self.beginning(source)
         if begin is None or begin.etag != etag:
             return None
-        kind = Kind.of(begin.data)
+        kind = kind_of(begin.data)
         if mark is not None:
             self._kinds[mark] = kind
         return kind

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from envelope.keys import NetworkService
-from envelope.multipart import Ending, composite_range
+from envelope.multipart import Ending, Manifest, composite_range
 from envelope.objects import MAGIC, PREFIX_SIZE, Bind, Header, has_magic, plain_length, sealed_range
 from proxy import refusals
 from proxy.gate.permit import CLEAR, Clear
@@ -30,8 +30,9 @@ from proxy.plan import (
     OpenWhole,
     RangeRefusal,
     Route,
+    StoredKind,
 )
-from proxy.prefetch import Beginning, Kind, Prefetch, PrefetchError, Source
+from proxy.prefetch import Beginning, Prefetch, PrefetchError, Source
 from proxy.profile_options import StoredPolicy
 from proxy.recording import Trail
 from proxy.refusals import RefusedError
@@ -136,10 +137,7 @@ class Reading:
     async def _asked_of_composite(self, read: Read, plan: OpenRange, begin: Beginning) -> AskedRange:
         find_key = self.find_key(read, size_bytes=begin.stored_bytes)
         find_key(Header.parse(begin.data))
-        ending = await self._ending(read, find_key, etag=begin.etag, stored_bytes=begin.stored_bytes)
-        if ending is None:
-            raise RefusedError(refusals.UPSTREAM_CHANGED)
-        manifest = ending.manifest
+        manifest = await self.manifest(read, begin)
         span = plan.wanted.resolve(manifest.plain_bytes)
         if span is None:
             raise RefusedError(RangeRefusal.of(manifest.plain_bytes))
@@ -165,6 +163,16 @@ class Reading:
             etag=begin.etag,
             composite=manifest,
         )
+
+    async def manifest(self, read: Read, begin: Beginning) -> Manifest:
+        """Of the composite that begins so. RefusedError; PrefetchError; what opening raises."""
+        if not read.composites:
+            raise RefusedError(refusals.OBJECT_INVALID)
+        find_key = self.find_key(read, size_bytes=begin.stored_bytes)
+        ending = await self._ending(read, find_key, etag=begin.etag, stored_bytes=begin.stored_bytes)
+        if ending is None:
+            raise RefusedError(refusals.UPSTREAM_CHANGED)
+        return ending.manifest
 
     def _legacy_range(self, read: Read, plan: OpenRange, begin: Beginning, fields: Fields) -> RangePlan:
         """A range of what was there before us. Only where it can be pinned to what was looked at."""
@@ -213,9 +221,9 @@ class Reading:
                 else None
             )
             # A coding that cannot be looked through may hide what is sealed.
-            is_sealed = known in (Kind.SIMPLE, Kind.COMPOSITE)
+            is_sealed = known in (StoredKind.SIMPLE, StoredKind.COMPOSITE)
             may_be_legacy = not is_sealed and CODINGS.issuperset(codings) and len(codings) <= 1
-            may_be_sealed = may_be_sealed and known is not Kind.OTHER
+            may_be_sealed = may_be_sealed and known is not StoredKind.OTHER
             if may_be_legacy:
                 out_bytes = None if may_be_sealed else plan.stored_bytes
         etag = strong_etag(answer.fields)
@@ -261,13 +269,13 @@ class Reading:
     async def size_of(self, read: Read, *, etag: str | None, stored_bytes: int) -> int | None:
         """The same for the object of *read*, as far as is known of it."""
         kind = await self._kind(read, etag)
-        if kind is None or (kind is Kind.COMPOSITE and not read.composites):
+        if kind is None or (kind is StoredKind.COMPOSITE and not read.composites):
             return None
-        if kind is Kind.OTHER:
+        if kind is StoredKind.OTHER:
             if read.route.policy is StoredPolicy.STRICT:
                 raise RefusedError(refusals.NOT_SEALED)
             return stored_bytes
-        if kind is Kind.SIMPLE:
+        if kind is StoredKind.SIMPLE:
             return plain_length(stored_bytes)
         find_key = self.find_key(read, size_bytes=stored_bytes)
         try:
@@ -277,7 +285,7 @@ class Reading:
             return None
         return None if ending is None else ending.manifest.plain_bytes
 
-    async def _kind(self, read: Read, etag: str | None) -> Kind | None:
+    async def _kind(self, read: Read, etag: str | None) -> StoredKind | None:
         try:
             return await self.prefetch.kind(read.source, etag)
         except PrefetchError as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from envelope.keys import NetworkService
-from proxy.prefetch import Kind, Prefetch, PrefetchError, Source
+from proxy.plan import StoredKind
+from proxy.prefetch import Prefetch, PrefetchError, Source
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from tests.fakes.origin import Exchange, RecordingOrigin, Reply
 
@@ -104,12 +105,12 @@ async def test_what_an_object_is_is_remembered_for_its_version_only() -> None:
     async with RecordingOrigin().listening() as origin, Prefetch(ssl.create_default_context()) as prefetch:
         origin.reply = ranged(sealed)
         for _ in range(2):
-            assert await prefetch.kind(source(origin.port), '"v1"') is Kind.SIMPLE
+            assert await prefetch.kind(source(origin.port), '"v1"') is StoredKind.SIMPLE
         assert len(origin.exchanges) == 1
         assert await prefetch.kind(source(origin.port), '"v2"') is None
         origin.reply = ranged(bytes(200), etag=None)
         for _ in range(2):
-            assert await prefetch.kind(source(origin.port), None) is Kind.OTHER
+            assert await prefetch.kind(source(origin.port), None) is StoredKind.OTHER
         assert len(origin.exchanges) == 4
         assert await prefetch.kind(source(origin.port, "/other"), '"v1"') is None
 
@@ -124,7 +125,7 @@ async def test_few_things_are_remembered() -> None:
     ):
         origin.reply = reply
         for name in ("/a", "/b", "/c", "/a"):
-            assert await prefetch.kind(source(origin.port, name), f'"{name}"') is Kind.OTHER
+            assert await prefetch.kind(source(origin.port, name), f'"{name}"') is StoredKind.OTHER
         assert len(origin.exchanges) == 4
 
 
