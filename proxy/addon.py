@@ -36,6 +36,7 @@ from proxy.prefetch import Prefetch
 from proxy.recording import Recorder, Trail, path_of
 from proxy.refusals import Refusal, RefusedError
 from proxy.routing import Holder, Listener, Routing, Wanted
+from proxy.uploads import UploadStore
 from proxy.users.identification import Identity, Shown, address_of, identify, still_holds
 from runtime.audit import AuditLog
 from runtime.clock import Clock, SystemClock
@@ -98,7 +99,10 @@ def fail_closed(hook: _FlowHook) -> _FlowHook:
 
 
 class SealgateAddon:
-    """The only addon of ours in the engine. *wait_s*: how long an upload waits for a key that is late."""
+    """The only addon of ours in the engine. *wait_s*: how long an upload waits for a key that is late.
+
+    Without *uploads* nothing that takes several requests is taken.
+    """
 
     def __init__(
         self,
@@ -108,9 +112,10 @@ class SealgateAddon:
         prefetch: Prefetch,
         metrics: ProxyMetrics,
         wait_s: float,
+        uploads: UploadStore | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._exchanges = Exchanges(keys, prefetch, wait_s=wait_s)
+        self._exchanges = Exchanges(keys, prefetch, uploads=uploads, wait_s=wait_s)
         self._recorder = Recorder(audit, metrics)
         self._metrics = metrics
         self._clock = clock or SystemClock()

@@ -27,6 +27,7 @@ from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ExpectedDigest
 from proxy.plan import Decoder, EmptyBody, PartOf, Reshape, Reshaper, Seal, Sealed
 from proxy.refusals import Refusal, RefusedError
+from proxy.uploads import UploadsFullError, UploadsUnavailableError
 from runtime.audit import AuditUnavailableError
 
 type Meter = Callable[[int], None]
@@ -52,6 +53,10 @@ def refusal_for(error: SealgateError) -> Refusal:
             return refusals.AUDIT_UNAVAILABLE
         case FormatError() | IntegrityError():
             return refusals.OBJECT_INVALID
+        case UploadsUnavailableError():
+            return refusals.UPLOADS_UNAVAILABLE
+        case UploadsFullError():
+            return refusals.UPLOADS_FULL
         case _:
             return refusals.INTERNAL
 

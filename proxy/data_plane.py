@@ -14,13 +14,14 @@ from prometheus_client import CollectorRegistry
 
 from envelope.errors import MisuseError
 from proxy.addon import SealgateAddon
-from proxy.config import Settings
+from proxy.config import Settings, database_url
 from proxy.encryption_service.service import EncryptionService
 from proxy.engine import Engine, upstream_trust
 from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
 from proxy.tenants.model import Directory
+from proxy.uploads import UploadStore
 from runtime.audit import AuditLog
 from runtime.cli import CommandError, ExitCode
 from runtime.clock import Clock
@@ -47,6 +48,7 @@ class DataPlane:
         self._registry = registry
         self._parts = contextlib.AsyncExitStack()
         self._addon: SealgateAddon | None = None
+        self._uploads: UploadStore | None = None
         self._engine: Engine | None = None
         self._service: EncryptionService | None = None
 
@@ -77,10 +79,14 @@ class DataPlane:
         prefetch = await self._parts.enter_async_context(
             Prefetch(upstream_trust(settings.engine.upstream_ca_file))
         )
+        self._uploads = await self._parts.enter_async_context(
+            UploadStore.open(database_url(settings.proxy), clock=clock)
+        )
         self._addon = SealgateAddon(
             keys=self._keys,
             audit=self._audit,
             prefetch=prefetch,
+            uploads=self._uploads,
             metrics=ProxyMetrics(self._registry),
             wait_s=settings.keys.wait_s,
             clock=clock,
@@ -130,6 +136,8 @@ class DataPlane:
         ]
         if self._service is not None:
             tasks.append(group.create_task(self._service.sweep(), name="service:sweep"))
+        if self._uploads is not None:
+            tasks.append(group.create_task(self._uploads.keep_swept(), name="uploads:sweep"))
         return tasks
 
     async def apply(self, directory: Directory) -> None:

@@ -53,6 +53,7 @@ from proxy.profiles.profile import Profile
 from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import Refusal, RefusedError
+from proxy.uploads import UploadStore
 
 type ClientBody = SealBody | ReshapeBody | OpenBody | OpenRangeBody
 """What holds a key while it runs."""
@@ -94,10 +95,13 @@ def exchange_of(flow: HTTPFlow) -> Exchange | None:
 class Exchanges:
     """Carries plans out. *wait_s*: how long an upload waits for a key that is late."""
 
-    def __init__(self, keys: KeyCache, prefetch: Prefetch, *, wait_s: float) -> None:
+    def __init__(
+        self, keys: KeyCache, prefetch: Prefetch, *, uploads: UploadStore | None, wait_s: float
+    ) -> None:
         self._keys = keys
         self._prefetch = prefetch
         self._reading = Reading(keys, prefetch)
+        self._uploads = uploads
         self._wait_s = wait_s
 
     # ---- requests
@@ -165,6 +169,7 @@ class Exchanges:
             reading=self._reading,
             composites=exchange.profile.makes_composites,
             wait_s=self._wait_s,
+            uploads=self._uploads,
             body=collected.body() if collected is not None else b"",
         )
 

@@ -14,8 +14,9 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
+import structlog
 from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, func, insert, select
 from sqlalchemy.engine import make_url
 
@@ -40,6 +41,8 @@ MAX_TAGS: Final = 4
 MAX_ROWS: Final = 40_000
 """Of one upload."""
 _BUSY_TIMEOUT_S: Final = 10.0
+
+_log = structlog.get_logger(__name__)
 
 
 class UploadsUnavailableError(SealgateError):
@@ -263,6 +266,15 @@ class UploadStore:
             connection.execute(delete(table).where(_of(table, upload)))
 
     # ---- time
+
+    async def keep_swept(self) -> NoReturn:
+        """Sweep every hour."""
+        while True:
+            await self._clock.sleep(SWEEP_S)
+            try:
+                await self.sweep()
+            except UploadsUnavailableError as error:
+                _log.warning("uploads not swept", cause=str(error))
 
     async def sweep(self) -> int:
         """Forget uploads that nothing has happened to for too long; how many."""

@@ -25,6 +25,7 @@ from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
 from proxy.profiles import PROFILES, Profile
+from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import (
     CertificateFiles,
     Directory,
@@ -34,6 +35,7 @@ from proxy.tenants.model import (
     TenantEntry,
     Upstream,
 )
+from proxy.uploads import UploadStore
 from proxy.users.model import Password, UserEntry
 from runtime.audit import AuditLog
 from runtime.clock import SystemClock
@@ -302,8 +304,15 @@ async def proxy(
     audit = AuditLog.open(directory / "audit.jsonl", clock)
     keys = KeyCache(clock)
     metrics = ProxyMetrics(registry)
-    async with Prefetch(upstream_trust(engine_settings.upstream_ca_file)) as prefetch:
-        addon = SealgateAddon(keys=keys, audit=audit, prefetch=prefetch, metrics=metrics, wait_s=wait_s)
+    database = f"sqlite:///{directory / 'uploads' / 'directory.db'}"
+    DirectoryStore.open(database, directory / "uploads", clock=clock).close()  # makes the schema
+    async with (
+        Prefetch(upstream_trust(engine_settings.upstream_ca_file)) as prefetch,
+        UploadStore.open(database, clock=clock) as uploads,
+    ):
+        addon = SealgateAddon(
+            keys=keys, audit=audit, prefetch=prefetch, metrics=metrics, wait_s=wait_s, uploads=uploads
+        )
         engine = Engine(engine_settings, addon, clock, profiles=profiles)
         rig = Rig(directory, engine_settings, keys, audit, metrics, registry, engine)
         try:
