@@ -1,0 +1,152 @@
+"""The signature of what leaves: made anew with the vault's secret, or the client's own where nothing changed.
+
+1. It is made last, over the head as it will leave, with the time at which it leaves: each request of a long
+   conversation has a signature of its own.
+2. The body is not signed (`UNSIGNED-PAYLOAD`): it is sealed, authenticated by its seal, and goes by TLS. A
+   request without a body signs that.
+3. What the client signed with goes: Authorization, the parameters of a presigned URL, its dates, its words
+   for the body. Every `x-amz-*` header that stays is signed.
+4. Without a secret nothing may change that the client has signed: method, path, query, Host, signed headers,
+   and the body unless it was said not to be signed. It is compared here, and refused if it differs.
+5. The host is the service's, with the bucket before it where the client had it there.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from proxy import refusals, sigv4
+from proxy.asking import Outgoing
+from proxy.message import Fields, RequestHead
+from proxy.profiles.s3.addressing import Address
+from proxy.profiles.s3.authentication import SERVICE, UNSIGNED, Authenticated, signing_headers
+from proxy.profiles.s3.routes import is_authentication
+from proxy.refusals import RefusedError
+from proxy.sigv4 import Headers, Scope
+
+# What the client signed with, and its words for a body that is not sent as it came.
+_REPLACED: Final = frozenset(
+    {
+        "authorization",
+        "date",
+        "host",
+        "x-amz-content-sha256",
+        "x-amz-date",
+        "x-amz-decoded-content-length",
+        "x-amz-security-token",
+        "x-amz-trailer",
+    }
+)
+_ALSO_SIGNED: Final = frozenset({"content-md5", "content-type"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resigner:
+    """Signs in the name of a verified client (rules 1 to 3, 5)."""
+
+    authenticated: Authenticated = field(repr=False)
+    address: Address
+    host: str
+    """The service's, as its Host field names it."""
+    region: str | None
+    """The one to sign for; None: the client's."""
+    wall_s: Callable[[], float]
+
+    def __call__(self, outgoing: Outgoing) -> Outgoing:
+        """RefusedError(CANNOT_SIGN) if there is nothing to sign with."""
+        credential, secrets = self.authenticated.credential, self.authenticated.secrets
+        if credential is None or secrets is None:
+            raise RefusedError(refusals.CANNOT_SIGN)
+        path, mark, query = without_authentication(outgoing.target).partition("?")
+        kept = [item for item in outgoing.fields if item[0].decode("latin-1").lower() not in _REPLACED]
+        amz_date = sigv4.amz_date(self.wall_s())
+        scope = Scope(amz_date[:8], self.region or self.authenticated.region, SERVICE)
+        payload = UNSIGNED if _has_body(kept) else sigv4.EMPTY_SHA256
+        host = upstream_host(self.address, self.host)
+        ours = [("Host", host), ("X-Amz-Date", amz_date), ("X-Amz-Content-Sha256", payload)]
+        if secrets.session_token is not None:
+            ours.append(("X-Amz-Security-Token", secrets.session_token))
+        fields = (*kept, *((name.encode(), value.encode()) for name, value in ours))
+        headers = _headers(fields)
+        names = sorted({name for name, _ in headers if _is_signed(name)})
+        canonical = sigv4.canonical_request(
+            method=outgoing.method,
+            path=path if self.authenticated.path_as_sent else sigv4.canonical_path(path),
+            query=sigv4.canonical_query(query),
+            signed_headers=";".join(names),
+            headers=headers,
+            payload=payload,
+        )
+        key = sigv4.signing_key(secrets.signs_with, scope)
+        signature = sigv4.signature(key, sigv4.string_to_sign(amz_date, scope, canonical))
+        authorization = (
+            f"{sigv4.ALGORITHM} Credential={credential.upstream_access_key}/{scope}, "
+            f"SignedHeaders={';'.join(names)}, Signature={signature}"
+        )
+        return Outgoing(
+            method=outgoing.method,
+            target=path + mark + query,
+            fields=(*fields, (b"Authorization", authorization.encode())),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unchanged:
+    """Lets pass what is still as its client has signed it, or has not signed at all (rules 4, 5)."""
+
+    authenticated: Authenticated = field(repr=False)
+    head: RequestHead
+    address: Address
+    host: str
+
+    def __call__(self, outgoing: Outgoing) -> Outgoing:
+        """RefusedError(CANNOT_SIGN) if something differs that was signed."""
+        host = upstream_host(self.address, self.host)
+        fields = tuple(item for item in outgoing.fields if item[0].lower() != b"host")
+        fields = (*fields, (b"Host", host.encode()))
+        if self.authenticated.signed_headers:
+            self._compare(outgoing, _headers(fields))
+        return Outgoing(method=outgoing.method, target=outgoing.target, fields=fields)
+
+    def _compare(self, outgoing: Outgoing, headers: Headers) -> None:
+        theirs = signing_headers(self.head)
+        same = (outgoing.method, outgoing.target) == (self.head.method, self.head.target) and all(
+            _values(headers, name) == _values(theirs, name) for name in self.authenticated.signed_headers
+        )
+        has_body = _has_body(outgoing.fields)
+        if not same or (has_body and self.authenticated.payload not in (None, UNSIGNED)):
+            raise RefusedError(refusals.CANNOT_SIGN)
+
+
+def upstream_host(address: Address, host: str) -> str:
+    return f"{address.bucket}.{host}" if address.virtual_host else host
+
+
+def without_authentication(target: str) -> str:
+    """*target* without the parameters of a presigned URL, every other byte as it was."""
+    path, mark, query = target.partition("?")
+    if not mark:
+        return target
+    kept = [part for part in query.split("&") if not is_authentication(part.partition("=")[0])]
+    return f"{path}?{'&'.join(kept)}" if kept else path
+
+
+def _is_signed(name: str) -> bool:
+    return name == "host" or name in _ALSO_SIGNED or name.startswith("x-amz-")
+
+
+def _headers(fields: tuple[tuple[bytes, bytes], ...]) -> Headers:
+    mapping = Fields(fields)
+    return [(name, value) for name in mapping for value in mapping.all(name)]
+
+
+def _values(headers: Headers, name: str) -> list[str]:
+    return [value for its_name, value in headers if its_name == name]
+
+
+def _has_body(fields: Iterable[tuple[bytes, bytes]]) -> bool:
+    for name, value in fields:
+        lower = name.lower()
+        if lower == b"transfer-encoding" or (lower == b"content-length" and value.strip() != b"0"):
+            return True
+    return False
