@@ -103,6 +103,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/registry/model.py": _STORE,
     "key_agent/registry/states.py": _STORE,
     "key_agent/registry/tables.py": _STORE,
+    "key_agent/reencryption/connector.py": (
+        "tests/key_agent/reencryption/test_webdav.py",
+        "an interface: one connector, and a store in memory that the job's tests use",
+    ),
     "key_agent/setup.py": ("tests/key_agent/test_config.py", "what it sets up is what the settings say"),
     "key_agent/sources/envelopes.py": _WORKER,
     "key_agent/sources/hsm/diagnosis.py": ("tests/key_agent/sources/test_diagnosis.py", _WORKER[1]),

@@ -1,0 +1,176 @@
+"""A re-encryption: every object of a store that an old key sealed is written anew, each exactly once.
+
+1. The cursor and what is under way are committed before a batch is touched; what became of it, after. Whoever
+   is killed in between finds the batch there and looks at each of its objects again: one that no old key
+   seals any more was written, and counts once.
+2. Objects are taken in the order of their names, so the cursor is one name. What was written behind it while
+   the job ran was sealed by an active key: an old one seals nothing.
+3. One object that cannot be rewritten does not hold up the others. It is counted and named, and the job is
+   done only when a further pass finds none of them.
+4. A store that does not answer ends the run, not the job: it goes on from its cursor.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Final, Protocol
+
+from envelope.keys import KeyId
+from key_agent.reencryption.connector import Connector, Rewrite, StoreError
+
+BATCH: Final = 32
+CONCURRENCY: Final = 4
+MAX_FAILURES_NAMED: Final = 1000
+_TRIES: Final = 3
+
+
+class JobState(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    """A whole pass found nothing that the old keys seal."""
+    INCOMPLETE = "incomplete"
+    """A whole pass is over, and some objects could not be rewritten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a job stands; what the registry keeps of it."""
+
+    job_id: str
+    incident_id: str | None
+    connector: str
+    """What the connector was made from, for people and for going on: no secret in it."""
+    sources: tuple[KeyId, ...]
+    state: JobState = JobState.RUNNING
+    cursor: str = ""
+    """Every name up to here is dealt with."""
+    batch: tuple[str, ...] = ()
+    """Under way: names after the cursor that an old key sealed."""
+    batch_upto: str = ""
+    batch_beside: int = 0
+    """Where the cursor goes once they are written, and how many others it passes."""
+    scanned: int = 0
+    rewritten: int = 0
+    skipped: int = 0
+    """Sealed by another key, or not by us."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Name -> why, MAX_FAILURES_NAMED at most."""
+    failed: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left that the old keys seal."""
+        return self.state is JobState.DONE
+
+
+class Ledger(Protocol):
+    """Where a job's progress is kept."""
+
+    async def save_progress(self, progress: Progress) -> None:
+        """Durable when it returns."""
+
+
+class ReencryptionJob:
+    def __init__(self, progress: Progress, connector: Connector, ledger: Ledger) -> None:
+        self.progress = progress
+        self._connector = connector
+        self._ledger = ledger
+        self._sources: AbstractSet[KeyId] = frozenset(progress.sources)
+        self._at_once = asyncio.Semaphore(CONCURRENCY)
+
+    async def run(self) -> Progress:
+        """Go on until the end of the pass. StoreError: it can be run again, from where it stands."""
+        if self.progress.state is JobState.INCOMPLETE:
+            await self._save(state=JobState.RUNNING, cursor="", failures={}, failed=0)
+        if self.progress.batch_upto:
+            await self._finish_batch()
+        batch: list[str] = []
+        async for name in self._connector.names(after=self.progress.cursor):
+            batch.append(name)
+            if len(batch) == BATCH:
+                await self._take(batch)
+                batch = []
+        if batch:
+            await self._take(batch)
+        if self.progress.state is JobState.RUNNING:
+            state = JobState.INCOMPLETE if self.progress.failed else JobState.DONE
+            await self._save(state=state)
+        return self.progress
+
+    async def _take(self, names: Sequence[str]) -> None:
+        # Only what an old key seals is under way: most batches cost no commit but the second one.
+        found = await self._each(names)
+        old = tuple(name for name, is_old in zip(names, found, strict=True) if is_old)
+        under_way = {"batch": old, "batch_upto": names[-1], "batch_beside": len(names) - len(old)}
+        if old:
+            await self._save(**under_way)
+        else:
+            self.progress = replace(self.progress, **under_way)  # type: ignore[arg-type]
+        await self._finish_batch()
+
+    async def _each(self, names: Sequence[str]) -> list[bool]:
+        async def look(name: str) -> bool:
+            async with self._at_once:
+                found = await self._connector.look(name)
+            return found is not None and found.key_id in self._sources
+
+        return await _all({f"look:{name}": look(name) for name in names})
+
+    async def _finish_batch(self) -> None:
+        async def rewrite(name: str) -> str | None:
+            async with self._at_once:
+                return await self._rewrite(name)
+
+        names = self.progress.batch
+        became = await _all({f"rewrite:{name}": rewrite(name) for name in names})
+        problems = {name: why for name, why in zip(names, became, strict=True) if why is not None}
+        now = self.progress
+        named = dict([*now.failures.items(), *problems.items()][:MAX_FAILURES_NAMED])
+        await self._save(
+            batch=(),
+            batch_upto="",
+            batch_beside=0,
+            cursor=now.batch_upto,
+            scanned=now.scanned + len(names) + now.batch_beside,
+            rewritten=now.rewritten + len(names) - len(problems),
+            skipped=now.skipped + now.batch_beside,
+            failures=named,
+            failed=now.failed + len(problems),
+        )
+
+    async def _rewrite(self, name: str) -> str | None:
+        """Why *name* is still sealed by an old key; None: it is not."""
+        why = ""
+        for _ in range(_TRIES):
+            found = await self._connector.look(name)
+            if found is None or found.key_id not in self._sources:
+                return None
+            became, why = await self._connector.rewrite(found)
+            if became in (Rewrite.DONE, Rewrite.GONE):
+                return None
+            if became is Rewrite.REFUSED:
+                return why
+        return why
+
+    async def _save(self, **changes: object) -> None:
+        changed = replace(self.progress, **changes)  # type: ignore[arg-type]
+        await self._ledger.save_progress(changed)
+        self.progress = changed
+
+
+async def _all[T](work: Mapping[str, Coroutine[None, None, T]]) -> list[T]:
+    """What each returns, in order. StoreError: one of them met it, and the others were ended."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one, name=name) for name, one in work.items()]
+    except* StoreError as found:
+        first = found
+    else:
+        return [task.result() for task in tasks]
+    raise StoreError(str(_first(first)))
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,286 @@
+"""Objects in a WebDAV store: listed and looked at directly, read and rewritten through the proxy.
+
+1. The first 32 bytes of an object name its key (docs/format.md 2). They are read from the store itself, which
+   learns nothing by that; whoever opens objects is the proxy.
+2. An object is read to its end before a byte of it is written: a body that breaks off replaces nothing, and
+   no server is asked to write what it is still reading. What does not fit into WHOLE_BYTES waits on disk,
+   sealed (spool.py).
+3. It is written with `If-Match` on the entity tag under which its key was read. A weak tag does not say that
+   bytes are the same: such an object is refused, and told.
+4. Answers of the store are bounded; its XML may have no document type.
+"""
+
+import asyncio
+import posixpath
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Final, override
+from urllib.parse import quote, unquote, urlsplit
+from xml.parsers import expat
+
+import aiohttp
+
+from envelope.errors import FormatError
+from envelope.objects import HEADER_SIZE, Header
+from key_agent.reencryption.connector import Connector, Found, Rewrite, StoreError
+from key_agent.reencryption.spool import Spool
+from runtime.tls import client_context
+
+RESCUE_HEADER: Final = "Sealgate-Rescue"
+WHOLE_BYTES: Final = 8 << 20
+MAX_LISTING_BYTES: Final = 64 << 20
+_TIMEOUT_S: Final = 60.0
+_PROPFIND: Final = b'<?xml version="1.0"?><propfind xmlns="DAV:"><prop><resourcetype/></prop></propfind>'
+_ERROR_HEADER: Final = "Sealgate-Error"
+# What the proxy says of the object's own key; everything else it cannot do now is the same for all objects.
+_OF_THE_OBJECT: Final = (
+    "key-unknown",
+    "key-withdrawn",
+    "key-destroyed",
+    "key-suspended",
+    "object-invalid",
+    "not-sealed",
+)
+_TRIES_GONE: Final = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebDavStore:
+    """Where a store is, and the same store behind the enterprise's proxy."""
+
+    store_url: str
+    """https://host[:port]/folder/ of the store itself."""
+    through_url: str
+    """The same folder by way of the proxy."""
+    store_ca_file: Path
+    through_ca_file: Path
+    user: str | None = None
+    password: str | None = None
+    rescue: str | None = None
+    """The approval under which compromised keys open, if any do."""
+    timeout_s: float = _TIMEOUT_S
+
+
+_BROKEN_OFF: Final = (Rewrite.REFUSED, "it breaks off: spoiled, or cut")
+
+
+class WebDavConnector(Connector):
+    def __init__(self, store: WebDavStore) -> None:
+        """TlsError: a CA file is no good. StoreError: a URL is none."""
+        self._store = store
+        self._root = _folder(store.store_url)
+        _folder(store.through_url)
+        auth = None
+        if store.user is not None:
+            auth = aiohttp.BasicAuth(store.user, store.password or "", encoding="utf-8")
+        self._direct = _session(store.store_ca_file, auth, store.timeout_s, {})
+        rescue = {} if store.rescue is None else {RESCUE_HEADER: store.rescue}
+        self._through = _session(store.through_ca_file, auth, store.timeout_s, rescue)
+
+    @override
+    async def names(self, *, after: str) -> AsyncIterator[str]:
+        async for name in self._walk("", after):
+            yield name
+
+    async def _walk(self, folder: str, after: str) -> AsyncIterator[str]:
+        """Everything below *folder*, in the order of the names as text."""
+        files, folders = await self._list(folder)
+        # A folder stands where its slash puts it: names of what is in it begin so.
+        for name, is_folder in sorted([(n, False) for n in files] + [(f"{n}/", True) for n in folders]):
+            if not is_folder:
+                if name > after:
+                    yield name
+            elif name > after or after.startswith(name):
+                async for inner in self._walk(name, after):
+                    yield inner
+
+    async def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        content = bytearray()
+        try:
+            async with self._direct.request(
+                "PROPFIND", self._url(self._store.store_url, folder), data=_PROPFIND, headers={"Depth": "1"}
+            ) as answer:
+                if answer.status in _TRIES_GONE:
+                    return [], []
+                _expect(answer, HTTPStatus.MULTI_STATUS)
+                async for piece in answer.content.iter_chunked(1 << 16):
+                    content += piece
+                    if len(content) > MAX_LISTING_BYTES:
+                        raise StoreError(f"the listing of /{folder} is too large")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _silence(error) from error
+        files: list[str] = []
+        folders: list[str] = []
+        for href, is_folder in read_listing(bytes(content)):
+            name = self._name(href)
+            if name is None or not name.startswith(folder) or name.rstrip("/") == folder.rstrip("/"):
+                continue
+            if "/" in name[len(folder) :].rstrip("/"):
+                continue  # deeper than was asked for
+            (folders if is_folder else files).append(name.rstrip("/"))
+        return files, folders
+
+    def _name(self, href: str) -> str | None:
+        """Below the store's folder; None: elsewhere."""
+        path = unquote(urlsplit(href).path)
+        if posixpath.normpath(path) != path.rstrip("/") and path != "/":
+            return None  # dots in it lead elsewhere
+        return path[len(self._root) :] if path.startswith(self._root) else None
+
+    @override
+    async def look(self, name: str) -> Found | None:
+        headers = {"Range": f"bytes=0-{HEADER_SIZE - 1}"}
+        try:
+            async with self._direct.get(self._url(self._store.store_url, name), headers=headers) as answer:
+                if answer.status in _TRIES_GONE:
+                    return None
+                if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # empty: nobody sealed it
+                    return Found(name=name, key_id=None, version="")
+                _expect(answer, HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
+                # A server may ignore the range: no more than this is read of it.
+                start = await _at_most(answer, HEADER_SIZE)
+                version = answer.headers.get("ETag", "")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _silence(error) from error
+        try:
+            key_id = Header.parse(start).key_id
+        except FormatError:
+            return Found(name=name, key_id=None, version=version)
+        return Found(name=name, key_id=key_id, version=version)
+
+    @override
+    async def rewrite(self, found: Found) -> tuple[Rewrite, str]:
+        if not found.version.startswith('"'):
+            return Rewrite.REFUSED, "the store gives no strong entity tag for it"
+        url = self._url(self._store.through_url, found.name)
+        try:
+            return await self._rewrite(url, {"If-Match": found.version})
+        except aiohttp.ClientPayloadError:  # the proxy cuts what does not verify
+            return _BROKEN_OFF
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _silence(error) from error
+
+    async def _rewrite(self, url: str, condition: dict[str, str]) -> tuple[Rewrite, str]:
+        with Spool(whole_bytes=WHOLE_BYTES) as spool:
+            async with self._through.get(url, headers=condition) as answer:
+                if (verdict := _verdict(answer)) is not None:
+                    return verdict
+                kind = answer.headers.get("Content-Type", "application/octet-stream")
+                size_bytes = answer.content_length
+                async for piece in answer.content.iter_chunked(1 << 16):
+                    await spool.write(piece)
+            if size_bytes is not None and spool.size_bytes != size_bytes:
+                return _BROKEN_OFF
+            headers = condition | {"Content-Type": kind, "Content-Length": str(spool.size_bytes)}
+            async with self._through.put(url, headers=headers, data=spool.read()) as answer:
+                return _verdict(answer) or (Rewrite.DONE, "")
+
+    @override
+    async def close(self) -> None:
+        await asyncio.gather(self._direct.close(), self._through.close())
+
+    def _url(self, base: str, name: str) -> str:
+        return base.rstrip("/") + "/" + quote(name)
+
+
+def read_listing(content: bytes) -> list[tuple[str, bool]]:
+    """Each `href` of a multistatus document, and whether it is a collection (RFC 4918 14). StoreError."""
+    reader = _Listing()
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.CharacterDataHandler = reader.text
+    parser.StartDoctypeDeclHandler = reader.doctype
+    try:
+        parser.Parse(content, True)
+    except expat.ExpatError as error:
+        raise StoreError(f"the store's listing cannot be read: {error}") from None
+    return reader.found
+
+
+class _Listing:
+    def __init__(self) -> None:
+        self.found: list[tuple[str, bool]] = []
+        self._path: list[str] = []
+        self._href = ""
+        self._is_folder = False
+
+    def start(self, name: str, _attributes: object) -> None:
+        self._path.append(name)
+        if name == "DAV: response":
+            self._href, self._is_folder = "", False
+        elif name == "DAV: collection" and "DAV: resourcetype" in self._path:
+            self._is_folder = True
+
+    def end(self, name: str) -> None:
+        self._path.pop()
+        if name == "DAV: response":
+            self.found.append((self._href.strip(), self._is_folder))
+
+    def text(self, data: str) -> None:
+        if self._path[-2:] == ["DAV: response", "DAV: href"]:
+            self._href += data
+
+    def doctype(self, *_: object) -> None:
+        raise StoreError("the store's listing has a document type, which may hide anything")
+
+
+def _session(
+    ca_file: Path, auth: aiohttp.BasicAuth | None, timeout_s: float, headers: dict[str, str]
+) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=client_context(ca_file), limit=8),
+        auth=auth,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout_s),
+        headers={"Accept-Encoding": "identity", "User-Agent": "sealgate-reencryption", **headers},
+        trust_env=False,
+    )
+
+
+def _folder(url: str) -> str:
+    """The path of a folder's URL, with its slash. StoreError if it is no https URL."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise StoreError(f"not the URL of a folder: {url!r} (https://host/folder/ is)")
+    return unquote(parts.path).rstrip("/") + "/"
+
+
+async def _at_most(answer: aiohttp.ClientResponse, size_bytes: int) -> bytes:
+    content = bytearray()
+    while len(content) < size_bytes and (piece := await answer.content.read(size_bytes - len(content))):
+        content += piece
+    return bytes(content)
+
+
+def _verdict(answer: aiohttp.ClientResponse) -> tuple[Rewrite, str] | None:
+    """What an answer means for the object; None: it goes on. StoreError: for none of them at present."""
+    match answer.status:
+        case status if 200 <= status < 300:
+            return None
+        case HTTPStatus.PRECONDITION_FAILED:
+            return Rewrite.CHANGED, "it was changed meanwhile"
+        case status if status in _TRIES_GONE:
+            return Rewrite.GONE, "it is gone"
+        case status if answer.headers.get(_ERROR_HEADER) in _OF_THE_OBJECT:
+            return Rewrite.REFUSED, f"HTTP {status}, {answer.headers[_ERROR_HEADER]}"
+        case status if status >= 500 or status in (
+            HTTPStatus.UNAUTHORIZED,
+            HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
+            HTTPStatus.TOO_MANY_REQUESTS,
+        ):
+            raise StoreError(f"HTTP {status} {answer.headers.get(_ERROR_HEADER, '')}".rstrip())
+        case status:
+            return Rewrite.REFUSED, f"HTTP {status}"
+
+
+def _expect(answer: aiohttp.ClientResponse, *statuses: int) -> None:
+    if answer.status not in statuses:
+        raise StoreError(f"the store answers HTTP {answer.status}")
+
+
+def _silence(error: BaseException) -> StoreError:
+    return StoreError(f"store or proxy do not answer: {type(error).__name__}")

@@ -1,0 +1,159 @@
+"""A re-encryption that is killed wherever it can be still writes every object once, and none twice."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from envelope.keys import KeyId
+from key_agent.reencryption.connector import StoreError
+from key_agent.reencryption.job import BATCH, JobState, Progress, ReencryptionJob
+from tests.fakes.object_store import MemoryStore
+
+OLD, ALSO_OLD, TODAY = KeyId.random(), KeyId.random(), KeyId.random()
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+class Paper:
+    """Keeps progress; kills at the *fatal*-th save, before or after it is on disk."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.kept = progress
+        self.fatal: int | None = None
+        self.keeps_last = False
+        self.saves = 0
+
+    async def save_progress(self, progress: Progress) -> None:
+        self.saves += 1
+        dies = self.saves == self.fatal
+        if not dies or self.keeps_last:
+            self.kept = progress
+        if dies:
+            raise KilledError
+
+
+def progress() -> Progress:
+    return Progress(job_id="j", incident_id="inc-1", connector="memory", sources=(OLD, ALSO_OLD))
+
+
+def filled(count: int = 3 * BATCH + 5) -> MemoryStore:
+    store = MemoryStore(TODAY)
+    for number in range(count):
+        store.put(f"f/{number:05}", (OLD, ALSO_OLD, TODAY, None)[number % 4])
+    return store
+
+
+def old_ones(store: MemoryStore) -> list[str]:
+    return [name for name, (key_id, _) in store.objects.items() if key_id in (OLD, ALSO_OLD)]
+
+
+async def test_all_that_old_keys_sealed_is_rewritten_once_and_nothing_else() -> None:
+    store, paper = filled(), Paper(progress())
+    wanted = old_ones(store)
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert done == paper.kept
+    assert (done.state, done.is_whole, done.batch) == (JobState.DONE, True, ())
+    assert store.rewrites == dict.fromkeys(wanted, 1)
+    assert (done.scanned, done.rewritten, done.skipped) == (
+        len(store.objects),
+        len(wanted),
+        len(store.objects) - len(wanted),
+    )
+    assert old_ones(store) == []
+
+
+async def test_killed_at_every_save_it_goes_on_and_counts_each_once() -> None:
+    saves = Paper(progress())
+    await ReencryptionJob(saves.kept, filled(), saves).run()
+    for fatal in range(1, saves.saves + 1):
+        for keeps_last in (False, True):
+            store, paper = filled(), Paper(progress())
+            wanted = old_ones(store)
+            paper.fatal, paper.keeps_last = fatal, keeps_last
+            with pytest.raises(KilledError):
+                await ReencryptionJob(paper.kept, store, paper).run()
+            paper.fatal = None
+            done = await ReencryptionJob(paper.kept, store, paper).run()
+            assert store.rewrites == dict.fromkeys(wanted, 1), (fatal, keeps_last)
+            assert (done.state, done.rewritten, done.scanned) == (
+                JobState.DONE,
+                len(wanted),
+                len(store.objects),
+            ), (fatal, keeps_last)
+
+
+async def test_a_store_that_falls_silent_at_any_moment_ends_the_run_and_not_the_job() -> None:
+    chance = random.Random(7)
+    store, paper = filled(), Paper(progress())
+    wanted = old_ones(store)
+    runs = 0
+    while paper.kept.state is not JobState.DONE:
+        left = chance.randrange(1, 60)
+
+        def tire(_name: str, left: list[int] = [left]) -> None:  # noqa: B006 - a counter of this run
+            left[0] -= 1
+            store.silent = left[0] <= 0
+
+        store.silent, store.before_write = False, tire
+        runs += 1
+        try:
+            await ReencryptionJob(paper.kept, store, paper).run()
+        except StoreError:
+            continue
+    assert runs > 1, "or nothing was shown"
+    assert set(store.rewrites) == set(wanted)
+    # A write whose answer was lost is not written again either: look() says that no old key sealed it.
+    assert set(store.rewrites.values()) == {1}
+    assert paper.kept.rewritten == len(wanted)
+
+
+async def test_nobodys_change_is_lost() -> None:
+    store, paper = MemoryStore(TODAY), Paper(progress())
+    for name in ("changed", "deleted", "quiet"):
+        store.put(name, OLD)
+    pending = {"changed", "deleted"}
+
+    def interfere(name: str) -> None:
+        if name in pending:
+            pending.discard(name)
+            if name == "changed":
+                store.put(name, OLD)  # by a proxy that still held the old key when it began
+            else:
+                del store.objects[name]
+
+    store.before_write = interfere
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert done.is_whole
+    assert store.rewrites == {"changed": 1, "quiet": 1}
+
+
+async def test_an_object_that_cannot_be_rewritten_is_named_and_holds_up_nothing() -> None:
+    store, paper = filled(), Paper(progress())
+    wanted = old_ones(store)
+    store.refused[wanted[0]] = "HTTP 423"
+    first = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (first.state, first.is_whole, first.failed) == (JobState.INCOMPLETE, False, 1)
+    assert first.failures == {wanted[0]: "HTTP 423"}
+    assert len(store.rewrites) == len(wanted) - 1
+    store.refused.clear()
+    second = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (second.state, second.failed, second.failures) == (JobState.DONE, 0, {})
+    assert store.rewrites == dict.fromkeys(wanted, 1)
+
+
+async def test_one_that_changes_all_the_time_is_told_in_the_end() -> None:
+    store, paper = MemoryStore(TODAY), Paper(progress())
+    store.put("busy", OLD)
+    store.before_write = lambda name: store.put(name, OLD)
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert done.failures == {"busy": "it was changed meanwhile"}
+
+
+async def test_a_job_that_is_done_stays_done() -> None:
+    store, paper = filled(), Paper(progress())
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    again = await ReencryptionJob(done, store, paper).run()
+    assert again == replace(done)

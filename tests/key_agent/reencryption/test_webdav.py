@@ -1,0 +1,212 @@
+"""Objects in a real WebDAV server, rewritten through a real proxy whose key has changed."""
+
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from envelope.keys import KeyId, KeyMaterial, KeyState
+from envelope.objects import Header
+from key_agent.reencryption import webdav
+from key_agent.reencryption.connector import Rewrite, StoreError
+from key_agent.reencryption.job import JobState, Progress, ReencryptionJob
+from key_agent.reencryption.webdav import WebDavConnector, WebDavStore, read_listing
+from proxy.tenants.model import ServiceEntry
+from runtime.clock import SystemClock
+from tests import pki
+from tests.integration.proxy_rig import Origin, Rig, proxy
+from tests.integration.proxy_rig import webdav as webdav_server
+
+
+@dataclasses.dataclass
+class Site:
+    rig: Rig
+    origin: Origin
+    service: ServiceEntry
+    connector: WebDavConnector
+
+    async def upload(self, name: str, content: bytes) -> None:
+        path = self.origin.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answer = await self.rig.ask(self.service, f"/{name}".replace(" ", "%20"), "-T", "-", body=content)
+        assert answer.status in (201, 204), answer
+
+    def sealed_by(self, name: str) -> KeyId:
+        return Header.parse(self.origin.stored(name)).key_id
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    ca = pki.make_server_ca()
+    ca_file = tmp_path / "ca.pem"
+    pki.write_certificate(ca.certificate, ca_file)
+    certificate_file, key_file = pki.write_credential(pki.issue_server(ca, ["localhost"]), tmp_path, "origin")
+    async with webdav_server(tmp_path, certificate_file, key_file) as origin, proxy(tmp_path, ca_file) as rig:
+        tenant = rig.tenant("acme")
+        service = rig.service("acme/files", origin.url)
+        await rig.engine.prepare()
+        await rig.engine.start(rig.picture())
+        connector = WebDavConnector(
+            WebDavStore(
+                store_url=f"{origin.url}/",
+                through_url=rig.reverse_url(service, "/"),
+                store_ca_file=ca_file,
+                through_ca_file=tenant.interception_ca.certificate_file,
+            )
+        )
+        yield Site(rig, origin, service, connector)
+        await connector.close()
+
+
+CONTENTS = {
+    "a.txt": b"alpha",
+    "a/b.txt": b"beta" * 1000,
+    "a/z/deep name.bin": os.urandom(200_000),
+    "a.zip": os.urandom(webdav.WHOLE_BYTES + 70_000),
+    "empty": b"",
+    "z": b"omega",
+}
+
+
+class Paper:
+    def __init__(self) -> None:
+        self.kept: list[Progress] = []
+
+    async def save_progress(self, progress: Progress) -> None:
+        self.kept.append(progress)
+
+
+async def test_every_object_of_the_old_key_is_written_anew_and_reads_as_before(site: Site) -> None:
+    old = site.rig.push(site.service.owner)
+    for name, content in CONTENTS.items():
+        await site.upload(name, content)
+    (site.origin.root / "foreign.txt").write_bytes(b"nobody sealed this")
+    (site.origin.root / "nothing").write_bytes(b"")
+    before = {name: site.origin.stored(name) for name in CONTENTS}
+    assert {site.sealed_by(name) for name in CONTENTS} == {old}
+
+    new = _rotate(site, old)
+    names = [name async for name in site.connector.names(after="")]
+    assert names == sorted([*CONTENTS, "foreign.txt", "nothing"])
+    assert [name async for name in site.connector.names(after="a/b.txt")] == names[
+        names.index("a/b.txt") + 1 :
+    ]
+    paper = Paper()
+    progress = Progress(job_id="j", incident_id=None, connector="webdav", sources=(old,))
+    done = await ReencryptionJob(progress, site.connector, paper).run()
+    assert (done.state, done.rewritten, done.skipped, done.failures) == (
+        JobState.DONE,
+        len(CONTENTS),
+        2,
+        {},
+    )
+    for name, content in CONTENTS.items():
+        assert site.sealed_by(name) == new
+        assert site.origin.stored(name) != before[name]
+        assert site.rig.open_independently(site.service.owner, site.origin.stored(name)) == content
+    assert (site.origin.root / "foreign.txt").read_bytes() == b"nobody sealed this"
+
+
+def _rotate(site: Site, old: KeyId) -> KeyId:
+    """The next key seals, *old* opens only."""
+    rig, owner, new = site.rig, site.service.owner, KeyId.random()
+    rig.materials[owner][new] = os.urandom(32)
+    keys = [
+        KeyMaterial(owner=owner, key_id=key_id, state=state, version=version, secret=bytearray(secret))
+        for version, (key_id, state, secret) in enumerate(
+            [
+                (old, KeyState.DEACTIVATED, rig.materials[owner][old]),
+                (new, KeyState.ACTIVE, rig.materials[owner][new]),
+            ],
+            start=1,
+        )
+    ]
+    rig.keys.install(owner, keys, deadline_boot_s=SystemClock().boot_s() + 300)
+    return new
+
+
+async def test_what_somebody_else_has_written_meanwhile_is_not_replaced(site: Site) -> None:
+    old = site.rig.push(site.service.owner)
+    await site.upload("doc", b"first")
+    found = await site.connector.look("doc")
+    assert found is not None
+    assert found.key_id == old
+    _rotate(site, old)
+    await site.upload("doc", b"second, by a user, and longer")
+    assert (await site.connector.rewrite(found))[0] is Rewrite.CHANGED
+    stored = site.origin.stored("doc")
+    assert site.rig.open_independently(site.service.owner, stored) == b"second, by a user, and longer"
+    (site.origin.root / "doc").unlink()
+    assert await site.connector.look("doc") is None
+    assert (await site.connector.rewrite(found))[0] in (Rewrite.GONE, Rewrite.CHANGED)
+
+
+async def test_what_does_not_open_is_not_written(site: Site) -> None:
+    old = site.rig.push(site.service.owner)
+    large = os.urandom(webdav.WHOLE_BYTES + 3 * 65536)
+    await site.upload("spoiled", large)
+    spoiled = bytearray(site.origin.stored("spoiled"))
+    spoiled[-20] ^= 1
+    (site.origin.root / "spoiled").write_bytes(spoiled)
+    _rotate(site, old)
+    found = await site.connector.look("spoiled")
+    assert found is not None
+    assert await site.connector.rewrite(found) == (Rewrite.REFUSED, "it breaks off: spoiled, or cut")
+    assert site.origin.stored("spoiled") == spoiled
+
+
+async def test_a_key_that_opens_nothing_is_a_matter_of_its_objects(site: Site) -> None:
+    old = site.rig.push(site.service.owner)
+    await site.upload("doc", b"first")
+    found = await site.connector.look("doc")
+    assert found is not None
+    site.rig.push(site.service.owner, key_id=old, state=KeyState.COMPROMISED)
+    became, why = await site.connector.rewrite(found)
+    assert became is Rewrite.REFUSED
+    assert "key-" in why
+
+
+async def test_a_store_that_is_not_there_is_an_error_to_come_back_from(site: Site, tmp_path: Path) -> None:
+    lost = WebDavConnector(
+        dataclasses.replace(site.connector._store, store_url="https://localhost:1/", timeout_s=5)
+    )
+    try:
+        with pytest.raises(StoreError):
+            await lost.look("x")
+        with pytest.raises(StoreError):
+            [name async for name in lost.names(after="")]
+    finally:
+        await lost.close()
+
+
+@pytest.mark.parametrize("url", ["http://host/", "https:///x", "https://user@host/", "https://h/?q"])
+async def test_only_a_folders_url_is_one(url: str, site: Site) -> None:
+    with pytest.raises(StoreError):
+        WebDavConnector(dataclasses.replace(site.connector._store, through_url=url))
+
+
+def test_a_listing_says_what_is_a_folder() -> None:
+    listing = b"""<?xml version="1.0"?><D:multistatus xmlns:D="DAV:">
+      <D:response><D:href>/a%20b/</D:href><D:propstat><D:prop><D:resourcetype><D:collection/>
+        </D:resourcetype></D:prop></D:propstat></D:response>
+      <D:response><D:href>
+        /c</D:href><D:propstat><D:prop><D:resourcetype/></D:prop></D:propstat></D:response>
+      </D:multistatus>"""
+    assert read_listing(listing) == [("/a%20b/", True), ("/c", False)]
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"",
+        b"<a>",
+        b"\xff\xfe",
+        b'<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>',
+        b'<!DOCTYPE a SYSTEM "http://elsewhere/"><a/>',
+    ],
+)
+def test_a_listing_that_is_none_or_may_hide_something_is_refused(listing: bytes) -> None:
+    with pytest.raises(StoreError):
+        read_listing(listing)
