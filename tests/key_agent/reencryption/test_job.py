@@ -8,7 +8,7 @@ import pytest
 from envelope.keys import KeyId
 from key_agent.reencryption.connector import StoreError
 from key_agent.reencryption.job import BATCH, JobState, Progress, ReencryptionJob
-from tests.fakes.object_store import MemoryStore
+from tests.fakes.memory_store import MemoryStore
 
 OLD, ALSO_OLD, TODAY = KeyId.random(), KeyId.random(), KeyId.random()
 
