@@ -205,20 +205,26 @@ class ReshapeBody(Transform):
     """A body that a profile's reshaper makes, with messages sealed under *key* in it.
 
     The head waits for the first output, by which the reshaper may know its length: *on_length* then declares
-    it (None: none is).
+    it (None: none is). Until then *declared_bytes*, the length that came, stands in.
     """
 
     holds_head = True
 
     def __init__(
-        self, plan: Reshape, key: DataKey, *, on_length: Callable[[int | None], None], meter: Meter
+        self,
+        plan: Reshape,
+        key: DataKey,
+        *,
+        declared_bytes: int | None,
+        on_length: Callable[[int | None], None],
+        meter: Meter,
     ) -> None:
         self.key = key
         self._reshaper: Reshaper = plan.make(lambda part=None: sealer_of(key, part))
         self._on_length = on_length
         self._meter = meter
         self._is_settled = False
-        self.expected_out_bytes = self._reshaper.out_bytes
+        self.expected_out_bytes = declared_bytes
 
     @override
     def feed(self, piece: bytes) -> list[Piece]:

@@ -191,8 +191,14 @@ class Exchanges:
             size_bytes = plan.plain_bytes
         else:
             headers = flow.request.headers
-            body = ReshapeBody(plan, key, on_length=lambda n: _declare(headers, n), meter=meter)
             size_bytes = exchange.request.frame.length_bytes
+            body = ReshapeBody(
+                plan,
+                key,
+                declared_bytes=size_bytes,
+                on_length=lambda length_bytes: _declare(headers, length_bytes),
+                meter=meter,
+            )
         exchange.trail.use("object-seal", key, size_bytes=size_bytes)
         exchange.key = key
         return body
@@ -400,9 +406,12 @@ def _edit(headers: Headers, edits: Edits) -> None:
 
 
 def _declare(headers: Headers, length_bytes: int | None) -> None:
+    """How a body ends, in a head that is held: by its length, else by chunks."""
     if length_bytes is None:
         headers.pop("content-length", None)
+        headers["transfer-encoding"] = "chunked"
     else:
+        headers.pop("transfer-encoding", None)
         headers["content-length"] = str(length_bytes)
 
 

@@ -9,6 +9,7 @@
 """
 
 import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final, override
 
@@ -208,7 +209,9 @@ class OpenRangeBody(Transform):
         self._meter = meter
         start, stop = asked.plain
         self.expected_out_bytes = stop - start
-        self._begin: list[Piece] = []
+        self._at = asked.stored[0]
+        self._intervals = deque(asked.intervals)
+        self._has_gaps = asked.composite is not None
         try:
             if asked.composite is None:
                 self._opener: Stream = RangeOpener(
@@ -236,13 +239,29 @@ class OpenRangeBody(Transform):
 
     @override
     def feed(self, piece: bytes) -> list[Piece]:
+        wanted = self._wanted(memoryview(piece)) if self._has_gaps else [piece]
+        made: list[Piece] = []
         try:
             self.key.check()
-            opened = self._opener.update(piece)
+            for part in wanted:
+                made.append(opened := self._opener.update(part))
+                self._meter(len(opened))
         except SealgateError as error:
             refuse(error)
-        self._meter(len(opened))
-        return [opened]
+        return made
+
+    def _wanted(self, piece: memoryview) -> list[memoryview]:
+        """What of *piece* lies in the intervals of a composite."""
+        at, self._at = self._at, self._at + len(piece)
+        found = []
+        while self._intervals and self._intervals[0][0] < self._at:
+            begin, end = self._intervals[0]
+            if max(begin, at) < min(end, self._at):
+                found.append(piece[max(begin, at) - at : min(end, self._at) - at])
+            if end > self._at:
+                break
+            self._intervals.popleft()
+        return found
 
     @override
     def finish(self) -> list[Piece]:

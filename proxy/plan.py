@@ -530,7 +530,9 @@ class AskedRange:
     """We added the If-Match: a 412 is about our asking, not about the client's."""
     etag: str | None
     composite: Manifest | None = None
-    """Of an object in parts; what lies before `stored` of its range was read ahead."""
+    """Of an object in parts."""
+    intervals: tuple[tuple[int, int], ...] = ()
+    """Of a composite: what is wanted of `stored`; ends of parts and empty ones lie between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

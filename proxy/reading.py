@@ -141,9 +141,9 @@ class Reading:
         span = plan.wanted.resolve(manifest.plain_bytes)
         if span is None:
             raise RefusedError(RangeRefusal.of(manifest.plain_bytes))
-        first, *more = composite_range(manifest, *span)
+        first, *more = intervals = composite_range(manifest, *span)
         read.prefix = b""
-        if more:  # the records lie farther on in the part than its prefix
+        if first[1] - first[0] == PREFIX_SIZE:  # the records lie farther on in the part than its prefix
             part = (
                 begin
                 if not first[0]
@@ -152,16 +152,17 @@ class Reading:
             if part is None or len(part.data) != PREFIX_SIZE:
                 raise RefusedError(refusals.UPSTREAM_CHANGED)
             read.prefix = part.data
-            (first,) = more
+            intervals = tuple(more)
         find_key(Header.parse(read.prefix or begin.data))
         return AskedRange(
-            stored=first,
+            stored=(intervals[0][0], intervals[-1][1]),
             stored_bytes=begin.stored_bytes,
             plain=span,
             plain_bytes=manifest.plain_bytes,
             pinned=False,
             etag=begin.etag,
             composite=manifest,
+            intervals=intervals,
         )
 
     async def manifest(self, read: Read, begin: Beginning) -> Manifest:

@@ -91,6 +91,8 @@ class RecordingOrigin:
         self.connections = 0
         self.open_connections = 0
         self.reply: Reply | Callable[[Exchange], Reply] = Reply()
+        self.reads_first = False
+        """HTTP/1: `reply` is asked when the body is here, so never for one that was cut."""
         self.read_delay_s = 0.0
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -227,12 +229,14 @@ class _Http1(_Connection):
         method, path, _ = start.split(" ")
         headers = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
         exchange = self.begin(Exchange("h1", method, path, headers))
-        reply = self.origin._reply_to(exchange)
-        if reply.early:
+        reply = None if self.origin.reads_first else self.origin._reply_to(exchange)
+        if reply is not None and reply.early:
             await self._answer(exchange, reply)
         await self._read_body(exchange)
         exchange.end = End.COMPLETE
         self.origin._changed.set()
+        if reply is None:
+            reply = self.origin._reply_to(exchange)
         if not reply.early:
             await self._answer(exchange, reply)
         return not reply.close and reply.framing != "close"
