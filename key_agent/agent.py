@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
 from cryptography import x509
@@ -37,6 +37,9 @@ from key_agent.registry.store import Registry
 from key_agent.rotation import RotationLoop
 from key_agent.sources.source import Diagnosis, Kek, KeySource
 from runtime.clock import Clock
+
+if TYPE_CHECKING:
+    from key_agent.environments.assembly import Environments
 
 __all__ = ["Agent", "Rhythm", "Signing"]
 
@@ -103,6 +106,8 @@ class Agent:
         self._delivered = asyncio.Event()
         self._to_persist: Change | None = None
         self._persist_wake = asyncio.Event()
+        self.environments: Environments | None = None
+        """The other environments of the tenant; None: this is the only one."""
         self.is_running = False
         self.one_at_a_time = asyncio.Lock()
         """Held by whatever makes keys or KEKs, or changes who gets them."""
@@ -197,6 +202,7 @@ class Agent:
             on_diagnosis=self._diagnosed_by_push,
             may_push=self._may_push,
             on_left_out=self.rotations.left_out,
+            may_hold_s=self._may_hold_s,
         )
 
     async def start(self) -> None:
@@ -441,6 +447,9 @@ class Agent:
     def _may_push(self) -> bool:
         """No key leaves without the enterprise's consent, nor from an agent that another has followed."""
         return self.consent.may_push and self.registry.leads
+
+    def _may_hold_s(self) -> float | None:
+        return None if self.environments is None else self.environments.peering.lease_left_s()
 
     def now_ms(self) -> int:
         """Unix milliseconds."""

@@ -94,3 +94,28 @@ ROTATIONS_STUCK: Final = Gauge(
     namespace=NAMESPACE,
     registry=REGISTRY,
 )
+ENVIRONMENT_SERVES: Final = Gauge(
+    "env_serves",
+    "1 while this environment may serve, 0 while it is withdrawn or not proven",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+REGISTRY_EPOCH: Final = Gauge(
+    "registry_epoch",
+    "Epoch of the shared registry that this agent has",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+REGISTRY_LAG: Final = Gauge(
+    "registry_lag_epochs",
+    "By how many epochs another environment is behind this one",
+    ["environment"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+FENCING_REJECTS: Final = Counter(
+    "fencing_rejects",
+    "Writes of managers whose term is over, refused",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)

@@ -169,7 +169,8 @@ class RefreshLoop:
         self._targets = targets
         self._consent = consent
         self._clock = clock
-        self._interval_s = interval_s
+        self.interval_s = interval_s
+        """May become another one; from the next push of each proxy on."""
         self._jitter = jitter
         self._journal = journal
         self._on_delivery = on_delivery
@@ -204,7 +205,7 @@ class RefreshLoop:
 
         def done(name: str, *, succeeded: bool) -> None:
             def next_s(failures: int) -> float:
-                delay_s = next_delay(interval_s=self._interval_s, failures=failures, jitter=jitter[name])
+                delay_s = next_delay(interval_s=self.interval_s, failures=failures, jitter=jitter[name])
                 return (began_s if failures == 0 else self._clock.boot_s()) + delay_s
 
             self.schedule.done(name, next_s, succeeded=succeeded)

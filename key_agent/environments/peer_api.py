@@ -36,14 +36,22 @@ _BUSY_RETRY_S: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
+class PeerCall:
+    """What an agent asks."""
+
+    agent_id: str
+    """Proven by its certificate."""
+    body: bytes
+    query: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class PeerRoute:
-    """One thing that peers may ask. *handle* gets the caller's agent id and the body; what it returns is the
-    body of the answer 200.
-    """
+    """One thing that peers may ask. What *handle* returns is the body of the answer 200."""
 
     method: str
     path: str
-    handle: Callable[[str, bytes], Awaitable[bytes]]
+    handle: Callable[[PeerCall], Awaitable[bytes]]
     members_only: bool = True
     limit_bytes: int = MAX_BODY_BYTES
 
@@ -113,7 +121,7 @@ class _Door:
                 )
             try:
                 body = await _body(request, route.limit_bytes, self._body_timeout_s)
-                answer = await route.handle(caller, body)
+                answer = await route.handle(PeerCall(caller, body, request.query))
             except SealgateError as error:
                 raise self._refusal(error) from error
             finally:

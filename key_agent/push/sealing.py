@@ -103,8 +103,12 @@ class KeySealing(Sealing):
         on_diagnosis: Callable[[Kek, Diagnosis], None],
         may_push: Callable[[], bool],
         on_left_out: Callable[[AbstractSet[KeyId]], None] = lambda _: None,
+        may_hold_s: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """*on_left_out*: keys that did not open, and are in no envelope of their service this time."""
+        """*on_left_out*: keys that did not open, and are in no envelope of their service this time.
+
+        *may_hold_s*: for how long what is sealed now may be valid at most; None: for the validity.
+        """
         self._source = source
         self._registry = registry
         self._targets = targets
@@ -115,6 +119,7 @@ class KeySealing(Sealing):
         self._on_diagnosis = on_diagnosis
         self._may_push = may_push
         self._on_left_out = on_left_out
+        self._may_hold_s = may_hold_s
         self._asks: list[_Ask] = []
         self._asked = asyncio.Event()
 
@@ -167,12 +172,21 @@ class KeySealing(Sealing):
             if not ask.made.done():
                 ask.made.set_result(made[ask.session.proxy_id])
 
+    def _expires_at_s(self, now_s: float) -> int:
+        """Unix seconds. KeyAgentError if nothing sealed now would be valid at all."""
+        expires_at_s = int(now_s) + self._validity_s
+        if (left_s := self._may_hold_s()) is not None:
+            expires_at_s = min(expires_at_s, int(now_s + left_s))
+        if expires_at_s <= int(now_s):
+            raise KeyAgentError("pushing has stopped: the registry lease is over")
+        return expires_at_s
+
     async def _seal(
         self, asks: Sequence[_Ask], owners: Sequence[NetworkService]
     ) -> Mapping[str, list[Sealed]]:
         now_s = self._clock.wall_s()
         issued_at_s = int(now_s)
-        expires_at_s = issued_at_s + self._validity_s
+        expires_at_s = self._expires_at_s(now_s)
         sessions = {ask.session.proxy_id: ask.session for ask in asks}
         wanted = {ask.session.proxy_id: ask.owners for ask in asks}
         kek, reservations = await self._registry.reserve(

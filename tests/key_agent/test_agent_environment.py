@@ -40,3 +40,21 @@ async def test_an_environment_that_nobody_has_proven_yet_waits_and_takes_nothing
         assert not proxy.valid_keys(S3)
         agent.consent.set_environment(EnvironmentStanding.SERVES, None)
         await until(lambda: proxy.valid_keys(S3))
+
+
+async def test_no_key_outlives_the_registry_lease_under_which_it_was_pushed(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations)
+        proxy, left = bench.proxy(), {"s": 0.0}
+        agent._may_hold_s = lambda: left["s"]  # type: ignore[method-assign]
+        for left_s, valid_s in ((40.0, 40), (500.0, 330)):
+            left["s"] = left_s
+            accepted = len(proxy.accepted)
+            agent.refresh.at_once()
+            await until(lambda: len(proxy.accepted) > accepted)  # noqa: B023 - awaited here
+            claims = proxy.accepted[-1]
+            assert claims.expires_at_s - claims.issued_at_s == valid_s
+        left["s"], accepted = 0.4, len(proxy.accepted)
+        agent.refresh.at_once()
+        await until(lambda: (agent.deliveries["p1"].error or "").find("lease is over") >= 0)
+        assert len(proxy.accepted) == accepted

@@ -17,7 +17,14 @@ from cryptography.hazmat.primitives import hashes
 
 from certs.pki import Credential
 from envelope.errors import SealgateError
-from key_agent.environments.peer_api import AT_ONCE_PER_AGENT, PeerRoute, Refusal, listening, make_api
+from key_agent.environments.peer_api import (
+    AT_ONCE_PER_AGENT,
+    PeerCall,
+    PeerRoute,
+    Refusal,
+    listening,
+    make_api,
+)
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.push.revocations import Revocations
@@ -73,10 +80,10 @@ class Side:
     async def serving(
         self, *more: PeerRoute, members: tuple[str, ...] = ("a",), body_timeout_s: float = 30
     ) -> AsyncIterator[PeerAddress]:
-        async def echo(caller: str, body: bytes) -> bytes:
-            return msgspec.json.encode(Echoed(caller, len(body)))
+        async def echo(call: PeerCall) -> bytes:
+            return msgspec.json.encode(Echoed(call.agent_id, len(call.body)))
 
-        async def stale(caller: str, body: bytes) -> bytes:
+        async def stale(call: PeerCall) -> bytes:
             raise StaleError("term 1 is over")
 
         routes = [
@@ -136,8 +143,8 @@ async def test_nothing_is_sent_to_another_agent_than_meant(
     """An agent of the tenant at the address of another one: its certificate is good, its name is not."""
     a, b, heard = make_side(acme, "a"), make_side(acme, "b"), list[str]()
 
-    async def listen(caller: str, body: bytes) -> bytes:
-        heard.append(caller)
+    async def listen(call: PeerCall) -> bytes:
+        heard.append(call.agent_id)
         return b"{}"
 
     async with b.serving(PeerRoute("POST", "/v1/env/heard", listen)) as peer, a.transport() as transport:
@@ -264,10 +271,10 @@ async def test_refusals_keep_their_code(acme: Tenant, make_side: Callable[..., S
 async def test_answers_are_bounded_and_parsed_strictly(acme: Tenant, make_side: Callable[..., Side]) -> None:
     a, b = make_side(acme, "a"), make_side(acme, "b")
 
-    async def large(caller: str, body: bytes) -> bytes:
+    async def large(call: PeerCall) -> bytes:
         return bytes(100_000)
 
-    async def odd(caller: str, body: bytes) -> bytes:
+    async def odd(call: PeerCall) -> bytes:
         return b'{"caller": 7}'
 
     routes = PeerRoute("GET", "/v1/env/large", large), PeerRoute("GET", "/v1/env/odd", odd)
@@ -285,7 +292,7 @@ async def test_a_flood_of_one_agent_leaves_places_for_the_others(
 ) -> None:
     b, release, begun = make_side(acme, "b"), asyncio.Event(), asyncio.Semaphore(0)
 
-    async def hang(caller: str, body: bytes) -> bytes:
+    async def hang(call: PeerCall) -> bytes:
         begun.release()
         await release.wait()
         return b"{}"
