@@ -268,6 +268,12 @@ UPLOADS_UNAVAILABLE: Final = _refusal(
     _ADMIN + ": see the log.",
     retry_after_s=10,
 )
+PRECONDITION: Final = _refusal(
+    412,
+    "precondition-failed",
+    "A condition that the request names does not hold.",
+    "Look at the object again before deciding what to ask.",
+)
 COPY_SOURCE: Final = _refusal(
     400,
     "copy-source",

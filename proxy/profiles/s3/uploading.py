@@ -1,0 +1,289 @@
+"""Uploads in parts, carried out: create, upload, list, complete, abort (docs/profiles-s3.md).
+
+1. A part is remembered in the directory's database before its client learns that it is stored (uploads.py).
+   Whoever completes the upload, after a restart or through another proxy of the pool, finds it there.
+2. The manifest goes up as a part before the upload is completed; what the service is then asked is
+   remembered, too. A client that asks again, because it got no answer, makes us ask the same again.
+3. The service's answer to a completion decides: only a result document ends the upload here. It may come
+   late, behind white space, and be an error though its status is 200.
+4. A part that only we know of is in no list.
+"""
+
+import hmac
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from envelope.multipart import Part, upload_ref
+from envelope.objects import sealed_length
+from proxy import refusals
+from proxy.asking import ServiceAnswer
+from proxy.checksums import new_checksum
+from proxy.message import AnswerHead, ExpectedDigest
+from proxy.plan import (
+    NO_EDITS,
+    Answer,
+    AnswerPlan,
+    Conversation,
+    Converse,
+    Decision,
+    Edits,
+    EmptyBody,
+    Forward,
+    MapBody,
+    MapWhole,
+    PartOf,
+    Pass,
+    Proceed,
+    Reply,
+    Request,
+    RequestPlan,
+    Seal,
+    Sealed,
+)
+from proxy.profiles.s3 import etags
+from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, Content, reply_of, reply_with_body
+from proxy.profiles.s3.documents import ResultMapper, map_parts
+from proxy.profiles.s3.multipart import (
+    MAX_COMPLETION_BYTES,
+    ListedPart,
+    asked_for,
+    check_part_number,
+    plan_completion,
+    read_completion,
+)
+from proxy.refusals import RefusedError
+from proxy.uploads import Completion, KeptPart, Upload
+
+_CREATE_DROPS: Final = ("x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm")
+"""The service would want checksums of ciphertext with every part."""
+_RESULT: Final = "CompleteMultipartUploadResult"
+_FRAMING_BYTES: Final = 64 * 1024
+_MAX_SIZE_DIGITS: Final = 15
+
+
+def upload_of(call: Call) -> Upload:
+    """The upload that a request names."""
+    return Upload(call.request.service.owner, upload_ref(call.parameters["uploadId"]))
+
+
+# Create.
+
+
+def plan_create(call: Call) -> RequestPlan:
+    return Forward(edits=call.edits.also(drop=_CREATE_DROPS), sign=call.sign, body_may_come=True)
+
+
+# Upload.
+
+
+def plan_part(call: Call) -> RequestPlan:
+    """RefusedError for a part without a length, or with a number that is not usable."""
+    content = call.content
+    if content is None or content.plain_bytes is None:
+        raise RefusedError(refusals.LENGTH_REQUIRED)
+    number = check_part_number(call.parameters["partNumber"], content.plain_bytes, call.rules)
+    if call.rules.is_held(content.plain_bytes):
+        sent_bytes = content.sent_bytes or 2 * content.plain_bytes + _FRAMING_BYTES
+        return Converse(
+            edits=call.asking_edits(),
+            sign=call.sign,
+            handler=lambda talk: _upload_held(talk, call, number),
+            limit_bytes=sent_bytes,
+        )
+    upload = upload_of(call)
+
+    async def remember(talk: Conversation, answer: AnswerHead, sealed: Sealed) -> Edits:
+        part = Part(number, sealed.stored_bytes, sealed.commitment)
+        await talk.uploads.add_part(upload, KeptPart(part=part, tag=tag_of(answer)))
+        return NO_EDITS
+
+    length = str(sealed_length(content.plain_bytes))
+    return Seal(
+        edits=call.edits.also(drop=("transfer-encoding",), put=(("content-length", length),)),
+        sign=call.sign,
+        plain_bytes=content.plain_bytes,
+        empty=EmptyBody.SEAL,
+        digests=content.digests,
+        decoder=content.decoder,
+        part=PartOf(upload_ref=upload.ref, number=number),
+        after=remember,
+    )
+
+
+async def _upload_held(talk: Conversation, call: Call, number: int) -> Decision:
+    """A part that may be the last one: sealed, uploaded, and its sealed bytes kept for the manifest."""
+    upload = upload_of(call)
+    plain = _decoded(talk.body, call.content)
+    sealing = await talk.sealing(_once(plain), len(plain), part=PartOf(upload_ref=upload.ref, number=number))
+    stored = b"".join([piece async for piece in sealing])
+    async with talk.ask("PUT", body=stored) as answer:
+        if answer.status != 200:
+            return Answer(reply=await reply_with_body(answer))
+        part = Part(number, len(stored), sealing.sealed.commitment)
+        await talk.uploads.add_part(upload, KeptPart(part=part, tag=tag_of(answer)), held=stored)
+        return Answer(reply=reply_of(answer))
+
+
+def _decoded(body: bytes, content: Content | None) -> bytes:
+    """The plaintext of a collected body, everything said of it verified. RefusedError."""
+    if content is None:
+        raise RefusedError(refusals.INTERNAL)
+    if content.decoder is not None:
+        decoder = content.decoder()
+        body = decoder.feed(body) + decoder.finish()
+    if len(body) != content.plain_bytes:
+        raise RefusedError(refusals.BAD_LENGTH)
+    for expected in content.digests:
+        _verify(body, expected)
+    return body
+
+
+def _verify(body: bytes, expected: ExpectedDigest) -> None:
+    checksum = new_checksum(expected.algorithm)
+    checksum.update(body)
+    if not hmac.compare_digest(checksum.digest(), expected.value):
+        raise RefusedError(refusals.BAD_DIGEST)
+
+
+async def _once(piece: bytes) -> AsyncIterator[bytes]:
+    yield piece
+
+
+def tag_of(answer: AnswerHead | ServiceAnswer) -> str:
+    """The service's name for a part. RefusedError without one: the part could not be completed with."""
+    tag = (answer.fields.sole("etag") or "").strip('"')
+    if not tag or len(tag) > 255 or '"' in tag:
+        raise RefusedError(refusals.SERVICE_ANSWER)
+    return tag
+
+
+# Complete.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """The memo of a completion on its way."""
+
+    upload: Upload
+    completion: Completion = field(repr=False)
+
+
+def plan_complete(call: Call) -> RequestPlan:
+    return Converse(
+        edits=call.asking_edits(),
+        sign=call.sign,
+        handler=lambda talk: _complete(talk, call),
+        limit_bytes=MAX_COMPLETION_BYTES,
+    )
+
+
+async def _complete(talk: Conversation, call: Call) -> Decision:
+    upload = upload_of(call)
+    listed = [_at_the_service(entry) for entry in read_completion(call.read(talk.body))]
+    asked = asked_for(listed)
+    recorded = await talk.uploads.completion(upload)
+    if recorded is not None and recorded.asked == asked:
+        return _completing(call, upload, recorded)
+    plan = plan_completion(listed, await talk.uploads.parts(upload), call.rules, upload_ref=upload.ref)
+    _check_size(call, plan.manifest.plain_bytes)
+    ending = await talk.ending(plan.manifest)
+    if plan.joined is not None:
+        held = await talk.uploads.held(upload, plan.joined)
+        if held is None:
+            raise RefusedError(refusals.PART_UNKNOWN)
+        ending = held + ending
+    target = call.target(partNumber=plan.final_number, uploadId=call.parameters["uploadId"])
+    async with talk.ask("PUT", target, body=ending) as answer:
+        if answer.status != 200:
+            return Answer(reply=await reply_with_body(answer))
+        request = plan.request(tag_of(answer))
+    completion = Completion(
+        asked=asked,
+        request=request,
+        final_number=plan.final_number,
+        is_joined=plan.joined is not None,
+    )
+    await talk.uploads.complete(upload, completion)
+    return _completing(call, upload, completion)
+
+
+def _at_the_service(entry: ListedPart) -> ListedPart:
+    return ListedPart(number=entry.number, tag=etags.to_service(entry.tag), checksums=entry.checksums)
+
+
+def _check_size(call: Call, plain_bytes: int) -> None:
+    declared = call.fields.sole("x-amz-mp-object-size")
+    if declared is None:
+        return
+    if not (declared.isascii() and declared.isdecimal() and len(declared) <= _MAX_SIZE_DIGITS):
+        raise RefusedError(refusals.UPLOAD_SIZE)
+    if int(declared) != plain_bytes:
+        raise RefusedError(refusals.UPLOAD_SIZE)
+
+
+def _completing(call: Call, upload: Upload, completion: Completion) -> Proceed:
+    edits = call.edits.also(
+        # What they said of the plaintext has been compared, or is compared part by part.
+        drop=("content-encoding", "x-amz-mp-object-size", "x-amz-checksum-type"),
+        put=(("content-type", "application/xml"),),
+    )
+    plan = Forward(edits=edits, sign=call.sign, memo=Completed(upload=upload, completion=completion))
+    return Proceed(plan=plan, body=completion.request)
+
+
+def plan_completed(memo: Completed, request: Request, answer: AnswerHead, proposed: AnswerPlan) -> AnswerPlan:
+    """The answer to a completion: streamed, and read to its end before the client sees that."""
+    if not isinstance(proposed, Pass):
+        return proposed
+
+    async def ended(talk: Conversation, root: str) -> None:
+        if root == _RESULT:
+            await talk.uploads.complete(memo.upload, replace(memo.completion, is_done=True))
+
+    async def refused(talk: Conversation, head: AnswerHead, body: bytes) -> Reply:
+        await talk.uploads.forget_completion(memo.upload)
+        return Reply(status=head.status, body=body)
+
+    mapping: MapBody | MapWhole
+    if answer.status == 200:
+        mapping = MapBody(make=lambda talk: ResultMapper(request, lambda root: ended(talk, root)))
+    elif 400 <= answer.status < 500:
+        mapping = MapWhole(limit_bytes=MAX_DOCUMENT_BYTES, function=refused)
+    else:
+        return proposed
+    return replace(proposed, body=mapping)
+
+
+# Abort and list.
+
+
+def plan_abort(call: Call) -> RequestPlan:
+    return Converse(
+        edits=call.asking_edits(), sign=call.sign, handler=lambda talk: _abort(talk, call), limit_bytes=0
+    )
+
+
+async def _abort(talk: Conversation, call: Call) -> Decision:
+    async with talk.ask("DELETE") as answer:
+        reply = await reply_with_body(answer)
+    if 200 <= reply.status < 300 or reply.status == 404:
+        await talk.uploads.forget(upload_of(call))
+    return Answer(reply=reply)
+
+
+def plan_list_parts(call: Call) -> RequestPlan:
+    return Converse(
+        edits=call.asking_edits(), sign=call.sign, handler=lambda talk: _list_parts(talk, call), limit_bytes=0
+    )
+
+
+async def _list_parts(talk: Conversation, call: Call) -> Decision:
+    upload = upload_of(call)
+    kept = await talk.uploads.parts(upload)
+    completion = await talk.uploads.completion(upload)
+    async with talk.ask("GET") as answer:
+        body = await answer.read(MAX_DOCUMENT_BYTES)
+        if answer.status == 200:
+            body = map_parts(body, kept, completion)
+        return Answer(reply=reply_of(answer, body))
