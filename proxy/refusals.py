@@ -268,6 +268,18 @@ UPLOADS_UNAVAILABLE: Final = _refusal(
     _ADMIN + ": see the log.",
     retry_after_s=10,
 )
+CONTENT_TOO_LARGE: Final = _refusal(
+    400,
+    "content-too-large",
+    "The file is larger than the form's policy allows.",
+    "Send a smaller file, or ask for another form.",
+)
+CONTENT_TOO_SMALL: Final = _refusal(
+    400,
+    "content-too-small",
+    "The file is smaller than the form's policy allows.",
+    "Send a larger file, or ask for another form.",
+)
 PRECONDITION: Final = _refusal(
     412,
     "precondition-failed",
