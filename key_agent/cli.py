@@ -12,11 +12,9 @@ import errno
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, cast
+from typing import Annotated, Any, Final, NoReturn
 
 import structlog
 import typer
@@ -24,9 +22,9 @@ import typer
 from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, live_status, setup
 from key_agent.commands import Json
-from key_agent.operations import Operations
+from key_agent.performing import Options, confirm, perform, perform_with, show
 from key_agent.sources.vendors import GENERIC, load_vendor, vendor_names
-from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME, StateLockedError
+from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME
 from runtime import cli, lifecycle, observe
 from runtime import doctor as report
 from runtime.audit_command import add_audit
@@ -36,9 +34,6 @@ from runtime.files import write_new_file
 
 DEFAULT_CONFIG: Final = Path("/etc/sealgate/key-agent.toml")
 CONFIG_VARIABLE: Final = "KEY_AGENT_CONFIG"
-# These take keys back, so they need the loop that does, also where no agent runs.
-_WITHDRAWING: Final = frozenset({"kek_revoke", "service_remove", "proxy_remove"})
-_LOCK_PATIENCE_S: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -64,7 +59,6 @@ cli.add_options(
     read=config.load,
     check=config.unusable_files,
 )
-type Options = cli.Options[config.Settings]
 
 
 def _audit_file(settings: config.Settings) -> Path:
@@ -88,54 +82,6 @@ HsmId = Annotated[str | None, typer.Option(help="CKA_ID in hex of the key to ado
 
 def main() -> NoReturn:
     cli.run(program)
-
-
-# Doing it, here or in the agent that runs.
-
-
-def perform(options: Options, operation: str, **arguments: object) -> Json:
-    """One operation's result. CommandError says what went wrong and what comes next."""
-    observe.configure_logging(level=logging.ERROR)
-    try:
-        return asyncio.run(_perform(options.load(), operation, arguments))
-    except SealgateError as error:
-        raise api.explain_agent(error) from error
-
-
-async def _perform(settings: config.Settings, operation: str, arguments: dict[str, object]) -> Json:
-    socket = settings.agent.state_dir / SOCKET_NAME
-    give_up_s = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        if (answer := await api.call(socket, operation, arguments)) is not None:
-            return answer
-        try:
-            return await _perform_here(settings, operation, arguments)
-        except StateLockedError:
-            # Another command is at work, or the agent is starting or stopping.
-            if time.monotonic() > give_up_s:
-                raise
-            await asyncio.sleep(0.1)
-
-
-async def _perform_here(settings: config.Settings, operation: str, arguments: dict[str, object]) -> Json:
-    lifecycle.harden_process()
-    async with app.opened(settings) as agent:
-        work = getattr(Operations(agent), operation)
-        if operation not in _WITHDRAWING:
-            return cast("Json", await work(**arguments))
-        async with agent.working(refresh=False):
-            return cast("Json", await work(**arguments))
-
-
-def _confirm(options: Options, warning: str, *, yes: bool) -> None:
-    """Show what will be lost. CommandError unless the answer is yes."""
-    if yes:
-        return
-    if options.as_json or not sys.stdin.isatty():
-        raise CommandError(warning, "repeat the command with --yes", ExitCode.REFUSED, code="not-confirmed")
-    typer.echo(warning, err=True)
-    if not typer.confirm("Continue?", err=True):
-        raise CommandError("not confirmed", "nothing was changed", ExitCode.REFUSED, code="not-confirmed")
 
 
 # The commands.
@@ -265,7 +211,7 @@ def status(
     if follow:
         _watch(context.obj)
         return
-    _show(context, perform(context.obj, "status"), status_text)
+    show(context, perform(context.obj, "status"), status_text)
 
 
 def _watch(options: Options) -> None:
@@ -306,7 +252,7 @@ def doctor_command(context: typer.Context) -> None:
 def _diagnose(settings: config.Settings) -> Json:
     observe.configure_logging(level=logging.CRITICAL)
     try:
-        return asyncio.run(_perform(settings, "diagnosis", {}))
+        return asyncio.run(perform_with(settings, "diagnosis", {}))
     except SealgateError as error:
         raise api.explain_agent(error) from error
 
@@ -330,7 +276,7 @@ def reinstate(  # noqa: PLR0917 - typer calls it by name
         _restore(context, options, yes=yes)
         return
     if not yes:
-        _confirm(
+        confirm(
             options,
             "A new KEK and new keys will be made. Objects sealed under the revoked KEK stay unreadable:\n"
             + _objects(perform(options, "service_list"))
@@ -347,14 +293,14 @@ def reinstate(  # noqa: PLR0917 - typer calls it by name
         hsm_label=hsm_label,
         hsm_id=hsm_id,
     )
-    _show(context, result, lambda data: f"KEK {data['kek']} is in use\n{_outcomes(data)}")
+    show(context, result, lambda data: f"KEK {data['kek']} is in use\n{_outcomes(data)}")
 
 
 def _restore(context: typer.Context, options: Options, *, yes: bool) -> None:
     if not yes:
-        _confirm(options, restorable_text(perform(options, "restorable")), yes=yes)
+        confirm(options, restorable_text(perform(options, "restorable")), yes=yes)
     data: Any = perform(options, "reinstate", restore=True)
-    _show(context, data, restored_text)
+    show(context, data, restored_text)
     # One that is not back is none: it may be gone for good.
     problems = [
         f"KEK {one['kek']}: {one['problem'] or str(len(one['failed'])) + ' keys do not open'}"
@@ -385,7 +331,7 @@ def kek_create(
         )
 
     wish = {"kek_type": kek_type, "valid_days": valid_days, "hsm_label": hsm_label, "hsm_id": hsm_id}
-    _show(context, perform(context.obj, "kek_create", **wish), text)
+    show(context, perform(context.obj, "kek_create", **wish), text)
 
 
 @kek_app.command("rotate")
@@ -399,7 +345,7 @@ def kek_rotate(  # noqa: PLR0917 - typer calls it by name
 ) -> None:
     """Move every key to a new KEK while the old one works; then destroy the old one. Can be repeated."""
     options: Options = context.obj
-    _confirm(
+    confirm(
         options,
         "Every key will be wrapped by a new KEK, and the old KEK destroyed in the HSM. Backups of the "
         "registry made before that are of no use afterwards: make a new one.",
@@ -415,7 +361,7 @@ def kek_rotate(  # noqa: PLR0917 - typer calls it by name
             f"{data['moved']} keys moved\nKEK {data['replaced']}: {end}"
         )
 
-    _show(context, data, text)
+    show(context, data, text)
     if data["problem"]:
         raise CommandError(data["problem"], "mend the cause, then repeat `key-agent kek rotate`")
 
@@ -423,7 +369,7 @@ def kek_rotate(  # noqa: PLR0917 - typer calls it by name
 @kek_app.command("status")
 def kek_status(context: typer.Context) -> None:
     """What the registry says of the KEK, and a fresh look at it in the HSM."""
-    _show(context, perform(context.obj, "kek_status"), _kek_text)
+    show(context, perform(context.obj, "kek_status"), _kek_text)
 
 
 @kek_app.command("revoke")
@@ -431,7 +377,7 @@ def kek_revoke(context: typer.Context, yes: YesFlag = False) -> None:
     """Take every key back and destroy the KEK in the HSM. What was sealed under it becomes unreadable."""
     options: Options = context.obj
     if not yes:
-        _confirm(
+        confirm(
             options,
             "The KEK will be destroyed in the HSM. Unless a backup of the HSM brings it back, every object "
             "of these services becomes unreadable for ever:\n" + _objects(perform(options, "service_list")),
@@ -439,7 +385,7 @@ def kek_revoke(context: typer.Context, yes: YesFlag = False) -> None:
         )
     data: Any = perform(options, "kek_revoke")
     state = "destroyed in the HSM" if data["destroyed"] else "NOT destroyed in the HSM"
-    _show(context, data, lambda data: f"KEK {data['kek']}: withdrawn, {state}\n{_outcomes(data)}")
+    show(context, data, lambda data: f"KEK {data['kek']}: withdrawn, {state}\n{_outcomes(data)}")
     silent = [row["proxy"] for row in data["proxies"] if row["may_hold_keys_until_ms"]]
     if data["problems"]:
         raise CommandError("; ".join(data["problems"]), "mend the cause, then repeat `key-agent kek revoke`")
@@ -472,7 +418,7 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
         return f"{data['service']} at {data['proxy']}: {key}\n{_outcomes(data)}"
 
     pem = _read(certificate)
-    _show(
+    show(
         context,
         perform(
             context.obj,
@@ -502,7 +448,7 @@ def service_set(
         when = "as the agent's settings say" if days is None else f"after {days} days" if days else "never"
         return f"{data['service']}: keys rotate {when}"
 
-    _show(
+    show(
         context,
         perform(context.obj, "service_set", service=service, rotate_after_days=rotate_after_days),
         text,
@@ -524,7 +470,7 @@ def service_list(context: typer.Context) -> None:
             ]
         return "\n".join(lines) or "no network services"
 
-    _show(context, perform(context.obj, "service_list"), text)
+    show(context, perform(context.obj, "service_list"), text)
 
 
 @service_app.command("remove")
@@ -537,13 +483,13 @@ def service_remove(
     """Take a service's keys back. Without --proxy they are erased: its objects become unreadable for ever."""
     options: Options = context.obj
     if proxy is None:
-        _confirm(
+        confirm(
             options,
             f"The wrapped keys of {service} will be erased: its objects become unreadable for ever.",
             yes=yes,
         )
     data = perform(options, "service_remove", service=service, proxy=proxy)
-    _show(context, data, lambda data: f"{data['service']} removed\n{_outcomes(data)}")
+    show(context, data, lambda data: f"{data['service']} removed\n{_outcomes(data)}")
 
 
 # Keys.
@@ -565,7 +511,7 @@ def rotate(
         if service is None or everything:
             raise CommandError("whose rotation?", "name the service", ExitCode.USAGE)
         data = perform(options, "rotate_cancel", service=service)
-        _show(context, data, lambda data: f"{data['service']}: rotation given up\n{_outcomes(data)}")
+        show(context, data, lambda data: f"{data['service']}: rotation given up\n{_outcomes(data)}")
         return
     result: Any = perform(options, "rotate", service=service, everything=everything, use=use)
 
@@ -575,7 +521,7 @@ def rotate(
             lines.append("no agent runs: `key-agent run` goes on with it")
         return "\n".join([*lines, _outcomes(data)])
 
-    _show(context, result, text)
+    show(context, result, text)
 
 
 @key_app.command("list")
@@ -593,7 +539,7 @@ def key_list(context: typer.Context, service: ServiceName) -> None:
             )
         return "\n".join(lines) or "no keys"
 
-    _show(context, perform(context.obj, "key_list", service=service), text)
+    show(context, perform(context.obj, "key_list", service=service), text)
 
 
 @key_app.command("suspend")
@@ -619,7 +565,7 @@ def key_deactivate(
     yes: YesFlag = False,
 ) -> None:
     """It opens what it sealed and seals no more. `rotate` does that too, and has another one seal."""
-    _confirm(
+    confirm(
         context.obj,
         f"Key {kid} of {service} will seal nothing any more, for good. If it is the active one, nothing is "
         "sealed for this service until `key-agent rotate`.",
@@ -637,7 +583,7 @@ def key_compromise(
     yes: YesFlag = False,
 ) -> None:
     """Others may know it: no proxy opens or seals with it from now on, and there is no way back."""
-    _confirm(
+    confirm(
         context.obj,
         f"What key {kid} of {service} sealed will not be opened any more, for good. Nothing is erased.",
         yes=yes,
@@ -696,7 +642,7 @@ def _change(context: typer.Context, operation: str, **arguments: object) -> None
             lines.append("no agent runs: proxies go on with what they hold until it ends or `key-agent run`")
         return "\n".join([*lines, _outcomes(data)])
 
-    _show(context, perform(context.obj, operation, **arguments), text)
+    show(context, perform(context.obj, operation, **arguments), text)
 
 
 def _use(key: Any) -> str:
@@ -712,7 +658,7 @@ def proxy_add(
 ) -> None:
     """Make a proxy known, or change its address or authority."""
     data = perform(context.obj, "proxy_add", proxy=proxy, url=url, ca_pem=_read(ca))
-    _show(context, data, lambda data: f"proxy {data['proxy']} {'added' if data['new'] else 'changed'}")
+    show(context, data, lambda data: f"proxy {data['proxy']} {'added' if data['new'] else 'changed'}")
 
 
 @proxy_app.command("list")
@@ -723,14 +669,14 @@ def proxy_list(context: typer.Context) -> None:
         rows = [f"{row['proxy']}  {row['url']}  {', '.join(row['services'])}" for row in data["proxies"]]
         return "\n".join(rows) or "no proxies"
 
-    _show(context, perform(context.obj, "proxy_list"), text)
+    show(context, perform(context.obj, "proxy_list"), text)
 
 
 @proxy_app.command("remove")
 def proxy_remove(context: typer.Context, proxy: Annotated[str, typer.Argument(metavar="PROXY_ID")]) -> None:
     """Take every key back from a proxy and push nothing to it any more."""
     data = perform(context.obj, "proxy_remove", proxy=proxy)
-    _show(context, data, lambda data: f"proxy {data['proxy']} removed\n{_outcomes(data)}")
+    show(context, data, lambda data: f"proxy {data['proxy']} removed\n{_outcomes(data)}")
 
 
 # Backups.
@@ -753,7 +699,7 @@ def backup_export(
             f"{file}: {error.strerror}", "name a file in a directory that you may write"
         ) from None
     data["file"] = str(file)
-    _show(
+    show(
         context,
         data,
         lambda data: (
@@ -779,7 +725,7 @@ def backup_import(
     data = perform(
         context.obj, "backup_import", content_base64=base64.b64encode(content).decode(), trial=trial
     )
-    _show(context, data, imported_text)
+    show(context, data, imported_text)
 
 
 def imported_text(data: Any) -> str:
@@ -804,10 +750,6 @@ def imported_text(data: Any) -> str:
 
 
 # What people read.
-
-
-def _show(context: typer.Context, data: Json, text: Callable[[Any], str]) -> None:
-    context.obj.emit(data, lambda: text(data).rstrip("\n"))
 
 
 def _read(path: Path) -> str:

@@ -90,6 +90,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/push/recipients.py": _AGENT,
     "key_agent/push/sealing.py": _AGENT,
     "key_agent/push/targets.py": _AGENT,
+    "key_agent/performing.py": (
+        "tests/key_agent/test_cli.py",
+        "what all commands do, seen through them",
+    ),
     "key_agent/commands.py": (
         "tests/key_agent/test_key_commands.py",
         "what all commands share, seen through them",
@@ -141,6 +145,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/reading.py": (
         "tests/integration/test_proxy_ranges.py",
         "what is asked of a service and what its clients get for it",
+    ),
+    "proxy/opening.py": (
+        "tests/proxy/test_bodies.py",
+        "the way down of what bodies.py sends up: tested as round trips",
     ),
     "proxy/recording.py": (
         "tests/integration/test_proxy_refusals.py",
