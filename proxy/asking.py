@@ -153,7 +153,7 @@ class Asking:
         body_bytes: int | None = None,
         total_s: float | None = None,
     ) -> AsyncIterator[ServiceAnswer]:
-        """Ask *method* *target* (None: the client's). AskingError, also from within the `async with`.
+        """Ask *method* *target* (None: the client's). AskingError, from the answer's reading too.
 
         The client's fields go with it, but for those of its conditions, range, body and connection; those
         that *keep* names do go, *fields* replace. *body_bytes*: how much an iterator yields; it must.
@@ -172,13 +172,17 @@ class Asking:
             for name, value in outgoing.fields
         )
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S, sock_read=IDLE_S)
-        try:
-            async with self._session(source.service.owner).request(
-                method, url, headers=headers, data=body, allow_redirects=False, timeout=timeout
-            ) as answer:
-                yield ServiceAnswer(answer)
-        except (aiohttp.ClientError, TimeoutError, EOFError, OSError, ValueError) as error:
-            raise AskingError(f"{source.service.upstream}: {type(error).__name__}") from error
+        content = body if body is None or isinstance(body, bytes) else _exactly(body, length or 0)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                answer = await stack.enter_async_context(
+                    self._session(source.service.owner).request(
+                        method, url, headers=headers, data=content, allow_redirects=False, timeout=timeout
+                    )
+                )
+            except (aiohttp.ClientError, TimeoutError, EOFError, OSError, ValueError) as error:
+                raise AskingError(f"{source.service.upstream}: {type(error).__name__}") from error
+            yield ServiceAnswer(answer)
 
     def _session(self, owner: NetworkService) -> aiohttp.ClientSession:
         if self._sessions is None:
@@ -194,6 +198,18 @@ class Asking:
                 skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
             )
         return session
+
+
+async def _exactly(pieces: AsyncIterator[bytes], length_bytes: int) -> AsyncIterator[bytes]:
+    """*pieces*, if they come to *length_bytes*. The library would leave out what is too much."""
+    left = length_bytes
+    async for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            break
+        yield piece
+    if left:
+        raise AskingError("the body is not as long as was said")
 
 
 def host_field(service: ServiceEntry) -> str:

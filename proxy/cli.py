@@ -11,7 +11,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
@@ -37,6 +37,7 @@ from proxy.operating import (
     usage_error,
     write_csr,
 )
+from proxy.profile_options import edited
 from proxy.profiles import PROFILES, UnknownProfileError, profile_named
 from proxy.refusals import Refusal
 from proxy.tenants import certificates
@@ -249,6 +250,14 @@ ReverseListen = Annotated[
 LegacyOption = Annotated[
     LegacyPolicy, typer.Option("--legacy", help="Stored bodies that are not sealed: refuse, or let pass.")
 ]
+OptionChanges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME[:KEY]=VALUE",
+        help="An option of the profile, see `sealgate profile show`; repeatable. An empty value unsets.",
+    ),
+]
 KeyTypeOption = Annotated[KeyType, typer.Option("--key-type", help="Of the private key made here.")]
 
 
@@ -265,19 +274,21 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
     reverse_listen: ReverseListen = None,
     legacy: LegacyOption = LegacyPolicy.STRICT,
     key_type: KeyTypeOption = KeyType.P256,
+    option: OptionChanges = None,
 ) -> None:
     """Provision a network service: make its private key here, write the CSR for the tenant's root."""
     with operating(context) as operator:
         owner, address, listen = parse_owner(service), _upstream(upstream), _listen(reverse_listen)
-        _check_profile(profile)
+        options = _profile_options(_check_profile(profile), {}, option)
         check_csr_file(csr)
         known = operator.store.snapshot().services.get(owner)
-        if known is not None and (known.upstream, known.profile, known.legacy, known.reverse_listen) == (
-            address,
-            profile,
-            legacy,
-            listen,
-        ):
+        if known is not None and (
+            known.upstream,
+            known.profile,
+            known.legacy,
+            known.reverse_listen,
+            known.profile_options,
+        ) == (address, profile, legacy, listen, options):
             request = operator.store.certificate_request(owner)
         else:
             known = None
@@ -290,6 +301,7 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
                 reverse_listen=listen,
                 key_type=key_type,
                 reserved=operator.reserved,
+                profile_options=options,
             )
         write_csr(request, csr)
         show(operator, changed=known is None, service=operator.store.snapshot().services[owner], csr=csr)
@@ -315,6 +327,7 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
     any_reverse_name: Annotated[
         bool, typer.Option("--any-reverse-name", help="By whatever name in reverse mode.")
     ] = False,
+    option: OptionChanges = None,
 ) -> None:
     """Replace what is given of a network service; keys and certificate stay."""
     with operating(context) as operator:
@@ -332,6 +345,10 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
         if reverse_name is not None or any_reverse_name:
             _exclusive("--reverse-name", reverse_name is not None, "--any-reverse-name", any_reverse_name)
             changes["reverse_names"] = _rules(reverse_name)
+        if option is not None or profile is not None:
+            changes["profile_options"] = lambda entry: _profile_options(
+                profile or entry.profile, entry.profile_options, option
+            )
         if not changes:
             raise CommandError("nothing to change", "see sealgate service update --help", ExitCode.USAGE)
         entry = operator.store.update_service(
@@ -549,6 +566,18 @@ def _check_profile(name: str) -> str:
         raise usage_error(error, "see `sealgate profile list`") from None
 
 
+def _profile_options(
+    profile: str, present: Mapping[str, object], changes: list[str] | None
+) -> dict[str, object]:
+    """*present* with *changes* made, as the profile takes them."""
+    try:
+        options = edited(present, changes or ())
+        profile_named(profile).options.of(options)
+    except FormatError as error:
+        raise usage_error(error, f"see `sealgate profile show {profile}`") from None
+    return options
+
+
 def _certificates(paths: Sequence[Path] | None) -> list[x509.Certificate]:
     return [certificate_from(path) for path in paths or ()]
 
@@ -613,6 +642,7 @@ def _service_json(service: ServiceEntry) -> dict[str, object]:
         "legacy": service.legacy.value,
         "reverse_listen": None if service.reverse_listen is None else str(service.reverse_listen),
         "reverse_names": sorted(service.reverse_names),
+        "profile_options": dict(service.profile_options),
         "certificate_sha256": None if certificate is None else fingerprint(certificate).hex(),
         "not_after": None if certificate is None else certificate.not_valid_after_utc.isoformat(),
     }

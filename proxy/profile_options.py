@@ -7,7 +7,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Final, Self
 
@@ -19,6 +19,9 @@ from envelope.errors import FormatError
 _AMBIGUOUS: Final = re.compile(
     r"/\.{1,2}(?:/|\Z)|//|[\\;]|%(?:2[def]|3[0-9]|4[1-9a-f]|5[0-9acf]|6[1-9a-f]|7[0-9ae])", re.IGNORECASE
 )
+
+
+_CHANGE: Final = re.compile(r"([a-z][a-z0-9_]*)(?::(.+?))?=(.*)", re.DOTALL)
 
 
 class StoredPolicy(StrEnum):
@@ -43,6 +46,11 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Path prefix -> policy for stored bodies; the longest prefix wins, else the service's `legacy`."""
     sealed_upload: SealedUpload = SealedUpload.WRAP
 
+    @property
+    def has_subdomains(self) -> bool:
+        """Whether names below the upstream's own belong to the service, in forward mode."""
+        return False
+
     @classmethod
     def of(cls, given: Mapping[str, object]) -> Self:
         """FormatError, naming the option, for what this profile does not know or cannot use."""
@@ -60,6 +68,42 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return StoredPolicy.STRICT
         prefixes = [prefix for prefix in self.legacy if _lies_under(path, prefix)]
         return self.legacy[max(prefixes, key=len)] if prefixes else None
+
+
+def edited(present: Mapping[str, object], changes: Iterable[str]) -> dict[str, object]:
+    """*present* with *changes* made: `NAME=VALUE`, or `NAME:KEY=VALUE` for one entry of a table.
+
+    A value is JSON if it is that, else text; an empty one takes the option away. FormatError for what has no
+    such form. Whether a profile knows the option is `ProfileOptions.of`'s affair.
+    """
+    made: dict[str, object] = {name: _copy(value) for name, value in present.items()}
+    for change in changes:
+        match = _CHANGE.fullmatch(change)
+        if match is None:
+            raise FormatError(f"not NAME=VALUE or NAME:KEY=VALUE: {change!r}")
+        name, key, text = match.groups()
+        table = made
+        if key is not None:
+            found = made.setdefault(name, {})
+            if not isinstance(found, dict):
+                raise FormatError(f"the option {name} is no table")
+            table, name = found, key
+        if text:
+            table[name] = _value(text)
+        else:
+            table.pop(name, None)
+    return {name: value for name, value in made.items() if value != {}}
+
+
+def _copy(value: object) -> object:
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _value(text: str) -> object:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
 
 
 def _lies_under(path: str, prefix: str) -> bool:

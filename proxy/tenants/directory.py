@@ -380,8 +380,11 @@ class DirectoryStore:
         reverse_listen: Listen | None = None,
         key_type: KeyType = KeyType.P256,
         reserved: Iterable[Listen] = (),
+        profile_options: Mapping[str, object] | None = None,
     ) -> x509.CertificateSigningRequest:
         """Provision a network service; its new private key stays here, the CSR is for the tenant's root.
+
+        *profile_options*: JSON-able; whoever calls has had the profile check them.
 
         ChangeRefusedError if the id, the host or the listener is taken, or the host is tunnelled.
         """
@@ -411,6 +414,7 @@ class DirectoryStore:
                     profile=profile,
                     legacy=legacy.value,
                     reverse_listen=None if reverse_listen is None else str(reverse_listen),
+                    profile_options=_options_text(profile_options),
                     key_file=key_file,
                     created_at_ms=now_ms,
                     updated_at_ms=now_ms,
@@ -424,6 +428,8 @@ class DirectoryStore:
             }
             if reverse_listen is not None:
                 detail["reverse_listen"] = str(reverse_listen)
+            if (text := _options_text(profile_options)) is not None:
+                detail["profile_options"] = text
             return Draft(action="service-added", tenant=owner.tenant, service=owner.service, detail=detail)
 
         with self.new_files() as files:
@@ -454,9 +460,12 @@ class DirectoryStore:
         legacy: LegacyPolicy | None = None,
         reverse_listen: object = _UNCHANGED,
         reverse_names: Iterable[str] | None = None,
+        profile_options: Callable[[ServiceEntry], Mapping[str, object]] | None = None,
         reserved: Iterable[Listen] = (),
     ) -> ServiceEntry:
         """Replace what is given; *reverse_listen* is a Listen or None. Keys and certificate stay.
+
+        *profile_options* makes of the service as it stands all its options, checked by the profile.
 
         *reverse_names*: host names (or `*.domain`) that clients of the reverse listener may use; none: any.
 
@@ -493,6 +502,9 @@ class DirectoryStore:
             if names is not None:
                 values["reverse_names"] = " ".join(names) or None
                 detail["reverse_names"] = " ".join(names)
+            if profile_options is not None:
+                text = values["profile_options"] = _options_text(profile_options(entry))
+                detail["profile_options"] = text or "{}"
             connection.execute(_update_service(owner).values(values))
             return Draft(action="service-updated", tenant=owner.tenant, service=owner.service, detail=detail)
 
@@ -796,6 +808,10 @@ def _sound[T](read: Callable[[str | None], T], text: str | None) -> T:
         return read(text)
     except FormatError as error:
         raise DirectoryUnavailableError(str(error)) from error
+
+
+def _options_text(options: Mapping[str, object] | None) -> str | None:
+    return json.dumps(options, sort_keys=True) if options else None
 
 
 def _options(text: str | None) -> dict[str, object]:

@@ -116,6 +116,46 @@ def test_doing_it_again_changes_nothing(site: Installation, acme: Tenant, root: 
     assert (code, error["code"]) == (ExitCode.REFUSED, "refused")
 
 
+def test_options_of_a_profile(site: Installation, acme: Tenant, root: str) -> None:
+    site.ask("tenant", "add", "acme", "--root", root)
+    csr = str(site.path / "drive.csr")
+    add = ("service", "add", "acme/drive", "--upstream", "https://drive.example", "--csr", csr)
+    given = ("--option", "sealed_upload=pass", "--option", "legacy:/old=migrate")
+    assert site.ask(*add, *given)["service"]["profile_options"] == {
+        "sealed_upload": "pass",
+        "legacy": {"/old": "migrate"},
+    }
+    assert site.ask(*add, *given)["changed"] is False
+    update = ("service", "update", "acme/drive")
+    more = site.ask(*update, "--option", "legacy:/older=passthrough", "--option", "sealed_upload=")
+    assert more["service"]["profile_options"] == {"legacy": {"/old": "migrate", "/older": "passthrough"}}
+    assert site.ask("list")["tenants"][0]["services"][0]["profile_options"]["legacy"]["/old"] == "migrate"
+    for wrong in (
+        "legacy:/old=never",
+        "nothing=1",
+        "sealed_upload=PASS",
+        "legacy:old=migrate",
+        "=x",
+        "legacy",
+    ):
+        code, error = site.refused(*update, "--option", wrong)
+        assert (code, error["next_step"]) == (ExitCode.USAGE, "see `sealgate profile show generic`")
+    detail = site.ask("history")["changes"][-1]["detail"]
+    assert detail["profile_options"] == '{"legacy": {"/old": "migrate", "/older": "passthrough"}}'
+
+
+def test_a_profile_tells_what_it_does(site: Installation) -> None:
+    for name in (entry["name"] for entry in site.ask("profile", "list")["profiles"]):
+        told = site.ask("profile", "show", name)
+        for what in ("encrypts", "sizes", "validators", "digests"):
+            assert len(told[what]) > 10
+        assert told["limitations"] or told["operations"]
+        assert {"legacy", "sealed_upload"} <= set(told["options"])
+        _, text, _ = site.run("profile", "show", name)
+        for heading in ("Encrypts", "Sizes", "Validators", "Digests", "What stops working on ciphertext"):
+            assert heading in text
+
+
 def test_updates_and_removals(site: Installation, acme: Tenant, root: str, tmp_path: Path) -> None:
     provision(site, acme, root)
     signer = write_certificate(acme.agent_signing().certificate, tmp_path / "signing.pem")
