@@ -226,6 +226,8 @@ class SealgateAddon:
             request.authority = ""  # origin form: Host says the rest
         if route.mode is Mode.REVERSE:
             request.host_header = host_field(route.service)
+        elif request.host != (own := route.service.upstream.host):
+            request.host = own  # from a name below it: one service, one address
         exchange = self._exchange(flow, client, head, route)
         bodies: list[ClientBody] = []
         client.flows[flow.id] = bodies

@@ -6,7 +6,8 @@
 3. In reverse mode the listener decides the service too; the names the client uses are its own affair. Where
    the service is served by certain names only, the TLS handshake with another ends (engine.py).
 4. What is tunnelled unread is on the tenant's list by CONNECT host and server name, and no managed host.
-5. A connection is opened to an address of this picture only, whatever led to it.
+5. A connection is opened to an address of this picture only, whatever led to it: names below a service's own
+   lead to the service itself.
 6. Content in the clear is taken on the loopback interface only: from a TLS terminator beside us.
 """
 
@@ -109,6 +110,11 @@ class Routing:
             (entry.owner.tenant, entry.upstream.host, entry.upstream.port)
             for entry in directory.services.values()
         )
+        self._with_subdomains: Final = tuple(
+            entry
+            for entry in directory.services.values()
+            if (options := self._options.get(entry.owner)) is not None and options.has_subdomains
+        )
 
     def listener(self, spec: str) -> Listener:
         """RefusedError(UNMANAGED_HOST) if nothing listens there any more."""
@@ -121,7 +127,7 @@ class Routing:
         """Whether CONNECT to *host* may be answered at all. RefusedError(UNMANAGED_HOST) if not."""
         listener = self.listener(spec)
         entry = listener.tenant(tenant)
-        managed = self.directory.service_for_host(entry.tenant, host, port)
+        managed = self._service_for(entry.tenant, host, port)
         if listener.service is not None or (managed is None and not self._on_list(entry, host)):
             raise RefusedError(refusals.UNMANAGED_HOST)
 
@@ -133,7 +139,7 @@ class Routing:
         entry = listener.tenant(tenant)
         if listener.service is not None or server_name is None:
             return False
-        if self.directory.service_for_host(entry.tenant, host, port) is not None:
+        if self._service_for(entry.tenant, host, port) is not None:
             return False
         return self._on_list(entry, host) and self._on_list(entry, server_name)
 
@@ -161,11 +167,30 @@ class Routing:
             if (wanted.scheme, wanted.host, wanted.port) != (upstream.scheme, upstream.host, upstream.port):
                 raise RefusedError(refusals.INTERNAL)  # not what this listener leads to: a bug, not a client
             return self._route(listener.service, Mode.REVERSE, wanted)
-        service = self.directory.service_for_host(listener.tenant(tenant).tenant, wanted.host, wanted.port)
+        service = self._service_for(listener.tenant(tenant).tenant, wanted.host, wanted.port)
         if service is None or service.upstream.scheme != wanted.scheme:
             raise RefusedError(refusals.UNMANAGED_HOST)
-        _check_names(service.upstream, wanted)
+        _check_names(service.upstream, normal_host(wanted.host), wanted)
         return self._route(service, Mode.FORWARD, wanted)
+
+    def _service_for(self, tenant: str, host: str, port: int) -> ServiceEntry | None:
+        """By the service's own name, or by one below it where its profile has such (S3's buckets)."""
+        service = self.directory.service_for_host(tenant, host, port)
+        if service is not None:
+            return service
+        try:
+            name = normal_host(host)
+        except FormatError:
+            return None
+        # The longest name counts: one service's host may lie below another's.
+        found = [
+            entry
+            for entry in self._with_subdomains
+            if entry.owner.tenant == tenant
+            and entry.upstream.port == port
+            and name.endswith("." + entry.upstream.host)
+        ]
+        return max(found, key=lambda entry: len(entry.upstream.host), default=None)
 
     def _route(self, service: ServiceEntry, mode: Mode, wanted: Wanted) -> Route:
         options = self._options.get(service.owner)
@@ -181,6 +206,11 @@ class Routing:
         """On the tenant's list of hosts to tunnel, and not a managed host at any port."""
         try:
             name = normal_host(host)
+            if any(
+                entry.owner.tenant == tenant.tenant and name.endswith("." + entry.upstream.host)
+                for entry in self._with_subdomains
+            ):
+                return False
             return (tenant.tenant, name) not in self._managed and tenant.tunnels(name)
         except FormatError:
             return False
@@ -201,7 +231,8 @@ def _listeners(directory: Directory) -> Iterable[Listener]:
             )
 
 
-def _check_names(upstream: Upstream, wanted: Wanted) -> None:
+def _check_names(upstream: Upstream, host: str, wanted: Wanted) -> None:
+    """*host*: what the request goes to; the service's own name, or one below it."""
     try:
         addresses = [_address(name, upstream.scheme) for name in wanted.names]
         if wanted.connected is not None:
@@ -213,7 +244,7 @@ def _check_names(upstream: Upstream, wanted: Wanted) -> None:
             addresses.append((normal_host(wanted.server_name), upstream.port))
     except FormatError:
         raise RefusedError(refusals.BAD_MESSAGE) from None
-    if any(address != (upstream.host, upstream.port) for address in addresses):
+    if any(address != (host, upstream.port) for address in addresses):
         raise RefusedError(refusals.HOST_MISMATCH)
 
 

@@ -8,10 +8,13 @@ from typing import Final
 
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Profile
+from proxy.profiles.s3.profile import S3Profile
 
 __all__ = ["PROFILES", "Profile", "UnknownProfileError", "profile_named"]
 
-PROFILES: Final[Mapping[str, Profile]] = {profile.name: profile for profile in (GenericProfile(),)}
+PROFILES: Final[Mapping[str, Profile]] = {
+    profile.name: profile for profile in (GenericProfile(), S3Profile())
+}
 
 
 class UnknownProfileError(LookupError):

@@ -126,9 +126,22 @@ def read_head(request: Request, authenticated: Authenticated) -> Incoming:
             decoder=decoder if is_coded or expected else None,
             sent_bytes=request.frame.length_bytes,
         ),
-        edits=_without_coding(edits, fields) if CODING in codings else edits,
+        edits=without_coding(edits, fields) if CODING in codings else edits,
         target=_without_hoisted(request.head.target) if hoisted else None,
     )
+
+
+def without_coding(edits: Edits, fields: Fields) -> Edits:
+    """Without the one token; other codings are the object's own, in the client's spelling."""
+    kept = [
+        token
+        for value in fields.all("content-encoding")
+        for token in (part.strip(" \t") for part in value.split(","))
+        if token and token.lower() != CODING
+    ]
+    if not kept:
+        return edits.also(drop=("content-encoding",))
+    return edits.also(put=(("content-encoding", ",".join(kept)),))
 
 
 def read_document(authenticated: Authenticated, fields: Fields, body: bytes) -> bytes:
@@ -246,16 +259,3 @@ def _without_hoisted(target: str) -> str:
     path, _, query = target.partition("?")
     kept = [part for part in query.split("&") if not _is_hoisted(part.partition("=")[0].lower())]
     return f"{path}?{'&'.join(kept)}" if kept else path
-
-
-def _without_coding(edits: Edits, fields: Fields) -> Edits:
-    """Without the one token; other codings are the object's own, in the client's spelling."""
-    kept = [
-        token
-        for value in fields.all("content-encoding")
-        for token in (part.strip(" \t") for part in value.split(","))
-        if token and token.lower() != CODING
-    ]
-    if not kept:
-        return edits.also(drop=("content-encoding",))
-    return edits.also(put=(("content-encoding", ",".join(kept)),))

@@ -48,6 +48,8 @@ CODES: Final[Mapping[str, str]] = {
     refusals.PART_TOO_SMALL.code: "EntityTooSmall",
     refusals.PART_NUMBER.code: "InvalidArgument",
     refusals.COPY_SOURCE.code: "InvalidArgument",
+    refusals.CONTENT_TOO_LARGE.code: "EntityTooLarge",
+    refusals.CONTENT_TOO_SMALL.code: "EntityTooSmall",
 }
 """Where the code of the status would not do."""
 

@@ -98,6 +98,8 @@ class Unchanged:
     head: RequestHead
     address: Address
     host: str
+    same_body: bool = False
+    """Whether the body that leaves is the one that came."""
 
     def __call__(self, outgoing: Outgoing) -> Outgoing:
         """RefusedError(CANNOT_SIGN) if something differs that was signed."""
@@ -113,8 +115,8 @@ class Unchanged:
         same = (outgoing.method, outgoing.target) == (self.head.method, self.head.target) and all(
             _values(headers, name) == _values(theirs, name) for name in self.authenticated.signed_headers
         )
-        has_body = _has_body(outgoing.fields)
-        if not same or (has_body and self.authenticated.payload not in (None, UNSIGNED)):
+        is_changed = _has_body(outgoing.fields) and not self.same_body
+        if not same or (is_changed and self.authenticated.payload not in (None, UNSIGNED)):
             raise RefusedError(refusals.CANNOT_SIGN)
 
 
