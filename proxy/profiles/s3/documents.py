@@ -25,6 +25,7 @@ from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES
 from proxy.refusals import RefusedError
 from proxy.uploads import Completion, KeptPart
 
+_LISTS_OF_PARTS: Final = ("ListPartsResult", "ListPartsResponse")  # the second: moto's
 _MAX_DEPTH: Final = 8
 _MAX_ELEMENTS: Final = 40_000
 # White space and the XML declaration; the root's `<` is not among it.
@@ -240,7 +241,7 @@ def map_parts(document: bytes, kept: Iterable[KeptPart], completion: Completion 
     by_tag = {(item.part.number, item.tag.lower()): item for item in remembered}
     newest = {item.part.number: item for item in reversed(remembered)}
     elements = elements_of(document)
-    if elements[-1].path[0] != "ListPartsResult":
+    if elements[-1].path[0] not in _LISTS_OF_PARTS:
         raise RefusedError(refusals.SERVICE_ANSWER)
     splices: list[Splice] = []
     entry: dict[str, Element] = {}

@@ -4,8 +4,8 @@
    Whoever completes the upload, after a restart or through another proxy of the pool, finds it there.
 2. The manifest goes up as a part before the upload is completed; what the service is then asked is
    remembered, too. A client that asks again, because it got no answer, makes us ask the same again.
-3. The service's answer to a completion decides: only a result document ends the upload here. It may come
-   late, behind white space, and be an error though its status is 200.
+3. The service's answer to a completion decides: a document that is no error ends the upload here. It may
+   come late, behind white space, and be an error though its status is 200.
 4. A part that only we know of is in no list.
 """
 
@@ -57,7 +57,7 @@ from proxy.uploads import Completion, KeptPart, Upload
 
 _CREATE_DROPS: Final = ("x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm")
 """The service would want checksums of ciphertext with every part."""
-_RESULT: Final = "CompleteMultipartUploadResult"
+_ERROR: Final = "Error"
 _FRAMING_BYTES: Final = 64 * 1024
 _MAX_SIZE_DIGITS: Final = 15
 
@@ -238,7 +238,7 @@ def plan_completed(memo: Completed, request: Request, answer: AnswerHead, propos
         return proposed
 
     async def ended(talk: Conversation, root: str) -> None:
-        if root == _RESULT:
+        if root != _ERROR:
             await talk.uploads.complete(memo.upload, replace(memo.completion, is_done=True))
 
     async def refused(talk: Conversation, head: AnswerHead, body: bytes) -> Reply:
