@@ -36,6 +36,7 @@ from proxy.prefetch import Prefetch
 from proxy.recording import Recorder, Trail, path_of
 from proxy.refusals import Refusal, RefusedError
 from proxy.routing import Holder, Listener, Routing, Wanted
+from proxy.spool import Spools
 from proxy.uploads import UploadStore
 from proxy.users.identification import Identity, Shown, address_of, identify, still_holds
 from runtime.audit import AuditLog
@@ -113,9 +114,10 @@ class SealgateAddon:
         metrics: ProxyMetrics,
         wait_s: float,
         uploads: UploadStore | None = None,
+        spools: Spools | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._exchanges = Exchanges(keys, prefetch, uploads=uploads, wait_s=wait_s)
+        self._exchanges = Exchanges(keys, prefetch, uploads=uploads, wait_s=wait_s, spools=spools)
         self._recorder = Recorder(audit, metrics)
         self._metrics = metrics
         self._clock = clock or SystemClock()

@@ -132,11 +132,15 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """PEM, with intermediates: shown to clients that reach a forward proxy by TLS. Default: one of the
     tenant's interception CA, where the listener is one tenant's alone."""
     proxy_key_file: Path | None = None
+    spool_bytes: int = 1 << 30
+    """Sealed bytes that may wait on this process's disk, all uploads together: where a service has to be told
+    a length that the client does not say. In nameless files in `proxy.state_dir`."""
     levers: bool = True
     """The performance patches of the gate; off to find out whether one is at fault."""
 
     def __post_init__(self) -> None:
         _check_range("engine.drain_s", self.drain_s, 0, 600)
+        _check_range("engine.spool_bytes", self.spool_bytes, 1 << 20, 1 << 50)
         if (self.proxy_certificate_file is None) != (self.proxy_key_file is None):
             raise ValueError("engine.proxy_certificate_file and engine.proxy_key_file come together")
 

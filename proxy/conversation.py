@@ -14,24 +14,30 @@ from typing import Final, override
 from envelope.multipart import Manifest, seal_ending
 from envelope.objects import Header, has_magic, plain_length, sealed_length
 from proxy import refusals
-from proxy.asking import AskingError, ServiceAnswer, Source
+from proxy.asking import AnswerTooLongError, AskingError, ServiceAnswer, Source
 from proxy.bodies import SealBody, sealing_key
 from proxy.gate.permit import Transform
 from proxy.keys.cache import DataKey, KeyCache
-from proxy.message import ByteRange, content_range
+from proxy.message import AnswerHead, ByteRange, content_range
 from proxy.opening import OpenBody
 from proxy.plan import (
     NO_EDITS,
     Conversation,
     EmptyBody,
+    Forward,
     Inspected,
     Opened,
     OpenRange,
     PartOf,
+    Pass,
+    Refuse,
+    Reply,
     Request,
     Sealed,
+    Spooled,
     StoredKind,
 )
+from proxy.planner import plan_answer
 from proxy.prefetch import Beginning, Prefetch, kind_of
 from proxy.profile_options import StoredPolicy
 from proxy.reading import Read, Reading
@@ -39,6 +45,9 @@ from proxy.recording import Trail
 from proxy.refusals import RefusedError
 from proxy.uploads import UploadStore
 
+_OF_ONE_CONNECTION: Final = frozenset(
+    {"connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+)
 MAX_ANSWER_BYTES: Final = 1024 * 1024
 """What `ServiceAnswer.read` is mostly given: an answer to a command, not a file."""
 
@@ -81,9 +90,11 @@ class ServiceConversation(Conversation):
         wait_s: float,
         uploads: UploadStore | None,
         body: bytes = b"",
+        spooled: Spooled | None = None,
     ) -> None:
         self.request = request
         self.body = body
+        self.spooled = spooled
         self._trail = trail
         self._source = source
         self._keys = keys
@@ -127,6 +138,26 @@ class ServiceConversation(Conversation):
                 yield answer
         except AskingError as error:
             raise RefusedError(refusals.UPSTREAM) from error
+
+    @override
+    async def relay(self, answer: ServiceAnswer, *, limit_bytes: int = MAX_ANSWER_BYTES) -> Reply:
+        head = AnswerHead(status=answer.status, fields=answer.fields)
+        plan = plan_answer(Forward(edits=NO_EDITS), head, self.request.route)
+        if not isinstance(plan, Pass):
+            raise RefusedError(plan.refusal if isinstance(plan, Refuse) else refusals.INTERNAL)
+        try:
+            body = await answer.read(limit_bytes)
+        except AnswerTooLongError as error:
+            raise RefusedError(refusals.SERVICE_ANSWER) from error
+        except AskingError as error:
+            raise RefusedError(refusals.UPSTREAM) from error
+        if has_magic(body):
+            raise RefusedError(refusals.OBJECT_INVALID)
+        put = dict(plan.edits.put)
+        gone = plan.edits.drop | _OF_ONE_CONNECTION | put.keys()
+        names = [name for name in answer.fields if name not in gone]
+        kept = [(name, value) for name in names for value in answer.fields.all(name)]
+        return Reply(status=answer.status, fields=(*kept, *put.items()), body=body)
 
     # ---- sealing
 

@@ -20,6 +20,7 @@ from proxy.engine import Engine, upstream_trust
 from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
+from proxy.spool import Spools
 from proxy.tenants.model import Directory
 from proxy.uploads import UploadStore
 from runtime.audit import AuditLog
@@ -87,6 +88,7 @@ class DataPlane:
             audit=self._audit,
             prefetch=prefetch,
             uploads=self._uploads,
+            spools=Spools(limit_bytes=settings.engine.spool_bytes, directory=settings.proxy.state_dir),
             metrics=ProxyMetrics(self._registry),
             wait_s=settings.keys.wait_s,
             clock=clock,

@@ -25,6 +25,7 @@ from proxy.opening import MapAnswerBody, OpenBody, OpenRangeBody
 from proxy.plan import (
     Answer,
     Converse,
+    Decision,
     Edits,
     Forward,
     Going,
@@ -53,6 +54,8 @@ from proxy.profiles.profile import Profile
 from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import Refusal, RefusedError
+from proxy.spool import Spools
+from proxy.spooling import SpoolingBody
 from proxy.uploads import UploadStore
 
 type ClientBody = SealBody | ReshapeBody | OpenBody | OpenRangeBody
@@ -96,13 +99,20 @@ class Exchanges:
     """Carries plans out. *wait_s*: how long an upload waits for a key that is late."""
 
     def __init__(
-        self, keys: KeyCache, prefetch: Prefetch, *, uploads: UploadStore | None, wait_s: float
+        self,
+        keys: KeyCache,
+        prefetch: Prefetch,
+        *,
+        uploads: UploadStore | None,
+        wait_s: float,
+        spools: Spools | None = None,
     ) -> None:
         self._keys = keys
         self._prefetch = prefetch
         self._reading = Reading(keys, prefetch)
         self._uploads = uploads
         self._wait_s = wait_s
+        self._spools = spools or Spools()
 
     # ---- requests
 
@@ -121,6 +131,10 @@ class Exchanges:
                 return None
             case PassBody():
                 return Collect(plan.limit_bytes)
+            case Converse() if plan.spool is not None:
+                body = await self._sealing(flow, exchange, plan.spool)
+                bodies.append(body)
+                return SpoolingBody(plan.limit_bytes, body, self._spools.open())
             case Converse():
                 return Collect(plan.limit_bytes)
             case Seal() | Reshape():
@@ -141,8 +155,8 @@ class Exchanges:
             case PassBody():
                 _depart_with(flow.request, plan, plan.edits, collected, collected.body())
             case Converse():
-                exchange.conversation = talk = self._conversation(exchange, collected)
-                decision = await plan.handler(talk)
+                talk = self._conversation(exchange, collected)
+                decision = await self._decision(plan, talk, collected)
                 match decision:
                     case Refuse():
                         raise RefusedError(decision.refusal)
@@ -157,10 +171,20 @@ class Exchanges:
             case _:
                 raise RefusedError(refusals.INTERNAL)
 
+    @staticmethod
+    async def _decision(plan: Converse, talk: ServiceConversation, collected: Collect) -> Decision:
+        if not isinstance(collected, SpoolingBody):
+            return await plan.handler(talk)
+        talk.spooled = held = collected.finish()
+        try:
+            return await plan.handler(talk)
+        finally:
+            held.close()
+
     def _conversation(self, exchange: Exchange, collected: Collect | None) -> ServiceConversation:
         if exchange.conversation is not None:
             return exchange.conversation
-        return ServiceConversation(
+        exchange.conversation = talk = ServiceConversation(
             exchange.request,
             exchange.trail,
             exchange.source,
@@ -172,6 +196,7 @@ class Exchanges:
             uploads=self._uploads,
             body=collected.body() if collected is not None else b"",
         )
+        return talk
 
     def _answer(self, flow: HTTPFlow, exchange: Exchange, reply: Reply) -> None:
         exchange.is_answered_here = True

@@ -195,12 +195,31 @@ class Sealing(Protocol):
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
 
+class Spooled(Protocol):
+    """An upload that was sealed and is held here, as often as the handler wants to send it."""
+
+    @property
+    def stored_bytes(self) -> int: ...
+
+    @property
+    def sealed(self) -> "Sealed | None":
+        """None: it was reshaped."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Of the ciphertext; small pieces only: it may lie on a disk."""
+
+    def pieces(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        """The ciphertext, or a part of it."""
+
+
 class Conversation(ABC):
     """What a profile's handler may do while its client waits (proxy/conversation.py)."""
 
     request: Request
     body: bytes
     """What the client has sent, if it was to be collected."""
+    spooled: Spooled | None
+    """Of `Converse.spool`."""
 
     @property
     @abstractmethod
@@ -219,6 +238,13 @@ class Conversation(ABC):
         body_bytes: int | None = None,
     ) -> AbstractAsyncContextManager[ServiceAnswer]:
         """Ask the service as the client (`Asking.ask`). RefusedError(UPSTREAM) where it cannot be asked."""
+
+    @abstractmethod
+    async def relay(self, answer: ServiceAnswer, *, limit_bytes: int = 1024 * 1024) -> "Reply":
+        """The service's answer as the client may see it: to what was asked in place of its own request.
+
+        RefusedError(SERVICE_ANSWER) if it is longer.
+        """
 
     @abstractmethod
     async def sealing_key(self, *, size_bytes: int | None = None, target: str | None = None) -> DataKey:

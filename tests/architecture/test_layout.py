@@ -150,6 +150,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/test_bodies.py",
         "the way down of what bodies.py sends up: tested as round trips",
     ),
+    "proxy/spooling.py": _TALKS,
     "proxy/recording.py": (
         "tests/integration/test_proxy_refusals.py",
         "what the audit log says of real requests",

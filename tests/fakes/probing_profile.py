@@ -173,6 +173,11 @@ class ProbingProfile(Profile):
                     after=after,
                     sign=sign,
                 )
+            case ("PUT", "spooled"):
+                sealing = Seal(edits=edits, plain_bytes=size, empty=EmptyBody.SEAL, sign=sign)
+                return Converse(
+                    edits=edits, handler=send_spooled, limit_bytes=1 << 30, spool=sealing, sign=sign
+                )
             case ("PUT", "wrapped"):
                 return Reshape(edits=edits, make=lambda new: Wrapping(new, size), sign=sign)
             case ("PUT", "control"):
@@ -260,6 +265,15 @@ async def copy(talk: Conversation) -> Decision:
 async def _pieces(sealing: Sealing) -> AsyncIterator[bytes]:
     async for piece in sealing:
         yield piece
+
+
+async def send_spooled(talk: Conversation) -> Decision:
+    held = talk.spooled
+    assert held is not None
+    assert held.sealed is not None
+    assert held.read(56, 88) == held.sealed.commitment
+    async with talk.ask("PUT", body=held.pieces(), body_bytes=held.stored_bytes) as answer:
+        return Answer(reply=await talk.relay(answer))
 
 
 async def fails(_talk: Conversation) -> Decision:

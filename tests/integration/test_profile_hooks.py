@@ -154,6 +154,25 @@ async def test_a_small_body_passes_by_a_rule_and_a_large_one_does_not(world: Wor
     assert world.store.objects["/control"] == b"<settings/>"
 
 
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+@pytest.mark.parametrize("size", [0, 10, 1_000_000])
+async def test_a_spooled_body_goes_up_with_its_length(world: World, version: str, size: int) -> None:
+    content = (CANARY * 60)[:size]
+    got = await world.ask("/spooled/a", version, "-T", "-", body=content)
+    assert (got.status, got.body, got.headers["etag"]) == (201, b"created", '"v1"')
+    assert world.opened("/spooled/a") == content
+    (exchange,) = world.origin.exchanges
+    assert exchange.header("content-length") == str(sealed_length(size))
+    assert exchange.header("transfer-encoding") is None
+
+
+async def test_a_spooled_body_that_is_not_what_was_said_is_not_sent(world: World) -> None:
+    wrong = ["-H", "Content-Length: 100", "-X", "PUT", "--http1.1", "--max-time", "2"]
+    got = await world.ask("/spooled/a", *wrong, "--data-binary", "@-", body=CANARY[:50])
+    assert got.status != 201
+    assert world.origin.exchanges == []
+
+
 # ---- conversations
 
 
