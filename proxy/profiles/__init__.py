@@ -9,11 +9,12 @@ from typing import Final
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Profile
 from proxy.profiles.s3.profile import S3Profile
+from proxy.profiles.webdav.profile import WebDavProfile
 
 __all__ = ["PROFILES", "Profile", "UnknownProfileError", "profile_named"]
 
 PROFILES: Final[Mapping[str, Profile]] = {
-    profile.name: profile for profile in (GenericProfile(), S3Profile())
+    profile.name: profile for profile in (GenericProfile(), S3Profile(), WebDavProfile())
 }
 
 

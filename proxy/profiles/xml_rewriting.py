@@ -113,11 +113,21 @@ class Entry:
             raise XmlError("an element of text has children")
         escaped = _escaped(text)
         if leaf.is_empty_tag:
-            tag = self._raw[leaf.start : leaf.stop - 2]
-            qualified = tag[1:].split(None, 1)[0]
-            self._splice(leaf.start, leaf.stop, tag.rstrip() + b">" + escaped + b"</" + qualified + b">")
+            self._fill(leaf, escaped)
         else:
             self._splice(leaf.content, leaf.end, escaped)
+
+    def append(self, leaf: Leaf, element: bytes) -> None:
+        """Put *element*, well-formed XML, behind all that is in *leaf*."""
+        if leaf.is_empty_tag:
+            self._fill(leaf, element)
+        else:
+            self._splice(leaf.end, leaf.end, element)
+
+    def _fill(self, leaf: Leaf, content: bytes) -> None:
+        tag = self._raw[leaf.start : leaf.stop - 2]
+        qualified = tag[1:].split(None, 1)[0]
+        self._splice(leaf.start, leaf.stop, tag.rstrip() + b">" + content + b"</" + qualified + b">")
 
     def remove(self, leaf: Leaf) -> None:
         """Take the element out, with all that is in it."""

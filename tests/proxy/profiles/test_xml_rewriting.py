@@ -121,6 +121,18 @@ def test_an_empty_element_keeps_its_attributes_and_prefix_when_it_is_filled() ->
     assert out == b"<r xmlns:p='u'><p:e a = 'b/>'>&#233;</p:e><p:e>&#233;</p:e></r>"
 
 
+def test_an_element_is_appended_behind_what_is_there() -> None:
+    rule = EntryRule(at=(("", "r"),), leaves=frozenset({(("", "s"),)}))
+
+    def append(entry: Entry) -> None:
+        for leaf in entry.leaves:
+            entry.append(leaf, b"<n/>")
+
+    document = b"<r><s><a/>t</s><s a='1'/><s></s></r>"
+    out = b"<r><s><a/>t<n/></s><s a='1'><n/></s><s><n/></s></r>"
+    assert rewrite(document, [rule], append) == out
+
+
 def test_the_root_can_be_the_entry_and_names_can_be_meant_anywhere() -> None:
     document = b" <r xmlns='u'><a><b><h>1</h></b></a><h>2</h><b><h><h>3</h></h></b></r> \n".lstrip()
     found: list[str] = []

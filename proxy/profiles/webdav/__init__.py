@@ -1,0 +1,1 @@
+"""WebDAV (RFC 4918), and what Nextcloud adds to it."""

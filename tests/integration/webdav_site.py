@@ -1,0 +1,92 @@
+"""The proxy between WebDAV clients and a referee, and the three ways to it: directly, forward, reverse."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.tenants.model import LegacyPolicy, ServiceEntry
+from tests import pki
+from tests.integration.proxy_rig import Answer, Rig, curl, proxy
+from tests.referees.comparison import opened
+from tests.referees.wsgidav import DavServer
+
+WAYS = ["direct", "forward", "reverse"]
+THROUGH = ["forward", "reverse"]
+
+type StartServer = Callable[[Path, Path, Path], AbstractAsyncContextManager[DavServer]]
+
+
+@dataclass(frozen=True, slots=True)
+class DavSite:
+    server: DavServer
+    rig: Rig
+    service: ServiceEntry
+    server_ca: Path
+
+    def base(self, way: str) -> str:
+        """What the client takes for the service's URL, without a path."""
+        return self.rig.reverse_url(self.service, "") if way == "reverse" else self.server.url
+
+    def trust(self, way: str) -> Path:
+        if way == "direct":
+            return self.server_ca
+        return self.rig.tenants[self.service.owner.tenant].interception_ca.certificate_file
+
+    def proxy_url(self, way: str) -> str | None:
+        """The forward proxy to be used."""
+        tenant = self.rig.tenants[self.service.owner.tenant]
+        return f"http://{tenant.forward_listen}" if way == "forward" else None
+
+    async def ask(self, way: str, path: str, *arguments: str, body: bytes | None = None) -> Answer:
+        """One request by curl."""
+        via = ["-x", url] if (url := self.proxy_url(way)) else []
+        trust = ["--cacert", str(self.trust(way)), "--path-as-is"]
+        return await curl(*arguments, *trust, *via, self.base(way) + path, body=body)
+
+    async def dav(
+        self,
+        way: str,
+        method: str,
+        path: str,
+        *,
+        fields: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """Any method, by curl. `{base}` in *fields* is the service's URL as this client knows it."""
+        arguments = ["-X", method] if method != "HEAD" else ["--head"]
+        for name, value in (fields or {}).items():
+            arguments += ["-H", f"{name}: {value.replace('{base}', self.base(way))}"]
+        if body is not None:
+            arguments += ["--data-binary", "@-"]
+            if not fields or "Content-Type" not in fields:
+                arguments += ["-H", "Content-Type:"]
+        return await self.ask(way, path, *arguments, body=body)
+
+    def opened(self, plaintexts: Iterable[bytes]) -> dict[str, bytes]:
+        """All that lies at the service, opened by an independent reader; nothing of *plaintexts* is in it."""
+        owner = self.service.owner
+        return opened(
+            self.server.stored(), owner=owner, materials=self.rig.materials[owner], plaintexts=plaintexts
+        )
+
+
+@contextlib.asynccontextmanager
+async def dav_site(
+    directory: Path,
+    start: StartServer,
+    *,
+    legacy: LegacyPolicy = LegacyPolicy.STRICT,
+    host: str = "localhost",
+) -> AsyncIterator[DavSite]:
+    ca = pki.make_server_ca()
+    ca_file, _ = pki.write_credential(ca, directory, "server-ca")
+    server_pair = pki.write_credential(pki.issue_server(ca, [host]), directory, "server")
+    async with start(directory, *server_pair) as server, proxy(directory, ca_file) as rig:
+        rig.tenant("acme")
+        service = rig.service("acme/dav", server.url, profile="webdav", legacy=legacy)
+        rig.push(service.owner)
+        await rig.engine.prepare()
+        await rig.engine.start(rig.picture())
+        yield DavSite(server, rig, service, ca_file)
