@@ -160,6 +160,30 @@ class KekSuccession(RegistryAccess):
 
         return await self._database.transact(work)
 
+    async def erase_wraps_of_ended(self, ended_kek_id: str) -> tuple[int, int]:
+        """Of a KEK that an incident has ended: where a key is soundly wrapped by the KEK of today, the old
+        wrap goes. How many went, and how many stay. RefusedChangeError if it is the KEK of today.
+        """
+
+        def work(c: Connection) -> tuple[int, int]:
+            row = kek_row(c.execute(self._my_keks().where(kek.c.id == ended_kek_id)).one())
+            current = self._active_kek(c)
+            if row.state is KekState.ACTIVE or current.reference.kek_id == ended_kek_id:
+                raise RefusedChangeError(
+                    f"KEK {ended_kek_id} is {row.state}: its wraps are needed", "see `key-agent kek status`"
+                )
+            done = self._sound_under(c, current.reference.kek_id)
+            before = self._count_wraps(c, ended_kek_id)
+            for key_id in c.scalars(select(dek_wrap.c.dek_id).where(dek_wrap.c.kek_id == ended_kek_id)).all():
+                if key_id in done:
+                    c.execute(
+                        delete(dek_wrap).where(dek_wrap.c.kek_id == ended_kek_id, dek_wrap.c.dek_id == key_id)
+                    )
+            left = self._count_wraps(c, ended_kek_id)
+            return before - left, left
+
+        return await self._database.transact(work)
+
     async def abandon_kek(self, kek_id: str, reason: str, *, now_ms: int) -> None:
         """A KEK on its way is given up, once it is gone from the HSM: no wrap under it is the only one."""
 

@@ -8,6 +8,7 @@ from sqlalchemy import update
 
 from envelope.errors import MisuseError
 from envelope.keys import KeyState
+from key_agent.registry.access import insert_wrap
 from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError, Registry
@@ -189,3 +190,20 @@ async def test_one_at_a_time(registry: Registry) -> None:
     await _stage(registry)
     with pytest.raises(RegistryError, match=r"IntegrityError|one_unfinished"):
         await registry.begin_kek(reference_of("k3"), now_ms=NOW_MS)
+
+
+async def test_wraps_of_an_ended_kek_go_where_the_kek_of_today_has_the_key(registry: Registry) -> None:
+    one, two = await add_service(registry, S3), await add_service(registry, BOX)
+    with pytest.raises(RefusedChangeError, match="its wraps are needed"):
+        await registry.erase_wraps_of_ended("k1")
+    await registry.set_kek_state("k1", KekState.REVOKED, "an incident", now_ms=NOW_MS)
+    await registry.begin_kek(reference_of("k2"), now_ms=NOW_MS)
+    await registry.complete_kek(kek_of("k2"), (), now_ms=NOW_MS)
+    assert await registry.erase_wraps_of_ended("k1") == (0, 2), "they are the only ones"
+    await registry._database.transact(lambda c: insert_wrap(c, under(one, "k2"), NOW_MS))
+    assert await registry.erase_wraps_of_ended("k1") == (1, 1)
+    assert await registry.erase_wraps_of_ended("k1") == (0, 1)
+    wrapped = {key.key_id: key.wrapped_by for key in await registry.data_keys()}
+    assert wrapped == {one.key_id: ("k2",), two.key_id: ("k1",)}
+    with pytest.raises(RefusedChangeError, match="its wraps are needed"):
+        await registry.erase_wraps_of_ended("k2")
