@@ -20,7 +20,7 @@ from envelope.errors import (
 )
 from envelope.keys import NetworkService
 from envelope.multipart import part_sealer
-from envelope.objects import Sealer, sealed_length
+from envelope.objects import MAGIC, Sealer, has_magic, sealed_length
 from proxy import refusals
 from proxy.gate.permit import Piece, Transform
 from proxy.keys.cache import DataKey, KeyCache
@@ -110,7 +110,7 @@ class SealBody(Transform):
     """Seals an upload of *plain_bytes* (None: as many as come) under *key*.
 
     *digests* are checked; those that *record_digests* names are computed. With a *decoder* all of this is
-    about what it yields.
+    about what it yields. *on_sealed* is told of an upload that begins like a sealed object.
     """
 
     def __init__(
@@ -123,10 +123,13 @@ class SealBody(Transform):
         decoder: Decoder | None = None,
         part: PartOf | None = None,
         record_digests: tuple[str, ...] = (),
+        on_sealed: Callable[[], None] | None = None,
         meter: Meter,
     ) -> None:
         self.key = key
         self._sealer = sealer_of(key, part)
+        self._on_sealed = on_sealed
+        self._begin = b""
         self._plain_bytes = plain_bytes
         self._empty = empty
         self._expected = digests
@@ -139,7 +142,9 @@ class SealBody(Transform):
             self.expected_out_bytes = sealed_length(plain_bytes)
 
     @classmethod
-    def by(cls, plan: Seal, key: DataKey, meter: Meter) -> "SealBody":
+    def by(
+        cls, plan: Seal, key: DataKey, meter: Meter, *, on_sealed: Callable[[], None] | None = None
+    ) -> "SealBody":
         return cls(
             key,
             plain_bytes=plan.plain_bytes,
@@ -148,6 +153,7 @@ class SealBody(Transform):
             decoder=plan.decoder() if plan.decoder is not None else None,
             part=plan.part,
             record_digests=plan.record_digests,
+            on_sealed=on_sealed,
             meter=meter,
         )
 
@@ -171,6 +177,8 @@ class SealBody(Transform):
     def _seal(self, piece: bytes) -> list[Piece]:
         try:
             self.key.check()
+            if self._on_sealed is not None:
+                self._look(piece)
             self._received += len(piece)
             if self._plain_bytes is not None and self._received > self._plain_bytes:
                 raise RefusedError(refusals.BAD_LENGTH)
@@ -181,6 +189,13 @@ class SealBody(Transform):
             refuse(error)
         self._meter(len(piece))
         return [sealed]
+
+    def _look(self, piece: bytes) -> None:
+        self._begin += piece[: len(MAGIC) - len(self._begin)]
+        if len(self._begin) == len(MAGIC):
+            told, self._on_sealed = self._on_sealed, None
+            if told is not None and has_magic(self._begin):
+                told()
 
     @override
     def finish(self) -> list[Piece]:

@@ -153,11 +153,12 @@ class ServiceConversation(Conversation):
             raise RefusedError(refusals.UPSTREAM) from error
         if has_magic(body):
             raise RefusedError(refusals.OBJECT_INVALID)
-        put = dict(plan.edits.put)
-        gone = plan.edits.drop | _OF_ONE_CONNECTION | put.keys()
+        put = [*dict(plan.edits.put).items()]
+        put += [(name, value) for name, values in plan.edits.lists for value in values]
+        gone = plan.edits.drop | _OF_ONE_CONNECTION | dict(put).keys()
         names = [name for name in answer.fields if name not in gone]
         kept = [(name, value) for name in names for value in answer.fields.all(name)]
-        return Reply(status=answer.status, fields=(*kept, *put.items()), body=body)
+        return Reply(status=answer.status, fields=(*kept, *put), body=body)
 
     # ---- sealing
 

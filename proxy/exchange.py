@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 from mitmproxy.http import Headers, HTTPFlow, Message, Response
@@ -50,15 +50,17 @@ from proxy.plan import (
 )
 from proxy.planner import is_target, plan_answer
 from proxy.prefetch import Prefetch
+from proxy.profile_options import SealedUpload
 from proxy.profiles.profile import Profile
 from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import Refusal, RefusedError
+from proxy.resealing import SealOrPassBody
 from proxy.spool import Spools
 from proxy.spooling import SpoolingBody
 from proxy.uploads import UploadStore
 
-type ClientBody = SealBody | ReshapeBody | OpenBody | OpenRangeBody
+type ClientBody = SealBody | SealOrPassBody | ReshapeBody | OpenBody | OpenRangeBody
 """What holds a key while it runs."""
 
 _EXCHANGE: Final = "sealgate.exchange"
@@ -79,6 +81,8 @@ class Exchange:
     whole: MapWhole | None = None
     """What is to become of the answer, once it has been collected."""
     answer: AnswerHead | None = None
+    came: tuple[tuple[bytes, bytes], ...] = ()
+    """The header fields as they came (Host is ours by then)."""
     conversation: ServiceConversation | None = None
 
     @property
@@ -121,6 +125,7 @@ class Exchanges:
     ) -> Grant | None:
         """Prepare the request to leave by its plan. None: it does not; `flow.response` answers it."""
         flow.metadata[_EXCHANGE] = exchange
+        exchange.came = tuple(flow.request.headers.fields)
         permit(flow).shape = lambda refusal: exchange.profile.refusal_body(refusal, exchange.request.head)
         plan, request = exchange.plan, flow.request
         match plan:
@@ -133,6 +138,8 @@ class Exchanges:
                 return Collect(plan.limit_bytes)
             case Converse() if plan.spool is not None:
                 body = await self._sealing(flow, exchange, plan.spool)
+                if isinstance(body, SealOrPassBody):
+                    raise RefusedError(refusals.INTERNAL)
                 bodies.append(body)
                 return SpoolingBody(plan.limit_bytes, body, self._spools.open())
             case Converse():
@@ -207,12 +214,12 @@ class Exchanges:
 
     async def _sealing(
         self, flow: HTTPFlow, exchange: Exchange, plan: Seal | Reshape
-    ) -> SealBody | ReshapeBody:
+    ) -> SealBody | SealOrPassBody | ReshapeBody:
         key = await sealing_key(self._keys, exchange.owner, wait_s=self._wait_s)
         meter = exchange.trail.meters.sealed
-        body: SealBody | ReshapeBody
+        body: SealBody | SealOrPassBody | ReshapeBody
         if isinstance(plan, Seal):
-            body = SealBody.by(plan, key, meter)
+            body = self._seal_body(flow, exchange, plan, key)
             size_bytes = plan.plain_bytes
         else:
             headers = flow.request.headers
@@ -227,6 +234,28 @@ class Exchanges:
         exchange.trail.use("object-seal", key, size_bytes=size_bytes)
         exchange.key = key
         return body
+
+    def _seal_body(
+        self, flow: HTTPFlow, exchange: Exchange, plan: Seal, key: DataKey
+    ) -> SealBody | SealOrPassBody:
+        trail, meter = exchange.trail, exchange.trail.meters.sealed
+        passes = exchange.request.options.sealed_upload is SealedUpload.PASS
+        if not passes or plan.part is not None or plan.after is not None or exchange.plan is not plan:
+            return SealBody.by(plan, key, meter, on_sealed=lambda: trail.note("sealed-upload-wrapped"))
+        request = flow.request
+
+        def on_pass(length_bytes: int | None) -> None:
+            trail.note("sealed-upload-passed", size_bytes=length_bytes)
+            if length_bytes is not None:
+                _depart_again(request, exchange, plan, length_bytes)
+
+        return SealOrPassBody(
+            plan,
+            SealBody.by(replace(plan, decoder=None), key, meter),
+            find_key=self._reading.find_key(self._read(exchange), size_bytes=None),
+            on_pass=on_pass,
+            meter=meter,
+        )
 
     async def _range(self, exchange: Exchange, plan: OpenRange) -> Edits:
         read = self._read(exchange)
@@ -404,6 +433,13 @@ def _depart(request: HttpRequest, plan: Going, edits: Edits) -> None:
     request.path = _checked(signed.target)
 
 
+def _depart_again(request: HttpRequest, exchange: Exchange, plan: Going, length_bytes: int) -> None:
+    """Edit a head that is held once more, from what came, for another length."""
+    request.headers.fields = exchange.came
+    request.path = exchange.request.head.target
+    _depart(request, plan, _sized(plan.edits, length_bytes))
+
+
 def _checked(target: str) -> str:
     if not is_target(target):
         raise RefusedError(refusals.INTERNAL)
@@ -423,10 +459,12 @@ def _stream(message: Message, transform: Transform) -> None:
 
 def _edit(headers: Headers, edits: Edits) -> None:
     """In one pass: mitmproxy's mapping looks through all fields for each name."""
-    last = dict(edits.put)  # of a name that is put twice the later counts
-    gone = edits.drop.union(last)
+    last = dict(edits.put)
+    gone = edits.drop.union(last, dict(edits.lists))
     kept = [field for field in headers.fields if field[0].decode("latin-1").lower() not in gone]
     kept += [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in last.items()]
+    for name, values in edits.lists:
+        kept += [(name.encode(), value.encode("utf-8", "surrogateescape")) for value in values]
     headers.fields = tuple(kept)
 
 

@@ -51,13 +51,17 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edits:
-    """Changes to the header fields: `drop`, then `put` (name, value) in place of all of that name."""
+    """Changes to the header fields: `drop`, then `put` (name, value) in place of all of that name.
+
+    Of a name that is put twice the later value counts. `lists`: names that take several values.
+    """
 
     drop: frozenset[str] = frozenset()
     put: tuple[tuple[str, str], ...] = ()
+    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def also(self, *, drop: Iterable[str] = (), put: Iterable[tuple[str, str]] = ()) -> "Edits":
-        return Edits(drop=self.drop.union(drop), put=(*self.put, *put))
+        return Edits(drop=self.drop.union(drop), put=(*self.put, *put), lists=self.lists)
 
 
 NO_EDITS: Final = Edits()

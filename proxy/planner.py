@@ -78,6 +78,11 @@ _WANTED_DIGESTS: Final = frozenset(
 _TARGET: Final = re.compile(r"/[^\x00-\x20\x7f#]*")
 _LINE_END: Final = re.compile(r"[\r\n\x00]")
 
+# In reverse mode these may name the service, whom its clients know by our name.
+_SPEAK_OF_US: Final = frozenset({"content-location", "link", "location", "refresh", "set-cookie"})
+_REFRESH: Final = re.compile(r"(\s*[0-9.]+\s*[;,]\s*(?:url\s*=\s*)?)(.*)", re.IGNORECASE | re.DOTALL)
+_LINK_TARGET: Final = re.compile(r"<([^<>]*)>")
+
 _BODILESS_STATUS: Final = frozenset({204, 304})
 
 # A reference that stays at the host it came from, whoever reads it: a path, or what follows on one. Browsers
@@ -332,13 +337,45 @@ def _plan_head(answer: AnswerHead, route: Route, edits: Edits, *, composites: bo
 def _answer_edits(answer: AnswerHead, route: Route) -> Edits:
     """Changes that every answer needs: no way round the proxy, our words and our address for us alone."""
     drop = frozenset({"alt-svc", "proxy-connection", "sealgate-error"}).intersection(answer.fields)
+    if route.mode is not Mode.REVERSE or _SPEAK_OF_US.isdisjoint(answer.fields):
+        return Edits(drop=drop)
     put: list[tuple[str, str]] = []
-    if route.mode is Mode.REVERSE:
-        for name in ("location", "content-location"):
-            value = answer.fields.sole(name)
-            if value is not None and (ours := _our_address(value, route)) is not None:
-                put.append((name, ours))
-    return Edits(drop=drop, put=tuple(put))
+    for name in ("location", "content-location"):
+        value = answer.fields.sole(name)
+        if value is not None and (ours := _our_address(value, route)) is not None:
+            put.append((name, ours))
+    lists: list[tuple[str, tuple[str, ...]]] = []
+    for name, ours_of in (("refresh", _our_refresh), ("link", _our_links), ("set-cookie", _our_cookie)):
+        values = tuple(answer.fields.all(name))
+        changed = tuple(ours_of(value, route) for value in values)
+        if changed != values:
+            lists.append((name, changed))
+    return Edits(drop=drop, put=tuple(put), lists=tuple(lists))
+
+
+def _our_refresh(value: str, route: Route) -> str:
+    """`5; url=https://...`, as browsers read it."""
+    match = _REFRESH.fullmatch(value)
+    ours = _our_address(match[2].strip("\"'"), route) if match is not None else None
+    return value if match is None or ours is None else f"{match[1]}{ours}"
+
+
+def _our_links(value: str, route: Route) -> str:
+    """RFC 8288: the targets stand in angle brackets."""
+    return _LINK_TARGET.sub(lambda match: f"<{_our_address(match[1], route) or match[1]}>", value)
+
+
+def _our_cookie(value: str, route: Route) -> str:
+    """Without a Domain that is the service's, or above it: the cookie is then our host's (RFC 6265 5.3)."""
+    pair, *attributes = value.split(";")
+    kept = [pair]
+    for part in attributes:
+        name, _, domain = part.partition("=")
+        place = domain.strip(" \t").lstrip(".").lower()
+        is_theirs = f".{route.service.upstream.host}".endswith(f".{place}") and place
+        if not (name.strip(" \t").lower() == "domain" and is_theirs):
+            kept.append(part)
+    return ";".join(kept)
 
 
 def _our_address(reference: str, route: Route) -> str | None:

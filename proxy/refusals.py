@@ -399,6 +399,12 @@ OBJECT_INVALID: Final = _refusal(
     "The stored object is damaged, incomplete, or was sealed for someone else.",
     "Restore the object from a good copy.",
 )
+SEALED_UPLOAD: Final = _refusal(
+    409,
+    "sealed-upload-invalid",
+    "The upload is a sealed object already, and does not open under a key of this service.",
+    "Upload the content itself, or the sealed object as it was stored.",
+)
 NOT_SEALED: Final = _refusal(
     409,
     "not-sealed",

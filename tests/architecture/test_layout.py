@@ -150,6 +150,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/test_bodies.py",
         "the way down of what bodies.py sends up: tested as round trips",
     ),
+    "proxy/resealing.py": (
+        "tests/integration/test_object_states.py",
+        "what an upload may be, and what is stored then",
+    ),
     "proxy/spooling.py": _TALKS,
     "proxy/recording.py": (
         "tests/integration/test_proxy_refusals.py",
