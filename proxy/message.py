@@ -186,7 +186,12 @@ def byte_range(fields: Fields) -> ByteRange | None:
 
     Several ranges, malformed ones and other units are ignored: the answer is the whole object.
     """
-    match = _RANGE.fullmatch(fields.sole("range") or "")
+    return byte_range_of(fields.sole("range"))
+
+
+def byte_range_of(text: str | None) -> ByteRange | None:
+    """The same of one field's value: dialects have ranges of their own (`x-ms-range`)."""
+    match = _RANGE.fullmatch(text or "")
     if match is None:
         return None
     first, last = (_position(text) for text in match.groups())
