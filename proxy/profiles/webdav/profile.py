@@ -72,7 +72,7 @@ _READS: Final = frozenset({"GET", "HEAD"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """Of a request that went on, for its answer."""
 
     added_etags: bool = False
@@ -181,7 +181,7 @@ class WebDavProfile(GenericProfile):
         if not isinstance(proposed, Pass) or request.head.method in _READS:
             return proposed
         method, status = request.head.method, answer.status
-        asked = plan.memo if isinstance(plan.memo, _Asked) else _Asked()
+        asked = plan.memo if isinstance(plan.memo, Asked) else Asked()
         is_list = method in _LISTS and status == 207
         has_addresses = request.route.mode is Mode.REVERSE and _is_xml(answer)
         if not (is_list or has_addresses or method == "LOCK"):
@@ -244,7 +244,7 @@ def _is_xml(answer: AnswerHead) -> bool:
 
 async def _pass_document(request: Request, talk: Conversation) -> Decision:
     """The request with the document it came with, if its method takes that one."""
-    method, body, asked = request.head.method, talk.body, _Asked()
+    method, body, asked = request.head.method, talk.body, Asked()
     if not body:
         if method not in _BODILESS:
             return Refuse(refusal=refusals.BAD_MESSAGE)
@@ -253,7 +253,7 @@ async def _pass_document(request: Request, talk: Conversation) -> Decision:
         root = document_root(body)
         if method == "PROPFIND" and needs_a_look(request, request.head.target):
             body, added = with_etags(body)
-            asked = _Asked(added_etags=added)
+            asked = Asked(added_etags=added)
     except XmlError:
         root = None
     taken = _DOCUMENTS[method]
@@ -261,5 +261,5 @@ async def _pass_document(request: Request, talk: Conversation) -> Decision:
         # Broken XML is the client's to mend (RFC 4918 8.2); what never was XML has no business there.
         return Refuse(refusal=UNSUPPORTED_BODY if method == "MKCOL" else refusals.BAD_MESSAGE)
     if method == "LOCK":
-        asked = _Asked(was_absent=await is_absent(talk))
+        asked = Asked(was_absent=await is_absent(talk))
     return Proceed(plan=Forward(edits=request.edits.also(drop=_RANGES), memo=asked), body=body)
