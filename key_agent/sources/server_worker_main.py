@@ -10,9 +10,10 @@ from typing import NoReturn, override
 
 from envelope.keys import KeyId
 from key_agent.sources import wire, worker_process
+from key_agent.sources.parcels import load_transport_key
 from key_agent.sources.servers import work
 from key_agent.sources.servers.server import KeyGoneError, KeyServer, ServerUnavailableError, Unsupported
-from key_agent.sources.source import Kek, KekType, WrappedKey
+from key_agent.sources.source import Kek, KekType, Parcel, WrappedKey
 from key_agent.sources.verdict import Diagnosis, Verdict
 from runtime.settings import SettingsError, read_secret_file
 
@@ -139,6 +140,32 @@ class _Worker(worker_process.Answerer):
             request.old,
             request.new,
             request.keys,
+            now_ms=request.now_ms,
+            budget_s=request.budget_s,
+        )
+
+    @override
+    def export_keys(
+        self, request: wire.ExportKeys
+    ) -> tuple[tuple[Parcel, ...], tuple[tuple[KeyId, str], ...]]:
+        return work.export_keys(
+            self._server,
+            request.kek,
+            request.keys,
+            request.destinations,
+            now_s=request.now_s,
+            budget_s=request.budget_s,
+        )
+
+    @override
+    def import_keys(
+        self, request: wire.ImportKeys
+    ) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+        return work.import_keys(
+            self._server,
+            request.kek,
+            request.arrivals,
+            load_transport_key(Path(request.transport_key_file)),
             now_ms=request.now_ms,
             budget_s=request.budget_s,
         )

@@ -10,22 +10,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from envelope.errors import MisuseError
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from key_agent.sources.verdict import Diagnosis, Verdict
 
 __all__ = [
+    "Arrival",
+    "Destination",
     "Diagnosis",
     "EnvelopeRequest",
     "EnvelopeResult",
+    "Exported",
     "Kek",
     "KekReference",
     "KekType",
     "KeySource",
     "NewKey",
+    "Parcel",
     "Recipient",
     "Rewrapped",
+    "Route",
     "Verdict",
     "WrapMethod",
     "WrappedKey",
@@ -208,6 +214,64 @@ class Rewrapped:
     """Key id -> why it is not among them (damaged, exchanged, kcv)."""
 
 
+class Route(StrEnum):
+    """How key material reaches another environment (parcels.py)."""
+
+    PUBLIC = "public"
+    """Sealed to the public half of its KEK: its HSM wraps nothing."""
+    PEER = "peer"
+    """Sealed to its agent's transport key, and wrapped by its HSM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Another environment's KEK, as the signed rows describe it."""
+
+    environment_id: str
+    kek_id: str
+    method: WrapMethod
+    public_key_der: bytes = b""
+    """Of an asymmetric KEK."""
+    transport_key_der: bytes = b""
+    """SubjectPublicKeyInfo, P-256, of its agent's transport key."""
+
+    @property
+    def route(self) -> Route:
+        return Route.PUBLIC if self.public_key_der else Route.PEER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """Key material on its way to one environment. Not secret: it opens there alone."""
+
+    owner: NetworkService
+    key_id: KeyId
+    kek_id: str
+    environment_id: str
+    route: Route
+    sealed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """A parcel for us, and what the signed rows say of the key in it."""
+
+    parcel: Parcel
+    kcv: bytes
+    use: KeyUse = KeyUse.DATA
+    algorithm: str | None = None
+    version: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What became of wrapped keys that were to be sent: each opened one has a parcel for each destination."""
+
+    parcels: tuple[Parcel, ...]
+    failed_keys: Mapping[KeyId, str]
+    """Key id -> why it is not among them (damaged, exchanged, kcv)."""
+
+
 class KeySource(ABC):
     """An HSM or key server. Each method raises `KeySourceError` (or a child) and nothing else on failure."""
 
@@ -271,6 +335,23 @@ class KeySource(ABC):
 
         Both KEKs open their canaries first. KekRevokedError: a diagnosis proved one of them revoked; nothing
         was made that the caller has to keep.
+        """
+
+    @abstractmethod
+    async def export_keys(
+        self, kek: Kek, keys: Sequence[WrappedKey], destinations: Sequence[Destination]
+    ) -> Exported:
+        """The same KM for other environments: opened here, compared with its kcv, sealed for each of
+        *destinations*, and dropped. KekRevokedError as for `seal_envelopes`.
+        """
+
+    @abstractmethod
+    async def import_keys(
+        self, kek: Kek, arrivals: Sequence[Arrival], *, transport_key_file: Path
+    ) -> Rewrapped:
+        """Keys from other environments under our KEK: opened, compared with the kcv of the signed rows,
+        wrapped, opened again, and dropped. Where the parcel is sealed to our KEK already, our HSM opens it
+        and adds its HMAC, and wraps nothing. A bad parcel is a failed key.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@
 2. Messages are typed structs. No pickle: the side with the vendor's library is the less trusted one.
 3. A reply carries its request's number: an answer to an earlier question is never taken for this one's.
 4. The only secret on the wire is the HSM's PIN, in the first frame. KM is in no message type: only wrapped
-   keys and envelopes are.
+   keys, parcels and envelopes are.
 """
 
 from typing import Any, BinaryIO, Final, override
@@ -13,7 +13,17 @@ import msgspec
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, NetworkService
-from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, NewKey, WrapMethod, WrappedKey
+from key_agent.sources.source import (
+    Arrival,
+    Destination,
+    EnvelopeRequest,
+    Kek,
+    KekReference,
+    NewKey,
+    Parcel,
+    WrapMethod,
+    WrappedKey,
+)
 from key_agent.sources.vendors import Quirks
 from key_agent.sources.verdict import Verdict
 
@@ -122,6 +132,22 @@ class Rewrap(Message, tag="rewrap"):
     budget_s: float
 
 
+class ExportKeys(Message, tag="export"):
+    kek: Kek
+    keys: tuple[WrappedKey, ...]
+    destinations: tuple[Destination, ...]
+    now_s: float
+    budget_s: float
+
+
+class ImportKeys(Message, tag="import"):
+    kek: Kek
+    arrivals: tuple[Arrival, ...]
+    transport_key_file: str
+    now_ms: int
+    budget_s: float
+
+
 class SealEnvelopes(Message, tag="seal"):
     kek: Kek
     requests: tuple[EnvelopeRequest, ...]
@@ -147,6 +173,8 @@ Request = (
     | EnableKek
     | Generate
     | Rewrap
+    | ExportKeys
+    | ImportKeys
     | SealEnvelopes
     | Diagnose
     | Describe
@@ -168,6 +196,14 @@ class KekMade(Message, tag="kek-made"):
 
 class Generated(Message, tag="generated"):
     keys: tuple[WrappedKey, ...]
+
+
+class ExportDone(Message, tag="exported"):
+    """For the first keys of the request, as many as fitted: each has a parcel for every destination, or
+    failed."""
+
+    parcels: tuple[Parcel, ...]
+    failed_keys: tuple[tuple[KeyId, str], ...]
 
 
 class RewrapDone(Message, tag="rewrapped"):
@@ -199,7 +235,7 @@ class Described(Message, tag="described"):
     facts: dict[str, Any]
 
 
-Reply = Done | Failed | KekMade | Generated | RewrapDone | Sealed | Diagnosed | Described
+Reply = Done | Failed | KekMade | Generated | RewrapDone | ExportDone | Sealed | Diagnosed | Described
 
 
 class Numbered[T](msgspec.Struct, frozen=True):

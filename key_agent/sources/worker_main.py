@@ -6,6 +6,7 @@
 """
 
 import contextlib
+from pathlib import Path
 from typing import NoReturn, override
 
 from pkcs11 import PKCS11Error
@@ -14,7 +15,8 @@ from envelope.keys import KeyId
 from key_agent.sources import wire, worker_process
 from key_agent.sources.hsm import diagnosis, keks, material
 from key_agent.sources.hsm.session import Token
-from key_agent.sources.source import Kek, WrappedKey
+from key_agent.sources.parcels import load_transport_key
+from key_agent.sources.source import Kek, Parcel, WrappedKey
 from key_agent.sources.verdict import Diagnosis, Verdict
 
 
@@ -96,6 +98,32 @@ class _Worker(worker_process.Answerer):
             request.old,
             request.new,
             request.keys,
+            now_ms=request.now_ms,
+            budget_s=request.budget_s,
+        )
+
+    @override
+    def export_keys(
+        self, request: wire.ExportKeys
+    ) -> tuple[tuple[Parcel, ...], tuple[tuple[KeyId, str], ...]]:
+        return material.export_keys(
+            self._token,
+            request.kek,
+            request.keys,
+            request.destinations,
+            now_s=request.now_s,
+            budget_s=request.budget_s,
+        )
+
+    @override
+    def import_keys(
+        self, request: wire.ImportKeys
+    ) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+        return material.import_keys(
+            self._token,
+            request.kek,
+            request.arrivals,
+            load_transport_key(Path(request.transport_key_file)),
             now_ms=request.now_ms,
             budget_s=request.budget_s,
         )

@@ -20,7 +20,7 @@ from envelope.keys import KeyId
 from key_agent.errors import KeySourceError
 from key_agent.sources import wire
 from key_agent.sources.envelopes import Signer
-from key_agent.sources.source import Kek, WrappedKey
+from key_agent.sources.source import Kek, Parcel, WrappedKey
 from key_agent.sources.verdict import Diagnosis, Verdict
 from runtime.lifecycle import end_with_parent, harden_process
 
@@ -55,6 +55,12 @@ class Answerer(ABC):
             case wire.Rewrap():
                 made, failed = self.rewrap(request)
                 return wire.RewrapDone(keys=made, failed_keys=failed)
+            case wire.ExportKeys():
+                parcels, failed = self.export_keys(request)
+                return wire.ExportDone(parcels=parcels, failed_keys=failed)
+            case wire.ImportKeys():
+                made, failed = self.import_keys(request)
+                return wire.RewrapDone(keys=made, failed_keys=failed)
             case wire.SealEnvelopes():
                 return wire.Sealed(results=self.seal_envelopes(request))
             case wire.Diagnose():
@@ -87,6 +93,16 @@ class Answerer(ABC):
     @abstractmethod
     def rewrap(
         self, request: wire.Rewrap
+    ) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]: ...
+
+    @abstractmethod
+    def export_keys(
+        self, request: wire.ExportKeys
+    ) -> tuple[tuple[Parcel, ...], tuple[tuple[KeyId, str], ...]]: ...
+
+    @abstractmethod
+    def import_keys(
+        self, request: wire.ImportKeys
     ) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]: ...
 
     @abstractmethod

@@ -11,6 +11,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Final, override
 
 import msgspec
@@ -20,14 +21,18 @@ from envelope.keys import KeyId
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources import wire
 from key_agent.sources.source import (
+    Arrival,
+    Destination,
     Diagnosis,
     EnvelopeRequest,
     EnvelopeResult,
+    Exported,
     Kek,
     KekReference,
     KekType,
     KeySource,
     NewKey,
+    Parcel,
     Rewrapped,
     Verdict,
     WrapMethod,
@@ -191,6 +196,60 @@ class WorkerSource(KeySource):
         return Rewrapped(keys=tuple(made), failed_keys=failed)
 
     @override
+    async def export_keys(
+        self, kek: Kek, keys: Sequence[WrappedKey], destinations: Sequence[Destination]
+    ) -> Exported:
+        parcels: list[Parcel] = []
+        failed: dict[KeyId, str] = {}
+        done = 0
+        while done < len(keys) and destinations:
+            batch = tuple(keys[done : done + self._batch_size])
+            began_s = self._clock.boot_s()
+            reply = await self._ask_about(
+                (kek,),
+                wire.ExportKeys(
+                    kek=kek,
+                    keys=batch,
+                    destinations=tuple(destinations),
+                    now_s=self._clock.wall_s(),
+                    budget_s=self._limits.batch_s,
+                ),
+            )
+            answer = _expect(reply, wire.ExportDone)
+            count = _check_exported(answer, batch, destinations)
+            parcels += answer.parcels
+            failed |= dict(answer.failed_keys)
+            done += count
+            self._adapt(count, self._clock.boot_s() - began_s)
+        return Exported(parcels=tuple(parcels), failed_keys=failed)
+
+    @override
+    async def import_keys(
+        self, kek: Kek, arrivals: Sequence[Arrival], *, transport_key_file: Path
+    ) -> Rewrapped:
+        made: list[WrappedKey] = []
+        failed: dict[KeyId, str] = {}
+        while (done := len(made) + len(failed)) < len(arrivals):
+            batch = tuple(arrivals[done : done + self._batch_size])
+            began_s = self._clock.boot_s()
+            reply = await self._ask_about(
+                (kek,),
+                wire.ImportKeys(
+                    kek=kek,
+                    arrivals=batch,
+                    transport_key_file=str(transport_key_file),
+                    now_ms=self._now_ms(),
+                    budget_s=self._limits.batch_s,
+                ),
+            )
+            answer = _expect(reply, wire.RewrapDone)
+            count = _check_imported(answer, batch, kek)
+            made += answer.keys
+            failed |= dict(answer.failed_keys)
+            self._adapt(count, self._clock.boot_s() - began_s)
+        return Rewrapped(keys=tuple(made), failed_keys=failed)
+
+    @override
     async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:
         sealed: list[EnvelopeResult] = []
         while len(sealed) < len(requests):
@@ -333,6 +392,54 @@ def _check_rewrapped(answer: wire.RewrapDone, batch: Sequence[WrappedKey], new: 
         )
         if key != wanted:
             raise KeySourceError("the worker wrapped a key for another place than it was asked to")
+
+
+def _check_exported(
+    answer: wire.ExportDone, batch: Sequence[WrappedKey], destinations: Sequence[Destination]
+) -> int:
+    """How many of *batch* it is about, the first ones. KeySourceError if it is about anything else."""
+    failed = [key_id for key_id, _ in answer.failed_keys]
+    count, rest = divmod(len(answer.parcels), len(destinations))
+    count += len(failed)
+    asked = {key.key_id: key for key in batch[:count]}
+    wanted = {
+        (key_id, key.owner, to.kek_id, to.environment_id, to.route)
+        for key_id, key in asked.items()
+        if key_id not in failed
+        for to in destinations
+    }
+    found = {(one.key_id, one.owner, one.kek_id, one.environment_id, one.route) for one in answer.parcels}
+    if rest or not count or len(asked) != count or set(failed) - asked.keys() or found != wanted:
+        raise KeySourceError("the worker answered for other keys than it was asked about")
+    return count
+
+
+def _check_imported(answer: wire.RewrapDone, batch: Sequence[Arrival], kek: Kek) -> int:
+    """The same for what was taken in."""
+    count = len(answer.keys) + len(answer.failed_keys)
+    asked = {arrival.parcel.key_id: arrival for arrival in batch[:count]}
+    answered = [key.key_id for key in answer.keys] + [key_id for key_id, _ in answer.failed_keys]
+    if not answered or len(asked) != count or set(answered) != asked.keys():
+        raise KeySourceError("the worker answered for other keys than it was asked about")
+    for key in answer.keys:
+        arrival = asked[key.key_id]
+        wanted = WrappedKey(
+            owner=arrival.parcel.owner,
+            key_id=key.key_id,
+            kek_id=kek.reference.kek_id,
+            environment_id=kek.reference.environment_id,
+            method=kek.method,
+            wrapped=key.wrapped,
+            kcv=arrival.kcv,
+            token_serial=kek.token_serial,
+            created_at_ms=key.created_at_ms,
+            use=arrival.use,
+            algorithm=arrival.algorithm,
+            version=arrival.version,
+        )
+        if key != wanted:
+            raise KeySourceError("the worker wrapped a key for another place than it was asked to")
+    return count
 
 
 def _expect[T: wire.Message](reply: wire.Reply, kind: type[T]) -> T:

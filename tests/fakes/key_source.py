@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import override
 
 from cryptography import x509
@@ -21,18 +22,25 @@ from envelope.errors import MisuseError, SealgateError
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Claims, Operation, key_check, seal_envelope
 from key_agent.errors import KeySourceError, UnsupportedError, error_of
+from key_agent.sources.envelopes import WrappedKeyError
+from key_agent.sources.parcels import load_transport_key, open_peer_parcel, seal_parcel
 from key_agent.sources.signing_keys import SEED_SIZE, is_key_for, make_signing_key
 from key_agent.sources.source import (
+    Arrival,
+    Destination,
     Diagnosis,
     EnvelopeRequest,
     EnvelopeResult,
+    Exported,
     Kek,
     KekReference,
     KekType,
     KeySource,
     NewKey,
+    Parcel,
     Recipient,
     Rewrapped,
+    Route,
     Verdict,
     WrapMethod,
     WrappedKey,
@@ -202,6 +210,64 @@ class FakeKeySource(KeySource):
             else:
                 made.append(self._wrap(new, sealing, row, material))
         return Rewrapped(keys=tuple(made), failed_keys=failed)
+
+    @override
+    async def export_keys(
+        self, kek: Kek, keys: Sequence[WrappedKey], destinations: Sequence[Destination]
+    ) -> Exported:
+        await self._enter("export_keys")
+        opening = self._usable(kek)
+        parcels: list[Parcel] = []
+        failed: dict[KeyId, str] = {}
+        for row in keys:
+            material = self._unwrap(kek, opening, row.owner, row)
+            if material is None:
+                failed[row.key_id] = "does not open"
+            else:
+                parcels += [seal_parcel(material, row, to, os.urandom(32)) for to in destinations]
+        return Exported(parcels=tuple(parcels), failed_keys=failed)
+
+    @override
+    async def import_keys(
+        self, kek: Kek, arrivals: Sequence[Arrival], *, transport_key_file: Path
+    ) -> Rewrapped:
+        await self._enter("import_keys")
+        sealing, transport_key = self._usable(kek), load_transport_key(transport_key_file)
+        made: list[WrappedKey] = []
+        failed: dict[KeyId, str] = {}
+        for arrival in arrivals:
+            try:
+                made.append(self._take(kek, sealing, arrival, transport_key))
+            except WrappedKeyError as error:
+                failed[arrival.parcel.key_id] = str(error)
+        return Rewrapped(keys=tuple(made), failed_keys=failed)
+
+    def _take(
+        self, kek: Kek, key: AESGCM, arrival: Arrival, transport_key: ec.EllipticCurvePrivateKey
+    ) -> WrappedKey:
+        parcel, place = arrival.parcel, kek.reference
+        if (parcel.kek_id, parcel.environment_id) != (place.kek_id, place.environment_id):
+            raise WrappedKeyError("is for another place")
+        if parcel.route is not Route.PEER:
+            raise WrappedKeyError("is sealed to a public key")
+        material = open_peer_parcel(parcel, transport_key)
+        row = WrappedKey(
+            owner=parcel.owner,
+            key_id=parcel.key_id,
+            kek_id="",
+            environment_id="",
+            method=kek.method,
+            wrapped=b"",
+            kcv=arrival.kcv,
+            token_serial=SERIAL,
+            created_at_ms=0,
+            use=arrival.use,
+            algorithm=arrival.algorithm,
+            version=arrival.version,
+        )
+        if key_check(_material(row, KeyState.ACTIVE, material)) != arrival.kcv:
+            raise WrappedKeyError("the key check value differs")
+        return self._wrap(kek, key, row, material)
 
     @override
     async def seal_envelopes(self, kek: Kek, requests: Sequence[EnvelopeRequest]) -> list[EnvelopeResult]:

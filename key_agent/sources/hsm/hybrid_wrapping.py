@@ -43,7 +43,7 @@ _OAEP: Final[Mapping[WrapMethod, tuple[Mechanism, MGF, None]]] = {
 }
 
 
-class _HybridWrapping(Wrapping):
+class HybridWrapping(Wrapping):
     object_class = ObjectClass.PRIVATE_KEY
 
     def __init__(self, mechanisms: Mapping[str, int]) -> None:
@@ -66,7 +66,14 @@ class _HybridWrapping(Wrapping):
 
     @override
     def open(self, session: Any, kek: KekObjects, wrapped: bytes, binding: bytes) -> bytes:
-        sealed = verified(kek, wrapped, binding, self._mac_mechanism)
+        return self.reveal(session, kek, verified(kek, wrapped, binding, self._mac_mechanism), binding)
+
+    def reveal(self, session: Any, kek: KekObjects, sealed: bytes, binding: bytes) -> bytes:
+        """The material in bytes that somebody with the public key has sealed, and nobody vouches for yet.
+
+        WrongBindingError as `open`. The caller compares it with a check value that is vouched for.
+        """
+        del session
         try:
             content_key = self._content_key(kek, sealed, binding)
             try:
@@ -76,12 +83,16 @@ class _HybridWrapping(Wrapping):
         except HybridError as error:
             raise WrongBindingError(str(error)) from None
 
+    def vouch(self, kek: KekObjects, sealed: bytes, binding: bytes) -> bytes:
+        """*sealed*, whose material was compared, as a wrapped key: with our HMAC."""
+        return authenticated(kek, sealed, binding, self._mac_mechanism)
+
     @abstractmethod
     def _content_key(self, kek: KekObjects, sealed: bytes, binding: bytes) -> bytes:
         """What the HSM makes of the head of *sealed*; the caller wipes it."""
 
 
-class RsaWrapping(_HybridWrapping):
+class RsaWrapping(HybridWrapping):
     key_type = KeyType.RSA
     capabilities = MechanismFlag.DECRYPT
     opening = Attribute.DECRYPT
@@ -101,7 +112,7 @@ class RsaWrapping(_HybridWrapping):
         return opened
 
 
-class EcdhWrapping(_HybridWrapping):
+class EcdhWrapping(HybridWrapping):
     method = WrapMethod.ECDH_ES
     key_type = KeyType.EC
     capabilities = MechanismFlag.DERIVE

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from pkcs11 import PKCS11Error
 
 from envelope.keys import (
@@ -36,11 +37,23 @@ from key_agent.sources.envelopes import (
     seal_request,
 )
 from key_agent.sources.hsm.diagnosis import diagnose, usable_kek
+from key_agent.sources.hsm.hybrid_wrapping import HybridWrapping
 from key_agent.sources.hsm.methods import wrapping_of
 from key_agent.sources.hsm.session import Token
 from key_agent.sources.hsm.wrapping import KekObjects, Wrapping, WrongBindingError, random_bytes
+from key_agent.sources.hybrid import CONTENT_KEY_SIZE
+from key_agent.sources.parcels import open_peer_parcel, parcel_binding, seal_parcel
 from key_agent.sources.signing_keys import SEED_SIZE, der_size, make_signing_key
-from key_agent.sources.source import EnvelopeRequest, Kek, NewKey, WrappedKey
+from key_agent.sources.source import (
+    Arrival,
+    Destination,
+    EnvelopeRequest,
+    Kek,
+    NewKey,
+    Parcel,
+    Route,
+    WrappedKey,
+)
 from key_agent.sources.verdict import Verdict
 from key_agent.sources.wire import SealedEnvelopes
 
@@ -161,6 +174,150 @@ def rewrap(
         for _, material in opened:
             wipe(material)
     return made, tuple(failed)
+
+
+def export_keys(
+    token: Token,
+    kek: Kek,
+    keys: Sequence[WrappedKey],
+    destinations: Sequence[Destination],
+    *,
+    now_s: float,
+    budget_s: float,
+) -> tuple[tuple[Parcel, ...], tuple[tuple[KeyId, str], ...]]:
+    """The first *keys*, as many as fit the budget, at least one: parcels for all destinations, or failed."""
+    opener = _Opener(token, kek, now_s=now_s)
+    deadline = time.monotonic() + budget_s
+    parcels: list[Parcel] = []
+    failed: list[tuple[KeyId, str]] = []
+    for row in keys:
+        try:
+            material = opener.reveal(row.owner, row)
+        except WrappedKeyError as error:
+            failed.append((row.key_id, str(error)))
+        else:
+            try:
+                parcels += [_parcel(token, kek, material, row, to) for to in destinations]
+            finally:
+                wipe(material)
+        if time.monotonic() >= deadline:
+            break
+    return tuple(parcels), tuple(failed)
+
+
+def _parcel(token: Token, kek: Kek, material: bytes, row: WrappedKey, to: Destination) -> Parcel:
+    content_key = random_bytes(token.session(serial=kek.token_serial), CONTENT_KEY_SIZE)
+    try:
+        return seal_parcel(material, row, to, content_key)
+    finally:
+        wipe(content_key)
+
+
+def import_keys(
+    token: Token,
+    kek: Kek,
+    arrivals: Sequence[Arrival],
+    transport_key: ec.EllipticCurvePrivateKey,
+    *,
+    now_ms: int,
+    budget_s: float,
+) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+    """The first *arrivals*, as many as fit the budget, at least one: under *kek*, or failed."""
+    importer = _Importer(token, kek, transport_key, now_ms=now_ms)
+    deadline = time.monotonic() + budget_s
+    made: list[WrappedKey] = []
+    failed: list[tuple[KeyId, str]] = []
+    for arrival in arrivals:
+        try:
+            made.append(importer.take(arrival))
+        except WrappedKeyError as error:
+            failed.append((arrival.parcel.key_id, str(error)))
+        if time.monotonic() >= deadline:
+            break
+    return tuple(made), tuple(failed)
+
+
+class _Importer:
+    """Takes parcels in under one KEK, for the length of one call."""
+
+    def __init__(
+        self, token: Token, kek: Kek, transport_key: ec.EllipticCurvePrivateKey, *, now_ms: int
+    ) -> None:
+        self._token = token
+        self._kek = kek
+        self._transport_key = transport_key
+        self._now_ms = now_ms
+        self._wrapping = wrapping_of(kek.method, token.quirks.mechanisms)
+        self._key = usable_kek(token, kek, now_s=now_ms / 1000)
+
+    def take(self, arrival: Arrival) -> WrappedKey:
+        """WrappedKeyError: this parcel is bad. KeySourceError: KEK or token is."""
+        parcel, place = arrival.parcel, self._kek.reference
+        if (parcel.kek_id, parcel.environment_id) != (place.kek_id, place.environment_id):
+            raise WrappedKeyError(f"is for KEK {parcel.kek_id} of environment {parcel.environment_id}")
+        row = WrappedKey(
+            owner=parcel.owner,
+            key_id=parcel.key_id,
+            kek_id=place.kek_id,
+            environment_id=place.environment_id,
+            method=self._kek.method,
+            wrapped=b"",
+            kcv=arrival.kcv,
+            token_serial=self._kek.token_serial,
+            created_at_ms=self._now_ms,
+            use=arrival.use,
+            algorithm=arrival.algorithm,
+            version=arrival.version,
+        )
+        try:
+            return self._take(row, parcel)
+        except WrongBindingError as error:
+            raise WrappedKeyError(f"belongs to another place or was changed: it {error}") from None
+        except PKCS11Error as error:
+            found = diagnose(self._token, self._kek, now_s=self._now_ms / 1000)
+            if found.verdict is not Verdict.OK:
+                raise error_of(found) from None
+            # The KEK is sound, so it is the parcel; the session goes.
+            self._token.renew(serial=self._kek.token_serial)
+            self._key = usable_kek(self._token, self._kek, now_s=self._now_ms / 1000)
+            raise WrappedKeyError(f"does not open, or is not wrapped ({type(error).__name__})") from None
+
+    def _take(self, row: WrappedKey, parcel: Parcel) -> WrappedKey:
+        if parcel.route is Route.PUBLIC:
+            return self._admit(row, parcel)
+        material = open_peer_parcel(parcel, self._transport_key)
+        try:
+            self._check(material, row)
+            return _wrap(self._token, self._kek, self._key, material, row, now_ms=self._now_ms)
+        finally:
+            wipe(material)
+
+    def _admit(self, row: WrappedKey, parcel: Parcel) -> WrappedKey:
+        """A parcel that is a wrap already, but for our HMAC."""
+        if not isinstance(self._wrapping, HybridWrapping):
+            raise WrappedKeyError(f"is sealed to a public key, which a KEK of method {row.method} has not")
+        session = self._token.session(serial=self._kek.token_serial)
+        binding = parcel_binding(
+            row.owner, row.key_id, Route.PUBLIC, kek_id=row.kek_id, environment_id=row.environment_id
+        )
+        material = self._wrapping.reveal(session, self._key, parcel.sealed, binding)
+        try:
+            self._check(material, row)
+        finally:
+            wipe(material)
+        wrapped = self._wrapping.vouch(self._key, parcel.sealed, binding)
+        again = self._wrapping.open(session, self._key, wrapped, binding)
+        try:
+            self._check(again, row)
+        finally:
+            wipe(again)
+        return replace(row, wrapped=wrapped)
+
+    def _check(self, material: bytes, row: WrappedKey) -> None:
+        if row.use is KeyUse.DATA and len(material) != KEY_MATERIAL_SIZE:
+            raise WrappedKeyError(f"holds {len(material)} bytes that are no key")
+        if not is_sound(material, row):
+            raise WrappedKeyError("the key check value differs")
 
 
 def seal_envelopes(

@@ -17,6 +17,8 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Final
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from envelope.keys import (
     KEY_MATERIAL_SIZE,
     KeyId,
@@ -38,6 +40,8 @@ from key_agent.sources.envelopes import (
     material_of,
     seal_request,
 )
+from key_agent.sources.hybrid import CONTENT_KEY_SIZE
+from key_agent.sources.parcels import open_peer_parcel, seal_parcel
 from key_agent.sources.servers.server import (
     MAX_BATCH,
     Item,
@@ -49,7 +53,18 @@ from key_agent.sources.servers.server import (
     Unsupported,
 )
 from key_agent.sources.signing_keys import SEED_SIZE, make_signing_key
-from key_agent.sources.source import EnvelopeRequest, Kek, KekReference, KekType, NewKey, WrappedKey
+from key_agent.sources.source import (
+    Arrival,
+    Destination,
+    EnvelopeRequest,
+    Kek,
+    KekReference,
+    KekType,
+    NewKey,
+    Parcel,
+    Route,
+    WrappedKey,
+)
 from key_agent.sources.verdict import Diagnosis, Verdict
 from key_agent.sources.wire import SealedEnvelopes
 
@@ -398,6 +413,102 @@ def rewrap(
             for _, material in opened:
                 wipe(material)
     return tuple(made), tuple(failed)
+
+
+def export_keys(
+    server: KeyServer,
+    kek: Kek,
+    keys: Sequence[WrappedKey],
+    destinations: Sequence[Destination],
+    *,
+    now_s: float,
+    budget_s: float,
+) -> tuple[tuple[Parcel, ...], tuple[tuple[KeyId, str], ...]]:
+    """The first *keys*, as many as fit the budget, at least one: parcels for all destinations, or failed."""
+    _require_usable(server, kek, now_s)
+    deadline = time.monotonic() + budget_s
+    parcels: list[Parcel] = []
+    failed: list[tuple[KeyId, str]] = []
+    done = 0
+    while done < len(keys) and (not done or time.monotonic() < deadline):
+        opener = _Opener(server, kek, now_s)
+        batch = keys[done : done + MAX_BATCH // 4]
+        done += len(batch)
+        try:
+            opener.prepare([(row.owner, row) for row in batch])
+            for row in batch:
+                try:
+                    material = opener.reveal(row.owner, row)
+                except WrappedKeyError as error:
+                    failed.append((row.key_id, str(error)))
+                    continue
+                for to in destinations:
+                    content_key = server.random(CONTENT_KEY_SIZE)
+                    parcels.append(seal_parcel(material, row, to, content_key))
+                    wipe(content_key)
+        finally:
+            opener.wipe()
+    return tuple(parcels), tuple(failed)
+
+
+def import_keys(
+    server: KeyServer,
+    kek: Kek,
+    arrivals: Sequence[Arrival],
+    transport_key: ec.EllipticCurvePrivateKey,
+    *,
+    now_ms: int,
+    budget_s: float,
+) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
+    """The first *arrivals*, as many as fit the budget, at least one: under *kek*, or failed."""
+    _require_usable(server, kek, now_ms / 1000)
+    deadline = time.monotonic() + budget_s
+    made: list[WrappedKey] = []
+    failed: list[tuple[KeyId, str]] = []
+    while (done := len(made) + len(failed)) < len(arrivals) and (not done or time.monotonic() < deadline):
+        opened: list[tuple[WrappedKey, bytes]] = []
+        try:
+            for arrival in arrivals[done : done + MAX_BATCH // 4]:
+                try:
+                    opened.append(_taken(kek, arrival, transport_key, now_ms))
+                except WrappedKeyError as error:
+                    failed.append((arrival.parcel.key_id, str(error)))
+            if opened:
+                made += _wrap(server, kek, opened, now_ms)
+        finally:
+            for _, material in opened:
+                wipe(material)
+    return tuple(made), tuple(failed)
+
+
+def _taken(
+    kek: Kek, arrival: Arrival, transport_key: ec.EllipticCurvePrivateKey, now_ms: int
+) -> tuple[WrappedKey, bytes]:
+    """WrappedKeyError: this parcel is bad."""
+    parcel, place = arrival.parcel, kek.reference
+    if (parcel.kek_id, parcel.environment_id) != (place.kek_id, place.environment_id):
+        raise WrappedKeyError(f"is for KEK {parcel.kek_id} of environment {parcel.environment_id}")
+    if parcel.route is not Route.PEER:
+        raise WrappedKeyError(f"is sealed to a public key, which a KEK of method {kek.method} has not")
+    row = WrappedKey(
+        owner=parcel.owner,
+        key_id=parcel.key_id,
+        kek_id=place.kek_id,
+        environment_id=place.environment_id,
+        method=kek.method,
+        wrapped=b"",
+        kcv=arrival.kcv,
+        token_serial=kek.token_serial,
+        created_at_ms=now_ms,
+        use=arrival.use,
+        algorithm=arrival.algorithm,
+        version=arrival.version,
+    )
+    material = open_peer_parcel(parcel, transport_key)
+    if (row.use is KeyUse.DATA and len(material) != KEY_MATERIAL_SIZE) or not is_sound(material, row):
+        wipe(material)
+        raise WrappedKeyError("the key check value differs")
+    return row, material
 
 
 def seal_envelopes(
