@@ -95,8 +95,13 @@ async def site(
     ca_file, _ = pki.write_credential(server_ca, directory, "server-ca")
     names = [server_host, f"*.{server_host}"]
     pair = pki.write_credential(pki.issue_server(server_ca, names), directory, "server")
-    start = {"swift": swift, "moto": moto}[kind]
-    async with start(directory, *pair, host=server_host) as server, proxy(directory, ca_file) as rig:
+    async with contextlib.AsyncExitStack() as parts:
+        server: Server
+        if kind == "swift":
+            server = await parts.enter_async_context(swift(directory, *pair, host=server_host))
+        else:
+            server = await parts.enter_async_context(moto(directory, *pair, host=server_host))
+        rig = await parts.enter_async_context(proxy(directory, ca_file))
         tenant = rig.tenant("tenant-a")
         entry = rig.service("tenant-a/store", server.url, profile="s3", legacy=legacy)
         secret = secrets.token_urlsafe(24) if gateway else server.secret_key

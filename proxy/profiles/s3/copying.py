@@ -239,7 +239,6 @@ async def _finish(
         for name in ("if-match", "if-none-match")
         for value in call.fields.all(name)
     ]
-    fields.append(("content-type", "application/xml"))
     async with talk.ask("POST", target, fields=fields, body=completion_document(tags)) as answer:
         document = await answer.read(MAX_DOCUMENT_BYTES)
         if answer.status != 200 or root_of(document) == "Error":

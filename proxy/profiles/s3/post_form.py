@@ -35,10 +35,20 @@ from proxy.multipart_form import (
     boundary_of,
     ending_bytes,
 )
-from proxy.plan import AnswerPlan, Conversation, MapBody, NewSealer, Pass, Request, RequestPlan, Reshape
+from proxy.plan import (
+    AnswerPlan,
+    Conversation,
+    MapWhole,
+    NewSealer,
+    Pass,
+    Reply,
+    Request,
+    RequestPlan,
+    Reshape,
+)
 from proxy.profiles.s3.authentication import SERVICE
-from proxy.profiles.s3.call import Call
-from proxy.profiles.s3.documents import ResultMapper
+from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call
+from proxy.profiles.s3.documents import map_result
 from proxy.refusals import RefusedError
 from proxy.sigv4 import Scope
 from proxy.vault.model import UpstreamCredential
@@ -77,17 +87,14 @@ def plan_form(call: Call) -> RequestPlan:
 
 
 def plan_posted(request: Request, answer: AnswerHead, proposed: AnswerPlan) -> AnswerPlan:
-    """The answer to a form: 201 has a document with tag and address."""
+    """The answer to a form: 201 has a document with tag and address, mostly."""
     if not isinstance(proposed, Pass) or answer.status != 201:
         return proposed
 
-    async def ended(_root: str) -> None:
-        return
+    async def mapped(_talk: Conversation, head: AnswerHead, body: bytes) -> Reply:
+        return Reply(status=head.status, body=map_result(body, request) if body.strip() else body)
 
-    def mapper(_talk: Conversation) -> ResultMapper:
-        return ResultMapper(request, ended)
-
-    return replace(proposed, body=MapBody(make=mapper))
+    return replace(proposed, body=MapWhole(limit_bytes=MAX_DOCUMENT_BYTES, function=mapped))
 
 
 class FormUpload:

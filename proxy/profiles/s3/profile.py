@@ -42,7 +42,7 @@ from proxy.plan import (
 )
 from proxy.profile_options import ProfileOptions
 from proxy.profiles.profile import Limitation, Profile
-from proxy.profiles.s3 import copying, errors, etags, listing, uploading
+from proxy.profiles.s3 import copying, errors, etags, listing, post_form, uploading
 from proxy.profiles.s3.addressing import Address, address_of, parameters
 from proxy.profiles.s3.authentication import Authenticated, Standing, authenticate
 from proxy.profiles.s3.bodies import CODING, GONE, Incoming, read_document, read_head, without_coding
@@ -76,6 +76,7 @@ _ELSEWHERE: Final[dict[Kind, _Planner]] = {
     Kind.COMPLETE_UPLOAD: uploading.plan_complete,
     Kind.ABORT_UPLOAD: uploading.plan_abort,
     Kind.LIST_PARTS: uploading.plan_list_parts,
+    Kind.FORM: post_form.plan_form,
 }
 _CONTENT: Final = frozenset({Kind.WRITE, Kind.WRITE_PART})
 _DOCUMENTS: Final = frozenset({Kind.DOCUMENT, Kind.COMPLETE_UPLOAD, Kind.FORM})
@@ -105,6 +106,7 @@ class S3Profile(Profile):
         ("AbortMultipartUpload, ListParts", "pass, the manifest hidden, sizes and ETags mapped"),
         ("ListObjects, ListObjectsV2, ListObjectVersions", "sizes and ETags mapped as the list streams"),
         ("GetObjectAttributes", "sizes and ETag mapped, checksums dropped"),
+        ("PostObject", "the file of the form is sealed, its policy judged and signed anew"),
         ("DeleteObject, DeleteObjects", "pass"),
         ("Tagging, ACL, retention, legal hold, restore", "pass"),
         ("Buckets and their settings", "pass"),
@@ -198,6 +200,7 @@ class S3Profile(Profile):
             edits=edits.also(drop=GONE),
             sign=sign,
             rules=PartRules(min_part_bytes=options.min_part_bytes, max_parts=options.max_parts),
+            read=lambda body: read_document(authenticated, head.fields, body),
         )
         if operation.kind in _CONTENT:
             incoming = read_head(replace(request, edits=edits), authenticated)
@@ -234,6 +237,8 @@ class S3Profile(Profile):
                 proposed = uploading.plan_completed(completed, request, answer, proposed)
             case copying.Copied():
                 proposed = copying.plan_copied(request, answer, proposed)
+            case post_form.Posted():
+                proposed = post_form.plan_posted(request, answer, proposed)
         if isinstance(proposed, Refuse):
             return proposed
         return replace(proposed, edits=_answer_edits(proposed.edits, answer, _options(request)))

@@ -185,7 +185,10 @@ async def _complete(talk: Conversation, call: Call) -> Decision:
     recorded = await talk.uploads.completion(upload)
     if recorded is not None and recorded.asked == asked:
         return _completing(call, upload, recorded)
-    plan = plan_completion(listed, await talk.uploads.parts(upload), call.rules, upload_ref=upload.ref)
+    kept = await talk.uploads.parts(upload)
+    if not kept and (unknown := await _unknown(talk, call)) is not None:
+        return Answer(reply=unknown)
+    plan = plan_completion(listed, kept, call.rules, upload_ref=upload.ref)
     _check_size(call, plan.manifest.plain_bytes)
     ending = await talk.ending(plan.manifest)
     if plan.joined is not None:
@@ -208,6 +211,13 @@ async def _complete(talk: Conversation, call: Call) -> Decision:
     return _completing(call, upload, completion)
 
 
+async def _unknown(talk: Conversation, call: Call) -> Reply | None:
+    """What the service says of an upload that nothing is remembered of; None: it has it."""
+    target = call.target(uploadId=call.parameters["uploadId"])
+    async with talk.ask("GET", target) as answer:
+        return None if answer.status == 200 else await reply_with_body(answer)
+
+
 def _at_the_service(entry: ListedPart) -> ListedPart:
     return ListedPart(number=entry.number, tag=etags.to_service(entry.tag), checksums=entry.checksums)
 
@@ -226,7 +236,6 @@ def _completing(call: Call, upload: Upload, completion: Completion) -> Proceed:
     edits = call.edits.also(
         # What they said of the plaintext has been compared, or is compared part by part.
         drop=("content-encoding", "x-amz-mp-object-size", "x-amz-checksum-type"),
-        put=(("content-type", "application/xml"),),
     )
     plan = Forward(edits=edits, sign=call.sign, memo=Completed(upload=upload, completion=completion))
     return Proceed(plan=plan, body=completion.request)
