@@ -3,9 +3,10 @@
     python boto3_calls.py < SPEC.json
 
 SPEC: {"endpoint", "access_key", "secret_key", "ca", "proxy" (or null), "style" ("path" or "virtual"),
-"config" (botocore Config arguments), "calls": [[operation, arguments], ...]}. In arguments {"bytes": n, "seed": s} is
-a body of n bytes, {"use": [index, "name", ...]} something in an earlier answer. The operation "presign" takes
-[operation, arguments] and is a request by a presigned URL, with the further arguments "headers" and "body".
+"config" (botocore Config arguments), "calls": [[operation, arguments], ...]}. In arguments
+{"bytes": n, "seed": s} is a body of n bytes, {"use": [index, "name", ...]} something in an earlier answer.
+The operation "presign" takes [operation, arguments] and is a request by a presigned URL, with the further
+arguments "headers" and "body".
 
 Prints a list: {"status", "headers", "answer"} or {"status", "headers", "error", "message"} for each call;
 bodies as {"bytes", "sha256"}.

@@ -51,6 +51,14 @@ def _signature(  # noqa: PLR0917 - the specification's order
     return hmac.new(derive(secret, date[:8]), text.encode(), hashlib.sha256).hexdigest()
 
 
+def chunk_signature(key: bytes, date: str, before: str, data: bytes) -> str:
+    """Of one chunk of an aws-chunked body."""
+    scope = f"{date[:8]}/us-east-1/s3/aws4_request"
+    digest = hashlib.sha256(data).hexdigest()
+    text = "\n".join(["AWS4-HMAC-SHA256-PAYLOAD", date, scope, before, EMPTY, digest])
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
 def sign(
     method: str,
     target: str,
