@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from runtime.observe import NAMESPACE, REGISTRY
 
@@ -116,6 +116,13 @@ REGISTRY_LAG: Final = Gauge(
 FENCING_REJECTS: Final = Counter(
     "fencing_rejects",
     "Writes of managers whose term is over, refused",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
+REVOCATION_PROPAGATION: Final = Histogram(
+    "revocation_propagation_seconds",
+    "From the opening of an incident until everybody who was told has acknowledged it, or holds nothing more",
+    buckets=(0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600),
     namespace=NAMESPACE,
     registry=REGISTRY,
 )

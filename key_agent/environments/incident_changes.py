@@ -346,17 +346,17 @@ def use_approval(
     now_ms: int,
 ) -> tuple[str, ...]:
     """The administrators who allow it; their approval is used up with this draft. ApprovalError."""
-    asked = draft.shared.approvals.get(approval_id)
     granted = approvals.check_granted(
         tenant,
         approval_id,
-        asked,
+        draft.shared.approvals.get(approval_id),
         draft.shared.admins,
         action=action,
         subject=subject,
         payload=payload,
         now_ms=now_ms,
     )
+    asked = draft.shared.approvals[approval_id]
     used = msgspec.structs.replace(asked, used_at_ms=now_ms, used_for=f"{action} {subject}")
     draft.put(Kind.APPROVAL, approval_id, used)
     return granted

@@ -4,8 +4,8 @@
 read back in its canonical form, so what could not be stored fails here.
 """
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -19,7 +19,6 @@ from key_agent.environments.documents import (
     AdminBody,
     AdminState,
     ApprovalBody,
-    Body,
     DekBody,
     EnvironmentBody,
     KekBody,
@@ -29,6 +28,7 @@ from key_agent.environments.documents import (
     body_text,
     read_body,
 )
+from key_agent.environments.shared import Draft, Shared
 from key_agent.environments.states import EnvironmentState
 
 NOW_MS = 1_800_000_000_000
@@ -46,44 +46,21 @@ TABLES = {
 }
 
 
-@dataclass
-class Rows:
-    """As `shared.Shared`."""
-
-    term: int = 1
-    epoch: int = 1
-    environments: dict[str, EnvironmentBody] = field(default_factory=dict)
-    keks: dict[str, KekBody] = field(default_factory=dict)
-    services: dict[str, ServiceBody] = field(default_factory=dict)
-    rings: dict[str, RingBody] = field(default_factory=dict)
-    deks: dict[str, DekBody] = field(default_factory=dict)
-    incidents: dict[str, Any] = field(default_factory=dict)
-    incident_keys: dict[str, Any] = field(default_factory=dict)
-    admins: dict[str, AdminBody] = field(default_factory=dict)
-    approvals: dict[str, ApprovalBody] = field(default_factory=dict)
-
-    def copy(self) -> "Rows":
-        return Rows(
-            **{name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
-        )
+def rows_of() -> Any:
+    """A view whose tables can be changed by hand, which the type does not allow."""
+    tables: dict[str, Any] = {name: {} for name in TABLES.values()}
+    return Shared(term=1, epoch=1, **tables)
 
 
-@dataclass
-class Sketch:
-    """As `shared.Draft`."""
-
-    shared: Rows
-    epoch: int
-    puts: list[tuple[Kind, str]] = field(default_factory=list)
-
-    def put(self, kind: Kind, row_id: str, body: Body) -> None:
-        getattr(self.shared, TABLES[kind])[row_id] = read_body(kind, body_text(body))
-        self.puts.append((kind, row_id))
+def next_rows(rows: Shared, *, epoch: int | None = None) -> Shared:
+    """The same, one epoch later, with tables of its own."""
+    tables: dict[str, Any] = {name: dict(getattr(rows, name)) for name in TABLES.values()}
+    return dataclasses.replace(rows, epoch=rows.epoch + 1 if epoch is None else epoch, **tables)
 
 
 class World:
     def __init__(self) -> None:
-        self.rows = Rows()
+        self.rows = rows_of()
         self.now_ms = NOW_MS
         self.keys = {name: ed25519.Ed25519PrivateKey.generate() for name in ("ada", "bob")}
         for name, key in self.keys.items():
@@ -146,13 +123,14 @@ class World:
     def states(self) -> dict[str, KeyState]:
         return {name: self.rows.deks[key_id].state for name, key_id in self.dek.items()}
 
-    def change[T](self, work: Callable[[Any], T]) -> T:
-        """One transaction; what raises changes nothing, what puts nothing makes no epoch."""
-        sketch = Sketch(self.rows.copy(), self.rows.epoch + 1)
-        result = work(sketch)
-        if sketch.puts:
-            sketch.shared.epoch = sketch.epoch
-            self.rows = sketch.shared
+    def change[T](self, work: Callable[[Draft], T]) -> T:
+        """One transaction; what raises changes nothing, what puts nothing new makes no epoch."""
+        draft = Draft(next_rows(self.rows, epoch=self.rows.epoch), tenant_id=TENANT, now_ms=self.now_ms)
+        result = work(draft)
+        for (kind, _), body in draft.changed.items():
+            assert read_body(kind, body_text(body)) == body
+        if draft.changed:
+            self.rows = dataclasses.replace(draft.shared, epoch=draft.epoch)
         return result
 
     def approve(

@@ -42,7 +42,7 @@ def breach(world: World, kind: IncidentKind = K.RUNTIME) -> str:
 
 
 def rekey(world: World, incident: str = "inc-1") -> None:
-    for key_id in changes.without_successor(world.rows, incident):  # type: ignore[arg-type]
+    for key_id in changes.without_successor(world.rows, incident):
         dek = world.rows.deks[key_id]
         world.add_key(dek.service.removeprefix("acme/"), dek.owner_environment, S.ACTIVE)
     world.change(lambda draft: changes.succeed(draft, incident, now_ms=world.now_ms))
@@ -80,7 +80,8 @@ def admit(world: World, *balancers: str) -> bool:
 
 
 def state(world: World) -> EnvironmentState:
-    return world.rows.environments["a"].state
+    found: EnvironmentState = world.rows.environments["a"].state
+    return found
 
 
 def incident(world: World, name: str = "inc-1") -> IncidentState:

@@ -13,6 +13,7 @@ from key_agent.environments.approvals import Action, ApprovalError
 from key_agent.environments.breaches import (
     Declaration,
     Disposition,
+    IncidentEvent,
     IncidentKind,
     IncidentState,
 )
@@ -65,7 +66,7 @@ def test_a_breached_runtime_disables_exactly_its_own_keys_and_heals(world: World
     body = world.rows.incidents["inc-1"]
     assert body.state is IncidentState.OPEN
     assert body.opened_epoch == world.rows.epoch == 2
-    keys = changes.keys_of(world.rows, "inc-1")  # type: ignore[arg-type]
+    keys = changes.keys_of(world.rows, "inc-1")
     assert {key.disposition for key in keys.values()} == {Disposition.COMPROMISED, Disposition.REVIEW}
     assert keys[world.dek["s3-a"]].previous_state is S.ACTIVE
     assert world.rows.deks[world.dek["s3-a"]].incident_id == "inc-1"
@@ -116,10 +117,7 @@ def test_a_lost_kek_is_ended_and_every_key_waits_for_a_decision(world: World) ->
     assert world.rows.keks["kek-a"].state == changes.KEK_COMPROMISED
     assert world.rows.keks["kek-b"].state == "active"
     assert set(world.states().values()) == {S.ACTIVE}
-    dispositions = {
-        key.disposition
-        for key in changes.keys_of(world.rows, "inc-1").values()  # type: ignore[arg-type]
-    }
+    dispositions = {key.disposition for key in changes.keys_of(world.rows, "inc-1").values()}
     assert dispositions == {Disposition.REVIEW}
 
 
@@ -165,7 +163,7 @@ def approve(world: World, keys: list[str], **more: Any) -> str:
 def test_two_persons_compromise_further_keys_and_everybody_hears_of_it_anew(world: World) -> None:
     open_it(world, opening())
     world.change(
-        lambda draft: changes.advance(draft, "inc-1", changes.IncidentEvent.ACKNOWLEDGED, now_ms=world.now_ms)
+        lambda draft: changes.advance(draft, "inc-1", IncidentEvent.ACKNOWLEDGED, now_ms=world.now_ms)
     )
     keys = [world.dek["s3-b"], world.dek["box-c"]]
     approval = approve(world, keys)
@@ -177,7 +175,7 @@ def test_two_persons_compromise_further_keys_and_everybody_hears_of_it_anew(worl
     ]
     assert world.rows.incidents["inc-1"].state is IncidentState.OPEN
     assert world.rows.approvals[approval].used_at_ms == world.now_ms
-    decided = changes.keys_of(world.rows, "inc-1")[keys[0]]  # type: ignore[arg-type]
+    decided = changes.keys_of(world.rows, "inc-1")[keys[0]]
     assert (decided.decided_by, decided.disposition) == (approval, Disposition.COMPROMISED)
     assert compromise(world, keys, approval) is False, "repeated, it changes nothing and asks for nothing"
 
@@ -267,16 +265,16 @@ def test_an_incident_is_rekeyed_when_each_place_has_an_active_key(world: World) 
     world.add_key("s3", "a", S.DEACTIVATED)  # sealed before, and needs no successor
     open_it(world, opening())
     places = sorted([world.dek["s3-a"], world.dek["box-a"]])
-    assert changes.without_successor(world.rows, "inc-1") == places  # type: ignore[arg-type]
+    assert changes.without_successor(world.rows, "inc-1") == places
     with pytest.raises(RefusedChangeError, match="2 keys"):
         succeed(world)
     new = world.add_key("s3", "a", S.ACTIVE)
     world.add_key("box", "a", S.PRE_ACTIVE)
-    assert changes.without_successor(world.rows, "inc-1") == [world.dek["box-a"]]  # type: ignore[arg-type]
+    assert changes.without_successor(world.rows, "inc-1") == [world.dek["box-a"]]
     world.add_key("box", "a", S.ACTIVE)
     assert succeed(world)
     assert world.rows.incidents["inc-1"].state is IncidentState.REKEYED
-    keys = changes.keys_of(world.rows, "inc-1")  # type: ignore[arg-type]
+    keys = changes.keys_of(world.rows, "inc-1")
     assert keys[world.dek["s3-a"]].replaced_by == new
     assert succeed(world) is False
 
@@ -284,14 +282,14 @@ def test_an_incident_is_rekeyed_when_each_place_has_an_active_key(world: World) 
 def test_a_service_that_is_gone_needs_no_keys(world: World) -> None:
     open_it(world, opening())
     world.rows.services["acme/box"] = msgspec.structs.replace(world.rows.services["acme/box"], removed=True)
-    assert changes.without_successor(world.rows, "inc-1") == [world.dek["s3-a"]]  # type: ignore[arg-type]
+    assert changes.without_successor(world.rows, "inc-1") == [world.dek["s3-a"]]
 
 
 def test_suspended_keys_have_to_be_decided_about_first(world: World) -> None:
     open_it(world, opening(K.SUSPECTED))
     with pytest.raises(RefusedChangeError, match="nobody has decided"):
         succeed(world)
-    keys = changes.undecided(world.rows, "inc-1")  # type: ignore[arg-type]
+    keys = changes.undecided(world.rows, "inc-1")
     assert sorted(keys) == sorted([world.dek["s3-a"], world.dek["box-a"]])
     compromise(world, keys, approve(world, keys))
     for service in ("s3", "box"):
@@ -340,5 +338,5 @@ def test_a_database_that_leaked_needs_a_new_kek_before_it_is_closed(world: World
 def test_keys_held_by_an_incident_are_not_resumed_past_it(world: World) -> None:
     open_it(world, opening(K.SUSPECTED))
     with pytest.raises(RefusedChangeError, match="suspended by inc-1"):
-        changes.suspended(world.rows, [world.dek["s3-a"]])  # type: ignore[arg-type]
-    assert changes.suspended(world.rows, [world.dek["s3-b"]]) == []  # type: ignore[arg-type]
+        changes.suspended(world.rows, [world.dek["s3-a"]])
+    assert changes.suspended(world.rows, [world.dek["s3-b"]]) == []
