@@ -315,7 +315,7 @@ class SealgateAddon:
             exchange = exchange_of(flow)
             if exchange is None or flow.response is None:
                 raise RefusedError(refusals.NO_PERMIT)
-            await self._exchanges.map_whole(flow.response, exchange, collected)
+            await self._exchanges.replace(flow.response, exchange, collected)
         self._end(flow, OK)
 
     # ---- ends

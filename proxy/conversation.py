@@ -45,7 +45,7 @@ from proxy.recording import Trail
 from proxy.refusals import RefusedError
 from proxy.uploads import UploadStore
 
-_OF_ONE_CONNECTION: Final = frozenset(
+OF_ONE_CONNECTION: Final = frozenset(
     {"connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
 )
 MAX_ANSWER_BYTES: Final = 1024 * 1024
@@ -70,7 +70,7 @@ class SealingBody:
         return self._body.sealed
 
     async def __aiter__(self) -> AsyncGenerator[bytes]:
-        async for piece in _through(self._body, self._pieces):
+        async for piece in opened_by(self._body, self._pieces):
             yield piece
 
 
@@ -155,7 +155,7 @@ class ServiceConversation(Conversation):
             raise RefusedError(refusals.OBJECT_INVALID)
         put = [*dict(plan.edits.put).items()]
         put += [(name, value) for name, values in plan.edits.lists for value in values]
-        gone = plan.edits.drop | _OF_ONE_CONNECTION | dict(put).keys()
+        gone = plan.edits.drop | OF_ONE_CONNECTION | dict(put).keys()
         names = [name for name in answer.fields if name not in gone]
         kept = [(name, value) for name in names for value in answer.fields.all(name)]
         return Reply(status=answer.status, fields=(*kept, *put), body=body)
@@ -219,7 +219,7 @@ class ServiceConversation(Conversation):
                     answer.leave()
                     raise RefusedError(refusals.UPSTREAM_CHANGED)
                 size = body.expected_out_bytes if body is not None else stored[1] - stored[0]
-                pieces = answer.pieces() if body is None else _through(body, answer.pieces())
+                pieces = answer.pieces() if body is None else opened_by(body, answer.pieces())
                 yield Opened(size or 0, object_bytes, begin.etag, answer.fields, pieces)
         except AskingError as error:
             raise RefusedError(refusals.UPSTREAM) from error
@@ -297,7 +297,7 @@ class ServiceConversation(Conversation):
         self._trail.note(action, target=target, size_bytes=size_bytes)
 
 
-async def _through(body: Transform, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+async def opened_by(body: Transform, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """*pieces* through a transform, as the gate would feed it. What it raises ends the stream."""
     async for piece in pieces:
         if piece:

@@ -14,10 +14,11 @@ from mitmproxy.http import Request as HttpRequest
 
 from envelope.errors import KeyUnavailableError
 from envelope.keys import NetworkService
+from envelope.objects import has_magic
 from proxy import refusals
 from proxy.asking import Outgoing, Source
 from proxy.bodies import NoBody, ReshapeBody, SealBody, refusal_for, sealing_key
-from proxy.conversation import ServiceConversation
+from proxy.conversation import OF_ONE_CONNECTION, ServiceConversation, opened_by
 from proxy.gate.permit import CLEAR, Collect, Grant, Transform, permit
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import AnswerHead, Fields
@@ -49,7 +50,7 @@ from proxy.plan import (
     Unopened,
 )
 from proxy.planner import is_target, plan_answer
-from proxy.prefetch import Prefetch
+from proxy.prefetch import Prefetch, PrefetchError
 from proxy.profile_options import SealedUpload
 from proxy.profiles.profile import Profile
 from proxy.reading import Read, Reading
@@ -64,6 +65,8 @@ type ClientBody = SealBody | SealOrPassBody | ReshapeBody | OpenBody | OpenRange
 """What holds a key while it runs."""
 
 _EXCHANGE: Final = "sealgate.exchange"
+_RESTART_BYTES: Final = 8 * 1024 * 1024
+"""The longest range that is read again, in memory. A longer one is refused: its client asks again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +81,8 @@ class Exchange:
     read: Read | None = None
     key: DataKey | None = None
     is_answered_here: bool = False
+    restarts: bool = False
+    """A range is read again: the object changed after it was looked at."""
     whole: MapWhole | None = None
     """What is to become of the answer, once it has been collected."""
     answer: AnswerHead | None = None
@@ -285,6 +290,9 @@ class Exchanges:
         if isinstance(going, Seal | Reshape) and 200 <= answer.status < 300 and not _has_left(flow):
             raise RefusedError(refusals.ANSWER_REFUSED)
         read = self._read(exchange)
+        if answer.status == 412 and _may_restart(going, read):
+            exchange.restarts = True
+            return Collect(_RESTART_BYTES, too_large=refusals.UPSTREAM_CHANGED)
         plan = plan_answer(
             going,
             answer,
@@ -354,7 +362,50 @@ class Exchanges:
                 _edit(response.headers, edits)
                 return granted
 
-    async def map_whole(self, response: Response, exchange: Exchange, collected: Collect) -> None:
+    async def replace(self, response: Response, exchange: Exchange, collected: Collect) -> None:
+        """The answer has been collected: put another in its place."""
+        if exchange.restarts:
+            await self._restart(response, exchange, collected)
+        else:
+            await self._map_whole(response, exchange, collected)
+
+    async def _restart(self, response: Response, exchange: Exchange, collected: Collect) -> None:
+        """The object changed after it was looked at: look once more, and answer with what is there now."""
+        going, read, request = exchange.plan, self._read(exchange), exchange.request
+        if not isinstance(going, OpenRange):
+            raise RefusedError(refusals.INTERNAL)
+        try:
+            begin = await self._prefetch.beginning(read.source)
+            if begin is None or not has_magic(begin.data):
+                raise RefusedError(refusals.UPSTREAM_CHANGED)
+            read.asked = asked = await self._reading.asked(read, going, begin)
+            if asked.plain[1] - asked.plain[0] > _RESTART_BYTES:
+                raise RefusedError(refusals.UPSTREAM_CHANGED)
+            fields = [("Range", f"bytes={asked.stored[0]}-{asked.stored[1] - 1}")]
+            if begin.etag is not None:
+                fields.append(("If-Match", begin.etag))
+            async with self._prefetch.asking.ask(read.source, "GET", fields=fields) as got:
+                answer = AnswerHead(status=got.status, fields=got.fields)
+                plan = plan_answer(going, answer, request.route, asked=asked)
+                plan = exchange.profile.plan_answer(request, going, answer, plan)
+                if not isinstance(plan, OpenPart):
+                    got.leave()
+                    raise RefusedError(refusals.UPSTREAM_CHANGED)
+                body = self._reading.open_part(read)
+                content = b"".join([piece async for piece in opened_by(body, got.pieces())])
+        except PrefetchError as error:
+            raise RefusedError(refusals.UPSTREAM_CHANGED) from error
+        response.status_code, response.reason = 206, ""
+        response.headers.fields = tuple(
+            (name.encode(), value.encode("utf-8", "surrogateescape"))
+            for name in got.fields
+            if name not in OF_ONE_CONNECTION
+            for value in got.fields.all(name)
+        )
+        _edit(response.headers, _sized(plan.edits, len(content)))
+        _approve(response, collected, content)
+
+    async def _map_whole(self, response: Response, exchange: Exchange, collected: Collect) -> None:
         """The answer has been collected: put in its place what the profile makes of it."""
         if exchange.whole is None or exchange.answer is None:
             raise RefusedError(refusals.INTERNAL)
@@ -444,6 +495,15 @@ def _checked(target: str) -> str:
     if not is_target(target):
         raise RefusedError(refusals.INTERNAL)
     return target
+
+
+def _may_restart(going: RequestPlan, read: Read) -> bool:
+    return (
+        isinstance(going, OpenRange)
+        and going.if_range is None  # else the whole of another version would be due
+        and read.asked is not None
+        and read.asked.pinned
+    )
 
 
 def _has_left(flow: HTTPFlow) -> bool:

@@ -18,7 +18,7 @@ from envelope.objects import MAGIC, PREFIX_SIZE, Bind, Header, has_magic, plain_
 from proxy import refusals
 from proxy.gate.permit import CLEAR, Clear
 from proxy.keys.cache import DataKey, KeyCache
-from proxy.message import AnswerHead, Fields, declared_length, strong_etag
+from proxy.message import AnswerHead, ByteRange, Fields, declared_length, strong_etag
 from proxy.opening import CODINGS, FindKey, OpenBody, OpenRangeBody
 from proxy.plan import (
     AskedRange,
@@ -183,7 +183,7 @@ class Reading:
         if not pin:
             return RangePlan(plan=plan, edits=plan.edits)
         read.trail.legacy_passed()
-        wanted = fields.first("range") or ""
+        wanted = _spelt(plan.wanted)
         legacy = LegacyRange(
             edits=plan.edits,
             target=plan.target,
@@ -302,6 +302,12 @@ class Reading:
             etag=etag,
             stored_bytes=stored_bytes,
         )
+
+
+def _spelt(wanted: ByteRange) -> str:
+    first = "" if wanted.first is None else wanted.first
+    last = "" if wanted.last is None else wanted.last
+    return f"bytes={first}-{last}"
 
 
 def _same_version(if_range: str | None, begin: Beginning) -> bool:

@@ -358,6 +358,32 @@ async def test_an_answer_from_here_needs_no_service(world: World, version: str) 
     assert world.rig.metric("sealgate_active_requests") == 0
 
 
+@pytest.mark.parametrize("asked", ["0-9", "17000-17009", "-5", "17400-"])
+async def test_a_range_of_what_changed_meanwhile_is_read_again_once(world: World, asked: str) -> None:
+    contents = [CANARY, CANARY[::-1] + b"longer" * 500]
+    for path, content in zip(("/framed/a", "/framed/b"), contents, strict=True):
+        await world.ask(path, "-T", "-", body=framed(content))
+    replaced: list[str] = []
+
+    def between(exchange: Exchange) -> None:
+        reads = [each for each in world.origin.exchanges if each.method == "GET"]
+        if len(reads) == 3 and not replaced:  # after the beginning and the last record
+            replaced.append(exchange.path)
+            world.store.put("/framed/a", world.store.objects["/framed/b"])
+
+    world.store.between = between
+    got = await world.ask("/framed/a", "-r", asked)
+    first, _, last = asked.partition("-")
+    new = contents[1]
+    start = int(first) if first else len(new) - int(last)
+    stop = min(int(last) + 1, len(new)) if first and last else len(new)
+    assert replaced
+    assert (got.status, got.body == new[start:stop]) == (206, True)
+    assert got.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(new)}"
+    assert (got.headers["etag"], got.headers["content-length"]) == ('"v2"', str(stop - start))
+    assert not any(name.startswith("transfer") for name in got.headers)
+
+
 async def test_what_was_looked_at_and_changed_is_refused(world: World) -> None:
     await world.ask("/framed/a", "-T", "-", body=framed(CANARY))
     stored = world.store.objects["/framed/a"]
