@@ -91,6 +91,14 @@ class TermBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cause: Text
 
 
+class FormerKey(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A registry key that an environment had: what it has signed up to an epoch still counts."""
+
+    agent_id: Name
+    registry_key: Text
+    until_epoch: Number
+
+
 class EnvironmentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Name
     agent_id: Name
@@ -112,6 +120,8 @@ class EnvironmentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Of its server lines in the load balancer."""
     address: Text = ""
     """host:port of its data plane, as the load balancer reaches it."""
+    former_keys: Annotated[tuple[FormerKey, ...], msgspec.Meta(max_length=32)] = ()
+    """Kept by the shared registry itself."""
 
 
 class KekBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -294,7 +304,7 @@ def body_text(body: Body) -> str:
 def read_body(kind: Kind, text: str) -> Body:
     """The inverse of `body_text`; FormatError for anything that it would not have written."""
     try:
-        body = cast("Body", _DECODERS[kind].decode(text))
+        body = _DECODERS[kind].decode(text)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise FormatError(f"a row of kind {kind} holds something else ({type(error).__name__})") from error
     if body_text(body) != text:

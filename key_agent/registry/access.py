@@ -9,7 +9,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Any, Final
 
@@ -56,6 +56,22 @@ class RegistryAccess:
         self._tenant = tenant_id
         self._environment = environment_id
         self._agent = agent_id
+
+    @property
+    def tenant_id(self) -> str:
+        return self._tenant
+
+    @property
+    def environment_id(self) -> str:
+        return self._environment
+
+    @property
+    def agent_id(self) -> str:
+        return self._agent
+
+    async def transact[T](self, work: Callable[[Connection], T]) -> T:
+        """For what has tables of its own in this database (key_agent/environments): one transaction of it."""
+        return await self._database.transact(work)
 
     # KEKs.
 

@@ -252,3 +252,37 @@ push_sequence = Table(
     Column("network_service_id", ForeignKey("network_service.id"), primary_key=True),
     Column("sequence", BigInteger, nullable=False),
 )
+
+shared_row = Table(  # environments/shared.py says what it means
+    "shared_row",
+    metadata,
+    Column("kind", String(16), primary_key=True),
+    Column("id", String(127), primary_key=True),
+    Column("term", BigInteger, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("signer", String(127), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("signature", String(128), nullable=False),
+    Index("shared_row_by_epoch", "epoch"),
+)
+
+shared_seal = Table(
+    "shared_seal",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # one row
+    Column("term", BigInteger, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("signature", String(128), nullable=False),
+)
+
+env_ack = Table(  # this agent's own: who is known to have what
+    "env_ack",
+    metadata,
+    Column("party", String(127), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    _ms("acked_at_ms"),
+    _ms("until_ms", nullable=True),
+    Column("detail", Text),
+)

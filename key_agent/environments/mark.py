@@ -1,0 +1,70 @@
+"""The mark: the newest shared registry that this agent has had, kept outside of the database.
+
+1. Whoever can write the database can put back an older one whose rows are all signed. The mark, a file in
+   `state_dir` signed with the agent's registry key, says how far it was.
+2. It is written after each commit and before anything that rests on it leaves. A database that is newer than
+   the mark is what a crash between the two leaves: its own seal has to be right then (shared.py).
+3. Where a manager's history was overruled by another manager's, keys that were more restricted in it stay so
+   (`restrictions`) until the rows of the new one say it too.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from envelope.keys import KeyState
+from key_agent.environments.documents import Hex, Name, Number
+from runtime.files import replace_file
+
+NAME: Final = "registry.mark"
+_DOMAIN: Final = b"sealgate/v1 registry mark\0"
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tenant: Name
+    environment: Name
+    term: Number
+    epoch: Number
+    digest: Hex
+    restrictions: dict[Annotated[str, msgspec.Meta(max_length=64)], KeyState] = {}
+    signature: Hex = ""
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return (self.term, self.epoch)
+
+
+class MarkError(Exception):
+    """The file is damaged, foreign, or not signed with this agent's key."""
+
+
+def read_mark(state_dir: Path, key: Ed25519PrivateKey, *, tenant: str, environment: str) -> Mark | None:
+    """The mark of this agent; None if there is no file. MarkError, OSError."""
+    path = state_dir / NAME
+    if not os.path.lexists(path):
+        return None
+    try:
+        mark = msgspec.json.decode(path.read_bytes(), type=Mark)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise MarkError(f"{path} is damaged ({type(error).__name__})") from None
+    try:
+        key.public_key().verify(bytes.fromhex(mark.signature), _signed(mark))
+    except (InvalidSignature, ValueError):
+        raise MarkError(f"{path} is not signed with the registry key beside it") from None
+    if (mark.tenant, mark.environment) != (tenant, environment):
+        raise MarkError(f"{path} is of environment {mark.environment} of {mark.tenant}")
+    return mark
+
+
+def write_mark(state_dir: Path, key: Ed25519PrivateKey, unsigned: Mark) -> None:
+    """On the disk when it returns. OSError."""
+    mark = msgspec.structs.replace(unsigned, signature=key.sign(_signed(unsigned)).hex())
+    replace_file(state_dir / NAME, msgspec.json.encode(mark))
+
+
+def _signed(mark: Mark) -> bytes:
+    return _DOMAIN + msgspec.json.encode(msgspec.structs.replace(mark, signature=""), order="sorted")

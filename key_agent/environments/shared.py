@@ -1,0 +1,710 @@
+"""The shared registry: signed rows in this environment's database, one epoch after the other.
+
+1. One agent writes, the manager; each write is one transaction and the next epoch. The others apply deltas,
+   each in one transaction, in the order of epochs; what leaves a gap is refused and asked for again.
+2. A term that is lower than one seen writes nothing (StaleTermError). A higher one may have another history:
+   then its rows replace ours whole, but a key that was more restricted in ours stays so.
+3. Every row bears the signature of the agent that wrote it, and the whole a seal: digest and position, signed
+   by this agent, in the same transaction. The mark (mark.py) says outside of the database how far it was.
+4. `verify` compares all of it: rows, signatures, seal, mark, projections. What does not fit is
+   RegistryTamperedError, and nothing of it is served before it was replaced by what another agent has.
+5. An agent's registry key counts for the rows it signed while its environment's row named it.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self, cast
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from sqlalchemy import Connection, delete, insert, select, update
+
+from envelope.errors import FormatError, IntegrityError
+from envelope.keys import KeyState
+from key_agent.environments.documents import (
+    AdminBody,
+    ApprovalBody,
+    Body,
+    DekBody,
+    Delta,
+    EnvironmentBody,
+    FormerKey,
+    IncidentBody,
+    IncidentKeyBody,
+    KekBody,
+    Kind,
+    RingBody,
+    ServiceBody,
+    SharedRow,
+    TenantBody,
+    TermBody,
+    check_delta,
+    check_row,
+    digest_of,
+    read_body,
+    read_registry_key,
+    row_digest,
+    sign_delta,
+    sign_row,
+)
+from key_agent.environments.mark import Mark, MarkError, read_mark, write_mark
+from key_agent.environments.projection import clear, differences, project
+from key_agent.environments.states import restrictiveness
+from key_agent.errors import KeyAgentError
+from key_agent.registry.store import Registry
+from key_agent.registry.tables import shared_row, shared_seal
+
+_SEAL_DOMAIN: Final = b"sealgate/v1 registry seal\0"
+_ONE: Final = 1
+_BATCH: Final = 500
+
+type Key = tuple[Kind, str]
+
+
+class StaleTermError(KeyAgentError):
+    """It was written under a term that another manager has followed."""
+
+    next_step = "ask the newest manager: `key-agent env list` names it"
+
+
+class EpochGapError(KeyAgentError):
+    """A delta that does not begin where this registry ends, or does not lead to what it says."""
+
+    def __init__(self, own_epoch: int) -> None:
+        super().__init__(f"the shared registry is at epoch {own_epoch}")
+        self.own_epoch = own_epoch
+
+    next_step = "send what is missing, or everything"
+
+
+class RegistryTamperedError(KeyAgentError):
+    """The shared registry is not what was written: edited, rolled back, or incomplete."""
+
+    next_step = (
+        "find out who has written to the database; the agent takes the rows of another environment as soon "
+        "as it reaches one"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """All shared rows at one epoch."""
+
+    term: int = 0
+    epoch: int = 0
+    digest: str = ""
+    tenant: TenantBody | None = None
+    terms: Mapping[str, TermBody] = field(default_factory=dict)
+    environments: Mapping[str, EnvironmentBody] = field(default_factory=dict)
+    keks: Mapping[str, KekBody] = field(default_factory=dict)
+    services: Mapping[str, ServiceBody] = field(default_factory=dict)
+    rings: Mapping[str, RingBody] = field(default_factory=dict)
+    deks: Mapping[str, DekBody] = field(default_factory=dict)
+    incidents: Mapping[str, IncidentBody] = field(default_factory=dict)
+    incident_keys: Mapping[str, IncidentKeyBody] = field(default_factory=dict)
+    admins: Mapping[str, AdminBody] = field(default_factory=dict)
+    approvals: Mapping[str, ApprovalBody] = field(default_factory=dict)
+
+
+_FIELDS: Final[Mapping[Kind, str]] = {
+    Kind.TERM: "terms",
+    Kind.ENVIRONMENT: "environments",
+    Kind.KEK: "keks",
+    Kind.SERVICE: "services",
+    Kind.RING: "rings",
+    Kind.DEK: "deks",
+    Kind.INCIDENT: "incidents",
+    Kind.INCIDENT_KEY: "incident_keys",
+    Kind.ADMIN: "admins",
+    Kind.APPROVAL: "approvals",
+}
+
+
+class Draft:
+    """What a write is about to change: `put` bodies, look at `shared` as they leave it."""
+
+    def __init__(self, shared: Shared, *, tenant_id: str, now_ms: int) -> None:
+        self.epoch: Final = shared.epoch + 1
+        """The epoch this write will have."""
+        self.now_ms: Final = now_ms
+        self.changed: dict[Key, Body] = {}
+        self._tenant_id = tenant_id
+        self._kinds: dict[Kind, dict[str, Body]] = {}
+        self._before = shared
+        self._shared: Shared = shared
+
+    @property
+    def shared(self) -> Shared:
+        return self._shared
+
+    def put(self, kind: Kind, row_id: str, body: Body) -> None:
+        """Set a row. One that is as it was changes nothing."""
+        if kind is Kind.TENANT:
+            self._shared = _changed(self._shared, tenant=cast("TenantBody", body))
+        else:
+            if kind not in self._kinds:  # the first of its kind: from now on ours to change
+                self._kinds[kind] = dict(getattr(self._shared, _FIELDS[kind]))
+                self._shared = _changed(self._shared, **{_FIELDS[kind]: self._kinds[kind]})
+            self._kinds[kind][row_id] = body
+        if self._body_before(kind, row_id) == body:
+            self.changed.pop((kind, row_id), None)
+        else:
+            self.changed[kind, row_id] = body
+
+    def _body_before(self, kind: Kind, row_id: str) -> Body | None:
+        if kind is Kind.TENANT:
+            return self._before.tenant if row_id == self._tenant_id else None
+        found: Body | None = getattr(self._before, _FIELDS[kind]).get(row_id)
+        return found
+
+
+def _changed(shared: Shared, **changes: Any) -> Shared:
+    fields = {name: getattr(shared, name) for name in Shared.__dataclass_fields__}
+    return Shared(**(fields | changes))
+
+
+@dataclass(slots=True)
+class _State:
+    """All rows as they were committed last."""
+
+    rows: dict[Key, SharedRow]
+    bodies: dict[Key, Body]
+    digests: dict[Key, bytes]
+    shared: Shared
+
+
+class SharedRegistry:
+    """Of one environment's agent; use `open`."""
+
+    def __init__(self, registry: Registry, *, key: Ed25519PrivateKey, state_dir: Path) -> None:
+        self._registry = registry
+        self._key = key
+        self._state_dir = state_dir
+        self._pins: dict[str, str] = {}
+        self._verified: dict[Key, bytes] = {}
+        """Digest of each row whose signature was found right."""
+        self._state: _State | None = None
+        self._mark: Mark | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, registry: Registry, *, key: Ed25519PrivateKey, state_dir: Path) -> Self:
+        """*key*: this environment's registry key. Nothing is read yet: `snapshot` and `verify` do that."""
+        return cls(registry, key=key, state_dir=state_dir)
+
+    def pin(self, agent_id: str, registry_key: str) -> None:
+        """Believe *agent_id* by this public key (base64url) until an environment's row names it.
+
+        FormatError if it is none.
+        """
+        read_registry_key(registry_key)
+        self._pins[agent_id] = registry_key
+
+    async def snapshot(self) -> Shared:
+        """The rows of now, verified when they were first read. RegistryTamperedError, RegistryError."""
+        async with self._one_at_a_time:
+            return (await self._loaded()).shared
+
+    async def verify(self) -> None:
+        """Read everything again and compare (rule 4). RegistryTamperedError, RegistryError."""
+        async with self._one_at_a_time:
+            self._state = None
+            await self._loaded()
+
+    async def write(self, change: Callable[[Draft], object], *, term: int, now_ms: int) -> Delta:
+        """The manager's: what *change* puts becomes the next epoch. It may be called once only, and is pure.
+
+        Returns what changed; nothing, if *change* put nothing new. StaleTermError; what *change* raises.
+        """
+        async with self._one_at_a_time:
+            state = await self._loaded()
+            if term < state.shared.term:
+                raise StaleTermError(f"term {term} is over: {state.shared.term} has been seen")
+            draft = Draft(state.shared, tenant_id=self._tenant, now_ms=now_ms)
+            change(draft)
+            self._restrict(draft)
+            if not draft.changed:
+                return self._delta(state, state.shared.epoch)
+            rows = self._signed(draft, state, term)
+            after = _with(state, rows, term=term, epoch=draft.epoch, tenant_id=self._tenant)
+            await self._store(after, rows, gone=(), now_ms=now_ms, restrictions={})
+            return self._delta(after, draft.epoch - 1)
+
+    async def apply(self, delta: Delta, *, now_ms: int) -> None:
+        """Take *delta* over (rule 1, 2). Nothing of it holds unless all of it does.
+
+        StaleTermError, EpochGapError, IntegrityError, FormatError, RegistryTamperedError, RegistryError.
+        """
+        async with self._one_at_a_time:
+            state = await self._loaded()
+            shared = state.shared
+            if delta.tenant != self._tenant:
+                raise IntegrityError(f"a delta of {delta.tenant} came to {self._tenant}")
+            if delta.term < shared.term:
+                raise StaleTermError(f"term {delta.term} is over: {shared.term} has been seen")
+            if (delta.term, delta.epoch_to) <= (shared.term, shared.epoch):
+                if (delta.term, delta.epoch_to, delta.digest) == (shared.term, shared.epoch, shared.digest):
+                    return
+                raise EpochGapError(shared.epoch)
+            if delta.epoch_from == 0:
+                await self._replace(state, delta, now_ms)
+                return
+            if delta.epoch_from != shared.epoch:
+                raise EpochGapError(shared.epoch)
+            self._check(delta, state.bodies)
+            after = _with(state, delta.rows, term=delta.term, epoch=delta.epoch_to, tenant_id=self._tenant)
+            if after.shared.digest != delta.digest:
+                raise EpochGapError(shared.epoch)  # another history up to here
+            restrictions = self._still_restricted(after)
+            await self._store(after, delta.rows, gone=(), now_ms=now_ms, restrictions=restrictions)
+
+    async def restore(self, delta: Delta, *, now_ms: int) -> None:
+        """Put everything another agent has (*delta* from epoch 0) in place of rows that do not fit.
+
+        Never older than the mark. Errors as `apply`.
+        """
+        async with self._one_at_a_time:
+            if delta.tenant != self._tenant or delta.epoch_from != 0:
+                raise FormatError("a registry is restored from all rows of its tenant")
+            mark = await self._read_mark()
+            if mark is not None and (delta.term, delta.epoch_to) < mark.position:
+                raise StaleTermError(
+                    f"epoch {delta.epoch_to} of term {delta.term} is older than what was here: "
+                    f"{mark.epoch} of {mark.term}"
+                )
+            rows = await self._registry.transact(_read_rows)
+            # What these rows say of keys counts for nothing: anybody may have written it.
+            state = _State(rows=rows, bodies={}, digests={}, shared=Shared())
+            await self._replace(state, delta, now_ms, known=_readable(rows))
+
+    async def since(self, epoch: int) -> Delta:
+        """What changed after *epoch*; everything for 0. RegistryTamperedError, RegistryError."""
+        async with self._one_at_a_time:
+            return self._delta(await self._loaded(), epoch)
+
+    # ---- reading
+
+    @property
+    def _tenant(self) -> str:
+        return self._registry.tenant_id
+
+    async def _loaded(self) -> _State:
+        if self._state is None:
+            mark = await self._read_mark()
+            self._state = await self._registry.transact(lambda c: self._load(c, mark))
+            shared = self._state.shared
+            if mark is None or mark.position < (shared.term, shared.epoch):
+                await self._write_mark(shared, {} if mark is None else mark.restrictions)
+        return self._state
+
+    async def _read_mark(self) -> Mark | None:
+        registry = self._registry
+        try:
+            self._mark = await asyncio.to_thread(
+                read_mark,
+                self._state_dir,
+                self._key,
+                tenant=registry.tenant_id,
+                environment=registry.environment_id,
+            )
+        except (MarkError, OSError) as error:
+            raise RegistryTamperedError(str(error)) from None
+        return self._mark
+
+    def _load(self, c: Connection, mark: Mark | None) -> _State:
+        rows = _read_rows(c)
+        seal = c.execute(select(shared_seal)).one_or_none()
+        if not rows and seal is None:
+            if mark is not None and mark.epoch > 0:
+                raise RegistryTamperedError("the shared rows are gone")
+            return _State(rows={}, bodies={}, digests={}, shared=Shared())
+        if mark is None:
+            raise RegistryTamperedError("there are shared rows, but no mark of them in the state directory")
+        if seal is None:
+            raise RegistryTamperedError("the seal of the shared rows is gone")
+        digests = {key: row_digest(row) for key, row in rows.items()}
+        digest = digest_of(digests.items())
+        self._check_seal(seal, digest)
+        if (seal.term, seal.epoch) < mark.position:
+            raise RegistryTamperedError(
+                f"the shared rows are those of epoch {seal.epoch}; epoch {mark.epoch} was here already"
+            )
+        if (seal.term, seal.epoch) == mark.position and digest != mark.digest:
+            raise RegistryTamperedError("the shared rows are not those that the mark is of")
+        bodies = self._check_rows(rows, digests)
+        shared = _view(bodies, term=seal.term, epoch=seal.epoch, digest=digest, tenant_id=self._tenant)
+        wrong = differences(c, _restricted(bodies, mark.restrictions), tenant_id=self._tenant)
+        if wrong:
+            raise RegistryTamperedError(
+                f"{len(wrong)} values are not what the signed rows say: {', '.join(wrong[:3])}"
+            )
+        return _State(rows=rows, bodies=bodies, digests=digests, shared=shared)
+
+    def _check_seal(self, seal: Any, digest: str) -> None:
+        try:
+            self._key.public_key().verify(
+                bytes.fromhex(seal.signature), self._seal_bytes(seal.term, seal.epoch, seal.digest)
+            )
+        except (InvalidSignature, ValueError):
+            raise RegistryTamperedError("the seal of the shared rows is not this agent's") from None
+        if digest != seal.digest:
+            raise RegistryTamperedError("the shared rows are not those that were sealed")
+
+    def _check_rows(self, rows: Mapping[Key, SharedRow], digests: Mapping[Key, bytes]) -> dict[Key, Body]:
+        try:
+            bodies = {key: read_body(row.kind, row.body) for key, row in rows.items()}
+            keys = _Keys.of(bodies, self._pins)
+            for key, row in rows.items():
+                if self._verified.get(key) != digests[key]:
+                    keys.check(self._tenant, row)
+                    self._verified[key] = digests[key]
+        except (FormatError, IntegrityError) as error:
+            raise RegistryTamperedError(str(error)) from None
+        return bodies
+
+    # ---- writing
+
+    def _restrict(self, draft: Draft) -> None:
+        """What another history had restricted is written down by the new one."""
+        restrictions = {} if self._mark is None else self._mark.restrictions
+        for key_id, state in restrictions.items():
+            body = draft.shared.deks.get(key_id)
+            if body is not None and restrictiveness(body.state) < restrictiveness(state):
+                draft.put(
+                    Kind.DEK,
+                    key_id,
+                    msgspec.structs.replace(
+                        body, state=state, since_ms=draft.now_ms, reason="restricted under another manager"
+                    ),
+                )
+
+    def _signed(self, draft: Draft, state: _State, term: int) -> list[SharedRow]:
+        rows = []
+        for (kind, row_id), body in draft.changed.items():
+            written = body
+            if isinstance(written, EnvironmentBody):
+                before = state.bodies.get((kind, row_id))
+                written = _with_former_keys(written, cast("EnvironmentBody | None", before), draft.epoch)
+            rows.append(
+                sign_row(
+                    self._key,
+                    tenant=self._tenant,
+                    kind=kind,
+                    row_id=row_id,
+                    body=written,
+                    term=term,
+                    epoch=draft.epoch,
+                    signer=self._registry.agent_id,
+                )
+            )
+        return rows
+
+    async def _replace(
+        self, state: _State, delta: Delta, now_ms: int, *, known: Mapping[Key, Body] | None = None
+    ) -> None:
+        """Everything of *delta* in place of everything that is here.
+
+        *known*: rows whose environments are believed, if not those of *state*.
+        """
+        self._check(delta, state.bodies if known is None else known)
+        empty = _State(rows={}, bodies={}, digests={}, shared=Shared())
+        after = _with(empty, delta.rows, term=delta.term, epoch=delta.epoch_to, tenant_id=self._tenant)
+        if after.shared.digest != delta.digest:
+            raise IntegrityError("a delta's rows are not those of its digest")
+        restrictions = self._restrictions_between(state, after)
+        gone = [key for key in state.rows if key not in after.rows]
+        await self._store(
+            after, list(after.rows.values()), gone=gone, now_ms=now_ms, restrictions=restrictions
+        )
+
+    def _check(self, delta: Delta, known: Mapping[Key, Body]) -> None:
+        """Signatures of a delta and of its rows, by keys that are known, or that known keys vouch for."""
+        keys = _Keys.of(known, self._pins)
+        own = (self._registry.agent_id, self._key.public_key())
+        check_delta(delta, keys.newest() | {own[0]: own[1]} | _named_in(delta, keys, self._tenant))
+        newcomers = [row for row in delta.rows if row.kind is Kind.ENVIRONMENT]
+        others = [row for row in delta.rows if row.kind is not Kind.ENVIRONMENT]
+        keys = _Keys.of(known, self._pins).admitting(newcomers, self._tenant)
+        for row in others:
+            keys.check(self._tenant, row)
+        for row in delta.rows:
+            read_body(row.kind, row.body)
+
+    def _restrictions_between(self, before: _State, after: _State) -> dict[str, KeyState]:
+        kept = dict({} if self._mark is None else self._mark.restrictions)
+        for (kind, row_id), body in before.bodies.items():
+            if kind is Kind.DEK and isinstance(body, DekBody):
+                known = kept.get(row_id, body.state)
+                kept[row_id] = max(known, body.state, key=restrictiveness)
+        return _still(kept, after)
+
+    def _still_restricted(self, after: _State) -> dict[str, KeyState]:
+        return _still({} if self._mark is None else self._mark.restrictions, after)
+
+    async def _store(
+        self,
+        after: _State,
+        rows: Iterable[SharedRow],
+        *,
+        gone: Iterable[Key],
+        now_ms: int,
+        restrictions: Mapping[str, KeyState],
+    ) -> None:
+        written, removed, shared = list(rows), list(gone), after.shared
+
+        def work(c: Connection) -> None:
+            for key in removed:
+                c.execute(delete(shared_row).where(shared_row.c.kind == key[0], shared_row.c.id == key[1]))
+            for at in range(0, len(written), _BATCH):
+                for row in written[at : at + _BATCH]:
+                    _write_row(c, row)
+            clear(c, removed, now_ms=now_ms)
+            changed = {row.key: after.bodies[row.key] for row in written}
+            project(c, _restricted(changed, restrictions), tenant_id=self._tenant, now_ms=now_ms)
+            signature = self._key.sign(self._seal_bytes(shared.term, shared.epoch, shared.digest)).hex()
+            c.execute(delete(shared_seal))
+            c.execute(
+                insert(shared_seal).values(
+                    id=_ONE,
+                    term=shared.term,
+                    epoch=shared.epoch,
+                    digest=shared.digest,
+                    signature=signature,
+                )
+            )
+
+        if self._mark is None:
+            # Before the first rows: without a mark they would not be believed after a crash.
+            await self._write_mark(Shared(), {})
+        self._state = None  # whatever happens now is read anew
+        await self._registry.transact(work)
+        await self._write_mark(shared, restrictions)
+        self._verified |= {row.key: after.digests[row.key] for row in written}
+        self._state = after
+
+    async def _write_mark(self, shared: Shared, restrictions: Mapping[str, KeyState]) -> None:
+        """RegistryTamperedError: where it cannot be written, what was stored cannot be proven later."""
+        mark = Mark(
+            tenant=self._tenant,
+            environment=self._registry.environment_id,
+            term=shared.term,
+            epoch=shared.epoch,
+            digest=shared.digest,
+            restrictions=dict(restrictions),
+        )
+        try:
+            await asyncio.to_thread(write_mark, self._state_dir, self._key, mark)
+        except OSError as error:
+            raise RegistryTamperedError(f"the mark cannot be written: {error}") from None
+        self._mark = mark
+
+    def _seal_bytes(self, term: int, epoch: int, digest: str) -> bytes:
+        return _SEAL_DOMAIN + f"{self._tenant}\0{term}\0{epoch}\0{digest}".encode()
+
+    def _delta(self, state: _State, epoch: int) -> Delta:
+        start = min(epoch, state.shared.epoch)
+        rows = tuple(row for row in state.rows.values() if row.epoch > start)
+        return sign_delta(
+            self._key,
+            Delta(
+                tenant=self._tenant,
+                term=state.shared.term,
+                epoch_from=start,
+                epoch_to=state.shared.epoch,
+                rows=rows,
+                digest=state.shared.digest,
+                signer=self._registry.agent_id,
+            ),
+        )
+
+
+class _Keys:
+    """Whose signature counts for which epochs (rule 5)."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[tuple[Ed25519PublicKey, int | None]]] = {}
+
+    @classmethod
+    def of(cls, bodies: Mapping[Key, Body], pins: Mapping[str, str]) -> Self:
+        keys = cls()
+        for body in bodies.values():
+            if isinstance(body, EnvironmentBody):
+                keys.admit(body)
+        for agent_id, text in pins.items():
+            if agent_id not in keys._known:
+                keys._add(agent_id, text, None)
+        return keys
+
+    def admit(self, body: EnvironmentBody) -> None:
+        if body.registry_key:
+            self._add(body.agent_id, body.registry_key, None)
+        for former in body.former_keys:
+            self._add(former.agent_id, former.registry_key, former.until_epoch)
+
+    def admitting(self, rows: Iterable[SharedRow], tenant: str) -> Self:
+        """These environments' rows are believed one after the other, each by a key that was known before."""
+        waiting = list(rows)
+        while waiting:
+            left = []
+            for row in waiting:
+                if not self._is_right(tenant, row):
+                    left.append(row)
+                    continue
+                self.admit(cast("EnvironmentBody", read_body(row.kind, row.body)))
+            if len(left) == len(waiting):
+                self.check(tenant, left[0])  # says what is wrong with it
+            waiting = left
+        return self
+
+    def newest(self) -> dict[str, Ed25519PublicKey]:
+        return {
+            agent_id: key for agent_id, known in self._known.items() for key, until in known if until is None
+        }
+
+    def check(self, tenant: str, row: SharedRow) -> None:
+        """IntegrityError unless a key of its signer's, good at its epoch, has signed it."""
+        fitting = self._fitting(row)
+        if not fitting:
+            check_row(tenant, row, {})
+        for key in fitting[:-1]:
+            try:
+                check_row(tenant, row, {row.signer: key})
+            except IntegrityError:
+                continue
+            return
+        check_row(tenant, row, {row.signer: fitting[-1]})
+
+    def _is_right(self, tenant: str, row: SharedRow) -> bool:
+        try:
+            self.check(tenant, row)
+        except IntegrityError:
+            return False
+        return True
+
+    def _fitting(self, row: SharedRow) -> list[Ed25519PublicKey]:
+        known = self._known.get(row.signer, ())
+        return [key for key, until in known if until is None or row.epoch <= until]
+
+    def _add(self, agent_id: str, text: str, until: int | None) -> None:
+        known = self._known.setdefault(agent_id, [])
+        entry = (read_registry_key(text), until)
+        if entry not in known:
+            known.append(entry)
+
+
+def _named_in(delta: Delta, keys: _Keys, tenant: str) -> dict[str, Ed25519PublicKey]:
+    """Keys of environments that *delta* itself makes known: whoever relays it may be one of them."""
+    rows = [row for row in delta.rows if row.kind is Kind.ENVIRONMENT]
+    return keys.admitting(rows, tenant).newest()
+
+
+def _with_former_keys(body: EnvironmentBody, before: EnvironmentBody | None, epoch: int) -> EnvironmentBody:
+    """What the environment's old key has signed goes on to count, what it signs from now on does not."""
+    former = () if before is None else before.former_keys
+    if (
+        before is not None
+        and before.registry_key
+        and (before.agent_id, before.registry_key)
+        != (
+            body.agent_id,
+            body.registry_key,
+        )
+    ):
+        gone = FormerKey(agent_id=before.agent_id, registry_key=before.registry_key, until_epoch=epoch - 1)
+        former = (*former, gone)
+    return msgspec.structs.replace(body, former_keys=former)
+
+
+def _with(state: _State, rows: Iterable[SharedRow], *, term: int, epoch: int, tenant_id: str) -> _State:
+    """*state* after *rows*: values, nothing is written."""
+    after = _State(
+        rows=dict(state.rows), bodies=dict(state.bodies), digests=dict(state.digests), shared=state.shared
+    )
+    for row in rows:
+        after.rows[row.key] = row
+        after.bodies[row.key] = read_body(row.kind, row.body)
+        after.digests[row.key] = row_digest(row)
+    digest = digest_of(after.digests.items())
+    after.shared = _view(after.bodies, term=term, epoch=epoch, digest=digest, tenant_id=tenant_id)
+    return after
+
+
+def _view(bodies: Mapping[Key, Body], *, term: int, epoch: int, digest: str, tenant_id: str) -> Shared:
+    kinds: dict[str, dict[str, Body]] = {name: {} for name in _FIELDS.values()}
+    tenant: Body | None = None
+    for (kind, row_id), body in bodies.items():
+        if kind is not Kind.TENANT:
+            kinds[_FIELDS[kind]][row_id] = body
+        elif row_id == tenant_id:
+            tenant = body
+    fields: dict[str, Any] = {"term": term, "epoch": epoch, "digest": digest, "tenant": tenant, **kinds}
+    return Shared(**fields)
+
+
+def _restricted(bodies: Mapping[Key, Body], restrictions: Mapping[str, KeyState]) -> Mapping[Key, Body]:
+    """*bodies* as the tables are to have them: keys at least as restricted as another history had them."""
+    if not restrictions:
+        return bodies
+    changed = dict(bodies)
+    for key_id, state in restrictions.items():
+        body = changed.get((Kind.DEK, key_id))
+        if isinstance(body, DekBody) and restrictiveness(body.state) < restrictiveness(state):
+            changed[Kind.DEK, key_id] = msgspec.structs.replace(body, state=state)
+    return changed
+
+
+def _still(restrictions: Mapping[str, KeyState], after: _State) -> dict[str, KeyState]:
+    """Those that the rows of now do not say themselves."""
+    kept: dict[str, KeyState] = {}
+    for key_id, state in restrictions.items():
+        body = after.bodies.get((Kind.DEK, key_id))
+        taken_away = restrictiveness(state) > restrictiveness(KeyState.DEACTIVATED)
+        if taken_away and isinstance(body, DekBody) and restrictiveness(body.state) < restrictiveness(state):
+            kept[key_id] = state
+    return kept
+
+
+def _read_rows(c: Connection) -> dict[Key, SharedRow]:
+    rows: dict[Key, SharedRow] = {}
+    for row in c.execute(select(shared_row)):
+        try:
+            kind = Kind(row.kind)
+        except ValueError:
+            raise RegistryTamperedError(f"a shared row is of no known kind: {row.kind[:32]!r}") from None
+        rows[kind, row.id] = SharedRow(
+            kind=kind,
+            id=row.id,
+            term=row.term,
+            epoch=row.epoch,
+            signer=row.signer,
+            body=row.body,
+            signature=row.signature,
+        )
+    return rows
+
+
+def _readable(rows: Mapping[Key, SharedRow]) -> dict[Key, Body]:
+    """The bodies of rows that may have been tampered with, as far as they can be read."""
+    bodies: dict[Key, Body] = {}
+    for key, row in rows.items():
+        try:
+            bodies[key] = read_body(row.kind, row.body)
+        except FormatError:
+            continue
+    return bodies
+
+
+def _write_row(c: Connection, row: SharedRow) -> None:
+    place = (shared_row.c.kind == row.kind) & (shared_row.c.id == row.id)
+    values = {
+        "term": row.term,
+        "epoch": row.epoch,
+        "signer": row.signer,
+        "body": row.body,
+        "signature": row.signature,
+    }
+    if c.execute(update(shared_row).where(place).values(values)).rowcount == 0:
+        c.execute(insert(shared_row).values(kind=row.kind.value, id=row.id, **values))
