@@ -172,6 +172,8 @@ class Asking:
             for name, value in outgoing.fields
         )
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S, sock_read=IDLE_S)
+        if isinstance(body, bytes) and len(body) > PIECE_BYTES:
+            body = _cut(body)  # written at once it would hold everybody else up
         content = body if body is None or isinstance(body, bytes) else _exactly(body, length or 0)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -198,6 +200,11 @@ class Asking:
                 skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
             )
         return session
+
+
+async def _cut(body: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(body), PIECE_BYTES):
+        yield body[at : at + PIECE_BYTES]
 
 
 async def _exactly(pieces: AsyncIterator[bytes], length_bytes: int) -> AsyncIterator[bytes]:
