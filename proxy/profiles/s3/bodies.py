@@ -43,13 +43,12 @@ GONE: Final = frozenset(
     {
         "content-md5",
         "transfer-encoding",
-        "x-amz-content-sha256",
         "x-amz-decoded-content-length",
         "x-amz-sdk-checksum-algorithm",
         "x-amz-trailer",
     }
 )
-"""Fields of an upload that speak of its body as it came."""
+"""Fields of an upload that speak of its body as it came; signers see to X-Amz-Content-Sha256."""
 
 
 class Expected(NamedTuple):

@@ -176,6 +176,8 @@ class S3Profile(Profile):
         edits = _with_conditions(request.edits, head)
         if options.metadata_digests is MetadataDigests.KEEP:
             edits = _with_metadata(edits, head)
+        if authenticated.standing is Standing.UNJUDGED and operation.kind not in _CONTENT:
+            edits = _with_digests(edits, head)
         match operation.kind:
             case Kind.FORWARD:
                 return Forward(edits=edits, sign=sign, body_may_come=_may_come(frame))
@@ -320,9 +322,7 @@ def _document(request: Request, authenticated: Authenticated, edits: Edits, sign
         if CODING in fields.tokens("content-encoding"):
             edits = without_coding(edits, fields)
     else:
-        # It goes on as it was signed, digests and all.
-        signed = [(name, value) for name in digest_fields(fields) for value in fields.all(name)]
-        edits = edits.also(put=signed)
+        edits = _with_digests(edits, request.head)  # it goes on as it was signed
 
     async def check(talk: Conversation) -> Decision:
         if authenticated.standing is not Standing.VERIFIED:
@@ -351,6 +351,12 @@ def _with_metadata(edits: Edits, head: RequestHead) -> Edits:
     """Client metadata, though its name says that it is a digest."""
     names = [name for name in edits.drop if name.startswith(_META) and name in head.fields]
     return edits.also(put=[(name, ", ".join(head.fields.all(name))) for name in names])
+
+
+def _with_digests(edits: Edits, head: RequestHead) -> Edits:
+    """What speaks of digests stays: it may be signed, and there is no content that it could tell of."""
+    names = digest_fields(head.fields)
+    return edits.also(put=[(name, value) for name in sorted(names) for value in head.fields.all(name)])
 
 
 def _may_come(frame: BodyFrame) -> bool:

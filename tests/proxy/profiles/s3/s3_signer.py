@@ -55,7 +55,7 @@ def chunk_signature(key: bytes, date: str, before: str, data: bytes) -> str:
     """Of one chunk of an aws-chunked body."""
     scope = f"{date[:8]}/us-east-1/s3/aws4_request"
     digest = hashlib.sha256(data).hexdigest()
-    text = "\n".join(["AWS4-HMAC-SHA256-PAYLOAD", date, scope, before, EMPTY, digest])
+    text = f"AWS4-HMAC-SHA256-PAYLOAD\n{date}\n{scope}\n{before}\n{EMPTY}\n{digest}"
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
