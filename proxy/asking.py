@@ -32,25 +32,32 @@ CONNECT_S: Final = 5.0
 _MAX_CONNECTIONS: Final = 32
 """Of one network service; further requests wait for one to be free."""
 _READ_BUFFER_BYTES: Final = 256 * 1024
-# What belongs to the client's request and not to ours: its conditions, its ranges, its body, its connection.
+# What belongs to the client's request and not to ours: its conditions, its ranges, its body, its connection,
+# and what WebDAV says of one request (RFC 4918 10; WsgiDAV answers no GET with a Depth).
 _NOT_OURS: Final = frozenset(
     {
         "accept-encoding",
         "connection",
         "content-length",
         "content-type",
+        "depth",
+        "destination",
         "expect",
         "host",
+        "if",
         "if-match",
         "if-modified-since",
         "if-none-match",
         "if-range",
         "if-unmodified-since",
         "keep-alive",
+        "lock-token",
+        "overwrite",
         "proxy-authorization",
         "proxy-connection",
         "range",
         "te",
+        "timeout",
         "transfer-encoding",
         "upgrade",
     }
@@ -86,6 +93,8 @@ class Source:
     service: ServiceEntry
     target: str
     fields: tuple[tuple[bytes, bytes], ...]
+    dropped: frozenset[str] = frozenset()
+    """Names of fields that do not go along."""
     sign: Signer | None = None
 
 
@@ -238,7 +247,7 @@ def _outgoing(
 ) -> Outgoing:
     ours = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in fields]
     ours += [(b"Accept-Encoding", b"identity"), (b"Host", host_field(source.service).encode())]
-    dropped = (_NOT_OURS - keep) | {name.decode().lower() for name, _ in ours}
+    dropped = (_NOT_OURS - keep) | source.dropped | {name.decode().lower() for name, _ in ours}
     theirs = [
         (name, value)
         for name, value in source.fields

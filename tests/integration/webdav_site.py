@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proxy.tenants.model import LegacyPolicy, ServiceEntry
@@ -62,14 +62,18 @@ class DavSite:
             arguments += ["--data-binary", "@-"]
             if not fields or "Content-Type" not in fields:
                 arguments += ["-H", "Content-Type:"]
-        return await self.ask(way, path, *arguments, body=body)
+        answer = await self.ask(way, path, *arguments, body=body)
+        # curl prints the head of what has no body.
+        return replace(answer, body=b"") if method == "HEAD" else answer
 
-    def opened(self, plaintexts: Iterable[bytes]) -> dict[str, bytes]:
-        """All that lies at the service, opened by an independent reader; nothing of *plaintexts* is in it."""
+    def opened(self, plaintexts: Iterable[bytes], *, but: str | None = None) -> dict[str, bytes]:
+        """All that lies at the service, opened by an independent reader; nothing of *plaintexts* is in it.
+
+        *but*: what lies below this path was not stored through us.
+        """
         owner = self.service.owner
-        return opened(
-            self.server.stored(), owner=owner, materials=self.rig.materials[owner], plaintexts=plaintexts
-        )
+        stored = [each for each in self.server.stored() if but is None or not each[0].startswith(but)]
+        return opened(stored, owner=owner, materials=self.rig.materials[owner], plaintexts=plaintexts)
 
 
 @contextlib.asynccontextmanager

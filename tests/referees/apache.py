@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -54,17 +55,28 @@ SSLCertificateKeyFile {key}
 
 @contextlib.asynccontextmanager
 async def apache(
-    directory: Path, certificate_file: Path, key_file: Path, *, slash: bool = True
+    _directory: Path, certificate_file: Path, key_file: Path, *, slash: bool = True
 ) -> AsyncIterator[DavServer]:
-    """*slash*: GET of a collection without its slash is redirected to the one with it."""
-    home = directory / "apache"
+    """*slash*: GET of a collection without its slash is redirected to the one with it.
+
+    It lives in a directory of its own: pytest keeps those of tests for their owner alone, and its children
+    are somebody else.
+    """
+    with tempfile.TemporaryDirectory(prefix="sealgate-apache-", ignore_cleanup_errors=True) as home:
+        async with _serving(Path(home), certificate_file, key_file, slash=slash) as server:
+            yield server
+
+
+@contextlib.asynccontextmanager
+async def _serving(
+    home: Path, certificate_file: Path, key_file: Path, *, slash: bool
+) -> AsyncIterator[DavServer]:
     root = home / "dav"
-    root.mkdir(parents=True)
+    root.mkdir()
     # Its children must not be root, and must write what is ours.
     user = "User www-data\nGroup www-data" if os.geteuid() == 0 else ""
     for writable in (home, root):
         writable.chmod(0o777)
-    _let_through(home)
     port = free_port()
     settings = home / "apache.conf"
     settings.write_text(
@@ -88,12 +100,3 @@ async def apache(
         yield DavServer("apache", port, root)
     finally:
         await ended(process)
-
-
-def _let_through(directory: Path) -> None:
-    """pytest's directories are for their owner alone; the server's children pass through them."""
-    if os.geteuid() != 0:
-        return
-    for parent in directory.parents:
-        if parent.owner() == "root" and parent != Path("/") and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o011)

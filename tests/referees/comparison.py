@@ -38,6 +38,10 @@ class Declared:
     """Fields that both have, with values of their own."""
     direct_only: frozenset[str] = frozenset()
     """Fields that may be missing through us."""
+    through_only: frozenset[str] = frozenset()
+    """Fields that may be missing directly."""
+    refusals: frozenset[str] = frozenset()
+    """Codes by which we say, in our words and with the service's status, what the service says directly."""
     volatile: Sequence[tuple[re.Pattern[bytes], bytes]] = field(default_factory=tuple)
     """What to put in place of times, versions and tokens, in bodies and fields of both."""
 
@@ -46,10 +50,14 @@ class Declared:
         found = []
         if direct.status != through.status:
             found.append(f"status {direct.status}, through us {through.status}")
+        if through.fields.get("sealgate-error") in self.refusals:
+            return found
         names = (direct.fields.keys() | through.fields.keys()) - OF_THE_CONNECTION
         for name in sorted(names):
             ours, theirs = through.fields.get(name), direct.fields.get(name)
             if ours is None and name in self.direct_only:
+                continue
+            if theirs is None and name in self.through_only:
                 continue
             if ours is not None and theirs is not None and name in self.unequal:
                 continue

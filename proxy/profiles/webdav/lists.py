@@ -126,13 +126,23 @@ class _List:
         return look
 
     async def _looked_up(self, target: str, etag: str | None, stored_bytes: int) -> int | None:
-        tag = None if etag is None else etag if etag.startswith(('"', "W/")) else f'"{etag}"'
         try:
-            return await self._talk.composite_bytes(target, etag=tag, stored_bytes=stored_bytes)
+            size = await self._version_bytes(target, etag, stored_bytes)
         except RefusedError as refused:
-            return stored_bytes if refused.refusal is refusals.NOT_SEALED else None
+            size = stored_bytes if refused.refusal is refusals.NOT_SEALED else None
         except SealgateError:
-            return None  # a read of it will say why
+            size = None  # a read of it will say why
+        return size
+
+    async def _version_bytes(self, target: str, etag: str | None, stored_bytes: int) -> int | None:
+        if etag is not None and not etag.startswith("W/"):
+            tag = etag if etag.startswith('"') else f'"{etag}"'
+            size = await self._talk.composite_bytes(target, etag=tag, stored_bytes=stored_bytes)
+            if size is not None:
+                return size
+        # No version to remember it by, or another one by now (Apache's turn from weak to strong).
+        found = await self._talk.inspect(target)
+        return found.plain_bytes if found is not None and found.stored_bytes == stored_bytes else None
 
 
 def _map_addresses(entry: Entry, addresses: Addresses) -> None:

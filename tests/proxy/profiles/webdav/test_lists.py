@@ -12,7 +12,7 @@ from envelope.keys import NetworkService
 from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
-from proxy.plan import NO_EDITS, Conversation, Mode, Request, Route
+from proxy.plan import NO_EDITS, Conversation, Inspected, Mode, Request, Route, StoredKind
 from proxy.profile_options import ProfileOptions, StoredPolicy
 from proxy.profiles.webdav.lists import (
     address_mapper,
@@ -35,9 +35,22 @@ class Talk:
         self.request = request
         self.sizes = sizes
         self.asked: list[tuple[str, str | None, int]] = []
+        self.inspected: list[str] = []
 
     async def composite_bytes(self, target: str, *, etag: str | None, stored_bytes: int) -> int | None:
         self.asked.append((target, etag, stored_bytes))
+        return self._size(target)
+
+    async def inspect(self, target: str) -> Inspected | None:
+        self.inspected.append(target)
+        size = self._size(target)
+        if size is None:
+            return None
+        return Inspected(
+            kind=StoredKind.SIMPLE, stored_bytes=1128, plain_bytes=size, etag=None, manifest=None
+        )
+
+    def _size(self, target: str) -> int | None:
         found = self.sizes[target]
         if isinstance(found, Exception):
             raise found
@@ -249,6 +262,16 @@ async def test_an_etag_without_quotes_is_meant_with_them() -> None:
     talk = Talk(request(legacy=LegacyPolicy.MIGRATE), {"/f": 5})
     await mapped(talk, multistatus(response("/f", length(1128), "<d:getetag>v1</d:getetag>")))
     assert talk.asked == [("/f", '"v1"', 1128)]
+
+
+@pytest.mark.parametrize("tag", ["", '<d:getetag>W/"v1"</d:getetag>'])
+@pytest.mark.parametrize(("stored", "shown"), [(1128, ["1024"]), (1129, [])])
+async def test_without_a_strong_etag_the_object_is_looked_at_each_time(
+    tag: str, stored: int, shown: list[str]
+) -> None:
+    talk = Talk(request(legacy=LegacyPolicy.MIGRATE), {"/f": 1024})
+    assert sizes(await mapped(talk, multistatus(response("/f", length(stored), tag)))) == shown
+    assert (talk.asked, talk.inspected) == ([], ["/f"])
 
 
 @pytest.mark.parametrize(
