@@ -422,12 +422,14 @@ class Exchanges:
 
 def source_of(request: Request, plan: RequestPlan, fields: Iterable[tuple[bytes, bytes]]) -> Source:
     """As whom to ask about the object of this request: the client's *fields*, but for those dropped."""
-    dropped = plan.edits.drop if isinstance(plan, Going) else frozenset[str]()
+    if not isinstance(plan, Going):
+        return Source(service=request.service, target=request.head.target, fields=tuple(fields))
     return Source(
         service=request.service,
-        target=(plan.target if isinstance(plan, Going) else None) or request.head.target,
-        fields=tuple(field for field in fields if field[0].decode("latin-1").lower() not in dropped),
-        sign=plan.sign if isinstance(plan, Going) else None,
+        target=plan.target or request.head.target,
+        fields=tuple(fields),
+        dropped=plan.edits.drop,
+        sign=plan.sign,
     )
 
 
