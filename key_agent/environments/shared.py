@@ -214,10 +214,18 @@ class SharedRegistry:
             self._state = None
             await self._loaded()
 
-    async def write(self, change: Callable[[Draft], object], *, term: int, now_ms: int) -> Delta:
+    async def write(
+        self,
+        change: Callable[[Draft], object],
+        *,
+        term: int,
+        now_ms: int,
+        also: Callable[[Connection], None] | None = None,
+    ) -> Delta:
         """The manager's: what *change* puts becomes the next epoch. It may be called once only, and is pure.
 
-        Returns what changed; nothing, if *change* put nothing new. StaleTermError; what *change* raises.
+        *also* writes to this environment's own tables in the same transaction, after the rows; it is not run
+        if *change* put nothing new. Returns what changed. StaleTermError; what *change* raises.
         """
         async with self._one_at_a_time:
             state = await self._loaded()
@@ -230,7 +238,7 @@ class SharedRegistry:
                 return self._delta(state, state.shared.epoch)
             rows = self._signed(draft, state, term)
             after = _with(state, rows, term=term, epoch=draft.epoch, tenant_id=self._tenant)
-            await self._store(after, rows, gone=(), now_ms=now_ms, restrictions={})
+            await self._store(after, rows, gone=(), now_ms=now_ms, restrictions={}, also=also)
             return self._delta(after, draft.epoch - 1)
 
     async def apply(self, delta: Delta, *, now_ms: int) -> None:
@@ -452,6 +460,7 @@ class SharedRegistry:
         gone: Iterable[Key],
         now_ms: int,
         restrictions: Mapping[str, KeyState],
+        also: Callable[[Connection], None] | None = None,
     ) -> None:
         written, removed, shared = list(rows), list(gone), after.shared
 
@@ -464,6 +473,8 @@ class SharedRegistry:
             clear(c, removed, now_ms=now_ms)
             changed = {row.key: after.bodies[row.key] for row in written}
             project(c, _restricted(changed, restrictions), tenant_id=self._tenant, now_ms=now_ms)
+            if also is not None:
+                also(c)
             signature = self._key.sign(self._seal_bytes(shared.term, shared.epoch, shared.digest)).hex()
             c.execute(delete(shared_seal))
             c.execute(

@@ -111,6 +111,7 @@ class RegistryAccess:
                 dek.c.alg,
                 dek.c.version,
                 dek.c.ring_id,
+                dek.c.owner_environment_id,
                 key_ring.c.network_service_id,
                 kek.c.environment_id,
                 dek_wrap.c.kek_id,
@@ -342,14 +343,19 @@ def set_key_state(
     )
 
 
-def insert_wrap(c: Connection, key: WrappedKey, now_ms: int, *, state: str = VERIFIED) -> None:
-    """*state*: the source opened it again and compared before it returned it, if nothing else is said."""
+def insert_wrap(
+    c: Connection, key: WrappedKey, now_ms: int, *, state: str = VERIFIED, route: str = "kms"
+) -> None:
+    """*state*: the source opened it again and compared before it returned it, if nothing else is said.
+
+    *route*: `kms` where this environment's HSM made the key or the wrap for itself.
+    """
     c.execute(
         insert(dek_wrap).values(
             dek_id=str(key.key_id),
             kek_id=key.kek_id,
             format=EKM_FORMAT,
-            route="kms",
+            route=route,
             wrap_alg=key.method,
             wrapped=key.wrapped,
             wrapped_sha256=sha256(key.wrapped).digest(),

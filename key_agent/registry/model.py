@@ -1,7 +1,7 @@
 """What the registry's rows mean, as frozen values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -161,6 +161,21 @@ class Reservation:
     damaged: tuple[KeyId, ...]
     """Wrapped keys whose checksum does not fit: left out, alarm."""
     links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldKey:
+    """A key of one service with a wrap here, as it stands in the registry."""
+
+    key_id: str
+    """In hex."""
+    ring: str
+    owner_environment: str
+    state: KeyState
+
+
+type Presenter = Callable[[str, Sequence[HeldKey]], Mapping[str, KeyState]]
+"""Which state each key of a service is pushed in, by key id; none is more than the key's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,9 +39,11 @@ from key_agent.registry.lease import Holding
 from key_agent.registry.model import (
     Book,
     DataKeyRow,
+    HeldKey,
     KekRow,
     Link,
     Patience,
+    Presenter,
     Proxy,
     Receipt,
     Reservation,
@@ -74,6 +76,9 @@ _NEVER: Final = 1 << 30
 
 
 class Registry(KeyLife, KekSuccession, Archives):
+    presenter: Presenter | None = None
+    """Set where there are several environments, each with an active key: which of them seals here."""
+
     @classmethod
     async def open(
         cls,
@@ -582,6 +587,7 @@ class Registry(KeyLife, KekSuccession, Archives):
                     sequences[name],
                     rows=rows[name],
                     links=links[name],
+                    present=self.presenter,
                     tombstones=[_tombstone(row, current.kek) for row in tombstones.get(name, ())],
                 )
                 for name in wanted
@@ -696,8 +702,12 @@ def _reservation(
     rows: list[Row[Any]],
     links: list[Link],
     tombstones: list[tuple[WrappedKey, KeyState]],
+    present: Presenter | None,
 ) -> Reservation:
-    sound = [(wrapped_key(row), KeyState(row.state)) for row in rows if is_sound(row)]
+    states = {row.id: KeyState(row.state) for row in rows}
+    if present is not None:
+        states |= present(name, [_held_key(row) for row in rows if is_sound(row)])
+    sound = [(wrapped_key(row), states[row.id]) for row in rows if is_sound(row)]
     # Tombstones alone would take a service's keys back: they do so only if there are no others.
     keys = [*sound, *tombstones] if sound or not rows else []
     return Reservation(
@@ -706,6 +716,12 @@ def _reservation(
         keys=tuple(keys),
         damaged=tuple(KeyId.parse(row.id) for row in rows if not is_sound(row)),
         links=tuple(links),
+    )
+
+
+def _held_key(row: Row[Any]) -> HeldKey:
+    return HeldKey(
+        key_id=row.id, ring=row.ring_id, owner_environment=row.owner_environment_id, state=KeyState(row.state)
     )
 
 

@@ -1,0 +1,57 @@
+"""The parts of an agent that bring keys to every environment, wired."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from envelope.keys import NetworkService
+from key_agent.environments.manager import Manager
+from key_agent.environments.presented import present
+from key_agent.environments.transport_key import KEY_NAME
+from key_agent.environments.wrapping import Wraps
+from key_agent.registry.model import HeldKey, Link
+from key_agent.rotation import hosts_of, places
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from envelope.keys import KeyState
+    from key_agent.agent import Agent
+    from key_agent.environments.assembly import Environments
+
+
+class KeyParts:
+    def __init__(self, agent: "Agent", environments: "Environments") -> None:
+        """To be made once, before `Environments.working`."""
+        self._agent = agent
+        self._peering = environments.peering
+        self.wraps = Wraps(
+            peering=self._peering,
+            registry=agent.registry,
+            source=agent.source,
+            transport_key_file=environments.state_dir / KEY_NAME,
+            links=self._links,
+            push=self._push,
+            clock=agent.clock,
+            interval_s=agent.rhythm.interval_s,
+        )
+        self.manager = Manager(
+            wraps=self.wraps,
+            peering=self._peering,
+            journal=agent.journal,
+            clock=agent.clock,
+            one_at_a_time=agent.one_at_a_time,
+            rotate_after_days=agent.rhythm.rotate_after_days,
+        )
+        agent.registry.presenter = self._present
+        environments.routes += [*self.wraps.routes(), *self.manager.routes()]
+        environments.tasks.append(("manager", self.manager.run))
+
+    def _links(self, owners: Collection[NetworkService]) -> list[Link]:
+        found = places(self._agent.targets, frozenset(owners))
+        return [link for links in found.values() for link in links]
+
+    def _push(self, owners: Collection[NetworkService]) -> None:
+        self._agent.refresh.at_once(hosts_of(self._agent.targets, frozenset(owners)))
+
+    def _present(self, service: str, keys: "Sequence[HeldKey]") -> "Mapping[str, KeyState]":
+        return present(self._peering.view, self._peering.environment, service, keys)
