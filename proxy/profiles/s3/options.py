@@ -39,6 +39,8 @@ class S3Options(ProfileOptions, frozen=True, kw_only=True):
     region: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     """To sign for; none: the client's."""
     metadata_digests: MetadataDigests = MetadataDigests.STRIP
+    trailing_checksums: bool = False
+    """Send a checksum of the ciphertext behind every PutObject: for buckets whose settings lock objects."""
     min_part_bytes: Annotated[int, msgspec.Meta(ge=1, le=5 << 30)] = 5 << 20
     """What the service wants of every part but the last."""
     max_parts: Annotated[int, msgspec.Meta(ge=2, le=10_000)] = 10_000

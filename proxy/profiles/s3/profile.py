@@ -42,7 +42,7 @@ from proxy.plan import (
 )
 from proxy.profile_options import ProfileOptions
 from proxy.profiles.profile import Limitation, Profile
-from proxy.profiles.s3 import copying, errors, etags, listing, post_form, uploading
+from proxy.profiles.s3 import copying, errors, etags, listing, post_form, trailed, uploading
 from proxy.profiles.s3.addressing import Address, address_of, parameters
 from proxy.profiles.s3.authentication import Authenticated, Standing, authenticate
 from proxy.profiles.s3.bodies import CODING, GONE, Incoming, read_document, read_head, without_coding
@@ -193,7 +193,12 @@ class S3Profile(Profile):
             case Kind.DOCUMENT:
                 return _document(request, authenticated, edits, sign)
             case Kind.WRITE:
-                return _write(read_head(replace(request, edits=edits), authenticated), sign)
+                incoming = read_head(replace(request, edits=edits), authenticated)
+                always = options.trailing_checksums
+                if isinstance(sign, Resigner) and trailed.is_wanted(head.fields, always=always):
+                    plan = trailed.plan_trailed(incoming, head.fields, incoming.edits.also(drop=_RANGES))
+                    return replace(plan, sign=replace(sign, payload=trailed.PAYLOAD))
+                return _write(incoming, sign)
         call = Call(
             request=request,
             operation=operation,

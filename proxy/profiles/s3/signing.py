@@ -37,6 +37,7 @@ _REPLACED: Final = frozenset(
         "x-amz-trailer",
     }
 )
+_FRAMING: Final = frozenset({"x-amz-decoded-content-length", "x-amz-trailer"})
 _ALSO_SIGNED: Final = frozenset({"content-md5", "content-type"})
 
 
@@ -51,6 +52,8 @@ class Resigner:
     region: str | None
     """The one to sign for; None: the client's."""
     wall_s: Callable[[], float]
+    payload: str | None = None
+    """What is said of the body; None: that it is not signed, or that there is none."""
 
     def __call__(self, outgoing: Outgoing) -> Outgoing:
         """RefusedError(CANNOT_SIGN) if there is nothing to sign with."""
@@ -58,10 +61,11 @@ class Resigner:
         if credential is None or secrets is None:
             raise RefusedError(refusals.CANNOT_SIGN)
         path, mark, query = without_authentication(outgoing.target).partition("?")
-        kept = [item for item in outgoing.fields if item[0].decode("latin-1").lower() not in _REPLACED]
+        gone = _REPLACED if self.payload is None else _REPLACED - _FRAMING
+        kept = [item for item in outgoing.fields if item[0].decode("latin-1").lower() not in gone]
         amz_date = sigv4.amz_date(self.wall_s())
         scope = Scope(amz_date[:8], self.region or self.authenticated.region, SERVICE)
-        payload = UNSIGNED if _has_body(kept) else sigv4.EMPTY_SHA256
+        payload = self.payload or (UNSIGNED if _has_body(kept) else sigv4.EMPTY_SHA256)
         host = upstream_host(self.address, self.host)
         ours = [("Host", host), ("X-Amz-Date", amz_date), ("X-Amz-Content-Sha256", payload)]
         if secrets.session_token is not None:
