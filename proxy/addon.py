@@ -25,6 +25,7 @@ from envelope.errors import SealgateError
 from proxy import refusals
 from proxy.asking import host_field
 from proxy.bodies import refusal_for
+from proxy.environments import Environments
 from proxy.exchange import ClientBody, Exchange, Exchanges, ended, exchange_of, source_of
 from proxy.gate.permit import Collect, permit
 from proxy.keys.cache import KeyCache
@@ -116,11 +117,13 @@ class SealgateAddon:
         uploads: UploadStore | None = None,
         spools: Spools | None = None,
         clock: Clock | None = None,
+        environments: Environments | None = None,
     ) -> None:
         self._exchanges = Exchanges(keys, prefetch, uploads=uploads, wait_s=wait_s, spools=spools)
         self._recorder = Recorder(audit, metrics)
         self._metrics = metrics
         self._clock = clock or SystemClock()
+        self._environments = environments or Environments()
         self._clients: dict[str, _Client] = {}
         self.routing: Routing | None = None
         """The current picture; the engine exchanges it. None: nothing is routed."""
@@ -199,6 +202,7 @@ class SealgateAddon:
         host, port = flow.request.host, flow.request.port
         client = self._client_of(flow)
         identity = self._identified(client, Fields(flow.request.headers.fields))
+        self._refuse_healing(identity)
         spec = flow.client_conn.proxy_mode.full_spec
         self._routing().check_connect(spec, host, port, tenant=identity.tenant)
         client.connected = (host, port)
@@ -272,7 +276,12 @@ class SealgateAddon:
             target=request.path,
         )
         identity = self._identified(client, fields)
+        self._refuse_healing(identity)
         return self._routing().route(flow.client_conn.proxy_mode.full_spec, wanted, tenant=identity.tenant)
+
+    def _refuse_healing(self, identity: Identity) -> None:
+        if self._environments.refuses(identity.tenant):
+            raise RefusedError(refusals.ENV_HEALING)
 
     def _identified(self, client: _Client, fields: Fields) -> Identity:
         """Whose user the client is. RefusedError if that cannot be told, or not any more."""

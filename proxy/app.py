@@ -32,9 +32,11 @@ from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer
 from proxy import gate
 from proxy.api.broker import BrokerListener
+from proxy.api.environment import answering_checks, status_routes
 from proxy.api.push import make_push_application
 from proxy.config import Settings, database_url
 from proxy.data_plane import DataPlane
+from proxy.environments import Environments, Word
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.directory import DirectoryStore
@@ -125,6 +127,7 @@ class ProxyProcess:
         self._watch: DirectoryWatch | None = None
         self._receiver: Receiver | None = None
         self._push_tls: ServerTls | None = None
+        self._environments = Environments()
         self.ports: dict[str, int] = {}
         """Of `push`, `health` and the encryption service (`service:0`, `service:1` ...), once they listen."""
 
@@ -164,6 +167,10 @@ class ProxyProcess:
             directory = await watch.load()
             keys = KeyCache(clock)
             parts.callback(keys.close)
+            mine = settings.environment
+            self._environments = environments = Environments(
+                None if mine is None else mine.name, on_refused=keys.withdraw_tenant
+            )
             fleet = None
             if settings.proxy.workers > 1:
                 fleet = Fleet(settings, clock=clock, registry=self._registry, on_blind=self._forget_past)
@@ -186,6 +193,7 @@ class ProxyProcess:
                 clock=clock,
                 directory=directory,
                 registry=self._registry,
+                environments=environments,
             )
             self._plane = plane
             await parts.enter_async_context(plane)
@@ -193,6 +201,16 @@ class ProxyProcess:
             await parts.enter_async_context(self._health(fleet))
             await parts.enter_async_context(self._push(receiver))
             await parts.enter_async_context(self._portal(receiver))
+            if mine is not None and mine.agent_check_port is not None:
+                with _binding("agent-check", mine.agent_check_host, mine.agent_check_port):
+                    check = await answering_checks(
+                        lambda: environments.line(self._tenants()),
+                        host=mine.agent_check_host,
+                        port=mine.agent_check_port,
+                    )
+                parts.push_async_callback(check.wait_closed)
+                parts.callback(check.close)
+                self.ports["agent-check"] = check.sockets[0].getsockname()[1]
             await self._serve(plane, keys, directory, stop)
             audit.append("proxy-stopped", proxy=settings.proxy.id)
 
@@ -232,9 +250,23 @@ class ProxyProcess:
         if isinstance(plane, Fleet):  # first those that serve: what we take they must know
             await plane.apply(directory)
         _present(self._receiver).apply(directory)
+        self._environments.keep(directory.tenants)
         self.hang_up()
         if isinstance(plane, DataPlane):
             await plane.apply(directory)
+
+    def _tenants(self) -> Iterable[str]:
+        return self._receiver.directory.tenants if self._receiver is not None else ()
+
+    async def _told(self, tenant: str, word: Word) -> Word:
+        """An agent has said what its environment is: in force everywhere when this returns."""
+        before = self._environments.word(tenant)
+        in_force = self._environments.take(tenant, word)
+        if isinstance(self._plane, Fleet):
+            await self._plane.tell(tenant, in_force)
+        if before is None or before.state != in_force.state:
+            log.info("environment", tenant=tenant, environment=word.environment, state=in_force.state)
+        return in_force
 
     def _forget_past(self) -> None:
         _present(self._receiver).forget_past()
@@ -248,6 +280,7 @@ class ProxyProcess:
             registry=self._registry,
             scrape=None if fleet is None else fleet.scrape,
         )
+        status_routes(application, self._environments, tenants=self._tenants)
         health = self._settings.health
         with _binding("health", health.host, health.port):
             server = serve.serving(application, host=health.host, port=health.port)
@@ -263,7 +296,9 @@ class ProxyProcess:
         self._push_tls = ServerTls(
             push.certificate_file, push.key_file, client_roots=_roots(receiver.directory)
         )
-        application = make_push_application(receiver, clock=self._clock, requests_per_s=push.requests_per_s)
+        application = make_push_application(
+            receiver, clock=self._clock, requests_per_s=push.requests_per_s, told=self._told
+        )
         with _binding("push", push.host, push.port):
             server = serve.serving(
                 application, host=push.host, port=push.port, ssl_context=self._push_tls.context

@@ -178,6 +178,25 @@ class PortalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError("portal.certificate_file and portal.key_file come together")
 
 
+class EnvironmentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a proxy that belongs to one of several environments (docs/environments.md)."""
+
+    name: str
+    """Nothing is served before an agent of this environment has said that it may be."""
+    agent_check_host: str = "127.0.0.1"
+    agent_check_port: int | None = None
+    """Where HAProxy's agent-check is answered, if it asks this proxy itself."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_name("environment", self.name)
+        except FormatError as error:
+            raise ValueError(f"environment.name: {error}") from None
+        _check_host("environment.agent_check_host", self.agent_check_host)
+        if self.agent_check_port is not None:
+            _check_port("environment.agent_check_port", self.agent_check_port)
+
+
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     json: bool | None = None
     """JSON lines; default: JSON unless stderr is a terminal."""
@@ -192,6 +211,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     engine: EngineSettings = EngineSettings()
     health: HealthSettings = HealthSettings()
     portal: PortalSettings | None = None
+    environment: EnvironmentSettings | None = None
     log: LogSettings = LogSettings()
     encryption_service: EncryptionServiceSettings = EncryptionServiceSettings()
 

@@ -17,6 +17,7 @@ from proxy.addon import SealgateAddon
 from proxy.config import Settings, database_url
 from proxy.encryption_service.service import EncryptionService
 from proxy.engine import Engine, upstream_trust
+from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
@@ -40,6 +41,7 @@ class DataPlane:
         clock: Clock,
         directory: Directory,
         registry: CollectorRegistry,
+        environments: Environments | None = None,
     ) -> None:
         self._settings = settings
         self._keys = keys
@@ -47,6 +49,7 @@ class DataPlane:
         self._clock = clock
         self._directory = directory
         self._registry = registry
+        self._environments = environments or Environments()
         self._parts = contextlib.AsyncExitStack()
         self._addon: SealgateAddon | None = None
         self._uploads: UploadStore | None = None
@@ -92,6 +95,7 @@ class DataPlane:
             metrics=ProxyMetrics(self._registry),
             wait_s=settings.keys.wait_s,
             clock=clock,
+            environments=self._environments,
         )
         self._engine = Engine(settings.engine, self._addon, clock, reuse_port=processes > 1)
         await self._engine.prepare()
@@ -104,6 +108,7 @@ class DataPlane:
                 clock=clock,
                 directory=self._directory.encryption_service,
                 processes=processes,
+                refuses=self._environments.refuses,
             )
             self._registry.register(service.metrics)
             self._parts.callback(self._registry.unregister, service.metrics)

@@ -350,6 +350,14 @@ AUDIT_UNAVAILABLE: Final = _refusal(
     retry_after_s=30,
 )
 
+ENV_HEALING: Final = _refusal(
+    503,
+    "env-healing",
+    "This environment is withdrawn, or has not been told yet that it may serve; nothing was forwarded.",
+    "Try again: a load balancer sends the next request to another environment.",
+    retry_after_s=2,
+)
+
 # What the enterprise's key administrator may mend.
 KEY_UNKNOWN: Final = _refusal(
     503,

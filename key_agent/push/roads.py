@@ -16,7 +16,16 @@ import structlog
 
 from envelope.errors import SealgateError
 from key_agent.push.broker import BrokerLink
-from key_agent.push.transport import Answer, Presence, Purpose, PushError, Session, Transport
+from key_agent.push.transport import (
+    Answer,
+    EnvironmentInForce,
+    EnvironmentWord,
+    Presence,
+    Purpose,
+    PushError,
+    Session,
+    Transport,
+)
 from key_agent.registry.model import Proxy
 from runtime.broker import BrokerError
 
@@ -58,6 +67,10 @@ class BothRoads(Transport):
     @override
     async def presence(self, proxy: Proxy) -> Presence:
         return await self._direct.presence(proxy)
+
+    @override
+    async def tell_environment(self, proxy: Proxy, word: EnvironmentWord) -> EnvironmentInForce:
+        return await self._direct.tell_environment(proxy, word)
 
     @override
     async def send(

@@ -97,6 +97,27 @@ class Presence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentWord:
+    """What proxies are told of this environment (proxy/environments.py)."""
+
+    environment: str
+    state: str
+    reason: str | None
+    term: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentInForce:
+    """What a proxy acts on: a newer word than ours may be. Another *instance* has forgotten it."""
+
+    state: str
+    term: int
+    epoch: int
+    instance: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A proxy's word on one envelope."""
 
@@ -133,6 +154,11 @@ class Transport(ABC):
 
         *challenge*: the one that they answer, None if they answer none.
         """
+
+    @abstractmethod
+    async def tell_environment(self, proxy: Proxy, word: EnvironmentWord) -> EnvironmentInForce:
+        """Tell what this environment is; in force there when it is answered. PushError as for `open_session`,
+        "environment" if the proxy belongs to another one."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -175,6 +201,13 @@ class _PresenceAnswer(msgspec.Struct):
     proxy: _Name
     instance: _Name
     time_ms: _Count
+
+
+class _WordAnswer(msgspec.Struct):
+    state: _Name
+    term: _Count
+    epoch: _Count
+    instance: _Name
 
 
 class _Receipt(msgspec.Struct):
@@ -261,6 +294,23 @@ class HttpsTransport(Transport):
         return read_receipts(await self._request(proxy, _path("envelopes", purpose), body), len(tokens))
 
     @override
+    async def tell_environment(self, proxy: Proxy, word: EnvironmentWord) -> EnvironmentInForce:
+        content = await self._request(
+            proxy,
+            "/push/v1/environment",
+            msgspec.json.encode(word),
+            method="PUT",
+            limit_bytes=_MAX_PRESENCE_BYTES,
+        )
+        answer = _decode(content, _WordAnswer)
+        return EnvironmentInForce(
+            state=answer.state,
+            term=answer.term,
+            epoch=answer.epoch,
+            instance=_bytes("instance", answer.instance, INSTANCE_SIZE),
+        )
+
+    @override
     async def close(self) -> None:
         clients = list(self._clients.values())
         self._clients.clear()
@@ -277,29 +327,35 @@ class HttpsTransport(Transport):
             raise PushError("signing-certificate", f"own signing certificate: {_reason(error)}") from error
 
     async def _request(
-        self, proxy: Proxy, path: str, body: bytes | None, *, limit_bytes: int = _MAX_ANSWER_BYTES
+        self,
+        proxy: Proxy,
+        path: str,
+        body: bytes | None,
+        *,
+        method: str | None = None,
+        limit_bytes: int = _MAX_ANSWER_BYTES,
     ) -> bytes:
-        """POST *body*, or GET where there is none."""
+        """POST *body*, or GET where there is none, unless *method* says otherwise."""
         client = await self._client(proxy)
+        method = method or ("GET" if body is None else "POST")
         try:
             try:
-                return await self._exchange(client, path, body, limit_bytes)
+                return await self._exchange(client, method, path, body, limit_bytes)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError):
                 # A kept connection that the proxy or somebody between had given up: once more, on a new one.
                 if client.closed:  # the proxy's address has changed meanwhile
                     raise
-                return await self._exchange(client, path, body, limit_bytes)
+                return await self._exchange(client, method, path, body, limit_bytes)
         except aiohttp.ClientSSLError as error:
             raise PushError("tls", f"{proxy.url}: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PushError("unreachable", f"{proxy.url}: {_reason(error)}") from error
 
     async def _exchange(
-        self, client: aiohttp.ClientSession, path: str, body: bytes | None, limit_bytes: int
+        self, client: aiohttp.ClientSession, method: str, path: str, body: bytes | None, limit_bytes: int
     ) -> bytes:
-        method = "GET" if body is None else "POST"
         # As a stream: aiohttp warns of large `bytes`.
         data = None if body is None else io.BytesIO(body)
         async with client.request(method, path, data=data, allow_redirects=False) as response:

@@ -11,7 +11,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 from importlib import resources
 from typing import Annotated, Final
@@ -30,6 +30,7 @@ from envelope.certificates import (
     read_identity,
     verify_certificate,
 )
+from proxy.environments import ForeignEnvironmentError, Word
 from proxy.keys.receive import HostedService, Receiver, SessionRefusedError
 from proxy.tenants.model import Directory
 from runtime.audit import AuditUnavailableError
@@ -42,6 +43,7 @@ MAX_BODY_BYTES: Final = 8 << 20
 MAX_SESSION_BODY_BYTES: Final = 64 << 10
 BODY_TIMEOUT_S: Final = 30.0
 BURST_FACTOR: Final = 5
+ENVIRONMENT_PATH: Final = "/push/v1/environment"
 PRESENCE_PATH: Final = "/push/v1/presence"
 CONCURRENT_PER_TENANT: Final = 4
 
@@ -111,13 +113,22 @@ def authenticate(certificate: x509.Certificate | None, directory: Directory, *, 
         ) from None
 
 
-def make_push_application(receiver: Receiver, *, clock: Clock, requests_per_s: float) -> web.Application:
-    """The application to be served with `runtime.tls.ServerTls`, client certificates demanded."""
-    api = _PushApi(receiver, clock, requests_per_s)
+type Told = Callable[[str, Word], Awaitable[Word]]
+
+
+def make_push_application(
+    receiver: Receiver, *, clock: Clock, requests_per_s: float, told: Told | None = None
+) -> web.Application:
+    """The application to be served with `runtime.tls.ServerTls`, client certificates demanded.
+
+    *told*: puts in force what an agent says of its environment, and returns what is in force then.
+    """
+    api = _PushApi(receiver, clock, requests_per_s, told)
     application = make_application(client_max_size_bytes=MAX_BODY_BYTES)
     application.middlewares.append(api.identify)
     application.router.add_post("/push/v1/session", api.open_session)
     application.router.add_post("/push/v1/envelopes", api.take_envelopes)
+    application.router.add_put(ENVIRONMENT_PATH, api.take_word)
     application.router.add_get(PRESENCE_PATH, api.tell_presence, allow_head=False)
     openapi_route(application, openapi_document())
     return application
@@ -130,8 +141,9 @@ def openapi_document() -> Mapping[str, object]:
 
 
 class _PushApi:
-    def __init__(self, receiver: Receiver, clock: Clock, requests_per_s: float) -> None:
+    def __init__(self, receiver: Receiver, clock: Clock, requests_per_s: float, told: Told | None) -> None:
         self._receiver = receiver
+        self._told = told
         self._clock = clock
         self._requests_per_s = requests_per_s
         self._buckets: dict[tuple[str, Purpose], TokenBucket] = {}
@@ -214,6 +226,23 @@ class _PushApi:
             headers={"Cache-Control": "no-store"},
         )
 
+    async def take_word(self, request: web.Request) -> web.Response:
+        """What an agent says of its environment; answered once it is in force."""
+        peer = request[_PEER]
+        word = await _read(request, Word, limit_bytes=MAX_SESSION_BODY_BYTES)
+        if self._told is None:
+            raise _malformed("this proxy takes no word on environments")
+        try:
+            in_force = await self._told(peer.tenant, word)
+        except ForeignEnvironmentError as error:
+            raise ProblemError(
+                409, "environment", f"{error}.", "Add this proxy at the agent of its own environment."
+            ) from None
+        return web.json_response(
+            msgspec.to_builtins(in_force) | {"instance": b64u_encode(self._receiver.instance)},
+            headers={"Cache-Control": "no-store"},
+        )
+
     async def take_envelopes(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
         asked = await _read(request, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
@@ -232,6 +261,8 @@ def _purpose(request: web.Request) -> Purpose:
     """ProblemError 400 for a purpose that there is not."""
     if request.path == PRESENCE_PATH:
         return Purpose.PRESENCE
+    if request.path == ENVIRONMENT_PATH:
+        return Purpose.WITHDRAWAL  # it may be one, and must not queue behind keys
     told = request.query.get(PURPOSE_PARAMETER, Purpose.KEYS)
     if told not in (Purpose.KEYS, Purpose.WITHDRAWAL):
         raise _malformed(f"{PURPOSE_PARAMETER} is neither {Purpose.KEYS} nor {Purpose.WITHDRAWAL}")

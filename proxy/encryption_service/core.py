@@ -203,8 +203,11 @@ class Core:
         limiter: Limiter | None = None,
         counted: Callable[[str, str, str], None] | None = None,
         degraded_below_s: float = DEGRADED_BELOW_S,
+        refuses: Callable[[str], bool] | None = None,
     ) -> None:
         """*limiter*: is told how much of the process's time each call took.
+
+        *refuses*: tenants that nothing is done for at this moment.
 
         *counted*: is told of each recorded call its dialect, operation, and error or `ok`: for metrics.
         """
@@ -216,6 +219,7 @@ class Core:
         self._limiter = limiter
         self._counted = counted
         self._degraded_below_s = degraded_below_s
+        self._refuses = refuses
 
     # Looking.
 
@@ -463,6 +467,8 @@ class Core:
 
     def _gate(self, directory: ServiceDirectory, caller: Caller, key: NamedKey, op: Op) -> None:
         """Everything that must hold before an operation, and again after it."""
+        if self._refuses is not None and self._refuses(caller.tenant):
+            raise Stale("this environment is withdrawn, or was not told yet that it may serve")
         if directory.keys.get(key.owner) is not key:
             raise KeyNotFound("there is no such key")
         self._access.authorize(caller, key, op)

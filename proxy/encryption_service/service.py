@@ -6,6 +6,7 @@
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -43,8 +44,12 @@ class EncryptionService:
         clock: Clock,
         directory: ServiceDirectory,
         processes: int = 1,
+        refuses: Callable[[str], bool] | None = None,
     ) -> None:
-        """*processes*: how many serve the same listeners; this one holds its share of every quota."""
+        """*processes*: how many serve the same listeners; this one holds its share of every quota.
+
+        *refuses*: whether the environment must not serve a tenant at this moment (proxy/environments.py).
+        """
         self._directory = directory
         self._clock = clock
         self.metrics: Final = ServiceMetrics()
@@ -70,6 +75,7 @@ class EncryptionService:
             clock=clock,
             limiter=self._limiter,
             counted=self.metrics.called,
+            refuses=refuses,
         )
         names = {name for listen in settings.listen for name in listen.dialects}
         dialects: dict[DialectName, Dialect] = {}

@@ -415,6 +415,11 @@ class KeyCache:
             slot = self._slots[owner] = _Slot(self._clock.boot_s)
         self._withdraw(slot, sequence)
 
+    def withdraw_tenant(self, tenant: str) -> None:
+        """Take back everything that *tenant* has here, now."""
+        for owner in [owner for owner in self._slots if owner.tenant == tenant]:
+            self.withdraw(owner)
+
     def forget(self, owner: NetworkService) -> None:
         """The service is no longer provisioned: withdraw its keys and drop what was known of it."""
         slot = self._slots.get(owner)

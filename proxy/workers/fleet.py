@@ -23,6 +23,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from proxy.config import Settings
+from proxy.environments import Word
 from proxy.keys.relay import Relayed
 from proxy.tenants.model import Directory
 from proxy.workers import samples, wire
@@ -80,6 +81,7 @@ class Fleet:
         self._on_blind = on_blind
         self._slots = [_Slot(number, clock.boot_s()) for number in range(settings.proxy.workers)]
         self._latest = LatestEnvelopes()
+        self._words: dict[str, Word] = {}
         self._taking: set[asyncio.Future[None]] = set()
         self._revision = 0
         self._stopping = False
@@ -189,6 +191,11 @@ class Fleet:
             taken.set_result(None)
         return tuple(codes)
 
+    async def tell(self, tenant: str, word: Word) -> None:
+        """When it returns, every worker that lives acts on *word*. WorkerStuckError."""
+        self._words[tenant] = word
+        await self._ask_all(wire.Tell(tenant, word), timeout_s=self._settings.proxy.worker_patience_s)
+
     async def _ask_all(self, request: wire.Request, *, timeout_s: float) -> list[wire.Answer]:
         """The answers of those that live; who gives none has ended when this returns. WorkerStuckError."""
 
@@ -221,6 +228,8 @@ class Fleet:
             await self._fill(link)
             if link.lives:
                 await link.ask(wire.Reload(self._revision), timeout_s=RELOAD_S)
+            for tenant, word in list(self._words.items()):
+                await link.ask(wire.Tell(tenant, word), timeout_s=START_S)
             opened = await link.ask(wire.Open(), timeout_s=START_S)
         except BaseException:
             slot.link = None

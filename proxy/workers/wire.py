@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from envelope.errors import SealgateError
+from proxy.environments import Word
 from proxy.keys.relay import Relayed
 
 LENGTH_SIZE: Final = 4
@@ -45,6 +46,13 @@ class Reload(msgspec.Struct, frozen=True, tag=True):
     """The directory has reached *revision*: serve what it says."""
 
     revision: int
+
+
+class Tell(msgspec.Struct, frozen=True, tag=True):
+    """What an agent of *tenant* says of the environment."""
+
+    tenant: str
+    word: Word
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -87,7 +95,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     next_step: str
 
 
-type Request = Start | Open | Take | Reload | Ping | Scrape | Stop
+type Request = Start | Open | Take | Reload | Tell | Ping | Scrape | Stop
 type Answer = Done | Taken | Scraped | Failed
 
 
@@ -97,7 +105,9 @@ class _Frame[T](msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_requests: Final[Any] = msgspec.msgpack.Decoder(_Frame[Start | Open | Take | Reload | Ping | Scrape | Stop])
+_requests: Final[Any] = msgspec.msgpack.Decoder(
+    _Frame[Start | Open | Take | Reload | Tell | Ping | Scrape | Stop]
+)
 _answers: Final[Any] = msgspec.msgpack.Decoder(_Frame[Done | Taken | Scraped | Failed])
 
 

@@ -27,6 +27,7 @@ from envelope.errors import SealgateError
 from proxy import gate
 from proxy.config import Settings, database_url
 from proxy.data_plane import DataPlane
+from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError
@@ -59,6 +60,7 @@ class WorkerProcess:
         self._receiver: Receiver | None = None
         self._store: DirectoryStore | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._environments = Environments()
         self._opened = False
         # One picture of the directory after the other: an older one that was read slowly must not follow a
         # newer one, nor may listeners open by one that was replaced while they opened.
@@ -123,8 +125,18 @@ class WorkerProcess:
             directory=directory,
             is_durable=False,
         )
+        environment = settings.environment
+        self._environments = Environments(
+            None if environment is None else environment.name, on_refused=keys.withdraw_tenant
+        )
         plane = DataPlane(
-            settings, keys=keys, audit=audit, clock=clock, directory=directory, registry=REGISTRY
+            settings,
+            keys=keys,
+            audit=audit,
+            clock=clock,
+            directory=directory,
+            registry=REGISTRY,
+            environments=self._environments,
         )
         self._plane = await parts.enter_async_context(plane)
         audit.append("worker-started", worker=number, revision=directory.revision)
@@ -157,6 +169,9 @@ class WorkerProcess:
             case wire.Take(envelopes):
                 receipts = await receiver.receive_relayed(envelopes)
                 return wire.Taken(tuple(receipt.code for receipt in receipts))
+            case wire.Tell(tenant, word):
+                self._environments.take(tenant, word)
+                return wire.Done(tuple(plane.problems))
             case wire.Ping():
                 return wire.Done(tuple(plane.problems))
             case wire.Scrape():

@@ -24,7 +24,17 @@ from envelope.certificates import fingerprint
 from envelope.errors import EnvelopeError
 from envelope.keys import NetworkService
 from envelope.material import Claims, Expectation, Signer, open_envelope, recipient_thumbprint
-from key_agent.push.transport import Answer, HeldService, Presence, Purpose, PushError, Session, Transport
+from key_agent.push.transport import (
+    Answer,
+    EnvironmentInForce,
+    EnvironmentWord,
+    HeldService,
+    Presence,
+    Purpose,
+    PushError,
+    Session,
+    Transport,
+)
 from key_agent.registry.model import Proxy
 from runtime.clock import Clock
 from tests.pki import ServiceCredential
@@ -55,6 +65,8 @@ class FakeProxy:
     sessions: int = 0
     presences: int = 0
     instance: bytes = field(default_factory=lambda: os.urandom(16))
+    words: list[EnvironmentWord] = field(default_factory=list)
+    """What it was told of its environment."""
     posts: int = 0
     down: bool = False
     hanging: bool = False
@@ -102,6 +114,11 @@ class FakeProxy:
         self.presences += 1
         await self._reach()
         return Presence(proxy_id=self.id, instance=self.instance, time_ms=int(self.clock.wall_s() * 1000))
+
+    async def told(self, word: EnvironmentWord) -> EnvironmentInForce:
+        await self._reach()
+        self.words.append(word)
+        return EnvironmentInForce(state=word.state, term=word.term, epoch=word.epoch, instance=self.instance)
 
     async def envelopes(self, tokens: Sequence[str]) -> list[Answer]:
         await self._reach()
@@ -183,6 +200,10 @@ class FakeProxies(Transport):
     @override
     async def presence(self, proxy: Proxy) -> Presence:
         return await self.proxies[proxy.id].presence()
+
+    @override
+    async def tell_environment(self, proxy: Proxy, word: EnvironmentWord) -> EnvironmentInForce:
+        return await self.proxies[proxy.id].told(word)
 
     @override
     async def send(

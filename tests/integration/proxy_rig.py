@@ -21,6 +21,7 @@ from envelope.objects import Opener
 from proxy.addon import SealgateAddon
 from proxy.config import EngineSettings
 from proxy.engine import Engine, upstream_trust
+from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
@@ -78,6 +79,7 @@ class Rig:
     metrics: ProxyMetrics
     registry: CollectorRegistry
     engine: Engine
+    environments: Environments = field(default_factory=Environments)
     tenants: dict[str, TenantEntry] = field(default_factory=dict)
     services: dict[NetworkService, ServiceEntry] = field(default_factory=dict)
     materials: dict[NetworkService, dict[KeyId, bytes]] = field(default_factory=dict)
@@ -289,9 +291,14 @@ async def proxy(
     http2: bool = True,
     wait_s: float = 0.2,
     proxy_certificate: tuple[Path, Path] | None = None,
+    environment: str | None = None,
     profiles: Mapping[str, Profile] = PROFILES,
+    database_dir: Path | None = None,
 ) -> AsyncIterator[Rig]:
-    """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`."""
+    """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`.
+
+    Proxies with one *database_dir* share what is remembered of uploads.
+    """
     clock = SystemClock()
     registry = CollectorRegistry()
     own_file, own_key_file = proxy_certificate or (None, None)
@@ -304,17 +311,25 @@ async def proxy(
     audit = AuditLog.open(directory / "audit.jsonl", clock)
     keys = KeyCache(clock)
     metrics = ProxyMetrics(registry)
-    database = f"sqlite:///{directory / 'uploads' / 'directory.db'}"
-    DirectoryStore.open(database, directory / "uploads", clock=clock).close()  # makes the schema
+    database_dir = database_dir or directory / "uploads"
+    database = f"sqlite:///{database_dir / 'directory.db'}"
+    DirectoryStore.open(database, database_dir, clock=clock).close()  # makes the schema
     async with (
         Prefetch(upstream_trust(engine_settings.upstream_ca_file)) as prefetch,
         UploadStore.open(database, clock=clock) as uploads,
     ):
+        environments = Environments(environment, on_refused=keys.withdraw_tenant)
         addon = SealgateAddon(
-            keys=keys, audit=audit, prefetch=prefetch, metrics=metrics, wait_s=wait_s, uploads=uploads
+            keys=keys,
+            audit=audit,
+            prefetch=prefetch,
+            metrics=metrics,
+            wait_s=wait_s,
+            uploads=uploads,
+            environments=environments,
         )
         engine = Engine(engine_settings, addon, clock, profiles=profiles)
-        rig = Rig(directory, engine_settings, keys, audit, metrics, registry, engine)
+        rig = Rig(directory, engine_settings, keys, audit, metrics, registry, engine, environments)
         try:
             yield rig
         finally:

@@ -8,7 +8,8 @@ import pytest
 
 from certs.pki import certificate_pem
 from envelope.certificates import fingerprint
-from key_agent.push.transport import HttpsTransport, PushError
+from envelope.errors import KeyUnavailableError
+from key_agent.push.transport import EnvironmentWord, HttpsTransport, PushError
 from key_agent.registry.model import Proxy
 from tests.pki import write_certificate
 from tests.proxy.api.test_push import PushEndpoint, serve
@@ -73,6 +74,30 @@ async def test_a_refresh_and_a_withdrawal(
     assert (withdrawn.accepted, withdrawn.keys) == (True, 0)
     session = await transport.open_session(proxy)
     assert all(service.key_ids == () for service in session.services)
+
+
+async def test_a_word_on_the_environment(
+    endpoint: PushEndpoint, transport: HttpsTransport, acme: HostedTenant
+) -> None:
+    def word(state: str, *, epoch: int, environment: str = "a") -> EnvironmentWord:
+        return EnvironmentWord(environment=environment, state=state, reason=None, term=1, epoch=epoch)
+
+    tenant, rival = acme.owner().tenant, "rival"
+    assert endpoint.environments.refuses(tenant)
+    found = await transport.tell_environment(address(endpoint), word("active", epoch=3))
+    assert (found.state, found.epoch, found.instance) == ("active", 3, endpoint.receiver.instance)
+    assert not endpoint.environments.refuses(tenant)
+    assert endpoint.environments.refuses(rival), "an agent speaks for its own tenant"
+    session = await transport.open_session(address(endpoint))
+    await transport.send(address(endpoint), [acme.seal(endpoint.clock, session.challenge, acme.key())])
+    assert (await transport.tell_environment(address(endpoint), word("healing", epoch=4))).state == "healing"
+    with pytest.raises(KeyUnavailableError):
+        endpoint.cache.sealing_key(acme.owner())
+    stale = await transport.tell_environment(address(endpoint), word("active", epoch=3))
+    assert (stale.state, stale.epoch) == ("healing", 4)
+    with pytest.raises(PushError) as caught:
+        await transport.tell_environment(address(endpoint), word("active", epoch=9, environment="b"))
+    assert caught.value.code == "environment"
 
 
 async def test_presence_and_session_name_the_same_start(

@@ -24,6 +24,7 @@ from envelope.certificates import fingerprint
 from envelope.errors import KeyUnavailableError
 from proxy.api import push
 from proxy.api.push import MAX_BODY_BYTES, MAX_ENVELOPES, TokenBucket, make_push_application, openapi_document
+from proxy.environments import Environments, Word
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.model import Directory
@@ -57,6 +58,7 @@ class PushEndpoint:
     cache: KeyCache
     receiver: Receiver
     tls: ServerTls
+    environments: Environments
 
     def apply(self, directory: Directory) -> None:
         roots = [tenant.root_certificate for tenant in directory.tenants.values()]
@@ -136,12 +138,17 @@ async def serve(
     )
     roots = [tenant.root_certificate for tenant in directory.tenants.values()]
     tls = ServerTls(certificate_file, key_file, client_roots=roots)
-    application = make_push_application(receiver, clock=clock, requests_per_s=requests_per_s)
+    environments = Environments("a", on_refused=cache.withdraw_tenant)
+
+    async def told(tenant: str, word: Word) -> Word:
+        return environments.take(tenant, word)
+
+    application = make_push_application(receiver, clock=clock, requests_per_s=requests_per_s, told=told)
     try:
         # Not 0: aiohttp takes that for no limit at all.
         server = serving(application, host="localhost", port=0, ssl_context=tls.context, grace_s=0.1)
         async with server as port:
-            yield PushEndpoint(port, ca_file, path, clock, cache, receiver, tls)
+            yield PushEndpoint(port, ca_file, path, clock, cache, receiver, tls, environments)
     finally:
         audit.close()
 

@@ -1,0 +1,159 @@
+"""This environment's proxies are told what it is: at once when it changes, and again whenever one forgot.
+
+1. The word goes to every proxy that this agent feeds or has fed, whether keys flow or not: one that must not
+   serve has to know, whatever it still holds.
+2. It has been told once it is in force there. Who cannot be told is tried again; its keys end by themselves.
+3. A proxy that restarted has forgotten it. Every RESTATE_S the word is said again, which costs a kilobyte.
+4. An environment by itself, without shared rows, tells nobody anything.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import structlog
+
+from key_agent.journal import Journal
+from key_agent.push.targets import Targets
+from key_agent.push.transport import EnvironmentWord, PushError, Transport
+from key_agent.refresh import wait_until
+from key_agent.registry.model import Proxy
+from runtime.clock import Clock
+
+if TYPE_CHECKING:
+    from key_agent.environments.peering import Peering
+
+log = structlog.get_logger(__name__)
+
+RESTATE_S: Final = 5.0
+TIMEOUT_S: Final = 5.0
+CONCURRENT: Final = 128
+_FIRST_RETRY_S: Final = 0.25
+_MAX_RETRY_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How far one proxy is."""
+
+    word: EnvironmentWord
+    at_boot_s: float
+    error: str | None = None
+    """Why it does not act on `word`; None: it does."""
+
+
+class Telling:
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        targets: Targets,
+        journal: Journal,
+        clock: Clock,
+        word: Callable[[], EnvironmentWord | None],
+    ) -> None:
+        """*word*: what is to be told now; None: nothing."""
+        self._transport = transport
+        self._targets = targets
+        self._journal = journal
+        self._clock = clock
+        self._word = word
+        self._wake = asyncio.Event()
+        self._places = asyncio.Semaphore(CONCURRENT)
+        self._told: dict[str, Told] = {}
+        self._next_s: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._under_way: set[str] = set()
+
+    @classmethod
+    def of(
+        cls, peering: "Peering", *, transport: Transport, targets: Targets, journal: Journal, clock: Clock
+    ) -> "Telling":
+        """What *peering*'s verdict says, from now on."""
+
+        def word() -> EnvironmentWord | None:
+            if not peering.is_united:
+                return None
+            verdict, position = peering.verdict, peering.position
+            return EnvironmentWord(
+                environment=peering.environment,
+                state=verdict.state,
+                reason=None if verdict.reason is None else verdict.reason[:500],
+                term=position.term,
+                epoch=position.epoch,
+            )
+
+        telling = cls(transport=transport, targets=targets, journal=journal, clock=clock, word=word)
+        peering.listen(lambda _view: telling.wake())
+        return telling
+
+    @property
+    def told(self) -> Mapping[str, Told]:
+        """By proxy: what it was told last, and whether it acts on it."""
+        return self._told
+
+    def wake(self) -> None:
+        """The word has changed."""
+        self._wake.set()
+
+    async def run(self) -> NoReturn:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                word = self._word()
+                next_s: float | None = None
+                if word is not None:
+                    next_s = self._begin(group, word)
+                await wait_until(self._clock, self._wake, next_s)
+        raise AssertionError("unreachable: the loop above does not end")
+
+    def _begin(self, group: asyncio.TaskGroup, word: EnvironmentWord) -> float:
+        proxies = self._targets.proxies
+        for gone in self._told.keys() - proxies.keys():
+            del self._told[gone]
+        now_s = self._clock.boot_s()
+        next_s = now_s + RESTATE_S
+        for name, proxy in proxies.items():
+            told = self._told.get(name)
+            is_new = told is None or told.word != word
+            due_s = 0.0 if is_new and not self._failures.get(name) else self._next_s.get(name, 0.0)
+            if name in self._under_way:
+                continue
+            if due_s <= now_s:
+                self._under_way.add(name)
+                group.create_task(self._tell(proxy, word), name=f"environment:{name}")
+            else:
+                next_s = min(next_s, due_s)
+        return next_s
+
+    async def _tell(self, proxy: Proxy, word: EnvironmentWord) -> None:
+        error: str | None = None
+        try:
+            async with self._places, asyncio.timeout(TIMEOUT_S):
+                found = await self._transport.tell_environment(proxy, word)
+            if (found.term, found.epoch) != (word.term, word.epoch) or found.state != word.state:
+                error = f"it acts on epoch {found.epoch} of term {found.term}: {found.state}"
+        except PushError as failure:
+            error = str(failure)
+        except TimeoutError:
+            error = f"no answer within {TIMEOUT_S:g} s"
+        except Exception as failure:  # noqa: BLE001 - whatever one proxy does stops no loop; told by its name
+            error = type(failure).__name__
+        self._note(proxy.id, word, error)
+
+    def _note(self, name: str, word: EnvironmentWord, error: str | None) -> None:
+        self._under_way.discard(name)
+        now_s = self._clock.boot_s()
+        before = self._told.get(name)
+        self._told[name] = Told(word, now_s, error)
+        failures = 0 if error is None else self._failures.get(name, 0) + 1
+        self._failures[name] = failures
+        pause_s = min(_MAX_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
+        self._next_s[name] = now_s + (pause_s if failures else RESTATE_S)
+        if before is None or before.word.state != word.state or (before.error is None) != (error is None):
+            if error is None:
+                self._journal.note("environment-told", proxy=name, state=word.state, epoch=word.epoch)
+            else:
+                log.warning("a proxy does not know what its environment is", proxy=name, cause=error)
+        self._wake.set()

@@ -1,0 +1,86 @@
+"""A proxy of an environment that must not serve: refused at once, whatever is asked, with real clients."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from proxy.environments import Word
+from proxy.tenants.model import ServiceEntry
+from tests import pki
+from tests.integration.proxy_rig import Origin, Rig, proxy, webdav
+
+
+class World:
+    def __init__(self, rig: Rig, origin: Origin, service: ServiceEntry) -> None:
+        self.rig, self.origin, self.service = rig, origin, service
+        self._epoch = 0
+
+    def say(self, state: str) -> None:
+        self._epoch += 1
+        self.rig.environments.take(
+            self.service.owner.tenant, Word(environment="a", state=state, term=1, epoch=self._epoch)
+        )
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    server_ca = pki.make_server_ca()
+    certificate_file, key_file = pki.write_credential(pki.issue_server(server_ca), tmp_path, "origin")
+    ca_file = pki.write_certificate(server_ca.certificate, tmp_path / "server-ca.pem")
+    async with (
+        webdav(tmp_path, certificate_file, key_file) as origin,
+        proxy(tmp_path, ca_file, environment="a") as rig,
+    ):
+        rig.tenant("acme")
+        service = rig.service("acme/drive", origin.url)
+        await rig.engine.prepare()
+        await rig.engine.start(rig.picture())
+        yield World(rig, origin, service)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+async def test_nothing_is_served_unless_the_environment_serves(world: World, mode: str) -> None:
+    rig, service = world.rig, world.service
+
+    async def put() -> tuple[int, str | None, str | None]:
+        answer = await rig.ask(service, "/file", "-T", "-", mode=mode, body=b"plain" * 100)
+        if mode == "forward" and answer.exit_code == 56:  # CONNECT itself is refused
+            return 503 if b"503" in answer.error.encode() else 0, "env-healing", "2"
+        return answer.status, answer.code, answer.headers.get("retry-after")
+
+    rig.push(service.owner)
+    assert await put() == (503, "env-healing", "2"), "not told yet"
+    world.say("active")
+    assert (await put())[0] == 201
+    world.say("healing")
+    assert await put() == (503, "env-healing", "2")
+    for method in ("DELETE", "OPTIONS", "GET", "HEAD"):
+        answer = await rig.ask(service, "/file", "-X", method, "-m", "5", mode=mode)
+        assert answer.status in {0, 503}, "requests without keys are refused as well"
+    assert world.origin.names() == ["file"]
+    world.say("active")
+    assert (await put())[1] in {"key-withdrawn", "no-active-key"}, "the keys were forgotten"
+    rig.push(service.owner)
+    assert (await put())[0] in {201, 204}
+    world.say("draining")
+    assert (await put())[0] in {201, 204}
+
+
+async def test_what_is_under_way_is_cut(world: World) -> None:
+    rig, service = world.rig, world.service
+    rig.push(service.owner)
+    world.say("active")
+    body = os.urandom(8 << 20)
+    assert (await rig.ask(service, "/big", "-T", "-", body=body)).status == 201
+    # Slow enough that it would take a minute.
+    running = asyncio.create_task(rig.ask(service, "/big", "--limit-rate", "128k"))
+    cutting = asyncio.create_task(rig.engine.cut_ended())
+    await asyncio.sleep(0.5)
+    world.say("healing")
+    answer = await asyncio.wait_for(running, 20)
+    cutting.cancel()
+    assert answer.exit_code != 0
+    assert len(answer.body) < len(body)

@@ -1,0 +1,105 @@
+"""Every proxy acts on the environment's newest word, soon, and again after it forgot."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from key_agent.environments.telling import RESTATE_S, Telling
+from key_agent.journal import Journal
+from key_agent.push.targets import Targets
+from key_agent.push.transport import EnvironmentWord
+from key_agent.registry.model import Book, Proxy
+from runtime.audit import AuditLog
+from runtime.clock import SystemClock
+from tests.fakes.proxies import FakeProxies, FakeProxy
+from tests.key_agent.conftest import until
+
+
+class Clock(SystemClock):
+    """The real one, that can be ahead."""
+
+    ahead_s = 0.0
+
+    def boot_s(self) -> float:
+        return super().boot_s() + self.ahead_s
+
+
+class Site:
+    def __init__(self, proxies: list[FakeProxy], directory: Path, clock: Clock) -> None:
+        self.proxies = proxies
+        self.clock = clock
+        self.word: EnvironmentWord | None = None
+        rows = {proxy.id: Proxy(id=proxy.id, url="https://unused", ca_pem="") for proxy in proxies}
+        book = Book(kek=None, services=(), proxies=rows, links=(), sequences={})
+        self.audit = directory / "audit.jsonl"
+        self.telling = Telling(
+            transport=FakeProxies(*proxies),
+            targets=Targets(book),
+            journal=Journal(AuditLog.open(self.audit, clock)),
+            clock=clock,
+            word=lambda: self.word,
+        )
+
+    def say(self, state: str, epoch: int) -> None:
+        self.word = EnvironmentWord(environment="a", state=state, reason=None, term=1, epoch=epoch)
+        self.telling.wake()
+
+    def all_act_on(self, epoch: int) -> bool:
+        return all(
+            (told := self.telling.told.get(proxy.id)) is not None
+            and told.error is None
+            and told.word.epoch == epoch
+            for proxy in self.proxies
+        )
+
+
+@asynccontextmanager
+async def telling(tmp_path: Path, count: int = 3) -> AsyncIterator[Site]:
+    clock = Clock()
+    proxies = [FakeProxy(id=f"proxy-{number}", clock=clock, signers={}) for number in range(count)]
+    site = Site(proxies, tmp_path, clock)
+    task = asyncio.create_task(site.telling.run())
+    try:
+        yield site
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_change_is_told_at_once_and_an_unchanged_word_again(tmp_path: Path) -> None:
+    async with telling(tmp_path) as site:
+        await asyncio.sleep(0)
+        assert site.telling.told == {}, "an environment by itself tells nobody"
+        site.say("active", 1)
+        await until(lambda: site.all_act_on(1), timeout_s=5)
+        site.say("healing", 2)
+        await until(lambda: site.all_act_on(2), timeout_s=5)
+        assert [word.state for word in site.proxies[0].words] == ["active", "healing"]
+        site.clock.ahead_s += RESTATE_S + 1
+        site.telling.wake()
+        await until(lambda: len(site.proxies[0].words) >= 3, timeout_s=5)
+        assert site.proxies[0].words[-1].state == "healing"
+
+
+async def test_one_that_hangs_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async with telling(tmp_path) as site:
+        slow, *others = site.proxies
+        slow.hanging = True
+        site.say("healing", 1)
+        await until(lambda: all(proxy.words for proxy in others), timeout_s=3)
+        assert not slow.words
+        slow.hanging = False
+
+
+async def test_one_that_is_away_is_told_when_it_is_back(tmp_path: Path) -> None:
+    async with telling(tmp_path) as site:
+        away = site.proxies[0]
+        away.down = True
+        site.say("healing", 1)
+        await until(
+            lambda: (told := site.telling.told.get(away.id)) is not None and told.error is not None,
+            timeout_s=5,
+        )
+        away.down = False
+        await until(lambda: site.all_act_on(1), timeout_s=10)

@@ -1,0 +1,115 @@
+"""What an agent's word on its environment does at a proxy."""
+
+import asyncio
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from proxy.api.environment import STATUS_PATH, answering_checks, status_routes
+from proxy.environments import Environments, ForeignEnvironmentError, Word
+from runtime.serve import make_application, serving
+
+
+def word(state: str, *, term: int = 1, epoch: int = 1, environment: str = "a") -> Word:
+    return Word(environment=environment, state=state, term=term, epoch=epoch)
+
+
+def test_a_single_environment_needs_no_word() -> None:
+    environments = Environments()
+    assert not environments.refuses("acme")
+    assert environments.line(["acme"]) == "up ready 100%\n"
+
+
+def test_one_of_several_serves_only_once_it_is_told() -> None:
+    environments = Environments("a")
+    assert environments.refuses("acme")
+    assert environments.line(["acme"]) == "down #untold\n"
+    environments.take("acme", word("active"))
+    assert not environments.refuses("acme")
+    assert environments.refuses("globex"), "a word is for its own tenant"
+    assert environments.line(["acme", "globex"]) == "down #untold\n"
+    with pytest.raises(ForeignEnvironmentError):
+        environments.take("acme", word("active", environment="b", epoch=9))
+    assert environments.line([]) == "up ready 100%\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "serves", "line"),
+    [
+        ("active", True, "up ready 100%\n"),
+        ("draining", True, "drain\n"),
+        ("healing", False, "down #healing\n"),
+        ("healed", False, "down #healed\n"),
+        ("rejoining", False, "down #rejoining\n"),
+        ("provisioning", False, "down #provisioning\n"),
+        ("joining", False, "down #joining\n"),
+        ("retired", False, "down #retired\n"),
+        ("who-knows", False, "down #who-knows\n"),
+    ],
+)
+def test_states(state: str, serves: bool, line: str) -> None:
+    refused: list[str] = []
+    environments = Environments("a", on_refused=refused.append)
+    environments.take("acme", word(state))
+    assert environments.refuses("acme") is not serves
+    assert environments.line(["acme"]) == line
+    assert refused == ([] if serves else ["acme"])
+
+
+def test_an_older_word_changes_nothing() -> None:
+    environments = Environments("a")
+    environments.take("acme", word("healing", term=2, epoch=5))
+    for stale in (word("active", term=1, epoch=9), word("active", term=2, epoch=4)):
+        assert environments.take("acme", stale).state == "healing"
+    assert environments.take("acme", word("active", term=2, epoch=5)).state == "active", "a lease came back"
+    environments.keep(["globex"])
+    assert environments.refuses("acme")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"environment": "a", "state": "active", "term": 1},
+        {"environment": "a", "state": "active\nup ready", "term": 1, "epoch": 1},
+        {"environment": "A!", "state": "active", "term": 1, "epoch": 1},
+        {"environment": "a", "state": "active", "term": -1, "epoch": 1},
+        {"environment": "a", "state": "active", "term": 1, "epoch": 1, "more": 1},
+        {"environment": "a", "state": "s" * 64, "term": 1, "epoch": 1},
+    ],
+)
+def test_what_is_no_word(wrong: dict[str, object]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(wrong, type=Word)
+
+
+async def test_what_load_balancers_ask() -> None:
+    environments = Environments("a")
+    application = make_application()
+    status_routes(application, environments, tenants=lambda: ["acme"])
+    check = await answering_checks(lambda: environments.line(["acme"]), host="127.0.0.1", port=0)
+    port = check.sockets[0].getsockname()[1]
+
+    async def asked() -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        answer = await reader.read()
+        writer.close()
+        return answer.decode()
+
+    async with check, serving(application, host="127.0.0.1", port=0) as http:
+
+        async def status() -> tuple[int, Any]:
+            url = f"http://127.0.0.1:{http}{STATUS_PATH}"
+            async with aiohttp.ClientSession() as session, session.get(url) as answer:
+                return answer.status, await answer.json()
+
+        assert await asked() == "down #untold\n"
+        assert (await status())[0] == 503
+        environments.take("acme", word("active", epoch=7))
+        assert await asked() == "up ready 100%\n"
+        code, body = await status()
+        assert (code, body["serves"], body["tenants"]["acme"]["epoch"]) == (200, True, 7)
+        environments.take("acme", word("healing", epoch=8))
+        assert await asked() == "down #healing\n"
+        assert (await status())[1]["tenants"]["acme"]["state"] == "healing"
