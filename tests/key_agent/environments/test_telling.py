@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import override
 
 from key_agent.environments.telling import RESTATE_S, Telling
 from key_agent.journal import Journal
@@ -21,6 +22,7 @@ class Clock(SystemClock):
 
     ahead_s = 0.0
 
+    @override
     def boot_s(self) -> float:
         return super().boot_s() + self.ahead_s
 
