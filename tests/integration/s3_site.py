@@ -63,6 +63,8 @@ class Site:
     rig: Rig
     service: ServiceEntry
     ways: Mapping[str, Way]
+    ca_file: Path
+    """Of the server's certificate."""
 
     def opened(self, stored: bytes) -> bytes:
         """The plaintext of what lies in the store, opened by the formats alone: an object, or a composite."""
@@ -102,33 +104,49 @@ async def site(
         else:
             server = await parts.enter_async_context(moto(directory, *pair, host=server_host))
         rig = await parts.enter_async_context(proxy(directory, ca_file))
-        tenant = rig.tenant("tenant-a")
-        entry = rig.service("tenant-a/store", server.url, profile="s3", legacy=legacy)
-        secret = secrets.token_urlsafe(24) if gateway else server.secret_key
-        access_key = "GATEWAYKEY" if gateway else server.access_key
-        held = Secrets(client_secret=secret, upstream_secret=server.secret_key if gateway else None)
-        credential = UpstreamCredential(
-            access_key=access_key,
-            upstream_access_key=server.access_key,
-            not_after_s=None,
-            created_at_s=0,
-            sealed=msgspec.json.encode(held),
-            opener=lambda sealed: sealed,
-        )
-        entry = replace(
-            entry, credentials={access_key: credential}, profile_options=dict(options or {"max_parts": 1000})
-        )
-        rig.services[entry.owner] = entry
+        yield await provisioned(rig, server, ca_file, options=options, gateway=gateway, legacy=legacy)
+
+
+async def provisioned(
+    rig: Rig,
+    server: Server,
+    ca_file: Path,
+    *,
+    options: Mapping[str, object] | None = None,
+    gateway: bool = False,
+    legacy: LegacyPolicy = LegacyPolicy.STRICT,
+    like: "Site | None" = None,
+) -> Site:
+    """Start *rig* before *server*. *like*: another proxy of the same network service, with the same keys."""
+    tenant = rig.tenant("tenant-a")
+    entry = rig.service("tenant-a/store", server.url, profile="s3", legacy=legacy)
+    secret = secrets.token_urlsafe(24) if gateway else server.secret_key
+    access_key = "GATEWAYKEY" if gateway else server.access_key
+    held = Secrets(client_secret=secret, upstream_secret=server.secret_key if gateway else None)
+    credential = UpstreamCredential(
+        access_key=access_key,
+        upstream_access_key=server.access_key,
+        not_after_s=None,
+        created_at_s=0,
+        sealed=msgspec.json.encode(held),
+        opener=lambda sealed: sealed,
+    )
+    entry = replace(
+        entry, credentials={access_key: credential}, profile_options=dict(options or {"max_parts": 1000})
+    )
+    rig.services[entry.owner] = entry
+    if like is None:
         rig.push(entry.owner)
-        await rig.engine.prepare()
-        await rig.engine.start(rig.picture())
-        own_ca = tenant.interception_ca.certificate_file
-        port = urlsplit(rig.reverse_url(entry, "/")).port
-        ways = {
-            "direct": Way("direct", server.url, ca_file, server.access_key, server.secret_key),
-            "forward": Way(
-                "forward", server.url, own_ca, access_key, secret, f"http://{tenant.forward_listen}"
-            ),
-            "reverse": Way("reverse", f"https://{HOST}:{port}", own_ca, access_key, secret),
-        }
-        yield Site(server, rig, entry, ways)
+    else:
+        for key_id, material in like.rig.materials[entry.owner].items():
+            rig.push(entry.owner, key_id=key_id, material=material)
+    await rig.engine.prepare()
+    await rig.engine.start(rig.picture())
+    own_ca = tenant.interception_ca.certificate_file
+    port = urlsplit(rig.reverse_url(entry, "/")).port
+    ways = {
+        "direct": Way("direct", server.url, ca_file, server.access_key, server.secret_key),
+        "forward": Way("forward", server.url, own_ca, access_key, secret, f"http://{tenant.forward_listen}"),
+        "reverse": Way("reverse", f"https://{HOST}:{port}", own_ca, access_key, secret),
+    }
+    return Site(server, rig, entry, ways, ca_file)

@@ -28,7 +28,7 @@ s3: Any = boto3.client(
     config=Config(
         signature_version="s3v4",
         s3={"addressing_style": "path"},
-        retries={"max_attempts": 1},
+        retries={"total_max_attempts": 1},
         request_checksum_calculation=CHECKSUMS,
         response_checksum_validation=CHECKSUMS,
     ),
@@ -198,7 +198,7 @@ def multipart() -> None:
     upload = begin(key, ContentType="video/mp4", Metadata={"a": "b"})
     last = part(key, upload, 7, pieces[7])
     third = part(key, upload, 3, pieces[3])
-    part(key, upload, 1, data("superseded", 6 * MIB))
+    part(key, upload, 1, data("superseded", 5 * MIB))
     first = part(key, upload, 1, pieces[1])
     part(key, upload, 5, data("omitted", 5 * MIB))
     step("uploads", lambda: [item["Key"] for item in s3.list_multipart_uploads(Bucket=BUCKET)["Uploads"]])
@@ -243,8 +243,8 @@ def multipart() -> None:
     step("complete one", lambda: complete("only part", upload, [one]))
     contents["only part"] = hashlib.sha256(only).hexdigest()
     step("get one", lambda: get("only part", only))
-    settings = TransferConfig(multipart_threshold=6 * MIB, multipart_chunksize=6 * MIB, max_concurrency=4)
-    body = data("transfer", 17 * MIB + 5)
+    settings = TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB, max_concurrency=4)
+    body = data("transfer", 11 * MIB + 5)
     s3.upload_fileobj(io.BytesIO(body), BUCKET, "transfer", Config=settings)
     contents["transfer"] = hashlib.sha256(body).hexdigest()
     got = io.BytesIO()
@@ -422,14 +422,15 @@ def deletes() -> None:
 step("create", lambda: s3.create_bucket(Bucket=BUCKET)["ResponseMetadata"]["HTTPStatusCode"])
 step("no bucket", lambda: s3.head_bucket(Bucket=BUCKET + "-none"))
 objects()
-lists()
 multipart()
-copies()
 links()
-if SERVER == "moto":
-    settings()
-    forms()  # Swift knows none
-deletes()
-if SERVER == "moto":
-    versions()
+if CHECKSUMS == "when_supported":  # what follows has no content going up
+    lists()
+    copies()
+    if SERVER == "moto":
+        settings()
+        forms()  # Swift knows none
+    deletes()
+    if SERVER == "moto":
+        versions()
 json.dump({"seen": seen, "contents": contents}, sys.stdout)
