@@ -24,6 +24,9 @@ from envelope.errors import SealgateError
 from key_agent.agent import Agent
 from key_agent.backup import MAX_FILE_BYTES, BackupError
 from key_agent.commands import Json
+from key_agent.environments.approvals import ApprovalError
+from key_agent.environments.peer_transport import PeerError
+from key_agent.environments.shared import EpochGapError, RegistryTamperedError, StaleTermError
 from key_agent.errors import KeySourceError
 from key_agent.operations import Operations
 from key_agent.registry.database import RegistryError, RegistryInUseError
@@ -79,6 +82,88 @@ class Destroy(Reason, frozen=True, forbid_unknown_fields=True):
     """The key id, once more."""
 
 
+class IncidentOpen(_Body, frozen=True, forbid_unknown_fields=True):
+    environment: str
+    kind: str
+    reason: str
+    since_ms: int | None = None
+    keys: tuple[str, ...] = ()
+    service: str | None = None
+    keep_keys: bool = False
+    idempotency_key: str | None = None
+    by: str = ""
+
+
+class ApprovedKeys(_Body, frozen=True, forbid_unknown_fields=True):
+    keys: tuple[str, ...]
+    approval: str
+
+
+class Rekey(_Body, frozen=True, forbid_unknown_fields=True):
+    generator: str | None = None
+
+
+class Approved(_Body, frozen=True, forbid_unknown_fields=True):
+    approval: str
+
+
+class Rescue(ApprovedKeys, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    incident: str
+    until_ms: int
+
+
+class Retire(ApprovedKeys, frozen=True, forbid_unknown_fields=True):
+    accept_loss: bool = False
+
+
+class ReencryptionBegin(_Body, frozen=True, forbid_unknown_fields=True):
+    connector: str
+
+
+class ReencryptionEnd(_Body, frozen=True, forbid_unknown_fields=True):
+    state: str
+    rewritten: int
+    failed: int
+
+
+class Declare(_Body, frozen=True, forbid_unknown_fields=True):
+    reason: str
+
+
+class HealComplete(_Body, frozen=True, forbid_unknown_fields=True):
+    attestation: str
+    new_certificates: bool = False
+    kek: str | None = None
+
+
+class Rejoin(_Body, frozen=True, forbid_unknown_fields=True):
+    patience_s: float = 30.0
+
+
+class AdminAdd(_Body, frozen=True, forbid_unknown_fields=True):
+    public_key_pem: str
+    approval: str | None = None
+    by: str = ""
+
+
+class AdminRemove(_Body, frozen=True, forbid_unknown_fields=True):
+    approval: str | None = None
+    by: str = ""
+
+
+class ApprovalRequest(_Body, frozen=True, forbid_unknown_fields=True):
+    action: str
+    subject: str
+    payload: dict[str, Any]
+    by: str = ""
+    valid_s: int = 3600
+
+
+class ApprovalSign(_Body, frozen=True, forbid_unknown_fields=True):
+    admin: str
+    signature: str
+
+
 class BackupImport(_Body, frozen=True, forbid_unknown_fields=True):
     content_base64: str
     trial: bool = False
@@ -99,6 +184,39 @@ class ProxyAdd(_Body, frozen=True, forbid_unknown_fields=True):
     ca_pem: str
 
 
+class EnvInit(_Body, frozen=True, forbid_unknown_fields=True):
+    url: str
+    region: str = ""
+    geo: str = ""
+    address: str = ""
+    load_balancer_name: str = ""
+    lease_s: int = 300
+
+
+class EnvJoin(_Body, frozen=True, forbid_unknown_fields=True):
+    url: str
+    manager_url: str
+    manager_agent: str
+    fingerprint: str
+    region: str = ""
+    geo: str = ""
+    address: str = ""
+    load_balancer_name: str = ""
+
+
+class Fingerprint(_Body, frozen=True, forbid_unknown_fields=True):
+    fingerprint: str
+
+
+class EnvRetire(Reason, frozen=True, forbid_unknown_fields=True):
+    approval: str = ""
+
+
+class Promotion(_Body, frozen=True, forbid_unknown_fields=True):
+    approval: str
+    asked: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     operation: str
@@ -110,6 +228,7 @@ class Route:
 
 
 _KEY: Final = "/v1/services/{service}/keys/{kid}"
+_INCIDENT: Final = "/v1/incidents/{incident}"
 ROUTES: Final = (
     Route("status", "GET", "/v1/status", Nothing, "Who holds what until when", changes=False),
     Route("kek_status", "GET", "/v1/kek", Nothing, "The KEK and a fresh look at it", changes=False),
@@ -133,9 +252,84 @@ ROUTES: Final = (
     Route("key_compromise", "POST", f"{_KEY}/compromise", Reason, "No use, for good"),
     Route("key_loss", "GET", f"{_KEY}/loss", Nothing, "What its destruction makes unreadable"),
     Route("key_destroy", "POST", f"{_KEY}/destroy", Destroy, "Erase it; its id stands in the body again"),
+    Route("incident_open", "POST", "/v1/incidents", IncidentOpen, "A breach: what has to stop, stops"),
+    Route("incident_list", "GET", "/v1/incidents", Nothing, "All of them", changes=False),
+    Route("incident_status", "GET", _INCIDENT, Nothing, "Who has acknowledged it, asked now"),
+    Route("incident_scope", "GET", f"{_INCIDENT}/scope", Nothing, "Every key, and how", changes=False),
+    Route("incident_compromise", "POST", f"{_INCIDENT}/compromise", ApprovedKeys, "Further keys of it"),
+    Route("incident_rekey", "POST", f"{_INCIDENT}/rekey", Rekey, "New keys for those that were taken away"),
+    Route("incident_cancel", "POST", f"{_INCIDENT}/cancel", Approved, "A false alarm"),
+    Route("incident_close", "POST", f"{_INCIDENT}/close", Nothing, "Nothing is left to do"),
+    Route("incident_evidence", "POST", f"{_INCIDENT}/evidence", Nothing, "A file that proves itself"),
+    Route(
+        "reencryption_begin",
+        "POST",
+        f"{_INCIDENT}/reencryptions",
+        ReencryptionBegin,
+        "Which keys a re-encryption is about",
+    ),
+    Route(
+        "reencryption_end",
+        "POST",
+        "/v1/reencryptions/{job}/end",
+        ReencryptionEnd,
+        "What became of a re-encryption",
+    ),
+    Route("reencryption_list", "GET", "/v1/reencryptions", Nothing, "Re-encryptions", changes=False),
+    Route("keys_rescue", "POST", "/v1/keys/rescue", Rescue, "Compromised keys open again, for a time"),
+    Route("keys_retire", "POST", "/v1/keys/retire", Retire, "The end of keys, in every environment"),
+    Route("keys_resume", "POST", "/v1/keys/resume", ApprovedKeys, "Suspended keys are what they were"),
+    Route("env_declare", "POST", "/v1/environments/own/declare", Declare, "This one is not to be trusted"),
+    Route("env_new_kek", "POST", "/v1/environments/own/kek", NewKek, "A new KEK while it heals"),
+    Route(
+        "env_heal_complete",
+        "POST",
+        "/v1/environments/{environment}/heal-complete",
+        HealComplete,
+        "Its operator says that it is sound again",
+    ),
+    Route("env_rejoin", "POST", "/v1/environments/{environment}/rejoin", Rejoin, "Confirmed, proven, active"),
+    Route("admin_list", "GET", "/v1/admins", Nothing, "Who may approve", changes=False),
+    Route("admin_add", "PUT", "/v1/admins/{admin}", AdminAdd, "Make an administrator known"),
+    Route("admin_remove", "POST", "/v1/admins/{admin}/remove", AdminRemove, "Their word counts no more"),
+    Route("approval_request", "POST", "/v1/approvals", ApprovalRequest, "Ask two administrators"),
+    Route("approval_list", "GET", "/v1/approvals", Nothing, "All of them", changes=False),
+    Route("approval_show", "GET", "/v1/approvals/{approval}", Nothing, "One of them", changes=False),
+    Route("approval_sign", "POST", "/v1/approvals/{approval}/signatures", ApprovalSign, "Add a signature"),
     Route("backup_export", "POST", "/v1/backup/export", Nothing, "The registry as a file for this HSM alone"),
     Route("backup_import", "POST", "/v1/backup/import", BackupImport, "Fill what is missing from a file"),
     Route("proxy_add", "PUT", "/v1/proxies/{proxy}", ProxyAdd, "Make a proxy known, or change it"),
+    Route(
+        "env_identity",
+        "GET",
+        "/v1/environments/own/identity",
+        Nothing,
+        "What others know it by",
+        changes=False,
+    ),
+    Route(
+        "env_list",
+        "GET",
+        "/v1/environments",
+        Nothing,
+        "Environments, and what is heard of them",
+        changes=False,
+    ),
+    Route("env_status", "GET", "/v1/environments/{environment}", Nothing, "One of them", changes=False),
+    Route("env_init", "POST", "/v1/environments", EnvInit, "This environment becomes the first of several"),
+    Route("env_join", "POST", "/v1/environments/own/join", EnvJoin, "Ask to be added to a manager's"),
+    Route("env_add", "POST", "/v1/environments/{environment}/add", Fingerprint, "Say yes to one that asks"),
+    Route("env_drain", "POST", "/v1/environments/{environment}/drain", Reason, "No new work for it"),
+    Route("env_undrain", "POST", "/v1/environments/{environment}/undrain", Nothing, "It rejoins"),
+    Route(
+        "env_retire",
+        "POST",
+        "/v1/environments/{environment}/retire",
+        EnvRetire,
+        "It is none of them any more",
+    ),
+    Route("env_promotion", "GET", "/v1/environments/own/promotion", Nothing, "What is to be signed"),
+    Route("env_promote", "POST", "/v1/environments/own/promote", Promotion, "This agent becomes the manager"),
     Route("proxy_remove", "POST", "/v1/proxies/{proxy}/remove", Nothing, "Withdraw everything from a proxy"),
 )
 _BY_NAME: Final = {route.operation: route for route in ROUTES}
@@ -223,6 +417,19 @@ def explain_agent(error: Exception) -> CommandError:
                 ExitCode.REFUSED,
                 code="backup",
             )
+        case ApprovalError():
+            return CommandError(str(error), error.next_step, ExitCode.REFUSED, code=f"approval-{error.code}")
+        case PeerError():
+            return CommandError(
+                f"another environment: {error}",
+                "`key-agent env list` shows which of them answer",
+                ExitCode.UNAVAILABLE if error.is_silence else ExitCode.REFUSED,
+                code=f"peer-{error.code.replace('_', '-')}",
+            )
+        case StaleTermError() | EpochGapError():
+            return CommandError(str(error), error.next_step, ExitCode.REFUSED, code="stale-term")
+        case RegistryTamperedError():
+            return CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="registry-tampered")
         case StateLockedError():
             return CommandError(str(error), error.next_step, ExitCode.UNAVAILABLE, code="locked")
         case RegistryInUseError():

@@ -10,7 +10,7 @@ import functools
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,10 @@ from envelope.errors import MisuseError
 from key_agent import api, config, metrics
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.config import Settings
+from key_agent.environments.assembly import Environments
+from key_agent.environments.following import Following
+from key_agent.environments.incident_parts import IncidentParts
+from key_agent.environments.key_parts import KeyParts
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
 from key_agent.operations import Operations
@@ -218,6 +222,7 @@ async def opened(
         stack.push_async_callback(source.close)
         transport = transport or make_transport(settings, clock)
         stack.push_async_callback(transport.close)
+        revocations = _revocations(mine.revocation_list_file, root)
         agent = Agent(
             agent_id=mine.id,
             tenant=mine.tenant,
@@ -233,8 +238,24 @@ async def opened(
             clock=clock,
             jitter=random.SystemRandom().random,
             load_credentials=functools.partial(load_credentials, settings, root),
-            revocations=_revocations(mine.revocation_list_file, root),
+            revocations=revocations,
         )
+        agent.environments = await Environments.open(
+            settings,
+            registry=registry,
+            root=root,
+            revocations=revocations,
+            consent=agent.consent,
+            journal=journal,
+            clock=clock,
+        )
+        if agent.environments is not None:
+            stack.push_async_callback(agent.environments.close)
+            following = Following(agent, agent.environments.peering)
+            agent.environments.tasks.append(("following", following.run))
+            keys = KeyParts(agent, agent.environments)
+            agent.environments.key_parts = keys
+            agent.environments.incident_parts = IncidentParts(agent, agent.environments, keys.manager)
         await agent.start()
         yield agent
 
@@ -268,6 +289,7 @@ async def serve(
             await agent.journal.record("agent-started", agent=agent.agent_id, pid=os.getpid())
             async with (
                 agent.working(refresh=True),
+                nullcontext() if agent.environments is None else agent.environments.working(),
                 api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
                 serving(
                     api.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port

@@ -22,6 +22,11 @@ import typer
 from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, live_status, setup
 from key_agent.commands import Json
+from key_agent.environments import healing_cli  # noqa: F401 - it adds its commands to `env`
+from key_agent.environments.approval_cli import admin_app, approval_app
+from key_agent.environments.cli import environment_app
+from key_agent.environments.incident_cli import incident_app
+from key_agent.environments.old_keys_cli import keys_app
 from key_agent.performing import Options, confirm, perform, perform_with, show
 from key_agent.sources.vendors import GENERIC, load_vendor, vendor_names
 from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME
@@ -50,6 +55,11 @@ program.add_typer(service_app, name="service")
 program.add_typer(key_app, name="key")
 program.add_typer(backup_app, name="backup")
 program.add_typer(proxy_app, name="proxy")
+program.add_typer(environment_app, name="env")
+program.add_typer(incident_app, name="incident")
+program.add_typer(keys_app, name="keys")
+program.add_typer(approval_app, name="approval")
+program.add_typer(admin_app, name="admin")
 
 
 cli.add_options(

@@ -23,6 +23,7 @@ from envelope.errors import FormatError, MisuseError
 from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, check_name
 from key_agent.backup import RESERVED_SERVICE, BackupCommands
 from key_agent.commands import Json
+from key_agent.environments.incident_commands import IncidentCommands
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
 from key_agent.kek_rotation import KekRotation, give_up
@@ -44,7 +45,7 @@ log = structlog.get_logger(__name__)
 _WITHDRAWAL_PATIENCE_S: Final = 8.0
 
 
-class Operations(KeyCommands, BackupCommands):
+class Operations(KeyCommands, BackupCommands, IncidentCommands):
     # The KEK.
 
     async def kek_create(
@@ -446,6 +447,7 @@ class Operations(KeyCommands, BackupCommands):
                 "at_ms": consent.diagnosed_at_ms,
             },
             "kek": None if row is None else _kek_json(row),
+            "environments": None if agent.environments is None else await self.env_list(),
             "problems": agent.reasons_not_ready() if agent.is_running else [],
             "rotations": await self._rotation_rows(),
             "ending": self._lifetime_rows(all_of_them=False),

@@ -22,7 +22,7 @@ _DOMAIN: Final = b"sealgate/v1 heartbeat\x00"
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=63)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{2,128}$")]
+_Hex = Annotated[str, msgspec.Meta(pattern="^(?:[0-9a-f]{2}){0,64}$")]
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

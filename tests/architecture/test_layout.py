@@ -67,6 +67,10 @@ _TALKS: Final = (
     "tests/integration/test_profile_hooks.py",
     "carries out what profiles plan: on real sockets, through the real gate",
 )
+_PEERING: Final = (
+    "tests/key_agent/environments/test_peering.py",
+    "agents in step with each other: right when several of them, over real TLS and databases, are",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
@@ -78,6 +82,22 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/key_agent/environments/test_leadership.py",
         "right when a real etcd says so",
     ),
+    "key_agent/environments/assembly.py": _PEERING,
+    "key_agent/environments/cli.py": (
+        "tests/environments/test_site.py",
+        "commands, seen through the processes that carry them out",
+    ),
+    "key_agent/environments/environment_commands.py": _PEERING,
+    "key_agent/environments/following.py": (
+        "tests/environments/test_site.py",
+        "what an agent does about changed rows, seen at its proxies",
+    ),
+    "key_agent/environments/founding.py": (
+        "tests/environments/test_site.py",
+        "one environment's keys, found again in all of them",
+    ),
+    "key_agent/environments/peer_routes.py": _PEERING,
+    "key_agent/environments/peers.py": _PEERING,
     "key_agent/environments/peer_api.py": _PEERS,
     "key_agent/environments/peer_trust.py": _PEERS,
     "key_agent/errors.py": (

@@ -1,0 +1,287 @@
+"""The parts of an agent whose environment is one of several, wired; its loops, and its listener for peers.
+
+1. Everything here exists only with a section [environments]; an agent without it runs as ever.
+2. The listener opens before anything is asked of others, and closes last. Whoever stands by (another agent of
+   the same environment leads) has none of it.
+3. Pushing is bounded by the registry lease: what is sealed now ends with it at the latest.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from cryptography import x509
+
+from key_agent.config import EnvironmentsSettings, Settings
+from key_agent.consent import Consent
+from key_agent.environments.documents import Kind, TermBody
+from key_agent.environments.etcd import EtcdClient
+from key_agent.environments.founding import FIRST_TERM, founding_rows, kek_body
+from key_agent.environments.leadership import Appointed, Candidate, Elected, Leadership
+from key_agent.environments.membership import Membership
+from key_agent.environments.peer_api import PeerRoute, listening, make_api
+from key_agent.environments.peer_routes import REFUSALS, PeerRoutes
+from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peer_trust import PeerTrust
+from key_agent.environments.peering import Peering, newest_term
+from key_agent.environments.peers import Introduction, JoinRequest, Peers
+from key_agent.environments.registry_key import public_text, read_or_make_registry_key
+from key_agent.environments.shared import Draft, SharedRegistry
+from key_agent.environments.transport_key import transport_files
+from key_agent.journal import Journal
+from key_agent.push.revocations import Revocations
+from key_agent.registry.store import RefusedChangeError, Registry
+from runtime.clock import Clock
+from runtime.tls import ServerTls
+
+if TYPE_CHECKING:
+    from key_agent.environments.incident_parts import IncidentParts
+    from key_agent.environments.key_parts import KeyParts
+
+log = structlog.get_logger(__name__)
+
+
+class Environments:
+    """Use `Environments.open`; loops and listener run inside `working`."""
+
+    def __init__(
+        self,
+        *,
+        settings: EnvironmentsSettings,
+        registry: Registry,
+        shared: SharedRegistry,
+        transport: PeerTransport,
+        trust: PeerTrust,
+        tls_files: tuple[Path, Path],
+        root: x509.Certificate,
+        introduction: Introduction,
+        state_dir: Path,
+        consent: Consent,
+        journal: Journal,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self.shared = shared
+        self._transport = transport
+        self._trust = trust
+        self._tls_files = tls_files
+        self._root = root
+        self.state_dir = state_dir
+        self._clock = clock
+        self._registry_key = read_or_make_registry_key(state_dir)
+        self.peers = Peers(transport, address=self._address, timeout_s=settings.request_timeout_s)
+        self.peering = Peering(
+            tenant=introduction.tenant,
+            environment=introduction.environment,
+            agent_id=introduction.agent,
+            shared=shared,
+            registry_key=self._registry_key,
+            peers=self.peers,
+            consent=consent,
+            journal=journal,
+            clock=clock,
+            heartbeat_s=settings.heartbeat_s,
+            state_dir=state_dir,
+        )
+        self.membership = Membership(
+            peering=self.peering,
+            peers=self.peers,
+            introduction=introduction,
+            state_dir=state_dir,
+            clock=clock,
+            pin=shared.pin,
+        )
+        self._etcd: EtcdClient | None = None
+        self.peering.leadership = self._leadership()
+        self.routes: list[PeerRoute] = []
+        """What other parts answer peers with; to be filled before `working`."""
+        self.tasks: list[tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = []
+        """Loops of other parts: a name and a coroutine function; to be filled before `working`."""
+        self.key_parts: KeyParts | None = None
+        """What makes keys for all environments and takes them in; set likewise."""
+        self.incident_parts: IncidentParts | None = None
+        """What deals with incidents; set by whoever composes the agent, before `working`."""
+        self.port: int | None = None
+        """Where peers are answered, while `working`."""
+
+    @classmethod
+    async def open(
+        cls,
+        settings: Settings,
+        *,
+        registry: Registry,
+        root: x509.Certificate,
+        revocations: Revocations | None,
+        consent: Consent,
+        journal: Journal,
+        clock: Clock,
+    ) -> "Environments | None":
+        """None without a section [environments]. RegistryError, SettingsError, OSError."""
+        if settings.environments is None:
+            return None
+        mine = settings.agent
+        key = await asyncio.to_thread(read_or_make_registry_key, mine.state_dir)
+        shared = await SharedRegistry.open(registry, key=key, state_dir=mine.state_dir)
+        trust = PeerTrust(tenant=mine.tenant, root=root, revocations=revocations, clock=clock)
+        made = cls(
+            settings=settings.environments,
+            registry=registry,
+            shared=shared,
+            transport=PeerTransport(
+                trust=trust, certificate_file=settings.tls.certificate_file, key_file=settings.tls.key_file
+            ),
+            trust=trust,
+            tls_files=(settings.tls.certificate_file, settings.tls.key_file),
+            root=root,
+            introduction=Introduction(
+                tenant=mine.tenant,
+                environment=mine.environment_id,
+                agent=mine.id,
+                registry_key=public_text(key),
+            ),
+            state_dir=mine.state_dir,
+            consent=consent,
+            journal=journal,
+            clock=clock,
+        )
+        await made.peering.load()
+        return made
+
+    def _address(self, environment: str) -> PeerAddress:
+        return self.peering.address(environment)
+
+    async def close(self) -> None:
+        """Idempotent."""
+        await self._transport.close()
+        if self._etcd is not None:
+            await self._etcd.close()
+
+    @property
+    def is_elected(self) -> bool:
+        """Whether an election makes the manager, and nobody's command."""
+        return self._etcd is not None
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """The listener is open and the loops run while the block does. OSError: it cannot be bound."""
+        answers = PeerRoutes(self.peering, self.membership)
+        api = make_api(
+            [*answers.table(), *self.routes],
+            trust=self._trust,
+            is_member=answers.is_member,
+            refusals=REFUSALS,
+        )
+        tls = ServerTls(*self._tls_files, client_roots=[self._root])
+        host, port = self._settings.host, self._settings.port
+        failure: Exception | None = None
+        async with listening(api, host=host, port=port, ssl_context=tls.context) as self.port:
+            log.info("answers peers", host=host, port=self.port)
+            async with asyncio.TaskGroup() as group:
+                tasks: list[asyncio.Task[object]] = [
+                    group.create_task(self.peering.run(), name="environments:peering"),
+                    group.create_task(self.membership.run(), name="environments:membership"),
+                    *(group.create_task(run(), name=f"environments:{name}") for name, run in self.tasks),
+                ]
+                try:
+                    yield
+                except Exception as error:  # noqa: BLE001 - raised again, outside of the group
+                    failure = error
+                finally:
+                    for task in tasks:
+                        task.cancel()
+        self.port = None
+        if failure is not None:
+            raise failure
+
+    # What commands need.
+
+    async def request(
+        self, *, url: str, region: str, geo: str, address: str, load_balancer_name: str
+    ) -> JoinRequest:
+        """What this environment says of itself. RefusedChangeError without a KEK; OSError."""
+        row = await self._registry.current_kek()
+        if row is None or row.kek is None:
+            raise RefusedChangeError("there is no KEK yet", "`key-agent kek create` makes it in the HSM")
+        certificate_file, _ = await asyncio.to_thread(transport_files, self.state_dir)
+        certificate = await asyncio.to_thread(certificate_file.read_text, encoding="ascii")
+        unsigned = JoinRequest(
+            introduction=self.membership.introduction,
+            url=url,
+            region=region,
+            geo=geo,
+            address=address,
+            load_balancer_name=load_balancer_name,
+            kms_type=row.kek.method,
+            transport_certificate_pem=certificate,
+            kek_id=row.reference.kek_id,
+            kek=kek_body(row, self.peering.environment),
+        )
+        return unsigned.signed_by(self._registry_key)
+
+    async def found(self, request: JoinRequest, *, lease_s: int, now_ms: int) -> None:
+        """Write the first shared rows. RefusedChangeError while a rotation is under way."""
+        rows = await self._registry.transact(
+            lambda c: founding_rows(c, request=request, lease_s=lease_s, now_ms=now_ms)
+        )
+        self.shared.pin(self.peering.agent_id, request.introduction.registry_key)
+
+        def change(draft: Draft) -> None:
+            for kind, row_id, body in rows:
+                draft.put(kind, row_id, body)
+
+        await self.shared.write(change, term=FIRST_TERM, now_ms=now_ms)
+
+    async def catch_up(self, name: str) -> bool:
+        """Take over what *name* has, if it is newer. False: it did not answer."""
+        try:
+            await self.peering.ask(name)
+        except PeerError as error:
+            log.warning("not caught up with", peer=name, cause=str(error))
+            return False
+        return True
+
+    # Who leads.
+
+    def _leadership(self) -> Leadership:
+        mine = self._settings.etcd
+        if mine is None:
+            return Appointed(self.peering.agent_id, self._current)
+        self._etcd = EtcdClient(mine)
+        return Elected(
+            self._etcd,
+            mine,
+            tenant=self.peering.tenant,
+            candidate=Candidate(self.peering.agent_id, self.peering.environment),
+            clock=self._clock,
+            highest_term=lambda: self.peering.lease.newest.term,
+            may_lead=self._may_lead,
+            elected=self._elected,
+        )
+
+    def _current(self) -> tuple[int, str] | None:
+        found = newest_term(self.peering.view)
+        return None if found is None else (found[0], found[1].agent)
+
+    def _may_lead(self) -> bool:
+        own = self.peering.view.environments.get(self.peering.environment)
+        return own is not None and own.state.counts and self.peering.tampered is None
+
+    async def _elected(self, term: int) -> None:
+        """Write the new term: first what the others have."""
+        for name in self.peering.others():
+            await self.catch_up(name)
+        now_ms = int(self._clock.wall_s() * 1000)
+        body = TermBody(
+            agent=self.peering.agent_id,
+            environment=self.peering.environment,
+            since_ms=now_ms,
+            cause="elected by etcd",
+        )
+        await self.shared.write(
+            lambda draft: draft.put(Kind.TERM, f"{term:020d}", body), term=term, now_ms=now_ms
+        )
+        await self.peering.changed()

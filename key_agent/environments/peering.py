@@ -1,0 +1,579 @@
+"""What keeps an environment's agent in step with the others: ask, follow, bring, and stop when it cannot.
+
+1. Every few seconds each other agent is asked where it stands, each by a task of its own: one that hangs
+   holds up nobody. The answers feed the registry lease (registry_lease.py); what follows from that and from
+   the own row is acted upon at once (standing.py).
+2. Whoever has something newer is asked for it; who leads brings what is newer to whoever has it not, as soon
+   as it is written and then until it is acknowledged.
+3. A claim to be newer counts until it is shown or refuted. Rows that are not signed as they must be refute
+   it: a breached environment can stop itself, not the others.
+4. The own registry is verified every VERIFY_S and whenever somebody's digest differs at the same epoch. What
+   is found tampered with withdraws the environment, is told, and is replaced by what the others have.
+5. An environment may say of itself, without any manager, that it is not to be trusted (`declare`). That is
+   written beside the database first, so a restart does not undo it, and ends when the signed row says it too.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+import msgspec
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from envelope.errors import SealgateError
+from key_agent import metrics
+from key_agent.consent import Consent, EnvironmentStanding
+from key_agent.environments.documents import Delta, EnvironmentBody, TermBody, read_registry_key
+from key_agent.environments.heartbeats import (
+    Heartbeat,
+    Question,
+    check_heartbeat,
+    new_challenge,
+    sign_heartbeat,
+)
+from key_agent.environments.leadership import Leadership
+from key_agent.environments.peer_transport import PeerAddress, PeerError
+from key_agent.environments.peers import NOTICE_PATH, Ack, Peers
+from key_agent.environments.registry_lease import NEVER_S, Members, Position, RegistryLease
+from key_agent.environments.shared import (
+    EpochGapError,
+    RegistryTamperedError,
+    Shared,
+    SharedRegistry,
+    StaleTermError,
+)
+from key_agent.environments.standing import Verdict, judge, lease_s_of
+from key_agent.environments.states import EnvironmentState
+from key_agent.journal import Journal
+from key_agent.refresh import wait_until
+from key_agent.registry.database import RegistryError
+from runtime.clock import Clock
+from runtime.files import replace_file
+
+log = structlog.get_logger(__name__)
+
+VERIFY_S: Final = 30.0
+_LOOK_S: Final = 0.25
+"""Between two looks at the clock: a lease ends that much late at most."""
+_FIRST_RETRY_S: Final = 0.2
+_BRING_ATTEMPTS: Final = 4
+DECLARATION_NAME: Final = "healing.json"
+
+
+class Notice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An environment's own word that it is not to be trusted (rule 5). Its agent's certificate proves it."""
+
+    environment: str
+    reason: str
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What is known of another environment's agent, for people and load balancers."""
+
+    answers: bool
+    since_ms: int
+    position: Position | None = None
+    digest: str | None = None
+    state: str | None = None
+    """As it acts itself."""
+    latency_s: float | None = None
+    error: str | None = None
+
+
+class Peering:
+    def __init__(
+        self,
+        *,
+        tenant: str,
+        environment: str,
+        agent_id: str,
+        shared: SharedRegistry,
+        registry_key: Ed25519PrivateKey,
+        peers: Peers,
+        consent: Consent,
+        journal: Journal,
+        clock: Clock,
+        heartbeat_s: float,
+        state_dir: Path,
+    ) -> None:
+        self.tenant = tenant
+        self.environment = environment
+        self.agent_id = agent_id
+        self.shared = shared
+        self.peers = peers
+        self._registry_key = registry_key
+        self._consent = consent
+        self._journal = journal
+        self._clock = clock
+        self._heartbeat_s = heartbeat_s
+        self._declaration_file = state_dir / DECLARATION_NAME
+        self._declared = _read_declaration(self._declaration_file)
+        self.leadership: Leadership | None = None
+        """Set by whoever composes the agent, before `run`."""
+        self.ratify: Callable[[Notice], Awaitable[None]] | None = None
+        """What the manager does with a notice; incidents.py's."""
+        self.lease = RegistryLease()
+        self.sights: dict[str, Sight] = {}
+        self.notices: dict[str, Notice] = {}
+        """By environment: its own word, until the signed rows say it."""
+        self._view = Shared()
+        self._wakes: dict[str, asyncio.Event] = {}
+        self._changed = asyncio.Event()
+        self._verify = asyncio.Event()
+        self._listeners: list[Callable[[Shared], None]] = []
+        self._pulling = asyncio.Lock()
+        self._was_proven = False
+        self.tampered: str | None = None
+        self.verdict = self._judge()
+
+    # What others ask of this object.
+
+    @property
+    def view(self) -> Shared:
+        """The shared rows as last read."""
+        return self._view
+
+    @property
+    def leads(self) -> bool:
+        return self.leadership is not None and self.leadership.term is not None
+
+    @property
+    def position(self) -> Position:
+        return Position(self._view.term, self._view.epoch)
+
+    @property
+    def is_united(self) -> bool:
+        """Whether there is a set of environments that this one is part of, or to be part of."""
+        return self._view.epoch > 0
+
+    def listen(self, listener: Callable[[Shared], None]) -> None:
+        """Call *listener* after each change of the shared rows; it must not wait and must not raise."""
+        self._listeners.append(listener)
+
+    def proven_boot_s(self) -> float:
+        return self.lease.proven_boot_s(self._members(), self._clock.boot_s())
+
+    def lease_left_s(self) -> float | None:
+        """For how long what is pushed now may be valid at most; None: no bound but the validity."""
+        until_boot_s = self.verdict.until_boot_s
+        return None if until_boot_s is None else max(0.0, until_boot_s - self._clock.boot_s())
+
+    async def load(self) -> None:
+        """Read the shared rows. RegistryTamperedError is acted upon, not raised; RegistryError is raised."""
+        try:
+            self._take(await self.shared.snapshot())
+        except RegistryTamperedError as error:
+            await self._found_tampered(error)
+
+    async def changed(self) -> None:
+        """This agent has written shared rows: bring them to the others."""
+        await self.load()
+        for wake in self._wakes.values():
+            wake.set()
+
+    async def spread(self, environments: Iterable[str], *, timeout_s: float) -> dict[str, bool]:
+        """Bring what is newest to these at once; who has acknowledged it in time."""
+        names = list(environments)
+
+        async def one(name: str) -> bool:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self.bring(name)
+            except (PeerError, TimeoutError):
+                return False
+            return True
+
+        return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+    def others(self) -> list[str]:
+        """Every environment whose agent there is something to talk about with."""
+        return [
+            name
+            for name, body in self._view.environments.items()
+            if name != self.environment
+            and body.registry_key
+            and body.state not in (EnvironmentState.PROVISIONING, EnvironmentState.RETIRED)
+        ]
+
+    def environment_of(self, agent_id: str) -> str | None:
+        """Whose agent that is; None: of no environment."""
+        for name, body in self._view.environments.items():
+            if body.agent_id == agent_id and body.state is not EnvironmentState.RETIRED:
+                return name
+        return None
+
+    def address(self, environment: str) -> PeerAddress:
+        """PeerError if it is not known."""
+        body = self._view.environments.get(environment)
+        if body is None:
+            raise PeerError("unknown", f"there is no environment {environment}")
+        return PeerAddress(body.api_url, body.agent_id)
+
+    async def declare(self, reason: str) -> None:
+        """This environment is not to be trusted from now on (rule 5). OSError: it could not be written, but
+        it counts.
+        """
+        self._declared = reason
+        self.evaluate()
+        try:
+            content = msgspec.json.encode({"reason": reason})
+            await asyncio.to_thread(replace_file, self._declaration_file, content)
+        finally:
+            self._journal.note("environment-declared", outcome="healing", reason=reason)
+            await self.tell_notice()
+
+    async def tell_notice(self) -> None:
+        """The own word, to everybody who can be reached."""
+        if self._declared is None:
+            return
+        notice = Notice(
+            environment=self.environment, reason=self._declared, at_ms=int(self._clock.wall_s() * 1000)
+        )
+        if self.leads and self.ratify is not None:
+            await self.ratify(notice)
+        body = msgspec.json.encode(notice)
+        await asyncio.gather(
+            *(self.peers.post(name, NOTICE_PATH, body) for name in self.others()), return_exceptions=True
+        )
+
+    # The loops.
+
+    async def run(self) -> NoReturn:
+        """Until cancelled; a bug ends it."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._judge_for_ever(), name="peering:standing")
+            group.create_task(self._verify_for_ever(), name="peering:verify")
+            if self.leadership is not None:
+                group.create_task(self.leadership.run(), name="peering:leadership")
+            following: dict[str, asyncio.Task[NoReturn]] = {}
+            while True:
+                wanted = set(self.others())
+                for name in following.keys() - wanted:
+                    following.pop(name).cancel()
+                    self.sights.pop(name, None)
+                    self.lease.forget(name)
+                for name in wanted - following.keys():
+                    self._wakes[name] = asyncio.Event()
+                    following[name] = group.create_task(self._follow(name), name=f"peering:{name}")
+                await wait_until(self._clock, self._changed, None)
+        raise AssertionError("unreachable: the loop above does not end")
+
+    async def _follow(self, name: str) -> NoReturn:
+        failures = 0
+        while True:
+            began_s = self._clock.boot_s()
+            try:
+                await self.ask(name)
+                if self.leads and self.tampered is None:
+                    await self.bring(name)
+                failures = 0
+            except PeerError as error:
+                failures += 1
+                self._not_heard(name, error)
+            except RegistryError as error:  # it is read anew when it works again
+                failures += 1
+                log.warning("the registry cannot be used", cause=str(error))
+            delay_s = self._heartbeat_s
+            if failures:
+                delay_s = min(delay_s, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
+            await wait_until(self._clock, self._wakes[name], began_s + delay_s)
+
+    async def _judge_for_ever(self) -> NoReturn:
+        while True:
+            if self.leadership is not None:
+                self.lease.elected(self.leadership.proven_boot_s)
+            self.evaluate()
+            await self._clock.sleep(_LOOK_S)
+
+    async def _verify_for_ever(self) -> NoReturn:
+        while True:
+            try:
+                await self.shared.verify()
+                if self.tampered is None:
+                    await self.load()
+            except RegistryTamperedError as error:
+                await self._found_tampered(error)
+            except RegistryError as error:
+                log.warning("the registry cannot be verified", cause=str(error))
+            if self.tampered is not None:
+                await self._restore()
+            if self._declared is not None:
+                await self.tell_notice()
+            await wait_until(self._clock, self._verify, self._clock.boot_s() + VERIFY_S)
+
+    # Asking.
+
+    async def ask(self, name: str) -> None:
+        """One question to *name*, and what follows from the answer. PeerError, RegistryError."""
+        body = self._view.environments.get(name)
+        if body is None:
+            raise PeerError("unknown", f"there is no environment {name}")
+        challenge, asked_boot_s = new_challenge(), self._clock.boot_s()
+        question = Question(self.environment, challenge, *self.position)
+        beat = await self.peers.heartbeat(name, question)
+        self._check(beat, name, body, challenge)
+        position = Position(beat.term, beat.epoch)
+        self._heard(name, beat, position, latency_s=self._clock.boot_s() - asked_boot_s)
+        if not body.state.counts:
+            # What a withdrawn environment says proves nothing; its registry is no source of anything.
+            self.lease.forget(name)
+            return
+        self.lease.heard(name, position, asked_boot_s=asked_boot_s, proven_ago_s=beat.proven_ago_s)
+        if position > self.position:
+            await self._pull(name)
+        elif position == self.position and beat.digest != self._view.digest and self.tampered is None:
+            log.error("the registries differ at the same epoch", peer=name, epoch=position.epoch)
+            self.lease.forget(name)
+            self._verify.set()
+        self.evaluate()
+
+    def _check(self, beat: Heartbeat, name: str, body: EnvironmentBody, challenge: str) -> None:
+        try:
+            check_heartbeat(
+                beat,
+                read_registry_key(body.registry_key),
+                tenant=self.tenant,
+                environment=name,
+                agent=body.agent_id,
+                challenge=challenge,
+            )
+        except SealgateError as error:
+            raise PeerError("signature", str(error)) from None
+
+    def _heard(self, name: str, beat: Heartbeat, position: Position, *, latency_s: float) -> None:
+        before = self.sights.get(name)
+        if before is None or not before.answers:
+            log.info("an environment answers", peer=name)
+        self.sights[name] = Sight(
+            answers=True,
+            since_ms=self._now_ms() if before is None or not before.answers else before.since_ms,
+            position=position,
+            digest=beat.digest,
+            state=beat.state,
+            latency_s=latency_s
+            if before is None or before.latency_s is None
+            else 0.7 * before.latency_s + 0.3 * latency_s,
+        )
+
+    def _not_heard(self, name: str, error: PeerError) -> None:
+        before = self.sights.get(name)
+        if before is None or before.answers:
+            log.warning("an environment does not answer", peer=name, cause=str(error))
+        self.sights[name] = Sight(
+            answers=False,
+            since_ms=self._now_ms() if before is None or before.answers else before.since_ms,
+            position=None if before is None else before.position,
+            digest=None if before is None else before.digest,
+            state=None if before is None else before.state,
+            error=str(error),
+        )
+
+    async def _pull(self, name: str) -> None:
+        """Have what *name* has. PeerError, RegistryError; its lies refute its claim (rule 3)."""
+        async with self._pulling:
+            sight = self.sights[name]
+            if sight.position is not None and sight.position <= self.position:
+                return  # another one has brought it meanwhile
+            try:
+                delta = await self.peers.since(name, self._view.epoch)
+                try:
+                    await self.apply(delta)
+                except EpochGapError:
+                    await self.apply(await self.peers.since(name, 0))
+            except (StaleTermError, EpochGapError) as error:
+                self.lease.forget(name)
+                raise PeerError("claim", f"{name} has nothing newer after all: {error}") from None
+            except SealgateError as error:
+                if isinstance(error, PeerError | RegistryError):
+                    raise
+                self.lease.forget(name)
+                log.error(  # noqa: TRY400 - expected of a breached one
+                    "rows of another environment are not as they must be", peer=name, cause=str(error)
+                )
+                self._journal.note("peer-refused", outcome="failed", peer=name, reason=str(error))
+                raise PeerError("claim", f"{name}: {error}") from None
+
+    async def apply(self, delta: Delta) -> None:
+        """Take over *delta*. StaleTermError, EpochGapError, IntegrityError, RegistryTamperedError ..."""
+        await self.shared.apply(delta, now_ms=self._now_ms())
+        await self.load()
+
+    async def offered(self, delta: Delta) -> Ack:
+        """A peer brings *delta*. StaleTermError and what `apply` raises but for a gap, which is an answer."""
+        try:
+            await self.apply(delta)
+        except EpochGapError:
+            return Ack(*self.position, applied=False)
+        return Ack(*self.position, applied=True)
+
+    # Bringing.
+
+    async def bring(self, name: str) -> None:
+        """What *name* does not have yet, until it has it. PeerError, RegistryError."""
+        sight = self.sights.get(name)
+        theirs = Position(0, 0) if sight is None or sight.position is None else sight.position
+        if theirs == self.position:
+            return
+        # A history that ours did not follow has to be replaced, not continued.
+        epoch = theirs.epoch if theirs < self.position and theirs.term == self.position.term else 0
+        for _ in range(_BRING_ATTEMPTS):
+            delta = await self.shared.since(epoch)
+            ack = await self.peers.send_delta(name, delta)
+            theirs = Position(ack.term, ack.epoch)
+            if (sight := self.sights.get(name)) is not None:
+                self.sights[name] = Sight(
+                    answers=True, since_ms=sight.since_ms, position=theirs, digest=sight.digest,
+                    state=sight.state, latency_s=sight.latency_s,
+                )  # fmt: skip
+            if ack.applied and theirs >= self.position:
+                return
+            epoch = theirs.epoch if theirs.epoch <= self.position.epoch else 0
+        raise PeerError("gap", f"{name} stays at epoch {theirs.epoch}")
+
+    # Answering.
+
+    def answer(self, question: Question) -> Heartbeat:
+        """Where this environment stands."""
+        if Position(question.term, question.epoch) > self.position:
+            self._wake(question.environment)  # a hint that proves nothing: it is asked
+        proven_s = self.proven_boot_s()
+        unsigned = Heartbeat(
+            tenant=self.tenant,
+            environment=self.environment,
+            agent=self.agent_id,
+            term=self._view.term,
+            epoch=self._view.epoch,
+            digest=self._view.digest,
+            state=self.verdict.state,
+            proven_ago_s=None if proven_s == NEVER_S else max(0.0, self._clock.boot_s() - proven_s),
+            challenge=question.challenge,
+        )
+        return sign_heartbeat(unsigned, self._registry_key)
+
+    async def noticed(self, notice: Notice) -> None:
+        """Another environment says of itself that it is not to be trusted."""
+        if notice.environment not in self.notices:
+            log.error("an environment declares itself healing", peer=notice.environment, reason=notice.reason)
+            self._journal.note(
+                "environment-notice", outcome="healing", peer=notice.environment, reason=notice.reason
+            )
+        self.notices[notice.environment] = notice
+        self.lease.forget(notice.environment)
+        for listener in self._listeners:
+            listener(self._view)
+        if self.leads and self.ratify is not None:
+            await self.ratify(notice)
+
+    def _wake(self, name: str) -> None:
+        if (wake := self._wakes.get(name)) is not None:
+            wake.set()
+
+    # Acting.
+
+    def evaluate(self) -> None:
+        """Judge anew, and act on it."""
+        verdict = self._judge()
+        if verdict.standing is EnvironmentStanding.SERVES:
+            self._was_proven = True
+        before, self.verdict = self.verdict, verdict
+        metrics.ENVIRONMENT_SERVES.set(verdict.standing is EnvironmentStanding.SERVES)
+        self._consent.set_environment(verdict.standing, verdict.reason)
+        if (before.state, before.reason) != (verdict.state, verdict.reason):
+            for listener in self._listeners:
+                listener(self._view)
+
+    def _judge(self) -> Verdict:
+        return judge(
+            self._view.environments.get(self.environment),
+            is_shared=self.is_united,
+            tampered=self.tampered,
+            declared=self._declared,
+            proven_boot_s=self.proven_boot_s(),
+            was_proven=self._was_proven,
+            lease_s=lease_s_of(self._view),
+            now_boot_s=self._clock.boot_s(),
+        )
+
+    def _members(self) -> Members:
+        counted = frozenset(
+            name
+            for name, body in self._view.environments.items()
+            if body.state.counts and name not in self.notices
+        )
+        manager = newest_term(self._view)
+        return Members(
+            own=self.environment, counted=counted, manager=None if manager is None else manager[1].environment
+        )
+
+    def _take(self, view: Shared) -> None:
+        before, self._view = self._view, view
+        self.lease.applied(self.position)
+        metrics.REGISTRY_EPOCH.set(view.epoch)
+        own = view.environments.get(self.environment)
+        if self._declared is not None and own is not None and own.state is EnvironmentState.HEALING:
+            self._declared = None  # the signed row says it now
+            self._declaration_file.unlink(missing_ok=True)
+        for name in list(self.notices):
+            body = view.environments.get(name)
+            if body is None or not body.state.counts:
+                del self.notices[name]
+        self.evaluate()
+        if (before.epoch, before.term) != (view.epoch, view.term):
+            self._changed.set()
+            for listener in self._listeners:
+                listener(view)
+
+    async def _found_tampered(self, error: RegistryTamperedError) -> None:
+        if self.tampered is None:
+            log.error("the shared registry is not as it was written", cause=str(error))
+            self._journal.note("registry-tampered", outcome="failed", reason=str(error))
+        self.tampered = str(error)
+        self.evaluate()
+
+    async def _restore(self) -> None:
+        """What the others have, in place of what was tampered with; the newest first."""
+        sights = {name: sight for name, sight in self.sights.items() if sight.position is not None}
+        for name in sorted(sights, key=lambda one: sights[one].position or Position(0, 0), reverse=True):
+            body = self._view.environments.get(name)
+            if body is None or not body.state.counts:
+                continue
+            try:
+                await self.shared.restore(await self.peers.since(name, 0), now_ms=self._now_ms())
+                await self.shared.verify()
+            except SealgateError as error:
+                log.warning("the registry is not restored yet", peer=name, cause=str(error))
+                continue
+            self.tampered = None
+            self._journal.note("registry-restored", peer=name)
+            await self.load()
+            return
+
+    def _now_ms(self) -> int:
+        return int(self._clock.wall_s() * 1000)
+
+
+def newest_term(shared: Shared) -> tuple[int, TermBody] | None:
+    """The newest term and who holds it."""
+    if not shared.terms:
+        return None
+    row_id = max(shared.terms)
+    return int(row_id), shared.terms[row_id]
+
+
+def _read_declaration(file: Path) -> str | None:
+    """An unreadable one still says that the environment is not to be trusted."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{file}: {error.strerror}"
+    try:
+        return str(msgspec.json.decode(content, type=dict[str, str])["reason"])
+    except (msgspec.MsgspecError, UnicodeError, KeyError):
+        return f"{file} says so, and not why"

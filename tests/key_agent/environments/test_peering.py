@@ -1,0 +1,353 @@
+"""Agents of several environments in step: real TLS and databases, a network that is cut, clocks that skip."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from sqlalchemy import text
+
+from key_agent.consent import EnvironmentStanding
+from key_agent.environments.documents import EnvironmentBody, Kind
+from key_agent.environments.peer_transport import PeerError
+from key_agent.environments.peering import DECLARATION_NAME
+from key_agent.environments.peers import HEARTBEAT_PATH, REGISTRY_PATH
+from key_agent.environments.registry_lease import Position
+from key_agent.environments.shared import Draft, StaleTermError
+from key_agent.environments.states import EnvironmentState
+from key_agent.registry.store import RefusedChangeError
+from tests import postgres
+from tests.environments.members import Member, MembersSite, members
+from tests.key_agent.conftest import until
+from tests.pki import Tenant
+
+
+@pytest.fixture
+async def site(tmp_path: Path, acme: Tenant) -> AsyncIterator[MembersSite]:
+    async with members(tmp_path, acme, "abc") as made:
+        await made.unite()
+        await until(lambda: all(serves(made[name]) for name in "abc"))
+        yield made
+
+
+def serves(member: Member) -> bool:
+    return member.consent.environment is EnvironmentStanding.SERVES
+
+
+def acts_as(member: Member) -> str:
+    return str(member.peering.verdict.state)
+
+
+def state_of(seen_by: Member, name: str) -> EnvironmentState:
+    body: EnvironmentBody = seen_by.peering.view.environments[name]
+    return body.state
+
+
+def renamed(name: str, region: str) -> Any:
+    """A change that is harmless: the region of an environment."""
+
+    def change(draft: Draft) -> None:
+        body = draft.shared.environments[name]
+        draft.put(Kind.ENVIRONMENT, name, msgspec.structs.replace(body, region=region))
+
+    return change
+
+
+async def test_what_the_manager_writes_everybody_has_within_a_second(site: MembersSite) -> None:
+    took_s = []
+    for number in range(10):
+        began_s = time.monotonic()
+        await site["a"].change(renamed("a", f"region {number}"))
+        await site.in_step()
+        took_s.append(time.monotonic() - began_s)
+    assert all(site[name].peering.view.environments["a"].region == "region 9" for name in "abc")
+    assert sorted(took_s)[5] < 1.0, took_s
+
+
+async def test_an_environment_that_was_away_catches_up_before_it_serves(site: MembersSite) -> None:
+    b = site["b"]
+    await site.in_step()
+    await b.stop()
+    await site["a"].change(renamed("b", "moved"))
+    await site.in_step("a", "c")
+    seen: list[tuple[bool, Position]] = []
+    await b.start()
+    b.peering.listen(lambda view: seen.append((serves(b), b.peering.position)))
+    assert not serves(b)  # it has heard nobody yet
+    await until(lambda: serves(b))
+    newest = site["a"].peering.position
+    assert all(position == newest for is_serving, position in seen if is_serving)
+    assert b.peering.view.environments["b"].region == "moved"
+
+
+async def test_cut_off_it_stops_when_its_lease_is_over_and_learns_before_it_serves_again(
+    site: MembersSite,
+) -> None:
+    b = site["b"]
+    await site.in_step()
+    b.cut_off()
+    await site["a"].change(renamed("b", "while it was away"))
+    await site.in_step("a", "c")
+    b.clock.skip(290)
+    await asyncio.sleep(0.4)
+    assert serves(b)
+    left_s = b.peering.lease_left_s()
+    assert left_s is not None
+    assert left_s < 11
+    b.clock.skip(11)
+    await until(lambda: not serves(b))
+    assert b.consent.environment is EnvironmentStanding.WITHDRAWN
+    assert acts_as(b) == "healing"
+    assert state_of(b, "b") is EnvironmentState.ACTIVE  # nobody has said so; it acts so
+    assert serves(site["a"])
+    assert serves(site["c"])
+    was = b.peering.position
+    states: list[tuple[bool, bool]] = []
+    b.peering.listen(lambda view: states.append((serves(b), b.peering.position > was)))
+    b.reconnect()
+    await until(lambda: serves(b))
+    assert all(knows for is_serving, knows in states if is_serving)
+
+
+async def test_of_three_two_go_on_and_one_does_not_whoever_is_the_manager(site: MembersSite) -> None:
+    a = site["a"]
+    await site.in_step()
+    a.cut_off()
+    for member in site.members.values():
+        member.clock.skip(301)
+    await until(lambda: not serves(a))
+    await until(lambda: serves(site["b"]) and serves(site["c"]))
+    # It may still write what nobody learns; it is the manager as far as it knows.
+    assert a.peering.leads
+    a.reconnect()
+    await until(lambda: all(map(serves, site.members.values())))
+
+
+async def test_a_manager_that_was_cut_off_is_fenced_when_another_was_promoted(site: MembersSite) -> None:
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+    a.cut_off()
+    promoted = await site.promote(b)
+    assert promoted["former"] == "a"
+    assert promoted["former_knows"] is False
+    assert promoted["spread"] == {"a": False, "c": True}
+    # The old one goes on writing, into its own registry; and more than the new one has.
+    for number in range(3):
+        await a.change(renamed("c", f"stale {number}"))
+    assert a.peering.position.epoch > b.peering.position.epoch
+    stale = await a.environments.shared.since(0)
+    with pytest.raises(StaleTermError):
+        await c.peering.offered(stale)
+    a.reconnect()
+    with pytest.raises(PeerError) as refused:
+        await a.environments.peers.send_delta("c", stale)
+    assert refused.value.code == "stale_term"
+    await site.in_step()
+    assert a.peering.position.term == b.peering.position.term == 2
+    assert not a.peering.leads
+    assert b.peering.leads
+    assert a.peering.view.environments["c"].region == ""
+    await b.change(renamed("c", "new"))
+    await site.in_step()
+    assert a.peering.view.environments["c"].region == "new"
+    with pytest.raises(RefusedChangeError, match="not the manager"):
+        await a.commands.env_drain(environment="c")
+
+
+async def test_a_promotion_needs_two_administrators_and_serves_once(site: MembersSite) -> None:
+    b = site["b"]
+    await site.in_step()
+    promotion = await b.commands.env_promotion()
+    for signed in (
+        site.sign(promotion, "ann"),
+        {"approval": promotion["approval"], "asked": promotion["asked"]},
+    ):
+        with pytest.raises(Exception, match="of 2 signatures"):
+            await b.commands.env_promote(**signed)
+    other = await site["c"].commands.env_promotion()  # signed for another environment
+    with pytest.raises(Exception, match="not"):
+        await b.commands.env_promote(**site.sign(other))
+    assert b.peering.position.term == 1
+    signed = site.sign(promotion)
+    await b.commands.env_promote(**signed)
+    await site.in_step()
+    await site.promote(site["c"])
+    await site.in_step()
+    with pytest.raises(Exception, match="used"):
+        await b.commands.env_promote(**signed)
+    assert [member.peering.leads for member in site.members.values()] == [False, False, True]
+
+
+async def test_nobody_is_stopped_by_a_claim_that_cannot_be_shown(site: MembersSite) -> None:
+    """A breached agent answers that it has term 900, and gives rows that nobody has signed."""
+    b = site["b"]
+    await site.in_step()
+    answer, since = b.peering.answer, b.environments.shared.since
+
+    def lie(question: Any) -> Any:
+        from key_agent.environments.heartbeats import sign_heartbeat
+
+        beat = msgspec.structs.replace(answer(question), term=900, epoch=9000)
+        return sign_heartbeat(beat, b.environments._registry_key)
+
+    async def forge(epoch: int) -> Any:
+        delta = await since(epoch)
+        return msgspec.structs.replace(delta, term=900, epoch_to=9000)
+
+    b.peering.answer = lie
+    b.environments.shared.since = forge  # type: ignore[method-assign]
+    await until(lambda: site["a"].peering.sights["b"].error)
+    await site["a"].change(renamed("c", "goes on"))
+    await site.in_step("a", "c")
+    for member in site.members.values():
+        member.clock.skip(301)
+    await until(lambda: serves(site["a"]) and serves(site["c"]))
+    assert site["a"].peering.position.term == 1
+
+
+async def test_rows_edited_in_the_database_stop_the_environment_until_they_are_restored(
+    site: MembersSite,
+) -> None:
+    b = site["b"]
+    await site.in_step()
+    before = b.peering.view.digest
+    await b.registry._database.transact(
+        lambda c: c.execute(text("UPDATE shared_row SET body = replace(body, 'agent-a', 'agent-x')"))
+    )
+    heard: list[str] = []
+    b.peering.listen(lambda view: heard.append(acts_as(b)))
+    b.peering._verify.set()
+    await until(lambda: "healing" in heard)
+    await until(lambda: serves(b))
+    assert b.peering.tampered is None
+    assert b.peering.view.digest == before
+    assert serves(site["a"])
+    actions = (b.directory / "audit.jsonl").read_text()
+    assert "registry-tampered" in actions
+    assert "registry-restored" in actions
+
+
+async def test_an_environments_own_word_needs_no_manager_and_survives_a_restart(site: MembersSite) -> None:
+    b, ratified = site["b"], asyncio.Event()
+    await site.in_step()
+    site["a"].cut_off()
+
+    await b.peering.declare("the agent's machine was opened")
+    assert b.consent.environment is EnvironmentStanding.WITHDRAWN
+    await until(lambda: "b" in site["c"].peering.notices)
+    assert "b" not in site["c"].peering._members().counted
+    assert "b" not in site["a"].peering.notices
+    await b.stop()
+    await b.start()
+    assert b.consent.environment is EnvironmentStanding.WITHDRAWN
+    assert b.consent.environment_reason == "the agent's machine was opened"
+
+    async def ratify(notice: Any) -> None:
+        def change(draft: Draft) -> None:
+            body = draft.shared.environments[notice.environment]
+            draft.put(
+                Kind.ENVIRONMENT,
+                notice.environment,
+                msgspec.structs.replace(body, state=EnvironmentState.HEALING, reason=notice.reason),
+            )
+
+        if state_of(site["a"], "b") is not EnvironmentState.HEALING:
+            await site["a"].change(change)
+        ratified.set()
+
+    site["a"].peering.ratify = ratify
+    site["a"].reconnect()
+    b.peering._verify.set()  # it repeats its word every now and then
+    await asyncio.wait_for(ratified.wait(), 20)
+    await site.in_step()
+    await until(lambda: not (b.directory / DECLARATION_NAME).exists())
+    assert state_of(site["c"], "b") is EnvironmentState.HEALING
+    assert not site["c"].peering.notices
+    assert acts_as(b) == "healing"
+
+
+async def test_an_unreadable_declaration_still_counts(tmp_path: Path, acme: Tenant) -> None:
+    async with members(tmp_path, acme, "a") as made:
+        a = made["a"]
+        await a.stop()
+        (a.directory / DECLARATION_NAME).write_bytes(b"\xff")
+        await a.start()
+        assert a.consent.environment is EnvironmentStanding.WITHDRAWN
+
+
+async def test_nobody_speaks_for_another_environment(site: MembersSite) -> None:
+    await site.in_step()
+    body = b'{"environment": "c", "reason": "down with it", "at_ms": 1}'
+    with pytest.raises(PeerError) as refused:
+        await site["b"].environments.peers.post("a", "/v1/env/notice", body)
+    assert refused.value.code == "not_believed"
+    assert not site["a"].peering.notices
+
+
+async def test_a_hanging_environment_holds_up_nobody(site: MembersSite) -> None:
+    """Its agent accepts and never answers: the others have a change at once all the same."""
+    await site.in_step()
+    site["a"].transport.silent.add("agent-b")
+    await site["a"].change(renamed("a", "without it"))
+    assert await site.in_step("a", "c") < 2
+
+
+async def test_two_environments_the_managers_goes_on_alone(tmp_path: Path, acme: Tenant) -> None:
+    async with members(tmp_path, acme, "ab") as made:
+        await made.unite()
+        await until(lambda: serves(made["a"]) and serves(made["b"]))
+        made["b"].cut_off()
+        for member in made.members.values():
+            member.clock.skip(301)
+        await until(lambda: not serves(made["b"]))
+        assert serves(made["a"])
+
+
+async def test_heartbeats_and_digests_are_all_that_is_said_when_nothing_happens(site: MembersSite) -> None:
+    await site.in_step()
+    a = site["a"]
+    await until(lambda: a.peering.sights["b"].position == a.peering.position)
+    await until(lambda: a.peering.sights["c"].position == a.peering.position)
+    a.transport.calls.clear()
+    await until(lambda: len(a.transport.calls) > 5)
+    assert {path for _, _, path in a.transport.calls} == {HEARTBEAT_PATH}
+    assert REGISTRY_PATH not in {path for _, _, path in a.transport.calls}
+
+
+@pytest.mark.skipif(
+    postgres.URL_VARIABLE not in os.environ, reason="no PostgreSQL: run by `python -m tests.postgres`"
+)
+async def test_the_same_on_postgresql(tmp_path: Path, acme: Tenant) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.engine import make_url
+
+    common = make_url(os.environ[postgres.URL_VARIABLE])
+    engine = create_engine(common, isolation_level="AUTOCOMMIT")
+    names = {name: f"{common.database}_env_{name}" for name in "abc"}
+    with engine.connect() as connection:
+        for database in names.values():
+            connection.execute(text(f'DROP DATABASE IF EXISTS "{database}"'))
+            connection.execute(text(f'CREATE DATABASE "{database}"'))
+    try:
+        async with members(
+            tmp_path,
+            acme,
+            "abc",
+            urls=lambda name: common.set(database=names[name]).render_as_string(hide_password=False),
+        ) as made:
+            await made.unite()
+            await until(lambda: all(map(serves, made.members.values())))
+            made["a"].cut_off()
+            await made.promote(made["b"])
+            await made["b"].change(renamed("c", "new"))
+            made["a"].reconnect()
+            await made.in_step()
+    finally:
+        with engine.connect() as connection:
+            for database in names.values():
+                connection.execute(text(f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)'))
+        engine.dispose()
