@@ -161,6 +161,7 @@ class Agent:
             rotate_after_days=rhythm.rotate_after_days,
             one_at_a_time=self.one_at_a_time,
             push_at_once=self.refresh.at_once,
+            is_alone=lambda: self.environments is None or not self.environments.peering.is_united,
         )
         self.lifetimes = Lifetimes(
             root=root,

@@ -95,6 +95,11 @@ class BackupCommands(Commands):
     async def backup_import(self, *, content_base64: str, trial: bool = False) -> Json:
         """Fill what is missing here from a file; with *trial* only say what that would be."""
         async with self._one_at_a_time:
+            if self._manager() is not None:
+                raise RefusedChangeError(
+                    "the keys of several environments come from the others, not from a backup",
+                    "`key-agent env list` shows which of them answers",
+                )
             agent = self._agent
             content = _decoded(content_base64)
             header = _read_header(content)

@@ -6,6 +6,7 @@ from typing import Final
 
 from envelope.keys import NetworkService
 from key_agent.agent import Agent
+from key_agent.environments.manager import Manager
 from key_agent.push.pusher import Delivery
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
@@ -25,6 +26,15 @@ class Commands:
     @property
     def _one_at_a_time(self) -> asyncio.Lock:
         return self._agent.one_at_a_time
+
+    def _manager(self) -> Manager | None:
+        """Who changes keys that several environments have; None while this environment is the only one."""
+        environments = self._agent.environments
+        if environments is None or not environments.peering.is_united:
+            return None
+        if environments.key_parts is None:
+            raise RefusedChangeError("this agent has no part in keys of several environments", "restart it")
+        return environments.key_parts.manager
 
     def _owner(self, text: str) -> NetworkService:
         """`service` or `tenant/service`; the tenant must be ours."""

@@ -17,6 +17,7 @@ from typing import Final
 from envelope.errors import FormatError
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
 from key_agent.commands import DELIVERY_PATIENCE_S, Commands, Json
+from key_agent.environments.manager import Manager
 from key_agent.push.pusher import Outcome
 from key_agent.registry.model import DataKeyRow, DueRing, RotationCause
 from key_agent.registry.store import RefusedChangeError
@@ -61,7 +62,10 @@ class KeyCommands(Commands):
         async with self._one_at_a_time:
             owner, key = await self._key(service, kid)
             await self._record("key-resume", owner, key, outcome="begun")
-            state = await self._agent.registry.resume_key(owner, key.key_id, now_ms=self._agent.now_ms())
+            if (manager := self._manager()) is not None:
+                state = await manager.resume_key(str(key.key_id))
+            else:
+                state = await self._agent.registry.resume_key(owner, key.key_id, now_ms=self._agent.now_ms())
             await self._record("key-resume", owner, key, state=state)
             return await self._changed(owner, key, state)
 
@@ -98,9 +102,12 @@ class KeyCommands(Commands):
         async with self._one_at_a_time:
             owner, key = await self._key(service, kid)
             await self._record(change.action, owner, key, outcome="begun", reason=reason)
-            old = await self._agent.registry.change_key(
-                owner, key.key_id, change.state, reason, now_ms=self._agent.now_ms()
-            )
+            if (manager := self._manager()) is not None:
+                old = await manager.change_key(str(key.key_id), change.state, reason)
+            else:
+                old = await self._agent.registry.change_key(
+                    owner, key.key_id, change.state, reason, now_ms=self._agent.now_ms()
+                )
             await self._record(change.action, owner, key, before=old)
             return await self._changed(owner, key, change.state)
 
@@ -195,6 +202,8 @@ class KeyCommands(Commands):
         async with self._one_at_a_time:
             agent = self._agent
             kek = await self._usable_kek()
+            if (manager := self._manager()) is not None:
+                return await self._rotate_everywhere(manager, service, use)
             wanted = await self._rings(None if service is None else self._owner(service), use)
             begun: list[str] = []
             for some in batched(wanted, _BATCH):
@@ -202,21 +211,45 @@ class KeyCommands(Commands):
                 begun += await agent.rotations.begin(kek, new, RotationCause.COMMAND)
             return await self._rotated({ring.owner for ring in wanted}, begun)
 
+    async def _rotate_everywhere(self, manager: Manager, service: str | None, use: str | None) -> Json:
+        """The next key of every environment; it waits for all of them."""
+        agent = self._agent
+        owners = None if service is None else {str(self._owner(service))}
+        try:
+            only = None if use is None else KeyUse(use)
+        except ValueError:
+            raise RefusedChangeError(f"no key has the use {use!r}", "data or sign") from None
+        await agent.journal.record("key-rotate", outcome="begun", service=service, use=use)
+        made = await manager.rotate(owners, only)
+        if agent.is_running:
+            await manager.settled(made, timeout_s=DELIVERY_PATIENCE_S)
+        await agent.reload()
+        return {
+            "rotations": await self._rotation_rows(made),
+            "running": agent.is_running,
+            "proxies": await self._pushed(None if service is None else self._hosts(service)),
+        }
+
+    def _hosts(self, service: str) -> list[str]:
+        return hosts_of(self._agent.targets, {self._owner(service)})
+
     async def rotate_cancel(self, *, service: str) -> Json:
         """Give up a rotation that has not activated its new key."""
         async with self._one_at_a_time:
             agent = self._agent
             owner = self._owner(service)
             await agent.journal.record("key-rotate", outcome="cancelling", service=str(owner))
-            given_up = await agent.registry.cancel_rotations(owner, now_ms=agent.now_ms())
+            if (manager := self._manager()) is not None:
+                given_up = await manager.give_up(owner)
+            else:
+                rotations = await agent.registry.cancel_rotations(owner, now_ms=agent.now_ms())
+                given_up = [str(rotation.new_key) for rotation in rotations]
             await agent.reload()
-            for rotation in given_up:
-                await agent.journal.record(
-                    "key-rotate", outcome="cancelled", service=str(owner), kid=str(rotation.new_key)
-                )
+            for key_id in given_up:
+                await agent.journal.record("key-rotate", outcome="cancelled", service=str(owner), kid=key_id)
             return {
                 "service": str(owner),
-                "cancelled": [str(rotation.new_key) for rotation in given_up],
+                "cancelled": given_up,
                 "proxies": await self._pushed(hosts_of(agent.targets, {owner})),
             }
 
@@ -226,7 +259,10 @@ class KeyCommands(Commands):
             agent = self._agent
             owner = self._owner(service)
             await agent.journal.record("service-set", service=str(owner), rotate_after_days=rotate_after_days)
-            await agent.registry.set_rotate_after(owner, rotate_after_days, now_ms=agent.now_ms())
+            if (manager := self._manager()) is not None:
+                await manager.set_rotate_after(owner, rotate_after_days)
+            else:
+                await agent.registry.set_rotate_after(owner, rotate_after_days, now_ms=agent.now_ms())
             agent.rotations.look_soon()
             return {"service": str(owner), "rotate_after_days": rotate_after_days}
 
@@ -281,6 +317,8 @@ class KeyCommands(Commands):
     async def _rotation_rows(self, ids: Collection[str] | None = None) -> list[Json]:
         """Of these, or of all that are open."""
         agent = self._agent
+        if (manager := self._manager()) is not None:
+            return manager.rotation_rows(ids)
         if ids is None:
             found = await agent.registry.open_rotations()
         else:

@@ -22,7 +22,7 @@ from envelope.certificates import fingerprint
 from envelope.errors import FormatError, MisuseError
 from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, check_name
 from key_agent.backup import RESERVED_SERVICE, BackupCommands
-from key_agent.commands import Json
+from key_agent.commands import DELIVERY_PATIENCE_S, Json
 from key_agent.environments.incident_commands import IncidentCommands
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
@@ -43,6 +43,7 @@ from runtime.audit import AuditUnavailableError
 log = structlog.get_logger(__name__)
 
 _WITHDRAWAL_PATIENCE_S: Final = 8.0
+_LOOK_S: Final = 0.1
 
 
 class Operations(KeyCommands, BackupCommands, IncidentCommands):
@@ -197,7 +198,8 @@ class Operations(KeyCommands, BackupCommands, IncidentCommands):
             await agent.reload(kek_changed=True)
             await agent.watch.look()
             await agent.journal.record("kek-restore", kek=kek_id)
-        earlier = await restoration.restore_earlier(plan)
+        # Keys of earlier KEKs are in the other environments too, and come from there.
+        earlier = [] if self._manager() is not None else await restoration.restore_earlier(plan)
         return {
             "kek": kek_id,
             "restored": plan.restores_current,
@@ -239,7 +241,9 @@ class Operations(KeyCommands, BackupCommands, IncidentCommands):
         }
 
     async def _wanted_anew(self) -> list[NewKey]:
-        """A key for every service, and for every use that it had."""
+        """A key for every service, and for every use that it had; none where other environments have them."""
+        if self._manager() is not None:
+            return []
         registry = self._agent.registry
         services = (await registry.book()).services
         found = {(owner, KeyUse.DATA): NewKey(owner=owner) for owner in services}
@@ -289,7 +293,9 @@ class Operations(KeyCommands, BackupCommands, IncidentCommands):
                 "service-add", outcome="begun", service=str(owner), proxy=proxy, certificate_sha256=sha256
             )
             new_key = None
-            if not await agent.registry.has_active_key(owner, new.use):
+            if (manager := self._manager()) is not None:
+                await manager.ensure_service(owner, new.use, new.algorithm)
+            elif not await agent.registry.has_active_key(owner, new.use):
                 (new_key,) = await agent.source.generate(kek, [new])
             await agent.registry.add_service(
                 owner,
@@ -303,6 +309,8 @@ class Operations(KeyCommands, BackupCommands, IncidentCommands):
             agent.rotations.wake()
             kid = None if new_key is None else str(new_key.key_id)
             hosts = hosts_of(agent.targets, {owner})
+            if manager is not None and agent.is_running:
+                await self._keys_arrive(owner)
             await agent.journal.record("service-add", service=str(owner), proxy=proxy, kid=kid)
             return {
                 "service": str(owner),
@@ -312,20 +320,33 @@ class Operations(KeyCommands, BackupCommands, IncidentCommands):
                 "proxies": await self._pushed_twice([proxy] if new_key is None else hosts),
             }
 
+    async def _keys_arrive(self, owner: NetworkService) -> None:
+        """Return when a key of *owner* seals here, or it takes too long: the manager goes on with it."""
+        ends_s = self._agent.clock.boot_s() + DELIVERY_PATIENCE_S
+        while self._agent.clock.boot_s() < ends_s:
+            if any(key.state is KeyState.ACTIVE for key in await self._keys_of(owner)):
+                return
+            await self._agent.clock.sleep(_LOOK_S)
+
     async def service_remove(self, *, service: str, proxy: str | None = None) -> Json:
         """Take a network service from one proxy; or altogether, erasing its wrapped keys."""
         async with self._one_at_a_time:
             agent = self._agent
             owner = self._owner(service)
             await agent.journal.record("service-remove", outcome="begun", service=str(owner), proxy=proxy)
-            hosts = await agent.registry.remove_service(owner, proxy_id=proxy, now_ms=agent.now_ms())
+            manager = self._manager() if proxy is None else None
+            if manager is not None:
+                hosts = hosts_of(agent.targets, {owner})
+                await manager.remove_service(owner)  # with its rows the places go, in every environment
+            else:
+                hosts = await agent.registry.remove_service(owner, proxy_id=proxy, now_ms=agent.now_ms())
             await agent.reload()
             await self._withdraw()
             await agent.journal.record("service-remove", service=str(owner), proxy=proxy)
             return {
                 "service": str(owner),
                 "removed_from": hosts,
-                "keys_erased": proxy is None,
+                "keys_erased": proxy is None and manager is None,
                 "proxies": self._withdrawn_everywhere(hosts),
             }
 

@@ -109,7 +109,9 @@ class RotationLoop:
         rotate_after_days: int,
         one_at_a_time: asyncio.Lock,
         push_at_once: Callable[[Iterable[str]], None],
+        is_alone: Callable[[], bool] = lambda: True,
     ) -> None:
+        """*is_alone*: there is no other environment, whose manager would do all this (environments/)."""
         self._source = source
         self._registry = registry
         self._targets = targets
@@ -119,6 +121,7 @@ class RotationLoop:
         self._rotate_after_days = rotate_after_days
         self._one_at_a_time = one_at_a_time
         self._push_at_once = push_at_once
+        self._is_alone = is_alone
         self.patience = Patience(usual_ms=2 * interval_s * 1000)
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
@@ -183,7 +186,7 @@ class RotationLoop:
         clock = self._clock
         while True:
             delay_s = LOOK_S
-            if self._consent.may_push:
+            if self._consent.may_push and self._is_alone():
                 try:
                     await self._carry_on()
                     await self._begin_due()

@@ -61,6 +61,7 @@ MAX_SCHEDULED: Final = 100
 _SOON_S: Final = 0.25
 _MAX_DELAY_S: Final = 10.0
 _CATCH_UP_S: Final = 5.0
+_PHASES: Final = {KeyState.PRE_ACTIVE: "distributing", KeyState.DESTROYED: "cancelled"}
 
 
 class ServiceWish(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -226,6 +227,33 @@ class Manager:
         except TimeoutError:
             pass
         return {key_id: self.held.get(key_id, {}) for key_id in self._coming(key_ids)}
+
+    def rotation_rows(self, key_ids: Collection[str] | None) -> list[dict[str, object]]:
+        """These keys, or all that are not active yet, as `key-agent status` shows rotations."""
+        deks = self._peering.view.deks
+        chosen = [
+            key_id
+            for key_id, body in deks.items()
+            if (body.state is KeyState.PRE_ACTIVE if key_ids is None else key_id in key_ids)
+        ]
+        return [
+            {
+                "service": deks[key_id].service,
+                "use": deks[key_id].use,
+                "environment": deks[key_id].owner_environment,
+                "new_kid": key_id,
+                "old_kid": deks[key_id].predecessor,
+                "phase": _PHASES.get(deks[key_id].state, "done"),
+                "cause": "command",
+                "begun_at_ms": deks[key_id].created_at_ms,
+                "since_ms": deks[key_id].since_ms,
+                "until_ms": None,
+                "waiting_for": [f"{name}: {why}" for name, why in sorted(self.held.get(key_id, {}).items())],
+                "late": [],
+                "problem": None,
+            }
+            for key_id in chosen
+        ]
 
     def _coming(self, key_ids: Collection[str]) -> list[str]:
         deks = self._peering.view.deks

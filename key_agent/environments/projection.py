@@ -31,6 +31,7 @@ from key_agent.registry.tables import (
     key_ring,
     network_service,
     push_sequence,
+    service_proxy,
     tenant,
 )
 
@@ -52,6 +53,10 @@ def project(c: Connection, changed: Rows, *, tenant_id: str, now_ms: int) -> Non
             _put(c, tenant, row_id, _tenant(tenant_body), now_ms)
     for row_id, service_body in by_kind.get(Kind.SERVICE, {}).items():
         _put(c, network_service, row_id, _service(row_id, service_body), now_ms)
+        if service_body.removed:
+            # Its places are this environment's own: with the service they end here too.
+            place = service_proxy.c.network_service_id == row_id
+            c.execute(update(service_proxy).where(place).values(withdrawn=True, updated_at_ms=now_ms))
     for row_id, ring_body in by_kind.get(Kind.RING, {}).items():
         _put(c, key_ring, row_id, _ring(ring_body), now_ms)
     keys: dict[str, DekBody] = by_kind.get(Kind.DEK, {})
