@@ -19,7 +19,7 @@ from typing import Any, Final, Self, cast
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, delete, insert, select, update
 
 from envelope.errors import FormatError, IntegrityError
@@ -42,7 +42,6 @@ from key_agent.environments.documents import (
     TenantBody,
     TermBody,
     check_delta,
-    check_row,
     digest_of,
     read_body,
     read_registry_key,
@@ -52,6 +51,7 @@ from key_agent.environments.documents import (
 )
 from key_agent.environments.mark import Mark, MarkError, read_mark, write_mark
 from key_agent.environments.projection import clear, differences, project
+from key_agent.environments.row_keys import RowKeys, named_in
 from key_agent.environments.states import restrictiveness
 from key_agent.errors import KeyAgentError
 from key_agent.registry.store import Registry
@@ -364,7 +364,7 @@ class SharedRegistry:
     def _check_rows(self, rows: Mapping[Key, SharedRow], digests: Mapping[Key, bytes]) -> dict[Key, Body]:
         try:
             bodies = {key: read_body(row.kind, row.body) for key, row in rows.items()}
-            keys = _Keys.of(bodies, self._pins)
+            keys = RowKeys.of(bodies, self._pins)
             for key, row in rows.items():
                 if self._verified.get(key) != digests[key]:
                     keys.check(self._tenant, row)
@@ -430,12 +430,12 @@ class SharedRegistry:
 
     def _check(self, delta: Delta, known: Mapping[Key, Body]) -> None:
         """Signatures of a delta and of its rows, by keys that are known, or that known keys vouch for."""
-        keys = _Keys.of(known, self._pins)
+        keys = RowKeys.of(known, self._pins)
         own = (self._registry.agent_id, self._key.public_key())
-        check_delta(delta, keys.newest() | {own[0]: own[1]} | _named_in(delta, keys, self._tenant))
+        check_delta(delta, keys.newest() | {own[0]: own[1]} | named_in(delta, keys, self._tenant))
         newcomers = [row for row in delta.rows if row.kind is Kind.ENVIRONMENT]
         others = [row for row in delta.rows if row.kind is not Kind.ENVIRONMENT]
-        keys = _Keys.of(known, self._pins).admitting(newcomers, self._tenant)
+        keys = RowKeys.of(known, self._pins).admitting(newcomers, self._tenant)
         for row in others:
             keys.check(self._tenant, row)
         for row in delta.rows:
@@ -530,86 +530,6 @@ class SharedRegistry:
                 signer=self._registry.agent_id,
             ),
         )
-
-
-class _Keys:
-    """Whose signature counts for which epochs (rule 5)."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, list[tuple[Ed25519PublicKey, int | None]]] = {}
-
-    @classmethod
-    def of(cls, bodies: Mapping[Key, Body], pins: Mapping[str, str]) -> Self:
-        keys = cls()
-        for body in bodies.values():
-            if isinstance(body, EnvironmentBody):
-                keys.admit(body)
-        for agent_id, text in pins.items():
-            if agent_id not in keys._known:
-                keys._add(agent_id, text, None)
-        return keys
-
-    def admit(self, body: EnvironmentBody) -> None:
-        if body.registry_key:
-            self._add(body.agent_id, body.registry_key, None)
-        for former in body.former_keys:
-            self._add(former.agent_id, former.registry_key, former.until_epoch)
-
-    def admitting(self, rows: Iterable[SharedRow], tenant: str) -> Self:
-        """These environments' rows are believed one after the other, each by a key that was known before."""
-        waiting = list(rows)
-        while waiting:
-            left = []
-            for row in waiting:
-                if not self._is_right(tenant, row):
-                    left.append(row)
-                    continue
-                self.admit(cast("EnvironmentBody", read_body(row.kind, row.body)))
-            if len(left) == len(waiting):
-                self.check(tenant, left[0])  # says what is wrong with it
-            waiting = left
-        return self
-
-    def newest(self) -> dict[str, Ed25519PublicKey]:
-        return {
-            agent_id: key for agent_id, known in self._known.items() for key, until in known if until is None
-        }
-
-    def check(self, tenant: str, row: SharedRow) -> None:
-        """IntegrityError unless a key of its signer's, good at its epoch, has signed it."""
-        fitting = self._fitting(row)
-        if not fitting:
-            check_row(tenant, row, {})
-        for key in fitting[:-1]:
-            try:
-                check_row(tenant, row, {row.signer: key})
-            except IntegrityError:
-                continue
-            return
-        check_row(tenant, row, {row.signer: fitting[-1]})
-
-    def _is_right(self, tenant: str, row: SharedRow) -> bool:
-        try:
-            self.check(tenant, row)
-        except IntegrityError:
-            return False
-        return True
-
-    def _fitting(self, row: SharedRow) -> list[Ed25519PublicKey]:
-        known = self._known.get(row.signer, ())
-        return [key for key, until in known if until is None or row.epoch <= until]
-
-    def _add(self, agent_id: str, text: str, until: int | None) -> None:
-        known = self._known.setdefault(agent_id, [])
-        entry = (read_registry_key(text), until)
-        if entry not in known:
-            known.append(entry)
-
-
-def _named_in(delta: Delta, keys: _Keys, tenant: str) -> dict[str, Ed25519PublicKey]:
-    """Keys of environments that *delta* itself makes known: whoever relays it may be one of them."""
-    rows = [row for row in delta.rows if row.kind is Kind.ENVIRONMENT]
-    return keys.admitting(rows, tenant).newest()
 
 
 def _with_former_keys(body: EnvironmentBody, before: EnvironmentBody | None, epoch: int) -> EnvironmentBody:
