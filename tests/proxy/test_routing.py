@@ -1,6 +1,8 @@
 """Whose connection is it, and where may it go."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -227,3 +229,80 @@ def test_tenants_that_share_a_listener_are_asked_for_by_name() -> None:
     assert listener.sole is None
     assert listener.holder() is None
     assert listener.holder("acme") != listener.holder("beta") != listener.holder("gamma") is None
+
+
+# Names below a service's own: S3's buckets.
+
+
+@pytest.fixture(scope="module")
+def buckets() -> Routing:
+    def s3(owner: str, upstream: str, **options: object) -> ServiceEntry:
+        return replace(service(owner, upstream, None), profile="s3", profile_options=options)
+
+    return Routing(
+        Directory.of(
+            1,
+            [
+                tenant("acme", Listen("127.0.0.1", 8001), frozenset({"*.s3.example", "*.news.example"})),
+                tenant("beta", Listen("::1", 8002)),
+            ],
+            [
+                s3("acme/s3", "https://s3.example"),
+                s3("acme/eu", "https://eu.s3.example"),
+                s3("acme/plain", "https://plain.example", virtual_hosts=False),
+                service("acme/files", "https://files.example", None),
+            ],
+        )
+    )
+
+
+def bucket(name: str, **other: Any) -> Wanted:
+    return wanted(name, names=(name,), server_name=name, connected=(name, 443), **other)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("s3.example", "acme/s3"),
+        ("bucket.s3.example", "acme/s3"),
+        ("my.own.bucket.s3.example", "acme/s3"),
+        ("Bucket.S3.example.", "acme/s3"),
+        ("eu.s3.example", "acme/eu"),
+        ("bucket.eu.s3.example", "acme/eu"),
+    ],
+)
+def test_names_below_a_services_own_lead_to_it(buckets: Routing, name: str, owner: str) -> None:
+    buckets.check_connect(ACME, name, 443)
+    route = buckets.route(ACME, bucket(name))
+    assert route.service.owner == NetworkService.parse(owner)
+    assert not buckets.tunnels(ACME, name, 443, name), "though a tunnel rule matches"
+
+
+@pytest.mark.parametrize(
+    "name", ["nots3.example", "b.files.example", "b.plain.example", "s3.example.evil.example", ".s3.example"]
+)
+def test_names_that_are_not_below(buckets: Routing, name: str) -> None:
+    with pytest.raises(RefusedError):
+        buckets.route(ACME, bucket(name))
+    with pytest.raises(RefusedError):
+        buckets.check_connect(ACME, name, 443)
+
+
+def test_another_bucket_or_port_or_tenant_is_refused(buckets: Routing) -> None:
+    one = bucket("one.s3.example")
+    for what in (
+        replace(one, names=("two.s3.example",)),
+        replace(one, server_name="two.s3.example"),
+        replace(one, server_name="s3.example"),
+        replace(one, names=("s3.example",)),
+        replace(one, names=("one.s3.example:8443",)),
+    ):
+        assert refused(buckets, ACME, what) is refusals.HOST_MISMATCH
+    assert refused(buckets, ACME, replace(one, port=444)) is refusals.UNMANAGED_HOST
+    assert refused(buckets, BETA, one) is refusals.UNMANAGED_HOST
+    assert not buckets.tunnels(ACME, "one.s3.example", 8443, "one.s3.example"), "at any port"
+
+
+def test_connections_go_to_the_service_itself(buckets: Routing) -> None:
+    assert buckets.may_connect(ACME, "s3.example", 443)
+    assert not buckets.may_connect(ACME, "one.s3.example", 443)
