@@ -79,6 +79,7 @@ class Healing:
 
         RefusedChangeError: what its incidents demand is missing.
         """
+        self._incidents.term()
         await self._journal.record(
             "heal-complete",
             outcome="begun",
@@ -126,6 +127,7 @@ class Healing:
         RefusedChangeError: it has not healed, or no load balancer confirms that within *patience_s*.
         """
         async with self._one_at_a_time:
+            self._incidents.term()
             body = self._peering.view.environments.get(environment)
             if body is not None and body.state is EnvironmentState.ACTIVE:
                 return {}

@@ -64,15 +64,14 @@ def kek_fingerprint(kek_id: str, body: KekBody) -> str:
 
 
 def take_kek(draft: "Draft", told: KekAnnouncement, *, now_ms: int) -> bool:
-    """The KEK that an environment has made, to heal or by a rotation; False if the rows name it already.
+    """The KEK that an environment has made to heal; False if the rows name it already.
 
-    The one before it is not trusted again. RefusedChangeError: the environment is on its way.
+    The one before it is not trusted again. RefusedChangeError: the environment does not heal.
     """
     body = _environment(draft.shared, told.environment)
     if body.kek_id == told.kek_id:
         return False
-    may_change = body.state is EnvironmentState.HEALING or body.state.counts
-    if not may_change or told.kek.environment != told.environment:
+    if body.state is not EnvironmentState.HEALING or told.kek.environment != told.environment:
         raise RefusedChangeError(
             f"{told.environment} is {body.state}: it announces no KEK", "`key-agent env status`"
         )

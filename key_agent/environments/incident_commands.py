@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from envelope.errors import FormatError, MisuseError
+from envelope.keys import KeyState
 from key_agent.commands import Json
 from key_agent.environments import healing_changes, incident_changes
 from key_agent.environments.approval_commands import ApprovalCommands
@@ -376,6 +377,62 @@ class IncidentCommands(ApprovalCommands):
         await self._agent.journal.record("keys-resume", keys=len(wanted), approval=approval)
         view = self._view
         return {"keys": {key: view.deks[key].state for key in sorted(wanted)}, "told": told}
+
+    # Re-encryption. It runs in a process of its own (incident_cli.py), beside the agent.
+
+    async def reencryption_begin(self, *, incident: str, connector: str) -> Json:
+        """A new re-encryption of what an incident's keys sealed: its id, and which keys that are."""
+        incident_id, _ = incident_changes.find(self._view, incident)
+        view = self._view
+        keys = [
+            key_id
+            for key_id in sorted(incident_changes.keys_of(view, incident_id))
+            if view.deks[key_id].state is KeyState.COMPROMISED
+        ]
+        if not keys:
+            raise RefusedChangeError(
+                f"{incident_id} has compromised no keys", f"`key-agent incident scope {incident_id}`"
+            )
+        rescues = sorted(one for key_id in keys if (one := view.deks[key_id].rescue_approval) is not None)
+        job = secrets.token_hex(8)
+        await self._agent.journal.record(
+            "reencryption", outcome="begun", job=job, incident=incident_id, keys=len(keys), store=connector
+        )
+        return {
+            "job": job,
+            "incident": incident_id,
+            "keys": keys,
+            "rescue": next(iter(rescues), None),
+        }
+
+    async def reencryption_end(self, *, job: str, state: str, rewritten: int, failed: int) -> Json:
+        """Its process has ended, for now or for good."""
+        outcome = state if state in ("done", "incomplete", "interrupted") else "interrupted"
+        await self._agent.journal.record(
+            "reencryption", outcome=outcome, job=job, rewritten=rewritten, failed=failed
+        )
+        return {"job": job, "state": outcome}
+
+    async def reencryption_list(self) -> Json:
+        """Every re-encryption that was begun on this machine."""
+        found = await FileLedger(self._environments().state_dir).all()
+        return {
+            "reencryptions": [
+                {
+                    "job": one.job_id,
+                    "incident": one.incident_id,
+                    "connector": one.connector,
+                    "keys": [str(key_id) for key_id in one.sources],
+                    "state": one.state,
+                    "scanned": one.scanned,
+                    "rewritten": one.rewritten,
+                    "skipped": one.skipped,
+                    "failed": one.failed,
+                    "failures": dict(list(one.failures.items())[:20]),
+                }
+                for one in found
+            ]
+        }
 
     # What people and programs get.
 

@@ -49,9 +49,6 @@ type Successor = tuple[str, str, str]
 class KeyMaker(Protocol):
     """What incidents ask of the manager's part that makes and spreads keys."""
 
-    async def exposed(self, environment: str) -> frozenset[str]:
-        """Keys that *environment* could open: it has a wrap of them."""
-
     async def make_successors(self, wanted: Collection[Successor], *, generator: str | None) -> list[str]:
         """New keys, on their way to become active; none where one is on its way already."""
 
@@ -102,6 +99,7 @@ class Incidents:
 
         RefusedChangeError: it does not fit, or this agent is not the manager. RegistryError.
         """
+        self.term()
         declared = opening.declared
         self._journal.note(
             "incident-open",
@@ -111,11 +109,12 @@ class Incidents:
             reason=opening.reason,
             by=opening.opened_by,
         )
-        exposed = await self._exposed(declared)
         found: tuple[str, bool] = ("", False)
 
         def change(draft: Draft) -> None:
             nonlocal found
+            # Every key has a wrap in every environment; what a breached one says it holds is worth nothing.
+            exposed = frozenset(draft.shared.deks)
             found = changes.open_incident(draft, opening, exposed=exposed, now_ms=self._now_ms())
 
         await self.write(change)
@@ -129,11 +128,6 @@ class Incidents:
             told=",".join(sorted(name for name, has in told.items() if has)) or None,
         )
         return incident_id, is_new, told
-
-    async def _exposed(self, declared: Declaration) -> frozenset[str]:
-        if declared.kind in (IncidentKind.SUSPECTED, IncidentKind.DEK):
-            return frozenset()  # its scope does not ask, so nothing has to be looked up
-        return await self._keys.exposed(declared.environment)
 
     async def ratify(self, notice: Notice) -> None:
         """An environment's own word becomes an incident. What fails is repeated by the next notice."""
@@ -241,6 +235,7 @@ class Incidents:
         RefusedChangeError: something is undecided, the generator heals, or the incident is over.
         KeySourceError, RegistryError, PeerError: to be repeated.
         """
+        self.term()
         view = self._peering.view
         incident_id, body = changes.find(view, incident_id)
         if body.state.is_over:

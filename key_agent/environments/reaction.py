@@ -5,9 +5,9 @@
 2. A KEK that an incident has ended is revoked here, which takes every key back, and disabled in the HSM. Its
    wraps are erased as soon as every live key is proven under the KEK that follows it: not before, so that no
    key is lost whose only other copy is on its way.
-3. Another KEK than the rows name (made while the environment heals, or by a rotation) is announced to the
-   manager until they do. After a breach that makes it nobody's to trust: an administrator compares its
-   fingerprint (`heal-complete --kek`).
+3. A KEK that was made anew while the environment heals is announced to the manager until the rows name it.
+   That makes it nobody's to trust: an administrator compares its fingerprint (`heal-complete --kek`). One
+   that a sound environment rotated to is followed by the manager itself.
 """
 
 import asyncio
@@ -109,7 +109,7 @@ class Reaction:
 
     async def _announce(self, view: Shared, row: KekRow | None) -> None:
         own = view.environments.get(self._peering.environment)
-        if own is None or not (own.state is EnvironmentState.HEALING or own.state.counts):
+        if own is None or own.state is not EnvironmentState.HEALING:
             return
         if row is None or row.kek is None or row.state is not KekState.ACTIVE:
             return

@@ -13,7 +13,7 @@
 import asyncio
 import posixpath
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final, override
@@ -57,10 +57,14 @@ class WebDavStore:
     store_ca_file: Path
     through_ca_file: Path
     user: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
     rescue: str | None = None
     """The approval under which compromised keys open, if any do."""
     timeout_s: float = _TIMEOUT_S
+
+    def described(self) -> str:
+        """For people, and to know it again: no secret."""
+        return f"{self.store_url} by way of {self.through_url}"
 
 
 _BROKEN_OFF: Final = (Rewrite.REFUSED, "it breaks off: spoiled, or cut")
