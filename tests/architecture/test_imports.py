@@ -42,6 +42,7 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
         "proxy.operating",
         "proxy.encryption_service.cli",
         "proxy.users.cli",
+        "proxy.vault.cli",
     ),
     "prometheus_client.REGISTRY": (),  # the global one; ours is runtime.observe's
     "structlog.configure": ("runtime.observe",),

@@ -76,6 +76,14 @@ _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answe
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
     "proxy/tenants/user_rows.py": _USERS,
+    "proxy/tenants/vault_rows.py": (
+        "tests/proxy/tenants/test_vault_store.py",
+        "what is written there is read here",
+    ),
+    "proxy/profiles/s3/options.py": (
+        "tests/proxy/profiles/s3/test_profile.py",
+        "values; what they decide is the profile's",
+    ),
     "key_agent/app.py": _PROCESS,
     "key_agent/doctor.py": _PROCESS,
     "key_agent/environments/etcd.py": (
