@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 import structlog
 from cryptography import x509
@@ -38,10 +38,7 @@ from key_agent.rotation import RotationLoop
 from key_agent.sources.source import Diagnosis, Kek, KeySource
 from runtime.clock import Clock
 
-if TYPE_CHECKING:
-    from key_agent.environments.assembly import Environments
-
-__all__ = ["Agent", "Rhythm", "Signing"]
+__all__ = ["Agent", "Rhythm", "Signing", "Surroundings"]
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +59,17 @@ class Rhythm:
     batch_size: int
     rotate_after_days: int = 90
     """Age at which keys are rotated where their service says nothing else; 0: never."""
+
+
+class Surroundings(Protocol):
+    """What an agent asks of the other environments; they are `environments.assembly.Environments`."""
+
+    @property
+    def is_united(self) -> bool:
+        """Whether there are others."""
+
+    def lease_left_s(self) -> float | None:
+        """For how long what is pushed now may be valid at most; None: no bound but the validity."""
 
 
 class Agent:
@@ -106,7 +114,7 @@ class Agent:
         self._delivered = asyncio.Event()
         self._to_persist: Change | None = None
         self._persist_wake = asyncio.Event()
-        self.environments: Environments | None = None
+        self.environments: Surroundings | None = None
         """The other environments of the tenant; None: this is the only one."""
         self.is_running = False
         self.one_at_a_time = asyncio.Lock()
@@ -161,7 +169,7 @@ class Agent:
             rotate_after_days=rhythm.rotate_after_days,
             one_at_a_time=self.one_at_a_time,
             push_at_once=self.refresh.at_once,
-            is_alone=lambda: self.environments is None or not self.environments.peering.is_united,
+            is_alone=lambda: self.environments is None or not self.environments.is_united,
         )
         self.lifetimes = Lifetimes(
             root=root,
@@ -450,7 +458,7 @@ class Agent:
         return self.consent.may_push and self.registry.leads
 
     def _may_hold_s(self) -> float | None:
-        return None if self.environments is None else self.environments.peering.lease_left_s()
+        return None if self.environments is None else self.environments.lease_left_s()
 
     def now_ms(self) -> int:
         """Unix milliseconds."""

@@ -10,7 +10,7 @@ import functools
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -240,7 +240,7 @@ async def opened(
             load_credentials=functools.partial(load_credentials, settings, root),
             revocations=revocations,
         )
-        agent.environments = await Environments.open(
+        agent.environments = others = await Environments.open(
             settings,
             registry=registry,
             root=root,
@@ -249,13 +249,12 @@ async def opened(
             journal=journal,
             clock=clock,
         )
-        if agent.environments is not None:
-            stack.push_async_callback(agent.environments.close)
-            following = Following(agent, agent.environments.peering)
-            agent.environments.tasks.append(("following", following.run))
-            keys = KeyParts(agent, agent.environments)
-            agent.environments.key_parts = keys
-            agent.environments.incident_parts = IncidentParts(agent, agent.environments, keys.manager)
+        if others is not None:
+            stack.push_async_callback(others.close)
+            following = Following(agent, others.peering)
+            others.tasks.append(("following", following.run))
+            others.key_parts = keys = KeyParts(agent, others)
+            others.incident_parts = IncidentParts(agent, others, keys.manager)
         await agent.start()
         yield agent
 
@@ -289,7 +288,7 @@ async def serve(
             await agent.journal.record("agent-started", agent=agent.agent_id, pid=os.getpid())
             async with (
                 agent.working(refresh=True),
-                nullcontext() if agent.environments is None else agent.environments.working(),
+                _among_others(agent),
                 api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
                 serving(
                     api.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port
@@ -308,6 +307,12 @@ async def serve(
                 )
     except StoppedOnStandbyError as error:
         log.info("key agent stopped", agent=settings.agent.id, cause=str(error))
+
+
+def _among_others(agent: Agent) -> AbstractAsyncContextManager[None]:
+    """What this agent and those of other environments do for each other, while the block runs."""
+    others = agent.environments
+    return others.working() if isinstance(others, Environments) else nullcontext()
 
 
 async def _either(first: asyncio.Event, second: asyncio.Event) -> None:

@@ -6,6 +6,7 @@ from typing import Final
 
 from envelope.keys import NetworkService
 from key_agent.agent import Agent
+from key_agent.environments.assembly import Environments
 from key_agent.environments.manager import Manager
 from key_agent.push.pusher import Delivery
 from key_agent.registry.states import KekState
@@ -29,12 +30,17 @@ class Commands:
 
     def _manager(self) -> Manager | None:
         """Who changes keys that several environments have; None while this environment is the only one."""
-        environments = self._agent.environments
-        if environments is None or not environments.peering.is_united:
+        environments = self._surroundings()
+        if environments is None or not environments.is_united:
             return None
         if environments.key_parts is None:
             raise RefusedChangeError("this agent has no part in keys of several environments", "restart it")
         return environments.key_parts.manager
+
+    def _surroundings(self) -> Environments | None:
+        """The other environments; None where the configuration knows of none."""
+        found = self._agent.environments
+        return found if isinstance(found, Environments) else None
 
     def _owner(self, text: str) -> NetworkService:
         """`service` or `tenant/service`; the tenant must be ours."""

@@ -161,6 +161,15 @@ class Environments:
             await self._etcd.close()
 
     @property
+    def is_united(self) -> bool:
+        """Whether there is a set of environments that this one is part of, or to be part of."""
+        return self.peering.is_united
+
+    def lease_left_s(self) -> float | None:
+        """For how long what is pushed now may be valid at most; None: no bound but the validity."""
+        return self.peering.lease_left_s()
+
+    @property
     def is_elected(self) -> bool:
         """Whether an election makes the manager, and nobody's command."""
         return self._etcd is not None

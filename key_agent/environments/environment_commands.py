@@ -460,7 +460,7 @@ class EnvironmentCommands(Commands):
     # Shared by the above.
 
     def _environments(self) -> "Environments":
-        found = self._agent.environments
+        found = self._surroundings()
         if found is None:
             raise RefusedChangeError(
                 "this agent's configuration knows of no other environments",

@@ -25,17 +25,17 @@ from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import newest_term
 from key_agent.environments.reaction import Reaction
 from key_agent.environments.shared import Shared
+from key_agent.environments.workplace import Workplace
 
 if TYPE_CHECKING:
     from key_agent.agent import Agent
-    from key_agent.environments.assembly import Environments
 
 _SMALL_BYTES = 64 << 10
 
 
 class IncidentParts:
-    def __init__(self, agent: "Agent", environments: "Environments", keys: KeyMaker) -> None:
-        """To be made once, before `Environments.working`."""
+    def __init__(self, agent: "Agent", environments: Workplace, keys: KeyMaker) -> None:
+        """To be made once, before the workplace opens."""
         self._agent = agent
         self._peering = environments.peering
         self._seen = self._peering.view

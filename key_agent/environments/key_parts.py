@@ -7,6 +7,7 @@ from envelope.keys import NetworkService
 from key_agent.environments.manager import Manager
 from key_agent.environments.presented import present
 from key_agent.environments.transport_key import KEY_NAME
+from key_agent.environments.workplace import Workplace
 from key_agent.environments.wrapping import Wraps
 from key_agent.registry.model import HeldKey, Link
 from key_agent.rotation import hosts_of, places
@@ -16,12 +17,11 @@ if TYPE_CHECKING:
 
     from envelope.keys import KeyState
     from key_agent.agent import Agent
-    from key_agent.environments.assembly import Environments
 
 
 class KeyParts:
-    def __init__(self, agent: "Agent", environments: "Environments") -> None:
-        """To be made once, before `Environments.working`."""
+    def __init__(self, agent: "Agent", environments: Workplace) -> None:
+        """To be made once, before the workplace opens."""
         self._agent = agent
         self._peering = environments.peering
         self.wraps = Wraps(
