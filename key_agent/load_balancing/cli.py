@@ -1,0 +1,147 @@
+"""`key-agent lb config`, `key-agent lb watchdog`, `key-agent lb-agent`: what runs beside HAProxy.
+
+They have a settings file of their own and need no key agent on their machine.
+"""
+
+import asyncio
+import os
+import subprocess
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, Never
+
+import structlog
+import typer
+from cryptography import x509
+
+from key_agent.load_balancing import settings as lb_settings
+from key_agent.load_balancing.haproxy_config import haproxy_config
+from key_agent.load_balancing.lb_agent import LbAgent, watch
+from runtime import lifecycle, observe
+from runtime.cli import CommandError, ExitCode
+from runtime.clock import SystemClock
+from runtime.settings import SettingsError
+
+lb_app = typer.Typer(no_args_is_help=True, help="HAProxy between several environments.")
+log = structlog.get_logger(__name__)
+
+SettingsFile = Annotated[
+    Path, typer.Option("--lb-config", help="The companion's settings (docs/environments.md).")
+]
+_DEFAULT = Path("/etc/sealgate/lb-agent.toml")
+
+
+@lb_app.command("config", epilog="Example: key-agent lb config --check > /etc/haproxy/haproxy.cfg")
+def config(
+    lb_config: SettingsFile = _DEFAULT,
+    check: Annotated[bool, typer.Option("--check", help="Have `haproxy -c` judge it first.")] = False,
+    haproxy: Annotated[str, typer.Option(help="The program that judges.")] = "haproxy",
+) -> None:
+    """Print HAProxy's configuration for these environments."""
+    text = haproxy_config(_settings(lb_config))
+    if check:
+        _judge(text, haproxy)
+    typer.echo(text, nl=False)
+
+
+@lb_app.command("watchdog", epilog="Example: key-agent lb watchdog")
+def watchdog(lb_config: SettingsFile = _DEFAULT) -> None:
+    """While the lb-agent is silent, set every server down by HAProxy's socket."""
+    chosen = _settings(lb_config)
+    path = chosen.frontend.stats_socket
+    if path is None:
+        raise CommandError(
+            "frontend.stats_socket is not set: there is no way to tell HAProxy",
+            f"set it in {lb_config}, write the configuration anew and reload HAProxy",
+            ExitCode.USAGE,
+        )
+    observe.configure_logging(json=None)
+    mine = chosen.lb_agent
+
+    async def main(stop: asyncio.Event) -> None:
+        await _until(
+            stop,
+            watch(
+                host=mine.host,
+                port=mine.port,
+                servers=[server.name for server in chosen.servers],
+                socket_path=str(path),
+                clock=SystemClock(),
+            ),
+        )
+
+    lifecycle.run(main)
+
+
+def lb_agent(lb_config: SettingsFile = _DEFAULT) -> None:
+    """Tell HAProxy which environments serve: the worst of the signed rows and each server's own word."""
+    chosen = _settings(lb_config)
+    problems = list(lb_settings.unusable_files(chosen))
+    if problems:
+        raise CommandError(problems[0], f"mend it, or name another file in {lb_config}", ExitCode.USAGE)
+    observe.configure_logging(json=None)
+    root = _root(chosen.lb_agent.root_certificate_file)
+
+    async def main(stop: asyncio.Event) -> None:
+        agent = LbAgent(chosen, root=root, clock=SystemClock())
+        await _until(
+            stop,
+            agent.run(started=lambda: log.info("lb-agent answers", port=agent.port, pid=os.getpid())),
+        )
+
+    lifecycle.run(main)
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, Never]) -> None:
+    """Run *work* until *stop* is set; what it raises is raised."""
+    running = asyncio.create_task(work, name="lb")
+    waiting = asyncio.create_task(stop.wait(), name="stop")
+    done, _ = await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (running, waiting):
+        task.cancel()
+    if running in done:
+        await running
+    await asyncio.gather(running, waiting, return_exceptions=True)
+
+
+def _settings(path: Path) -> lb_settings.Settings:
+    try:
+        return lb_settings.load(path, os.environ)
+    except SettingsError as error:
+        raise CommandError(str(error), f"mend {path}", ExitCode.USAGE) from None
+
+
+def _root(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"{path}: no certificate ({type(error).__name__})", "give the tenant's root", ExitCode.USAGE
+        ) from None
+
+
+def _judge(text: str, haproxy: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".cfg", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        try:
+            done = subprocess.run(  # noqa: S603 - the administrator's own program, no shell
+                [haproxy, "-c", "-q", "-f", file.name],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=30,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CommandError(
+                f"{haproxy} cannot be run ({type(error).__name__})",
+                "install HAProxy, or name it by --haproxy",
+                ExitCode.UNAVAILABLE,
+            ) from None
+    if done.returncode != 0:
+        raise CommandError(
+            f"haproxy refuses the configuration: {done.stderr.strip()[:500]}",
+            "mend the file it names, then repeat the command",
+            ExitCode.FAILED,
+        )

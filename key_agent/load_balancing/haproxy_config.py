@@ -1,0 +1,116 @@
+"""HAProxy's configuration for several environments, as text: every line has a reason (environments.md 7).
+
+1. Servers begin `disabled`: the first `up ready` opens one, so that a restart sends nothing to an environment
+   that heals before the first check.
+2. `retry-on 503` with redispatch makes a breach invisible to callers: the environment refuses by itself, and
+   the request goes to another one. A request is sent again only while all of it lies in the buffer.
+3. Never a fallback to a server that is down: with none left, 503 `no_environment` and Retry-After.
+4. `weight 100`: a percentage of the default weight 1 would be none. No cookies, no stick tables: anybody can
+   open what any other has sealed.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from key_agent.load_balancing.settings import FrontendSettings, Rule, Server, Settings
+
+RETRIED_PATHS: Final = ("/v1/encrypt", "/v1/decrypt", "/v1/sign", "/v1/verify", "/v1/token", "/v1/keys")
+BUFFER_BYTES: Final = 65536
+_NO_ENVIRONMENT: Final = (
+    '"{\\"type\\":\\"about:blank\\",\\"title\\":\\"Service Unavailable\\",\\"status\\":503,'
+    '\\"code\\":\\"no_environment\\",\\"detail\\":\\"No environment is sound at the moment.\\",'
+    '\\"next_step\\":\\"Try again as Retry-After says.\\"}"'
+)
+
+
+def haproxy_config(settings: Settings) -> str:
+    """The whole file."""
+    front = settings.frontend
+    parts = [_global(front), _DEFAULTS, _frontend(front, settings.servers), _any(settings)]
+    if front.rule is Rule.GEO:
+        parts += [_geo(front, geo, settings.servers) for geo in _geos(settings.servers)]
+    return "\n".join(parts)
+
+
+_DEFAULTS: Final = f"""\
+defaults
+  mode http
+  log global
+  option httplog
+  option dontlognull
+  option redispatch 1
+  retries 2
+  retry-on conn-failure empty-response 503
+  timeout connect 500ms
+  timeout client 60s
+  timeout server 15s
+  timeout http-request 10s
+  timeout queue 2s
+  http-error status 503 content-type "application/problem+json" string {_NO_ENVIRONMENT} hdr Retry-After 2
+"""
+
+
+def _global(front: FrontendSettings) -> str:
+    lines = ["# Written by `key-agent lb config`: change its settings, not this file.", "global"]
+    lines += [f"  tune.bufsize {BUFFER_BYTES}", "  log stderr format raw local0 notice"]
+    lines.append("  ssl-default-bind-options ssl-min-ver TLSv1.2")
+    if front.stats_socket is not None:
+        lines.append(f"  stats socket {front.stats_socket} mode 600 level admin")
+    return "\n".join([*lines, ""])
+
+
+def _frontend(front: FrontendSettings, servers: Iterable[Server]) -> str:
+    tls = f" ssl crt {front.certificate_file} alpn http/1.1" if front.certificate_file is not None else ""
+    lines = ["frontend callers", f"  bind {front.bind}{tls}"]
+    lines.append(f"  http-request disable-l7-retry unless {{ path_beg {' '.join(RETRIED_PATHS)} }}")
+    if front.rule is Rule.GEO:
+        trusted = " ".join(front.trusted_networks)
+        lines.append(
+            "  http-request del-header Sealgate-Region" + (f" unless {{ src {trusted} }}" if trusted else "")
+        )
+        found = "{ req.hdr(Sealgate-Region) -m found }"
+        lines.append(f"  http-request set-var(txn.geo) req.hdr(Sealgate-Region),lower if {found}")
+        if front.geo_map_file is not None:
+            lines.append(
+                f"  http-request set-var(txn.geo) src,map_ip({front.geo_map_file},any) "
+                "if !{ var(txn.geo) -m found }"
+            )
+        for geo in _geos(servers):
+            sound = "" if front.strict_geo else f" {{ nbsrv(geo_{geo}) gt 0 }}"
+            lines.append(f"  use_backend geo_{geo} if {{ var(txn.geo) -m str {geo.lower()} }}{sound}")
+    lines.append("  default_backend any")
+    return "\n".join([*lines, ""])
+
+
+def _any(settings: Settings) -> str:
+    front, mine = settings.frontend, settings.lb_agent
+    lines = ["backend any", "  balance random(2)", "  option httpchk GET /readyz"]
+    lines.append("  default-server check inter 500ms fall 2 rise 2 weight 100 disabled")
+    lines.append("  default-server on-marked-down shutdown-sessions")
+    asked = f"agent-inter {front.agent_inter_ms}ms agent-addr {mine.host} agent-port {mine.port}"
+    lines.append(f"  default-server agent-check {asked}")
+    lines += [_server(front, server) for server in settings.servers]
+    return "\n".join([*lines, ""])
+
+
+def _server(front: FrontendSettings, server: Server) -> str:
+    tls = f" ssl verify required ca-file {front.server_ca_file}" if front.server_ca_file is not None else ""
+    host, _, port = server.status_url.partition("://")[2].rpartition(":")
+    secure = " check-ssl" if server.status_url.startswith("https://") else " no-check-ssl"
+    check = f" addr {host} port {port}{secure}"
+    return f'  server {server.name} {server.address}{tls}{check} agent-send "{server.name}\\n"'
+
+
+def _geo(front: FrontendSettings, geo: str, servers: Iterable[Server]) -> str:
+    tls = f" ssl verify required ca-file {front.server_ca_file}" if front.server_ca_file is not None else ""
+    lines = [f"backend geo_{geo}", "  balance random(2)"]
+    lines += [
+        f"  server {server.name} {server.address}{tls} weight 100 track any/{server.name}"
+        for server in servers
+        if server.geo == geo
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _geos(servers: Iterable[Server]) -> list[str]:
+    return sorted({server.geo for server in servers if server.geo is not None})

@@ -1,0 +1,235 @@
+"""`key-agent lb-agent`: beside HAProxy, tells it which servers may be used, and the agents that it knows.
+
+1. It looks at every agent and every server all the time; a check of HAProxy's is answered from memory.
+2. What it has acted on it acknowledges to every agent: rejoining waits for that (system B, claim 7). An
+   acknowledgement is sent only after every later check will be answered by the new state.
+3. Nothing here decides anything: states are the signed rows', answers answers.py's.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn
+
+import aiohttp
+import msgspec
+import structlog
+from cryptography import x509
+
+from envelope.errors import FormatError, IntegrityError
+from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
+from key_agent.environments.documents import decode_delta
+from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peer_trust import PeerTrust
+from key_agent.environments.peers import REGISTRY_PATH
+from key_agent.load_balancing.answers import FULL_WEIGHT, Report, answer, smoothed, weights
+from key_agent.load_balancing.following import Follower
+from key_agent.load_balancing.settings import AgentAddress, Rule, Server, Settings
+from runtime.clock import Clock
+
+log = structlog.get_logger(__name__)
+
+_AGENT_TIMEOUT_S: Final = 3.0
+_STATUS_TIMEOUT_S: Final = 1.0
+_SILENT_S: Final = 2.0
+"""A server whose last answer is older than that says nothing."""
+_ACK_S: Final = 2.0
+_CHECK_S: Final = 1.0
+_MAX_NAME_BYTES: Final = 128
+_MAX_STATUS_BYTES: Final = 64 << 10
+_SILENCE: Final = (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError, ValueError)
+
+
+class _Status(msgspec.Struct):
+    serves: bool
+    tenants: dict[str, "_TenantStatus"] = {}
+
+
+class _TenantStatus(msgspec.Struct):
+    serves: bool = False
+    state: str = "untold"
+
+
+class LbAgent:
+    """`run` until cancelled; `port` is known while it runs."""
+
+    def __init__(self, settings: Settings, *, root: x509.Certificate, clock: Clock) -> None:
+        mine = settings.lb_agent
+        self._settings = settings
+        self._clock = clock
+        self._follower = Follower(mine.tenant, {agent.id: agent.registry_key for agent in settings.agents})
+        self._transport = PeerTransport(
+            trust=PeerTrust(tenant=mine.tenant, root=root, revocations=None, clock=clock),
+            certificate_file=mine.certificate_file,
+            key_file=mine.key_file,
+        )
+        self._fresh_boot_s = float("-inf")
+        self._reports: dict[str, tuple[Report, float]] = {}
+        self._latencies_s: dict[str, float] = {}
+        self._lines: dict[str, str] = {}
+        self._acked: dict[str, tuple[int, int]] = {}
+        self.port = 0
+
+    async def run(self, *, started: Callable[[], None] | None = None) -> NoReturn:
+        """OSError: the listener cannot be opened."""
+        mine = self._settings.lb_agent
+        server = await asyncio.start_server(self._check, mine.host, mine.port)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            async with (
+                server,
+                aiohttp.ClientSession(
+                    timeout=aiohttp.ClientTimeout(total=_STATUS_TIMEOUT_S),
+                    trust_env=False,
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                ) as session,
+                asyncio.TaskGroup() as group,
+            ):
+                for agent in self._settings.agents:
+                    group.create_task(self._follow(agent), name=f"lb:agent:{agent.id}")
+                    group.create_task(self._acknowledge(agent), name=f"lb:ack:{agent.id}")
+                for one in self._settings.servers:
+                    group.create_task(self._look(session, one), name=f"lb:server:{one.name}")
+                if started is not None:
+                    started()
+        finally:
+            await self._transport.close()
+        raise AssertionError("unreachable: the loops above do not end")
+
+    # ---- answering
+
+    async def _check(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One check of HAProxy's: the server's name in a line, then the answer."""
+        with contextlib.suppress(OSError, TimeoutError, ValueError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(_CHECK_S):
+                line = await reader.readuntil(b"\n")
+                name = line[:_MAX_NAME_BYTES].decode("ascii").strip()
+                writer.write(self.line(name).encode("ascii"))
+                await writer.drain()
+        writer.close()
+
+    def line(self, name: str) -> str:
+        """What is answered for the server *name* at this moment."""
+        server = next((one for one in self._settings.servers if one.name == name), None)
+        state = None if server is None else self._follower.state_of(server.environment)
+        made = answer(state, self._report(name), is_fresh=self._is_fresh(), weight=self._weight(name))
+        if self._lines.get(name) != made and server is not None:
+            log.info("answers HAProxy", server=name, answer=made.strip())
+            self._lines[name] = made
+        return made
+
+    def _is_fresh(self) -> bool:
+        return self._clock.boot_s() - self._fresh_boot_s <= self._settings.lb_agent.stale_s
+
+    def _report(self, name: str) -> Report | None:
+        report, at_s = self._reports.get(name, (None, 0.0))
+        return report if self._clock.boot_s() - at_s <= _SILENT_S + self._settings.lb_agent.poll_s else None
+
+    def _weight(self, name: str) -> int:
+        if self._settings.frontend.rule is not Rule.LATENCY:
+            return FULL_WEIGHT
+        sound = {
+            server: latency_s
+            for server, latency_s in self._latencies_s.items()
+            if (report := self._report(server)) is not None and report.serves
+        }
+        return weights(sound).get(name, FULL_WEIGHT)
+
+    # ---- looking
+
+    async def _follow(self, agent: AgentAddress) -> NoReturn:
+        address, everything, was_reached = PeerAddress(agent.url, agent.id), False, True
+        while True:
+            began_s = self._clock.boot_s()
+            epoch = 0 if everything else self._follower.needs()
+            try:
+                content = await self._transport.request(
+                    address, "GET", f"{REGISTRY_PATH}?after={epoch}", timeout_s=_AGENT_TIMEOUT_S
+                )
+                delta = decode_delta(content)
+                self._follower.take(delta)
+                if (delta.term, delta.epoch_to) >= self._follower.position:
+                    self._fresh_boot_s = max(self._fresh_boot_s, began_s)
+                was_reached, everything = True, False
+            except PeerError as error:
+                if was_reached:
+                    log.warning("an agent is not reached", agent=agent.id, cause=str(error))
+                was_reached = False
+            except (FormatError, IntegrityError) as error:
+                if not everything:
+                    everything = True  # another history: all of it
+                    continue
+                log.warning("an agent's rows are not believed", agent=agent.id, cause=str(error))
+            await self._clock.sleep(self._settings.lb_agent.poll_s)
+
+    async def _look(self, session: aiohttp.ClientSession, server: Server) -> NoReturn:
+        tenant = self._settings.lb_agent.tenant
+        while True:
+            began_s = self._clock.boot_s()
+            with contextlib.suppress(*_SILENCE):
+                url = f"{server.status_url}/v1/env/status"
+                async with session.get(url, allow_redirects=False) as found:
+                    content = await found.content.read(_MAX_STATUS_BYTES)
+                took_s = self._clock.boot_s() - began_s
+                status = msgspec.json.decode(content, type=_Status)
+                own = status.tenants.get(tenant, _TenantStatus())
+                self._latencies_s[server.name] = smoothed(self._latencies_s.get(server.name), took_s)
+                report = Report(serves=own.serves, state=own.state, latency_s=took_s)
+                self._reports[server.name] = (report, self._clock.boot_s())
+            await self._clock.sleep(self._settings.lb_agent.poll_s)
+
+    async def _acknowledge(self, agent: AgentAddress) -> NoReturn:
+        address, last_s = PeerAddress(agent.url, agent.id), float("-inf")
+        while True:
+            position, now_s = self._follower.position, self._clock.boot_s()
+            is_new = self._acked.get(agent.id) != position
+            if position > (0, 0) and (is_new or now_s - last_s >= _ACK_S) and self._is_fresh():
+                ack = LbAck(
+                    load_balancer=self._settings.lb_agent.id,
+                    term=position[0],
+                    epoch=position[1],
+                    answers={one.name: self.line(one.name).strip() for one in self._settings.servers[:64]},
+                )
+                with contextlib.suppress(PeerError):
+                    await self._transport.request(
+                        address, "POST", LB_ACK_PATH, msgspec.json.encode(ack), timeout_s=_AGENT_TIMEOUT_S
+                    )
+                    self._acked[agent.id], last_s = position, now_s
+            await self._clock.sleep(self._settings.lb_agent.poll_s / 2)
+
+
+async def watch(
+    *, host: str, port: int, servers: Sequence[str], socket_path: str, clock: Clock, every_s: float = 0.5
+) -> NoReturn:
+    """The watchdog: while the lb-agent does not answer, every server is down by HAProxy's own socket.
+
+    HAProxy itself leaves a server as it was when its agent is silent; the next `up` of the agent undoes this.
+    """
+    silent = 0
+    while True:
+        try:
+            async with asyncio.timeout(_CHECK_S):
+                reader, writer = await asyncio.open_connection(host, port)
+                writer.write(f"{servers[0]}\n".encode())
+                answered = bool(await reader.read(64))
+                writer.close()
+        except (OSError, TimeoutError):
+            answered = False
+        silent = 0 if answered else silent + 1
+        if silent >= 2:
+            if silent == 2:
+                logging.getLogger(__name__).error("the lb-agent is silent: every server is set down")
+            for name in servers:
+                await _command(socket_path, f"set server any/{name} agent down")
+        await clock.sleep(every_s)
+
+
+async def _command(socket_path: str, text: str) -> None:
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_CHECK_S):
+            reader, writer = await asyncio.open_unix_connection(socket_path)
+            writer.write(text.encode() + b"\n")
+            await writer.drain()
+            await reader.read()
+            writer.close()

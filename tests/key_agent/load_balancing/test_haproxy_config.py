@@ -1,0 +1,185 @@
+"""The configuration, judged by HAProxy, and what HAProxy does with each answer of the agent-check."""
+
+import asyncio
+import contextlib
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from key_agent.load_balancing.haproxy_config import haproxy_config
+from key_agent.load_balancing.settings import Rule, Settings
+from tests.key_agent.load_balancing.balanced import (
+    HAPROXY,
+    Caller,
+    DataPlane,
+    haproxy_running,
+    planes_running,
+    problem_code,
+    settings_for,
+    until_answers,
+)
+
+type Lines = dict[str, str]
+
+
+@contextlib.asynccontextmanager
+async def checks(settings: Settings, lines: Lines) -> AsyncIterator[None]:
+    """Answers agent-checks with *lines*: what the lb-agent would say."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            name = (await reader.readuntil(b"\n")).decode().strip()
+            writer.write(lines.get(name, "down #unknown\n").encode())
+            await writer.drain()
+        writer.close()
+
+    mine = settings.lb_agent
+    async with await asyncio.start_server(answer, mine.host, mine.port):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def balanced(
+    planes: list[DataPlane],
+    lines: Lines,
+    directory: Path,
+    *,
+    rule: Rule = Rule.RANDOM,
+    strict_geo: bool = False,
+) -> AsyncIterator[Caller]:
+    settings = settings_for(planes, directory, rule=rule, strict_geo=strict_geo)
+    async with (
+        planes_running(planes),
+        checks(settings, lines),
+        haproxy_running(haproxy_config(settings), directory),
+        Caller(settings.frontend.bind) as caller,
+    ):
+        yield caller
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("strict_geo", [True, False])
+def test_haproxy_takes_it(tmp_path: Path, rule: Rule, strict_geo: bool) -> None:
+    planes = [DataPlane("a", "us"), DataPlane("b", "eu"), DataPlane("c", "eu")]
+    text = haproxy_config(settings_for(planes, tmp_path, rule=rule, strict_geo=strict_geo))
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(text)
+    done = subprocess.run([HAPROXY, "-c", "-f", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cookie" not in text
+    assert "stick" not in text
+
+
+async def test_nothing_is_sent_before_the_first_up_and_random_spreads(tmp_path: Path) -> None:
+    planes = [DataPlane(name) for name in "abc"]
+    lines: Lines = {}
+    async with balanced(planes, lines, tmp_path) as caller:
+        async with asyncio.timeout(10):
+            while (await caller.ask())[0] == 0:  # noqa: ASYNC110 - HAProxy has no event for it
+                await asyncio.sleep(0.05)
+        status, text, retry_after = await caller.ask()
+        assert (status, problem_code(text), retry_after) == (503, "no_environment", "2")
+        assert sum(plane.served + plane.refused for plane in planes) == 0, "a cold start sends nothing"
+        lines |= dict.fromkeys("abc", "up ready 100%\n")
+        await until_answers(caller, {"a", "b", "c"})
+        found = await caller.count(600)
+        # chi-square of three equal parts: 13.8 is p = 0.001 with two degrees of freedom.
+        assert sum((found[name] - 200) ** 2 / 200 for name in "abc") < 13.8, found
+
+
+@pytest.mark.parametrize("down", ["down #healing\n", "drain\n", "maint\n", "down #unknown\n"])
+async def test_what_takes_an_environment_out_and_brings_it_back(tmp_path: Path, down: str) -> None:
+    planes = [DataPlane(name) for name in "abc"]
+    lines = dict.fromkeys("abc", "up ready 100%\n")
+    async with balanced(planes, lines, tmp_path) as caller:
+        await until_answers(caller, {"a", "b", "c"})
+        lines["a"] = down
+        await until_answers(caller, {"b", "c"})
+        lines["a"] = "up ready 100%\n"
+        await until_answers(caller, {"a", "b", "c"})
+        lines |= dict.fromkeys("abc", down)
+        await until_answers(caller, {"503"})
+        status, text, _ = await caller.ask()
+        assert (status, problem_code(text)) == (503, "no_environment")
+
+
+async def test_self_refusal_costs_no_caller_anything(tmp_path: Path) -> None:
+    """B-23's barrier: the environment refuses at once, HAProxy asks another one."""
+    planes = [DataPlane(name) for name in "abc"]
+    lines = dict.fromkeys("abc", "up ready 100%\n")
+    async with balanced(planes, lines, tmp_path) as caller:
+        await until_answers(caller, {"a", "b", "c"})
+        planes[0].serves = False  # the agent-check still says that it is up
+        found = await caller.count(120)
+        assert set(found) == {"b", "c"}
+        assert planes[0].refused > 0, "it was asked, and another one answered"
+        # Too large for the buffer: that caller is told to come again (B-24).
+        answers = [await caller.ask(body=b"x" * 200_000) for _ in range(24)]
+        assert {status for status, _, _ in answers} <= {200, 503}
+        assert all(retry == "2" for status, _, retry in answers if status == 503)
+
+
+@pytest.mark.parametrize("strict_geo", [False, True])
+async def test_geography(tmp_path: Path, strict_geo: bool) -> None:
+    planes = [DataPlane("a", "us"), DataPlane("b", "eu"), DataPlane("c", "eu")]
+    lines = dict.fromkeys("abc", "up ready 100%\n")
+    async with balanced(planes, lines, tmp_path, rule=Rule.GEO, strict_geo=strict_geo) as caller:
+        await until_answers(caller, {"a", "b", "c"})
+        assert set(await caller.count(20, "US")) == {"a"}
+        assert set(await caller.count(40, "eu")) == {"b", "c"}
+        lines["a"] = "down #healing\n"
+        await until_answers(caller, {"b", "c"})
+        found = await caller.count(20, "us")
+        assert set(found) == ({"503"} if strict_geo else {"b", "c"})
+
+
+async def test_a_slow_environment_gets_less(tmp_path: Path) -> None:
+    planes = [DataPlane(name) for name in "abc"]
+    lines = {"a": "up ready 100%\n", "b": "up ready 17%\n", "c": "up ready 100%\n"}
+    async with balanced(planes, lines, tmp_path, rule=Rule.LATENCY) as caller:
+        await until_answers(caller, {"a", "b", "c"})
+        found = await caller.count(600)
+        assert 0 < found["b"] < 120, found
+
+
+async def test_a_restart_sends_nothing_to_an_environment_that_heals(tmp_path: Path) -> None:
+    """B-51: even if it would serve."""
+    planes = [DataPlane(name) for name in "ab"]
+    settings = settings_for(planes, tmp_path)
+    lines = {"a": "down #healing\n", "b": "up ready 100%\n"}
+    text = haproxy_config(settings)
+    async with planes_running(planes), checks(settings, lines):
+        for _ in range(2):
+            async with haproxy_running(text, tmp_path), Caller(settings.frontend.bind) as caller:
+                await until_answers(caller, {"b"})
+    assert planes[0].served == 0
+
+
+async def test_a_server_that_is_killed_is_left_at_once(tmp_path: Path) -> None:
+    planes = [DataPlane(name) for name in "ab"]
+    settings = settings_for(planes, tmp_path)
+    lines = dict.fromkeys("ab", "up ready 100%\n")
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(checks(settings, lines))
+        await stack.enter_async_context(planes_running(planes[1:]))
+        first = planes_running(planes[:1])
+        await first.__aenter__()
+        await stack.enter_async_context(haproxy_running(haproxy_config(settings), tmp_path))
+        caller = await stack.enter_async_context(Caller(settings.frontend.bind))
+        await until_answers(caller, {"a", "b"})
+        await first.__aexit__(None, None, None)
+        began_s = time.monotonic()
+        assert set(await caller.count(60)) == {"b"}
+        assert time.monotonic() - began_s < 30
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nserver x", 'a"', "", "-a", "a" * 64])
+def test_names_cannot_become_configuration(tmp_path: Path, name: str) -> None:
+    raw = msgspec.to_builtins(settings_for([DataPlane("a")], tmp_path), enc_hook=str)
+    raw["servers"][0]["name"] = name
+    with pytest.raises(msgspec.ValidationError, match="name"):
+        msgspec.convert(raw, type=Settings, dec_hook=lambda kind, value: kind(value))
