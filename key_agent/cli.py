@@ -27,6 +27,7 @@ from key_agent.environments.approval_cli import admin_app, approval_app
 from key_agent.environments.cli import environment_app
 from key_agent.environments.incident_cli import incident_app
 from key_agent.environments.old_keys_cli import keys_app
+from key_agent.load_balancing.cli import lb_agent, lb_app
 from key_agent.performing import Options, confirm, perform, perform_with, show
 from key_agent.sources.vendors import GENERIC, load_vendor, vendor_names
 from key_agent.state_dir import AUDIT_NAME, SOCKET_NAME
@@ -56,6 +57,8 @@ program.add_typer(key_app, name="key")
 program.add_typer(backup_app, name="backup")
 program.add_typer(proxy_app, name="proxy")
 program.add_typer(environment_app, name="env")
+program.add_typer(lb_app, name="lb")
+program.command("lb-agent", epilog="Example: key-agent lb-agent --lb-config lb.toml")(lb_agent)
 program.add_typer(incident_app, name="incident")
 program.add_typer(keys_app, name="keys")
 program.add_typer(approval_app, name="approval")
