@@ -253,15 +253,20 @@ class SealgateAddon:
         source = source_of(request, plan, flow.request.headers.fields)
         return Exchange(request=request, profile=profile, plan=plan, trail=trail, source=source)
 
-    @fail_closed
-    async def request(self, flow: HTTPFlow) -> None:
+    def request(self, flow: HTTPFlow) -> Coroutine[Any, Any, None] | None:
         """The body is here. Only what was to be collected has still to be decided."""
-        collected = permit(flow).request
-        if isinstance(collected, Collect):
-            exchange = exchange_of(flow)
-            if exchange is None:
-                raise RefusedError(refusals.NO_PERMIT)
-            await self._exchanges.decide(flow, exchange, collected)
+        try:
+            return self._decided(flow) if isinstance(permit(flow).request, Collect) else None
+        except BaseException:
+            permit(flow).revoke(refusals.INTERNAL)
+            raise
+
+    @fail_closed
+    async def _decided(self, flow: HTTPFlow) -> None:
+        exchange, collected = exchange_of(flow), permit(flow).request
+        if exchange is None or not isinstance(collected, Collect):
+            raise RefusedError(refusals.NO_PERMIT)
+        await self._exchanges.decide(flow, exchange, collected)
 
     def _route(self, flow: HTTPFlow, client: _Client, fields: Fields) -> Route:
         request = flow.request
@@ -317,14 +322,24 @@ class SealgateAddon:
         bodies = client.flows.setdefault(flow.id, []) if client is not None else []
         permit(flow).response = await self._exchanges.permit_answer(flow, response, exchange, bodies)
 
+    def response(self, flow: HTTPFlow) -> Coroutine[Any, Any, None] | None:
+        """The answer's body is here. What was to be collected has still to be replaced."""
+        try:
+            if isinstance(permit(flow).response, Collect):
+                return self._replaced(flow)
+            self._end(flow, OK)
+        except BaseException:
+            permit(flow).revoke(refusals.INTERNAL)
+            raise
+        else:
+            return None
+
     @fail_closed
-    async def response(self, flow: HTTPFlow) -> None:
-        collected = permit(flow).response
-        if isinstance(collected, Collect):
-            exchange = exchange_of(flow)
-            if exchange is None or flow.response is None:
-                raise RefusedError(refusals.NO_PERMIT)
-            await self._exchanges.replace(flow.response, exchange, collected)
+    async def _replaced(self, flow: HTTPFlow) -> None:
+        exchange, response, collected = exchange_of(flow), flow.response, permit(flow).response
+        if exchange is None or response is None or not isinstance(collected, Collect):
+            raise RefusedError(refusals.NO_PERMIT)
+        await self._exchanges.replace(response, exchange, collected)
         self._end(flow, OK)
 
     # ---- ends

@@ -73,6 +73,7 @@ class OpenBody(Transform):
         self._opener: Stream = Opener(owner, self._object_key)
         self._may_be_simple = may_be_simple
         self._find_ending = find_ending
+        self.may_wait = find_ending is not None
         self._on_length = on_length
         self._may_be_legacy = may_be_legacy
         self._on_legacy = on_legacy
@@ -274,6 +275,8 @@ class OpenRangeBody(Transform):
 
 class MapAnswerBody(Transform):
     """An answer's body that a profile's mapper rewrites; of no known length."""
+
+    may_wait = True
 
     def __init__(self, mapper: BodyMapper) -> None:
         self._mapper = mapper

@@ -20,7 +20,7 @@ from proxy.keys.cache import DataKey
 from proxy.message import AnswerHead, BodyFrame, ByteRange, ExpectedDigest, Fields, RequestHead
 from proxy.profile_options import ProfileOptions, StoredPolicy
 from proxy.refusals import Refusal
-from proxy.tenants.model import Directory, ServiceEntry
+from proxy.tenants.model import Directory, LegacyPolicy, ServiceEntry
 from proxy.uploads import UploadStore
 
 EMPTY_DIRECTORY: Final = Directory.of(0, (), ())
@@ -31,6 +31,9 @@ class Mode(StrEnum):
 
     FORWARD = "forward"  # CONNECT, or an absolute-form request
     REVERSE = "reverse"  # the client takes us for the service
+
+
+_AS_THE_SERVICE: Final = {legacy: StoredPolicy(legacy.value) for legacy in LegacyPolicy}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Route:
     @property
     def policy(self) -> StoredPolicy:
         """What to do with a stored body that is not sealed."""
-        return self.stored or StoredPolicy(self.service.legacy.value)
+        return self.stored or _AS_THE_SERVICE[self.service.legacy]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

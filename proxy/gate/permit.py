@@ -58,6 +58,9 @@ class Transform(ABC):
     object is still a proper answer, and the length may be found out in the body: `expected_out_bytes` and
     Content-Length may be changed together until then. Bytes are not collected meanwhile: they are fed."""
 
+    may_wait: bool = False
+    """Whether it may become `pending`; True from the beginning, or never."""
+
     pending: bool = False
     """True: the gate awaits `settle` before it feeds the next piece, or the end. It reads nothing then."""
 

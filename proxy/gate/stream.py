@@ -209,6 +209,7 @@ class GuardedStream(http.HttpStream):
         self._over = False  # nothing is let out any more
         self._head: RequestHeaders | ResponseHeaders | None = None  # of the message whose hook comes next
         self._body_follows = False  # of the request, as it will be sent
+        self._is_busy = False  # more may be to do with a piece of a body than to feed it
         self._head_left = False  # a part of the final response has been given to the client connection
         self._response_received = False
         self._error_hooked = False
@@ -228,7 +229,7 @@ class GuardedStream(http.HttpStream):
                 keeper.adopt(self)
             if isinstance(event, (RequestTrailers, ResponseTrailers)):
                 yield from self._guard(self._take_trailers(event))
-            elif (leg := self._busy_leg(event)) is not None:
+            elif self._is_busy and (leg := self._busy_leg(event)) is not None:
                 yield from self._guard(self._take_body(leg, event))
             else:
                 yield from self._guard(super()._handle_event(event))
@@ -400,12 +401,13 @@ class GuardedStream(http.HttpStream):
         granted = permit(self.flow).request
         if isinstance(granted, Transform):
             granted.claim(self)
+            self._is_busy |= granted.may_wait
             # A body of no bytes is transformed as well: mitmproxy would send it as it is.
             head.end_stream = False
         elif isinstance(granted, Collect):
             if request.stream is not False:
                 raise _VetoError(refusals.INTERNAL, "a body to be collected is streamed")
-            self._request.collect = granted
+            self._request.collect, self._is_busy = granted, True
             return False  # it is judged when it has been collected
         elif granted is CLEAR and not head.end_stream and not request.stream:
             request.stream = True  # mitmproxy would collect it in memory
@@ -422,11 +424,12 @@ class GuardedStream(http.HttpStream):
             if not self._may_have_body(response):
                 raise _VetoError(refusals.INTERNAL, "a transform where no body comes")
             granted.claim(self)
+            self._is_busy |= granted.may_wait
             head.end_stream = False
         elif isinstance(granted, Collect):
             if not self._may_have_body(response) or response.stream is not False:
                 raise _VetoError(refusals.INTERNAL, "a body to be collected is streamed, or none comes")
-            self._response.collect = granted
+            self._response.collect, self._is_busy = granted, True
             return
         elif granted is CLEAR and not head.end_stream and not response.stream:
             response.stream = True
@@ -610,8 +613,11 @@ class GuardedStream(http.HttpStream):
 
     def _check_held(self, leg: _Leg, message: Message) -> None:
         """A head that is held may have been changed: judge it again, and go by the length it declares now."""
-        if leg.held_head is None:
+        if leg.held_head is None or leg.transform is None:
             return
+        known, fields, expected = leg.framing, message.headers.fields, leg.transform.expected_out_bytes
+        if known is not None and known[0] is fields and known[2] == expected and type(fields) is tuple:
+            return  # mostly: nothing has changed since the last check
         if leg is self._request:
             self._check_request()
         else:

@@ -294,6 +294,8 @@ async def test_the_length_that_a_held_head_learns_has_to_be_true(pki: Pki, wrong
 class Waiting(Transform):
     """Makes nothing of its first piece before it was settled."""
 
+    may_wait = True
+
     def __init__(self, *, error: Exception | None = None, stays_pending: bool = False) -> None:
         self._held = b""
         self._error = error
