@@ -92,10 +92,10 @@ async def site(
     legacy: LegacyPolicy = LegacyPolicy.STRICT,
     server_host: str = HOST,
 ) -> AsyncIterator[Site]:
-    """*kind*: `swift` or `moto`."""
+    """*kind*: `swift` or `moto`. *server_host*: its name for the proxy; directly it is `localhost`."""
     server_ca = pki.make_server_ca()
     ca_file, _ = pki.write_credential(server_ca, directory, "server-ca")
-    names = [server_host, f"*.{server_host}"]
+    names = [server_host, f"*.{server_host}", HOST]
     pair = pki.write_credential(pki.issue_server(server_ca, names), directory, "server")
     async with contextlib.AsyncExitStack() as parts:
         server: Server
@@ -145,7 +145,9 @@ async def provisioned(
     own_ca = tenant.interception_ca.certificate_file
     port = urlsplit(rig.reverse_url(entry, "/")).port
     ways = {
-        "direct": Way("direct", server.url, ca_file, server.access_key, server.secret_key),
+        "direct": Way(
+            "direct", f"https://{HOST}:{server.port}", ca_file, server.access_key, server.secret_key
+        ),
         "forward": Way("forward", server.url, own_ca, access_key, secret, f"http://{tenant.forward_listen}"),
         "reverse": Way("reverse", f"https://{HOST}:{port}", own_ca, access_key, secret),
     }
