@@ -123,8 +123,10 @@ def _plan_of(request: Request, profile: Profile) -> RequestPlan:
     """The profile's plan, where the route's policy leaves it to the profile. RefusedError as it raises."""
     plan = profile.plan(request)
     if request.route.policy is StoredPolicy.PASSTHROUGH and isinstance(plan, Open | OpenRange | HeadSize):
+        # The range goes up as it came; what the profile has said of conditions holds here, too.
+        edits = plan.edits
         return Unopened(
-            edits=request.edits,
+            edits=Edits(drop=edits.drop - ({"range", "if-range"} - request.edits.drop), put=edits.put),
             target=plan.target,
             sign=plan.sign,
             memo=plan.memo,

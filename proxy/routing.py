@@ -216,6 +216,19 @@ class Routing:
             return False
 
 
+def managed_hosts(directory: Directory, tenant: str, profiles: Mapping[str, Profile] = PROFILES) -> list[str]:
+    """Hosts of *tenant*'s services, for a PAC file: `*.host` for all below it, where these belong to one."""
+    hosts = set(directory.hosts_of(tenant))
+    for entry in directory.services_of(tenant):
+        profile = profiles.get(entry.profile)
+        try:
+            if profile is not None and profile.options.of(entry.profile_options).has_subdomains:
+                hosts.add(f"*.{entry.upstream.host}")
+        except FormatError:
+            continue  # a service that cannot be served (`Routing.broken`)
+    return sorted(hosts)
+
+
 def _listeners(directory: Directory) -> Iterable[Listener]:
     for listen, tenants in directory.forward_listeners.items():
         yield Listener(

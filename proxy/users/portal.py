@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.certificates import fingerprint
+from proxy.routing import managed_hosts
 from proxy.tenants.certificates import CredentialError, read_certificate
 from proxy.tenants.model import Directory, TenantEntry
 from runtime.serve import ProblemError, make_application
@@ -96,7 +97,7 @@ def make_portal(directory: Callable[[], Directory]) -> web.Application:
                 f"sealgate tenant access {entry.tenant} --proxy HOST:PORT",
             )
         script = pac_script(
-            directory().hosts_of(entry.tenant), proxies, by_tls=entry.access.proxies_speak_tls
+            managed_hosts(directory(), entry.tenant), proxies, by_tls=entry.access.proxies_speak_tls
         )
         return web.Response(text=script, content_type=PAC_TYPE, headers=_HEADERS)
 
@@ -138,7 +139,9 @@ def _page(entry: TenantEntry, authority: x509.Certificate, directory: Directory)
     shown = ":".join(digest[at : at + 2] for at in range(0, len(digest), 2))
     until = authority.not_valid_after_utc.astimezone(UTC)
     proxies = "".join(f"<li><code>{html.escape(proxy)}</code></li>" for proxy in proxies_of(entry))
-    hosts = "".join(f"<li><code>{html.escape(host)}</code></li>" for host in directory.hosts_of(entry.tenant))
+    hosts = "".join(
+        f"<li><code>{html.escape(host)}</code></li>" for host in managed_hosts(directory, entry.tenant)
+    )
     return f"""\
 <!doctype html>
 <html lang="en">

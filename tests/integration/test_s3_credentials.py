@@ -6,11 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from envelope.keys import NetworkService
 from envelope.objects import MAGIC
 from proxy.message import RequestHead
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.model import Upstream
+from proxy.tenants.service_store import ServiceStore
+from proxy.tenants.vault_store import add_credential
 from proxy.vault.model import Secrets
+from runtime.clock import SystemClock
+from tests import pki
 from tests.integration.proxy_rig import Answer, curl
-from tests.integration.s3_rig import VIAS, Site, body, content, credential, s3_site
+from tests.integration.s3_rig import VIAS, Site, body, content, s3_site
 from tests.proxy.profiles.s3 import s3_signer
 from tests.referees.swift import swift
 
@@ -21,9 +28,17 @@ PLAIN = body(40_000, 3)
 async def test_gateway_keys_and_buckets_in_host_names(tmp_path: Path) -> None:
     """Clients have a key that is good here alone; the service's own never leaves the vault."""
 
+    # The vault as it is in use: in the directory's database, sealed by a file key.
+    state = tmp_path / "state"
+    store = DirectoryStore.open(f"sqlite:///{state / 'directory.db'}", state, clock=SystemClock())
+    owner = NetworkService("acme", "s3")
+
     def vault(referee: Any) -> Any:
+        store.add_tenant("acme", pki.make_tenant("acme").root.certificate, actor="test")
+        store.add_service(owner, Upstream.parse(referee.url), profile="s3", actor="test")
         secrets = Secrets(client_secret=s3_signer.SECRET, upstream_secret=referee.secret_key)
-        return {"GATEWAY": credential("GATEWAY", secrets, upstream_access_key=referee.access_key)}
+        add_credential(store, owner, "GATEWAY", secrets, actor="test", upstream_access_key=referee.access_key)
+        return store.snapshot().services[owner].credentials
 
     calls = [
         ["put_object", {**BUCKET, "Key": "a/b c", "Body": {"bytes": 40_000, "seed": 3}}],
@@ -44,6 +59,11 @@ async def test_gateway_keys_and_buckets_in_host_names(tmp_path: Path) -> None:
             span = hashlib.sha256(PLAIN[10_000:30_000]).hexdigest()
             assert answers[1]["answer"]["Body"] == {"bytes": 20_000, "sha256": span}
             assert [item["Size"] for item in answers[2]["answer"]["Contents"]] == [40_000]
+        # What the running proxy has read stays good until it reads the directory again.
+        assert ServiceStore(store).rotate_file_key(actor="test") == 1
+        (again,) = await ask([["head_bucket", BUCKET]], via="forward")
+        assert again["status"] == 200
+        store.close()
         direct = await ask([["list_buckets", {}]])
         assert direct[0]["status"] == 403, "the gateway's key is nothing to the service"
         ((_, stored),) = await site.stored()

@@ -10,7 +10,7 @@ from envelope.keys import NetworkService
 from proxy import refusals
 from proxy.plan import Mode, Route
 from proxy.refusals import Refusal, RefusedError
-from proxy.routing import Routing, Wanted
+from proxy.routing import Routing, Wanted, managed_hosts
 from proxy.tenants.model import (
     CertificateFiles,
     Directory,
@@ -306,3 +306,10 @@ def test_another_bucket_or_port_or_tenant_is_refused(buckets: Routing) -> None:
 def test_connections_go_to_the_service_itself(buckets: Routing) -> None:
     assert buckets.may_connect(ACME, "s3.example", 443)
     assert not buckets.may_connect(ACME, "one.s3.example", 443)
+
+
+def test_hosts_for_a_pac_file(buckets: Routing) -> None:
+    assert managed_hosts(buckets.directory, "acme") == [
+        "*.eu.s3.example", "*.s3.example", "eu.s3.example", "files.example", "plain.example", "s3.example",
+    ]  # fmt: skip
+    assert managed_hosts(buckets.directory, "beta") == []

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from envelope.errors import FormatError
 from envelope.objects import sealed_length
@@ -31,7 +33,7 @@ from proxy.plan import (
     Route,
     Seal,
 )
-from proxy.planner import plan_answer, request_of
+from proxy.planner import plan_answer, plan_request, request_of
 from proxy.profiles import PROFILES
 from proxy.profiles.s3.options import S3Options
 from proxy.profiles.s3.profile import S3Profile
@@ -375,3 +377,49 @@ def test_edits_of_opened_ranges_are_kept() -> None:
     assert isinstance(made, OpenPart)
     assert "x" in made.edits.drop
     assert ("content-length", "10") in made.edits.put
+
+
+NAMES = st.sampled_from(
+    [
+        "authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-copy-source", "x-amz-trailer",
+        "content-md5", "x-amz-decoded-content-length", "content-encoding", "content-length", "range",
+        "transfer-encoding", "if-match", "x-amz-checksum-crc32", "x-amz-meta-md5", "x-amz-security-token",
+        "x-amz-object-lock-mode",
+    ]
+)  # fmt: skip
+VALUES = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(
+        [
+            "5", "0", "chunked", "aws-chunked", "UNSIGNED-PAYLOAD", "STREAMING-UNSIGNED-PAYLOAD-TRAILER",
+            "AWS4-HMAC-SHA256 Credential=a/20270115/r/s3/aws4_request,SignedHeaders=h,Signature=" + "0" * 64,
+            "x-amz-checksum-crc32", "/bucket/key", f'"{HEX}-1"', "bytes=0-1", "20270115T080000Z",
+        ]
+    ),
+)  # fmt: skip
+TARGETS = st.one_of(
+    st.text(alphabet="/?&=%.+abAB12\u00e4", max_size=40).map(lambda text: "/" + text),
+    st.sampled_from(
+        ["/", "/b", "/b/k", "/b/k?uploadId=u&partNumber=1", "/b/k?uploads", "/b?delete", "/b?list-type=2",
+         "/b/k?X-Amz-Signature=1&X-Amz-Credential=x", "/b/k?partNumber=x&uploadId=", "/b/k?attributes"]
+    ),
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from(["GET", "PUT", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH"]),
+    TARGETS,
+    st.dictionaries(NAMES, VALUES, max_size=6),
+    st.booleans(),
+)
+def test_whatever_a_client_sends_is_planned_or_refused(
+    method: str, target: str, fields: dict[str, str], http2: bool
+) -> None:
+    raw = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in fields.items()]
+    request = RequestHead(
+        method=method, target=target, fields=Fields(raw), host="s3.example.com", http2=http2
+    )
+    plan = plan_request(request, route(), PROFILE)
+    assert isinstance(plan, Refuse | Going)
+    if isinstance(plan, Seal | Reshape):
+        assert plan.sign is not None
