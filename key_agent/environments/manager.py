@@ -20,7 +20,6 @@ from typing import Final, NoReturn
 
 import msgspec
 import structlog
-from sqlalchemy import Connection
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyState, KeyUse, NetworkService
@@ -30,9 +29,8 @@ from key_agent.environments.key_changes import LIVE, WantedKey
 from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import Peering, newest_term
-from key_agent.environments.shared import Draft, Shared
+from key_agent.environments.shared import AlsoWrite, Draft, Shared
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.wrap_rows import store_wraps
 from key_agent.environments.wrapping import (
     BATCH,
     HAVE_KEYS,
@@ -47,6 +45,7 @@ from key_agent.environments.wrapping import (
 from key_agent.journal import Journal
 from key_agent.refresh import next_delay, wait_until
 from key_agent.registry.access import RefusedChangeError
+from key_agent.registry.wrap_rows import store_wraps
 from key_agent.sources.source import NewKey, WrappedKey
 from runtime.clock import Clock
 
@@ -601,11 +600,13 @@ class Manager:
         def change(draft: Draft) -> None:
             placed[:] = changes.put_new(draft, made, generator=generator)
 
-        def keep(c: Connection) -> None:
-            mine = [key for key in keys if str(key.key_id) in placed]
-            store_wraps(c, mine, route="kms" if generator == own else "peer", now_ms=self._now_ms())
-
-        await self._write(change, also=keep)
+        route, now_ms = "kms" if generator == own else "peer", self._now_ms()
+        await self._write(
+            change,
+            also=lambda c: store_wraps(
+                c, [key for key in keys if str(key.key_id) in placed], route=route, now_ms=now_ms
+            ),
+        )
         if (standing := self.standings.get(own)) is not None:
             standing.proven |= set(placed)
         for key_id in placed:
@@ -635,9 +636,7 @@ class Manager:
             )
         return term
 
-    async def _write(
-        self, change: Callable[[Draft], object], *, also: Callable[[Connection], None] | None = None
-    ) -> None:
+    async def _write(self, change: Callable[[Draft], object], *, also: AlsoWrite | None = None) -> None:
         await self._peering.shared.write(change, term=self._term(), now_ms=self._now_ms(), also=also)
         await self._peering.changed()
         self.wake()

@@ -62,6 +62,8 @@ _ONE: Final = 1
 _BATCH: Final = 500
 
 type Key = tuple[Kind, str]
+type AlsoWrite = Callable[[Connection], object]
+"""Writes to this environment's own tables, in the transaction that writes the shared rows."""
 
 
 class StaleTermError(KeyAgentError):
@@ -220,7 +222,7 @@ class SharedRegistry:
         *,
         term: int,
         now_ms: int,
-        also: Callable[[Connection], None] | None = None,
+        also: AlsoWrite | None = None,
     ) -> Delta:
         """The manager's: what *change* puts becomes the next epoch. It may be called once only, and is pure.
 
@@ -460,7 +462,7 @@ class SharedRegistry:
         gone: Iterable[Key],
         now_ms: int,
         restrictions: Mapping[str, KeyState],
-        also: Callable[[Connection], None] | None = None,
+        also: AlsoWrite | None = None,
     ) -> None:
         written, removed, shared = list(rows), list(gone), after.shared
 

@@ -29,11 +29,11 @@ from key_agent.environments.peering import Peering, newest_term
 from key_agent.environments.peers import WRAPS_PATH
 from key_agent.environments.shared import Shared
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.wrap_rows import after_sequences, sound_wraps, store_wraps
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import UNSERVED_MS, Link
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
+from key_agent.registry.wrap_rows import after_sequences, sound_wraps, store_wraps
 from key_agent.rotation import unopenable
 from key_agent.sources.source import (
     Arrival,

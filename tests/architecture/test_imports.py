@@ -33,7 +33,15 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
     "key_agent.sources.servers": ("key_agent.sources.server_worker_main", "key_agent.sources.servers"),
     "key_agent.sources.server_worker_main": (),
     "alembic": ("runtime.database", "key_agent.registry", "proxy.tenants"),
-    "sqlalchemy": ("runtime.database", "key_agent.registry", "proxy.tenants"),
+    "sqlalchemy": (
+        "runtime.database",
+        "key_agent.registry",
+        "key_agent.environments.founding",
+        "key_agent.environments.projection",
+        "key_agent.environments.shared",
+        "proxy.tenants",
+        "proxy.uploads",
+    ),
     "typer": (
         "runtime.cli",
         "runtime.audit_command",

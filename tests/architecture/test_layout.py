@@ -12,7 +12,10 @@ from tests.architecture.tree import PACKAGES, ROOT, Module, modules, parse
 
 BANNED: Final = re.compile(r"(.*_)?(utils?|helpers?|common|misc|managers?|base|stuff|tools)")
 # A word of design.md: the key agent that generates keys for all environments.
-WORDS_OF_THE_DESIGN: Final = {"key_agent/environments/manager.py"}
+WORDS_OF_THE_DESIGN: Final = {
+    "key_agent/environments/manager.py",
+    "tests/key_agent/environments/test_manager.py",
+}
 # A source file -> the tests that stand for it, and why they are not its mirror.
 _AGENT: Final = (
     "tests/key_agent/test_agent.py",
@@ -71,6 +74,10 @@ _PEERING: Final = (
     "tests/key_agent/environments/test_peering.py",
     "agents in step with each other: right when several of them, over real TLS and databases, are",
 )
+_TAMPERING: Final = (
+    "tests/key_agent/environments/test_shared_tampering.py",
+    "right when everything that somebody can do to the database is noticed",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
@@ -96,6 +103,21 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "commands, seen through the processes that carry them out",
     ),
     "key_agent/environments/environment_commands.py": _PEERING,
+    "key_agent/environments/key_parts.py": (
+        "tests/environments/test_site.py",
+        "wiring, right when keys come to every environment's proxies",
+    ),
+    "key_agent/environments/projection.py": (
+        "tests/key_agent/environments/test_shared.py",
+        "the other half of the shared registry, seen through it on both databases",
+    ),
+    "key_agent/environments/mark.py": _TAMPERING,
+    "key_agent/environments/row_keys.py": _TAMPERING,
+    "key_agent/environments/workplace.py": _PEERING,
+    "key_agent/registry/wrap_rows.py": (
+        "tests/key_agent/environments/test_manager.py",
+        "seen where keys of several environments are stored, lost and damaged",
+    ),
     "key_agent/environments/following.py": (
         "tests/environments/test_site.py",
         "what an agent does about changed rows, seen at its proxies",
