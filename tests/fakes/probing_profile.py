@@ -201,6 +201,8 @@ class ProbingProfile(Profile):
                 )
             case ("GET", _):
                 return Open(edits=edits.also(drop=("range",)), sign=sign)
+            case ("HEAD", "list"):
+                return Forward(edits=edits, memo=MapBody(make=Looking), sign=sign)
             case ("HEAD", _):
                 return HeadSize(edits=edits, sign=sign)
             case _:

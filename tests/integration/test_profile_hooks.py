@@ -336,6 +336,8 @@ async def test_a_list_is_mapped_as_it_streams(world: World, version: str) -> Non
     got = await world.ask("/list", version)
     assert (got.status, got.exit_code) == (200, 0)
     assert got.body == f"/whole {len(WHOLE)}\n/framed/a {len(CANARY)}\nend".encode()
+    head = await world.ask("/list", "-I", version)
+    assert (head.status, "content-length" in head.headers) == (200, False)
 
 
 async def test_a_small_answer_is_mapped_as_a_whole(world: World) -> None:
