@@ -32,6 +32,7 @@ import aiohttp
 
 from certs import pki as dev_pki
 from envelope.keys import NetworkService
+from key_agent import api
 from proxy.encryption_service.model import DialectName
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.service_store import Grant, ServiceStore
@@ -68,7 +69,7 @@ class Program:
     process: asyncio.subprocess.Process | None = None
 
     async def start(self, *, wait: bool = True) -> None:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 str(_BIN / self.words[0]), *self.words[1:],
@@ -213,6 +214,20 @@ class SiteEnvironment:
             return json.loads(out)
         return json.loads((out or err).splitlines()[-1])["error"]
 
+    async def ask(self, operation: str, **arguments: object) -> Any:
+        """An operation of the running agent, without a process for it: for conditions that are waited for."""
+        answer = await api.call(self.state_dir / "control.sock", operation, arguments)
+        assert answer is not None, "the agent does not run"
+        return answer
+
+    async def add_service(self, service: str, proxy: SiteProxy, tenant: pki.Tenant, **more: object) -> None:
+        """Have *proxy* host *service*, and its agent know it. The agent runs."""
+        known = proxy.certificate_files.get(service)
+        file = known or proxy.host(tenant, service)
+        await self.ask(
+            "service_add", service=service, proxy=proxy.name, certificate_pem=file.read_text(), **more
+        )
+
     async def status(self) -> Any:
         return await self.command("status")
 
@@ -256,33 +271,36 @@ class EnvironmentsSite:
     async def unite(self, *names: str) -> None:
         """Make one set of environments of these, or of all; the first becomes the manager's. Agents run."""
         manager, *others = [self[name] for name in names] or list(self.environments.values())
-        await manager.command("env", "init", "--url", manager.url)
+        await manager.ask("env_init", url=manager.url)
         for other in others:
             await self.join(other.name, manager=manager.name)
 
     async def join(self, name: str, *, manager: str | None = None) -> None:
         """*name* joins the set of the manager's environment, as two administrators would have it."""
         first, other = self[manager] if manager else self.first, self[name]
-        fingerprint = (await first.command("env", "identity"))["fingerprint"]
-        asked = await other.command(
-            "env", "join", "--url", other.url, "--manager-url", first.url,
-            "--manager-agent", first.agent_id, "--fingerprint", fingerprint,
-        )  # fmt: skip
-        await first.command("env", "add", name, "--fingerprint", asked["fingerprint"])
+        fingerprint = (await first.ask("env_identity"))["fingerprint"]
+        asked = await other.ask(
+            "env_join",
+            url=other.url,
+            manager_url=first.url,
+            manager_agent=first.agent_id,
+            fingerprint=fingerprint,
+        )
+        await first.ask("env_add", environment=name, fingerprint=asked["fingerprint"])
         await until(lambda: self._is_active(first, name))
 
     async def _is_active(self, seen_by: SiteEnvironment, name: str) -> bool:
-        rows = (await seen_by.command("env", "list"))["environments"]
+        rows = (await seen_by.ask("env_list"))["environments"]
         return any(row["environment"] == name and row["state"] == "active" for row in rows)
 
-    async def add_service(self, service: str, *words: str) -> None:
-        """Provision *service* at every proxy of every environment: keys are made, wrapped and pushed."""
+    async def add_service(self, service: str, **more: object) -> None:
+        """Provision *service* at every proxy of every environment: keys are made, wrapped and pushed.
+
+        *more*: `use` and `algorithm`, for signing keys. The agents run.
+        """
         for environment in self.environments.values():
             for proxy in environment.proxies:
-                file = proxy.host(self.tenant, service)
-                await environment.command(
-                    "service", "add", service, "--proxy", proxy.name, "--certificate", str(file), *words
-                )
+                await environment.add_service(service, proxy, self.tenant, **more)
 
     def part(self, name: str) -> None:
         """Cut this environment's agent off from all others, in both directions; its proxies stay with it."""
@@ -354,7 +372,12 @@ def _agent(
     """)
 
     async def listens() -> bool:
-        return (state / "control.sock").exists()
+        try:  # the file may be of a life that was killed
+            _, writer = await asyncio.open_unix_connection(str(state / "control.sock"))
+        except OSError:
+            return False
+        writer.close()
+        return True
 
     program = Program(
         ("key-agent", "--config", str(config), "run"), hsm.environment, home / "agent.log", listens

@@ -23,7 +23,7 @@ async def site(tmp_path: Path) -> AsyncIterator[EnvironmentsSite]:
 
 
 async def listed(environment: SiteEnvironment) -> dict[str, Any]:
-    return dict(await environment.command("env", "list"))
+    return dict(await environment.ask("env_list"))
 
 
 async def position(environment: SiteEnvironment) -> tuple[int, int, str]:
@@ -46,8 +46,7 @@ async def test_what_one_environment_has_all_have_and_each_goes_on_after_a_kill(
     a, b, c = site.environments.values()
     async with site.agents(), site.proxies():
         # One environment with a service, as it was before there were several.
-        file = a.proxies[0].host(site.tenant, "files")
-        await a.command("service", "add", "files", "--proxy", "a1", "--certificate", str(file))
+        await a.add_service("files", a.proxies[0], site.tenant)
         status, sealed = await a.proxies[0].call("keys/files/encrypt", {"plaintext": "aGVsbG8="})
         assert status == 200
         await site.unite()
@@ -61,12 +60,12 @@ async def test_what_one_environment_has_all_have_and_each_goes_on_after_a_kill(
 
         await b.agent.kill()
         before = await position(a)
-        await a.command("env", "drain", "c", "--reason", "maintenance")
+        await a.ask("env_drain", environment="c", reason="maintenance")
         await until(lambda: in_step(a, c))
         assert await position(a) != before
         await b.agent.start()
         await until(lambda: in_step(a, b, c))
-        assert (await b.command("env", "status", "c"))["state"] == "draining"
+        assert (await b.ask("env_status", environment="c"))["state"] == "draining"
         await a.agent.kill()
         await a.agent.start()
         await until(lambda: in_step(a, b, c))
@@ -81,7 +80,7 @@ async def test_a_manager_frozen_while_another_is_promoted_changes_nothing_any_mo
     async with site.agents():
         await site.unite()
         for name, (_, public) in keys.items():
-            await a.command("admin", "add", name, "--key", str(public))
+            await a.ask("admin_add", admin=name, public_key_pem=public.read_text())
         await until(lambda: in_step(a, b, c))
         a.agent.freeze()
         promotion = tmp_path / "promotion.json"
@@ -92,7 +91,7 @@ async def test_a_manager_frozen_while_another_is_promoted_changes_nothing_any_mo
             await b.command("env", "sign", str(promotion), "--admin", name, "--key", str(private))
         promoted = await b.command("env", "promote", str(promotion))
         assert (promoted["term"], promoted["former"], promoted["former_knows"]) == (2, "a", False)
-        await b.command("env", "drain", "c")
+        await b.ask("env_drain", environment="c")
         a.agent.thaw()
         await until(lambda: in_step(a, b, c))
         refused = await a.command("env", "drain", "b", exit_code=3)
@@ -107,7 +106,7 @@ async def test_parted_from_the_others_it_is_seen_and_it_sees(site: EnvironmentsS
         await until(lambda: in_step(a, b, c))
 
         async def reaches(one: SiteEnvironment, other: str) -> bool:
-            return bool((await one.command("env", "status", other))["answers"])
+            return bool((await one.ask("env_status", environment=other))["answers"])
 
         site.part("b")
         for one, other in ((a, "b"), (c, "b"), (b, "a"), (b, "c")):
