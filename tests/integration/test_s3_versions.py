@@ -107,7 +107,7 @@ async def test_what_was_there_before_us(tmp_path: Path) -> None:
     for legacy in LegacyPolicy:
         directory = tmp_path / legacy.value
         directory.mkdir()
-        async with s3_site(directory, swift, legacy=legacy) as site:
+        async with s3_site(directory, moto, legacy=legacy) as site:
             await site.calls([["create_bucket", b], *before])
             sealed = ["put_object", {**b, "Key": "new", "Body": {"bytes": 20_000, "seed": 7}}]
             reads = [["get_object", {**b, "Key": key}] for key in (*old, "new")]
