@@ -250,6 +250,14 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/metrics.py": _JOB,
     "proxy/plan.py": _PLANS,
     "proxy/profiles/__init__.py": _PLANS,
+    "proxy/profiles/webdav/chunking.py": (
+        "tests/integration/test_webdav_chunks.py",
+        "carries uploads out: right when a strict server and rclone are content",
+    ),
+    "proxy/profiles/webdav/locks.py": (
+        "tests/integration/test_webdav_clients.py",
+        "what a lock leaves behind is seen at real servers",
+    ),
     "proxy/profiles/generic.py": _PLANS,
     "proxy/profiles/profile.py": _PLANS,
     "proxy/operating.py": ("tests/proxy/test_cli.py", "what every command does, seen through the commands"),

@@ -18,7 +18,7 @@ from tests.integration.webdav_site import THROUGH, WAYS, DavSite, StartServer, d
 from tests.referees.apache import apache
 from tests.referees.comparison import Declared, Seen
 from tests.referees.tls_front import clean_environment
-from tests.referees.wsgidav import REPOSITORY, wsgidav
+from tests.referees.wsgidav import REPOSITORY, DavServer, wsgidav
 
 RCLONE = REPOSITORY / ".venv-referees" / "bin" / "rclone"
 
@@ -97,7 +97,7 @@ def steps() -> list[Step]:
 PLACES = {"direct": "place-d", "forward": "place-f", "reverse": "place-r"}
 
 
-def declared(site: DavSite, way: str, method: str, path: str, direct: Answer) -> Declared:
+def declared(site: DavSite[DavServer], way: str, method: str, path: str, direct: Answer) -> Declared:
     """What may differ: versions and times; cache directives of what was opened; the framing of what is
     rewritten; stored sizes in index pages; and that in reverse mode the service's own address is a path."""
     is_xml = direct.headers.get("content-type", "").startswith(("application/xml", "text/xml"))
@@ -160,14 +160,14 @@ async def test_no_difference(tmp_path: Path, start: StartServer) -> None:
 # ---- rclone
 
 
-async def rclone(site: DavSite, way: str, *arguments: str) -> str:
+async def rclone(site: DavSite[DavServer], way: str, *arguments: str) -> str:
     """Its output; AssertionError with its log if it fails."""
     code, out, log = await _rclone(site, way, *arguments)
     assert code == 0, log
     return out
 
 
-async def _rclone(site: DavSite, way: str, *arguments: str) -> tuple[int, str, str]:
+async def _rclone(site: DavSite[DavServer], way: str, *arguments: str) -> tuple[int, str, str]:
     proxy = [f"--http-proxy={url}"] if (url := site.proxy_url(way)) is not None else []
     process = await asyncio.create_subprocess_exec(
         RCLONE,
@@ -187,11 +187,11 @@ async def _rclone(site: DavSite, way: str, *arguments: str) -> tuple[int, str, s
     return process.returncode or 0, out.decode(), log.decode()
 
 
-def remote(site: DavSite, way: str) -> str:
+def remote(site: DavSite[DavServer], way: str) -> str:
     return f":webdav,url='{site.base(way)}/{way}':"
 
 
-async def moved(site: DavSite, way: str, source: str, target: str) -> list[str]:
+async def moved(site: DavSite[DavServer], way: str, source: str, target: str) -> list[str]:
     """Names of what a sync had to transfer."""
     code, _, log = await _rclone(site, way, "sync", source, target, "-v")
     assert code == 0, log

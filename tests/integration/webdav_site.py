@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from proxy.tenants.model import LegacyPolicy, ServiceEntry
 from tests import pki
@@ -15,12 +16,23 @@ from tests.referees.wsgidav import DavServer
 WAYS = ["direct", "forward", "reverse"]
 THROUGH = ["forward", "reverse"]
 
-type StartServer = Callable[[Path, Path, Path], AbstractAsyncContextManager[DavServer]]
+
+class Stores(Protocol):
+    """A server, and what lies there."""
+
+    @property
+    def url(self) -> str: ...
+
+    def stored(self) -> list[tuple[str, bytes]]: ...
+
+
+type Start[S: Stores] = Callable[[Path, Path, Path], AbstractAsyncContextManager[S]]
+type StartServer = Start[DavServer]
 
 
 @dataclass(frozen=True, slots=True)
-class DavSite:
-    server: DavServer
+class DavSite[S: Stores]:
+    server: S
     rig: Rig
     service: ServiceEntry
     server_ca: Path
@@ -77,13 +89,13 @@ class DavSite:
 
 
 @contextlib.asynccontextmanager
-async def dav_site(
+async def dav_site[S: Stores](
     directory: Path,
-    start: StartServer,
+    start: Start[S],
     *,
     legacy: LegacyPolicy = LegacyPolicy.STRICT,
     host: str = "localhost",
-) -> AsyncIterator[DavSite]:
+) -> AsyncIterator[DavSite[S]]:
     ca = pki.make_server_ca()
     ca_file, _ = pki.write_credential(ca, directory, "server-ca")
     server_pair = pki.write_credential(pki.issue_server(ca, [host]), directory, "server")

@@ -98,13 +98,13 @@ def open_composite(material: bytes, owner: tuple[str, str], stored: bytes, *, na
         raise ValueError("trailer")
     manifest = open_object(material, owner, stored[-16 - size : -16], bind=4, name=name)
     upload, count = manifest[1:17], int.from_bytes(manifest[17:21], "big")
-    if manifest[0] != 1 or len(manifest) != 21 + 44 * count:
+    if manifest[0] not in (1, 2) or len(manifest) != 21 + 44 * count:
         raise ValueError("manifest")
     plain, at, last = b"", 0, -1
     for entry in (manifest[21 + 44 * index : 65 + 44 * index] for index in range(count)):
         number, length = int.from_bytes(entry[:4], "big"), int.from_bytes(entry[4:12], "big")
         message = stored[at : at + length]
-        if number <= last or len(message) != length or message[56:88] != entry[12:]:
+        if (manifest[0] == 1 and number <= last) or len(message) != length or message[56:88] != entry[12:]:
             raise ValueError("part")
         plain += open_object(material, owner, message, bind=3, name=upload + entry[:4])
         at, last = at + length, number

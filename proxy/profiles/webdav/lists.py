@@ -17,6 +17,7 @@ from proxy import refusals
 from proxy.plan import Conversation, Request
 from proxy.profile_options import StoredPolicy
 from proxy.profiles.webdav.addresses import Addresses
+from proxy.profiles.webdav.chunk_names import FUTURE_FILE, upload_path
 from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, Path, Question, XmlMapper, rewrite
 from proxy.refusals import RefusedError
 
@@ -114,9 +115,13 @@ class _List:
         stored_bytes = int(sizes[0].text)
         target = self._addresses.path_at_service(href)
         policy = self._request.options.policy_for(target) if target is not None else None
-        if policy is StoredPolicy.PASSTHROUGH or stored_bytes < sealed_length(0):
+        if (
+            policy is StoredPolicy.PASSTHROUGH
+            or href.endswith("/" + FUTURE_FILE)
+            or stored_bytes < sealed_length(0)
+        ):
             return None
-        if target is None or not needs_a_look(self._request, target):
+        if target is None or not needs_a_look(self._request, target) or _is_chunk(target):
             _put(entry, sizes, _plain_or_stored(stored_bytes))
             return None
 
@@ -151,6 +156,14 @@ def _map_addresses(entry: Entry, addresses: Addresses) -> None:
             ours = addresses.at_client(leaf.text.strip())
             if ours is not None:
                 entry.replace(leaf, ours)
+
+
+def _is_chunk(target: str) -> bool:
+    """A chunk is as long as a single object of its content."""
+    try:
+        return upload_path(target) is not None
+    except RefusedError:
+        return False
 
 
 def _is_number(leaf: Leaf) -> bool:
