@@ -24,7 +24,7 @@ from key_agent import api, app, config, doctor, live_status, setup
 from key_agent.commands import Json
 from key_agent.environments import healing_cli  # noqa: F401 - it adds its commands to `env`
 from key_agent.environments.approval_cli import admin_app, approval_app
-from key_agent.environments.cli import environment_app
+from key_agent.environments.cli import environment_app, environments_text
 from key_agent.environments.incident_cli import incident_app
 from key_agent.environments.old_keys_cli import keys_app
 from key_agent.load_balancing.cli import lb_agent, lb_app
@@ -857,6 +857,8 @@ def status_text(data: Any) -> str:
         f"consent: {data['standing']} since {_time(data['since_ms'])}{proof}",
         f"KEK: {kek['id']} {kek['state']}" if kek else "KEK: none",
     ]
+    if (environments := data.get("environments")) is not None and environments["united"]:
+        lines += [f"environments: {line}" for line in environments_text(environments).splitlines()]
     lines += [f"problem: {problem}" for problem in data["problems"]]
     lines += [f"rotation: {rotation_text(row)}" for row in data["rotations"]]
     lines += [f"certificate: {_lifetime_text(row)}" for row in data["ending"]]

@@ -281,8 +281,7 @@ class Environments:
 
     async def _elected(self, term: int) -> None:
         """Write the new term: first what the others have."""
-        for name in self.peering.others():
-            await self.catch_up(name)
+        await asyncio.gather(*map(self.catch_up, self.peering.others()))
         now_ms = int(self._clock.wall_s() * 1000)
         body = TermBody(
             agent=self.peering.agent_id,

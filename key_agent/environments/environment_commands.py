@@ -7,6 +7,7 @@
 3. Each command leaves an audit event before it changes anything, and can be repeated.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -391,8 +392,7 @@ class EnvironmentCommands(Commands):
                     f"not an approval: {error}", "give the file that the administrators have signed"
                 ) from None
             now_ms = self._agent.now_ms()
-            for name in peering.others():
-                await environments.catch_up(name)
+            await asyncio.gather(*map(environments.catch_up, peering.others()))
             granted = approvals.check_granted(
                 peering.tenant,
                 approval,

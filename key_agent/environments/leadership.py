@@ -108,6 +108,8 @@ class Elected(Leadership):
         self._term: int | None = None
         self._lease_id: int | None = None
         self._proven_boot_s: float | None = None
+        self._is_ready = False
+        """The registry knows of the term."""
         self.leader: str | None = None
         """Who led when etcd was last asked, for people."""
         self.problem: str | None = None
@@ -116,12 +118,12 @@ class Elected(Leadership):
     @property
     @override
     def term(self) -> int | None:
-        return self._term if self._is_trusted() else None
+        return self._term if self._is_ready and self._is_trusted() else None
 
     @property
     @override
     def proven_boot_s(self) -> float | None:
-        return self._proven_boot_s if self._term is not None else None
+        return self._proven_boot_s if self._is_ready and self._term is not None else None
 
     def _is_trusted(self) -> bool:
         return (
@@ -177,7 +179,8 @@ class Elected(Leadership):
             if not isinstance(error, Exception):
                 raise
             return self._settings.keep_alive_s
-        return self._settings.keep_alive_s
+        self._is_ready = True
+        return 0.0  # that may have taken its time: stay at once
 
     async def _stay(self, lease_id: int) -> float:
         if not self._may_lead():
@@ -228,3 +231,4 @@ class Elected(Leadership):
 
     def _forget(self) -> None:
         self._term = self._lease_id = self._proven_boot_s = None
+        self._is_ready = False

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.environments.fault_proxy import Fault
 from tests.environments.site import EnvironmentsSite, SiteEnvironment, environments_site, until
+from tests.etcd_cluster import EtcdCluster
 
 
 @pytest.fixture
@@ -37,6 +38,10 @@ async def in_step(*environments: SiteEnvironment) -> bool:
 
 async def serves(environment: SiteEnvironment) -> bool:
     return bool((await listed(environment))["serves"] == "serves")
+
+
+async def leads(environment: SiteEnvironment) -> bool:
+    return bool((await listed(environment))["leads"])
 
 
 async def test_what_one_environment_has_all_have_and_each_goes_on_after_a_kill(
@@ -163,3 +168,41 @@ def _administrators(directory: Path) -> dict[str, tuple[Path, Path]]:
         found[name] = (private, public)
 
     return found
+
+
+async def test_an_elected_manager_that_freezes_is_followed_and_fenced(tmp_path: Path) -> None:
+    """By an etcd of three members: SIGSTOP, as a virtual machine that hangs."""
+    async with EtcdCluster(tmp_path) as etcd:
+        urls = ", ".join(f'"{url}"' for url in etcd.urls)
+        more = f"[environments.etcd]\nurls = [{urls}]\nlease_s = 6\nkeep_alive_s = 1\nrequest_timeout_s = 0.9"
+        async with (
+            environments_site(tmp_path, proxies_each=0, rhythm=(30, 33, 0.3), more=more) as site,
+            site.agents(),
+        ):
+            agents = list(site.environments.values())
+            a = agents[0]
+            await a.ask("env_init", url=a.url)
+            await until(lambda: leads(a))
+            for name in "bc":
+                await site.join(name)
+            first_term = (await listed(a))["term"]
+            assert first_term > 1
+            refused = await agents[1].command("env", "promotion", str(tmp_path / "p.json"), exit_code=3)
+            assert "elected by etcd" in refused["cause"]
+            a.agent.freeze()
+            others = agents[1:]
+
+            async def followed() -> bool:
+                return any(await asyncio.gather(*map(leads, others)))
+
+            took_s = await until(followed)
+            assert took_s < 40
+            await until(lambda: in_step(*others))
+            [manager] = [one for one in others if await leads(one)]
+            found = await listed(manager)
+            assert (found["manager"], found["term"] > first_term) == (manager.name, True)
+            await manager.ask("env_drain", environment=manager.name)  # written under the new term
+            a.agent.thaw()
+            await until(lambda: in_step(*agents))
+            assert not await leads(a)
+            assert (await listed(a))["manager"] != "a"

@@ -32,6 +32,8 @@ class Agent:
         self.may_lead = True
         self.terms: list[int] = []
         self.failure: Exception | None = None
+        self.hold = asyncio.Event()
+        self.hold.set()
         self.client = EtcdClient(settings(urls))
         self.leadership = Elected(
             self.client,
@@ -51,6 +53,7 @@ class Agent:
         if self.failure is not None:
             raise self.failure
         self.terms.append(term)
+        await self.hold.wait()
 
     @contextlib.asynccontextmanager
     async def standing(self) -> AsyncIterator["Agent"]:
@@ -78,6 +81,7 @@ async def test_one_leads_and_the_next_follows_with_a_higher_term(etcd: EtcdClust
             await until(lambda: a.term() or b.term())
             first, second = (a, b) if a.term() else (b, a)
             await until(lambda: second.leadership.leader == first.name)
+            await until(lambda: first.terms)
             assert second.term() is None
             assert first.term() == first.terms[-1]
             # Its environment is breached: it hands over, and does not come back.
@@ -134,6 +138,16 @@ async def test_without_a_majority_nobody_leads(etcd: EtcdCluster) -> None:
         await until(lambda: a.term() is None)
         for member in etcd.members[:2]:
             member.thaw()
+        await until(a.term)
+
+
+async def test_nobody_leads_before_the_registry_knows_of_the_term(etcd: EtcdCluster) -> None:
+    a = Agent("a", etcd.urls, SystemClock())
+    a.hold.clear()
+    async with a.standing():
+        await until(lambda: a.terms)
+        assert (a.term(), a.leadership.proven_boot_s) == (None, None)
+        a.hold.set()
         await until(a.term)
 
 
