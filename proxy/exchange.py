@@ -216,6 +216,9 @@ class Exchanges:
         flow.response = Response.make(reply.status, reply.body, headers)
         if reply.status in (204, 304):
             flow.response.headers.pop("content-length", None)
+        declared = [value for name, value in reply.fields if name.lower() == "content-length"]
+        if declared and exchange.request.head.method == "HEAD":
+            flow.response.headers["content-length"] = declared[0]  # of what a GET would bring
 
     async def _sealing(
         self, flow: HTTPFlow, exchange: Exchange, plan: Seal | Reshape

@@ -233,6 +233,9 @@ PART_UNKNOWN: Final = _refusal(
     "A listed part is not known here: it was sent another way, or again since, or its state was lost.",
     "Upload the part again, or start the upload over.",
 )
+PART_NOT_THERE: Final = _refusal(
+    416, "part-not-there", "The object has fewer parts than this one's number.", "Ask for a part it has."
+)
 PART_ORDER: Final = _refusal(
     400, "part-order", "The listed parts are not in rising order.", "List them by rising number."
 )
@@ -253,6 +256,12 @@ UPLOAD_SIZE: Final = _refusal(
     "upload-size",
     "The parts together do not have the size that the request declares.",
     "Check which parts were listed.",
+)
+CHECKSUM_OF_PARTS: Final = _refusal(
+    501,
+    "checksum-of-parts",
+    "A checksum of a whole object cannot be compared when the object is completed from parts.",
+    "Leave it out: every part is compared with its own checksum when it comes.",
 )
 UPLOADS_FULL: Final = _refusal(
     503,

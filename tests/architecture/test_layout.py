@@ -87,6 +87,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/tenants/test_vault_store.py",
         "what is written there is read here",
     ),
+    "proxy/profiles/s3/call.py": (
+        "tests/proxy/profiles/s3/test_uploading.py",
+        "what the plans of uploads are made of: seen in them",
+    ),
     "proxy/profiles/s3/options.py": (
         "tests/proxy/profiles/s3/test_profile.py",
         "values; what they decide is the profile's",

@@ -44,6 +44,7 @@ CODES: Final[Mapping[str, str]] = {
     refusals.NOT_SEALED.code: "InvalidObjectState",
     refusals.MALFORMED_DOCUMENT.code: "MalformedXML",
     refusals.PART_UNKNOWN.code: "InvalidPart",
+    refusals.PART_NOT_THERE.code: "InvalidPartNumber",
     refusals.PART_ORDER.code: "InvalidPartOrder",
     refusals.PART_TOO_SMALL.code: "EntityTooSmall",
     refusals.PART_NUMBER.code: "InvalidArgument",

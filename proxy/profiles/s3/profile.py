@@ -42,7 +42,7 @@ from proxy.plan import (
 )
 from proxy.profile_options import ProfileOptions
 from proxy.profiles.profile import Limitation, Profile
-from proxy.profiles.s3 import copying, errors, etags, listing, post_form, trailed, uploading
+from proxy.profiles.s3 import copying, errors, etags, listing, part_reading, post_form, trailed, uploading
 from proxy.profiles.s3.addressing import Address, address_of, parameters
 from proxy.profiles.s3.authentication import Authenticated, Standing, authenticate
 from proxy.profiles.s3.bodies import CODING, GONE, Incoming, read_document, read_head, without_coding
@@ -77,6 +77,8 @@ _ELSEWHERE: Final[dict[Kind, _Planner]] = {
     Kind.ABORT_UPLOAD: uploading.plan_abort,
     Kind.LIST_PARTS: uploading.plan_list_parts,
     Kind.FORM: post_form.plan_form,
+    Kind.READ: part_reading.plan_read_part,
+    Kind.HEAD: part_reading.plan_read_part,
 }
 _CONTENT: Final = frozenset({Kind.WRITE, Kind.WRITE_PART})
 _DOCUMENTS: Final = frozenset({Kind.DOCUMENT, Kind.COMPLETE_UPLOAD, Kind.FORM})
@@ -135,10 +137,6 @@ class S3Profile(Profile):
             why="in the clear they confirm what an object holds",
         ),
         Limitation(
-            what="GET and HEAD of one part (partNumber)",
-            why="the parts of the stored object are not those of the plaintext",
-        ),
-        Limitation(
             what="Several ranges in one request",
             why="they are answered by the whole object (200), as S3 does",
         ),
@@ -184,11 +182,9 @@ class S3Profile(Profile):
             case Kind.LIST:
                 memo = listing.Listing(operation=operation, bucket=address, parameters=given)
                 return Forward(edits=edits, sign=sign, memo=memo, body_may_come=_may_come(frame))
-            case Kind.READ | Kind.HEAD if "partNumber" in given:
-                return Refuse(refusal=refusals.UNKNOWN_ROUTE)
-            case Kind.READ:
+            case Kind.READ if "partNumber" not in given:
                 return _read(head, frame, edits, sign)
-            case Kind.HEAD:
+            case Kind.HEAD if "partNumber" not in given:
                 return HeadSize(edits=edits.also(drop=_RANGES), sign=sign, body_may_come=_may_come(frame))
             case Kind.DOCUMENT:
                 return _document(request, authenticated, edits, sign)
@@ -244,6 +240,8 @@ class S3Profile(Profile):
                 proposed = uploading.plan_completed(completed, request, answer, proposed)
             case copying.Copied():
                 proposed = copying.plan_copied(request, answer, proposed)
+            case part_reading.ReadPart() as part:
+                proposed = part_reading.plan_part_read(part, proposed)
             case post_form.Posted():
                 proposed = post_form.plan_posted(request, answer, proposed)
         if isinstance(proposed, Refuse):

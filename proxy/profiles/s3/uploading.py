@@ -57,6 +57,7 @@ from proxy.uploads import Completion, KeptPart, Upload
 
 _CREATE_DROPS: Final = ("x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm")
 """The service would want checksums of ciphertext with every part."""
+_CHECKSUM: Final = "x-amz-checksum-"
 _ERROR: Final = "Error"
 _FRAMING_BYTES: Final = 64 * 1024
 _MAX_SIZE_DIGITS: Final = 15
@@ -170,6 +171,9 @@ class Completed:
 
 
 def plan_complete(call: Call) -> RequestPlan:
+    """RefusedError for a checksum of the whole: only those of its parts have been seen."""
+    if any(name.startswith(_CHECKSUM) and name not in _CREATE_DROPS for name in call.fields):
+        raise RefusedError(refusals.CHECKSUM_OF_PARTS)
     return Converse(
         edits=call.asking_edits(),
         sign=call.sign,
@@ -234,7 +238,7 @@ def _check_size(call: Call, plain_bytes: int) -> None:
 
 def _completing(call: Call, upload: Upload, completion: Completion) -> Proceed:
     edits = call.edits.also(
-        # What they said of the plaintext has been compared, or is compared part by part.
+        # What they said of the plaintext has been compared.
         drop=("content-encoding", "x-amz-mp-object-size", "x-amz-checksum-type"),
     )
     plan = Forward(edits=edits, sign=call.sign, memo=Completed(upload=upload, completion=completion))
