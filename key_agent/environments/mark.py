@@ -4,7 +4,9 @@
    `state_dir` signed with the agent's registry key, says how far it was.
 2. It is written after each commit and before anything that rests on it leaves. A database that is newer than
    the mark is what a crash between the two leaves: its own seal has to be right then (shared.py).
-3. Where a manager's history was overruled by another manager's, keys that were more restricted in it stay so
+3. It also names the registry keys of all environments: when the rows are not to be believed, these say whose
+   rows may take their place.
+4. Where a manager's history was overruled by another manager's, keys that were more restricted in it stay so
    (`restrictions`) until the rows of the new one say it too.
 """
 
@@ -17,7 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from envelope.keys import KeyState
-from key_agent.environments.documents import Hex, Name, Number
+from key_agent.environments.documents import Hex, Name, Number, Text
 from runtime.files import replace_file
 
 NAME: Final = "registry.mark"
@@ -31,6 +33,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     epoch: Number
     digest: Hex
     restrictions: dict[Annotated[str, msgspec.Meta(max_length=64)], KeyState] = {}
+    registry_keys: dict[Name, Text] = {}
+    """By agent."""
     signature: Hex = ""
 
     @property

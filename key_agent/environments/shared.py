@@ -286,9 +286,12 @@ class SharedRegistry:
                     f"{mark.epoch} of {mark.term}"
                 )
             rows = await self._registry.transact(_read_rows)
-            # What these rows say of keys counts for nothing: anybody may have written it.
+            # What these rows say of keys counts for nothing: anybody may have written it. Whom to believe the
+            # mark knows; only where that is lost too, the rows are asked.
             state = _State(rows=rows, bodies={}, digests={}, shared=Shared())
-            await self._replace(state, delta, now_ms, known=_readable(rows))
+            self._pins = (mark.registry_keys if mark is not None else {}) | self._pins
+            known = {} if mark is not None and mark.registry_keys else _readable(rows)
+            await self._replace(state, delta, now_ms, known=known)
 
     async def since(self, epoch: int) -> Delta:
         """What changed after *epoch*; everything for 0. RegistryTamperedError, RegistryError."""
@@ -507,6 +510,9 @@ class SharedRegistry:
             epoch=shared.epoch,
             digest=shared.digest,
             restrictions=dict(restrictions),
+            registry_keys={
+                body.agent_id: body.registry_key for body in shared.environments.values() if body.registry_key
+            },
         )
         try:
             await asyncio.to_thread(write_mark, self._state_dir, self._key, mark)

@@ -1,0 +1,249 @@
+"""Shared rows in registries of several environments, on SQLite and PostgreSQL: all of an epoch or nothing."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from envelope.errors import IntegrityError
+from envelope.keys import KeyState
+from key_agent.environments.documents import Kind, TermBody
+from key_agent.environments.shared import Draft, EpochGapError, Shared, StaleTermError
+from key_agent.environments.states import EnvironmentState
+from tests import postgres
+from tests.key_agent.environments.registries import (
+    KID,
+    NEXT_KID,
+    NOW_MS,
+    RING,
+    SERVICE,
+    TENANT,
+    Holder,
+    key,
+    registry_of,
+)
+from tests.key_agent.registry.conftest import url_of_postgres
+
+__all__ = ["url_of_postgres"]  # a fixture
+
+needs_postgres = pytest.mark.skipif(
+    postgres.URL_VARIABLE not in os.environ, reason="no PostgreSQL: run by `python -m tests.postgres`"
+)
+COMPROMISED = KeyState.COMPROMISED
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=needs_postgres)])
+async def pair(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Holder, Holder]]:
+    """The manager's, and the one under test on that database; it has the first epoch."""
+    url = None if request.param == "sqlite" else request.getfixturevalue("url_of_postgres")
+    async with AsyncExitStack() as stack:
+        a = await stack.enter_async_context(registry_of(tmp_path, "a"))
+        b = await stack.enter_async_context(registry_of(tmp_path, "b", url))
+        await a.write(*a.first_rows())
+        await a.write((Kind.ENVIRONMENT, "b", b.environment(state=EnvironmentState.JOINING)))
+        b.shared.pin("agent-a", a.public)
+        await b.take(await a.shared.since(0))
+        yield a, b
+
+
+async def tables(holder: Holder) -> dict[str, list[tuple[object, ...]]]:
+    """All that an epoch changes."""
+    return {
+        name: [tuple(row) for row in await holder.sql(f"SELECT * FROM {name} ORDER BY 1, 2")]
+        for name in (
+            "shared_row",
+            "shared_seal",
+            "environment",
+            "tenant",
+            "network_service",
+            "key_ring",
+            "dek",
+        )
+    }
+
+
+def successor() -> tuple[tuple[Kind, str, object], ...]:
+    return (
+        (Kind.DEK, KID, key("a", KeyState.DEACTIVATED, successor=NEXT_KID)),
+        (Kind.DEK, NEXT_KID, key("a", KeyState.ACTIVE, 2, predecessor=KID, activated_at_ms=NOW_MS)),
+    )
+
+
+async def test_what_one_has_written_the_other_has(pair: tuple[Holder, Holder]) -> None:
+    a, b = pair
+    await b.take(await a.write(*successor()))  # type: ignore[arg-type]
+    one, other = await a.shared.snapshot(), await b.shared.snapshot()
+    assert (one.term, one.epoch, one.digest) == (other.term, other.epoch, other.digest) == (1, 3, one.digest)
+    assert dict(one.deks) == dict(other.deks)
+    for holder in (a, b):
+        await holder.shared.verify()
+        rows = await holder.sql("SELECT id, state, predecessor_id, owner_environment_id FROM dek ORDER BY id")
+        assert [tuple(row) for row in rows] == [
+            (KID, "deactivated", None, "a"),
+            (NEXT_KID, "active", KID, "a"),
+        ]
+
+
+async def test_it_is_the_same_after_it_was_opened_again(pair: tuple[Holder, Holder], tmp_path: Path) -> None:
+    a, _ = pair
+    before = await a.shared.snapshot()
+    await a.registry.close()
+    async with registry_of(tmp_path, "a") as again:
+        found = await again.shared.snapshot()
+        assert (found.term, found.epoch, found.digest) == (before.term, before.epoch, before.digest)
+        assert found.deks == before.deks
+
+
+async def test_a_change_that_changes_nothing_makes_no_epoch(pair: tuple[Holder, Holder]) -> None:
+    a, _ = pair
+    delta = await a.write((Kind.DEK, KID, key("a")))
+    assert (delta.epoch_from, delta.epoch_to, delta.rows) == (2, 2, ())
+
+    def fails(draft: Draft) -> None:
+        draft.put(Kind.DEK, KID, key("a", COMPROMISED))
+        raise IntegrityError("no")
+
+    with pytest.raises(IntegrityError):
+        await a.shared.write(fails, term=1, now_ms=NOW_MS)
+    assert (await a.shared.snapshot()).deks[KID].state is KeyState.ACTIVE
+
+
+async def test_what_ends_in_the_middle_of_an_epoch_has_written_nothing_of_it(
+    pair: tuple[Holder, Holder],
+) -> None:
+    a, b = pair
+    delta = await a.write(*successor())  # type: ignore[arg-type]
+    await b.take(delta)
+    b_before = await tables(b)
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await b.write((Kind.DEK, NEXT_KID, key("a", COMPROMISED, 2)), term=2, also=killed)
+    assert await tables(b) == b_before
+    assert (await b.shared.snapshot()).epoch == delta.epoch_to
+    await b.shared.verify()
+
+
+async def test_deltas_apply_in_their_order_and_once(pair: tuple[Holder, Holder]) -> None:
+    a, b = pair
+    first = await a.write((Kind.DEK, KID, key("a", KeyState.SUSPENDED)))
+    second = await a.write((Kind.DEK, KID, key("a", COMPROMISED)))
+    with pytest.raises(EpochGapError) as gap:
+        await b.take(second)
+    assert gap.value.own_epoch == 2
+    await b.take(first)
+    await b.take(second)
+    await b.take(second)  # again: nothing
+    for old in (first, await a.shared.since(0)):
+        if old.epoch_to < 4:
+            with pytest.raises(EpochGapError):
+                await b.take(old)
+        else:
+            await b.take(old)
+    assert (await b.shared.snapshot()).deks[KID].state is COMPROMISED
+    both = await a.shared.since(2)
+    assert (both.epoch_from, both.epoch_to, len(both.rows)) == (2, 4, 1)
+
+
+async def test_what_is_not_the_managers_word_is_refused_and_changes_nothing(
+    pair: tuple[Holder, Holder], tmp_path: Path
+) -> None:
+    a, b = pair
+    before = await tables(b)
+    delta = await a.write((Kind.DEK, KID, key("a", COMPROMISED)))
+    forged = [
+        msgspec.structs.replace(delta, tenant="acma"),
+        msgspec.structs.replace(delta, digest="00" * 32),
+        msgspec.structs.replace(delta, rows=()),
+        msgspec.structs.replace(
+            delta, rows=(msgspec.structs.replace(delta.rows[0], body=delta.rows[0].body + " "),)
+        ),
+    ]
+    for wrong in forged:
+        with pytest.raises(IntegrityError):
+            await b.take(wrong)
+    async with registry_of(tmp_path, "x") as stranger:
+        await stranger.write(*stranger.first_rows())
+        await stranger.write((Kind.DEK, KID, key("x", COMPROMISED)), term=7)
+        with pytest.raises(IntegrityError):
+            await b.take(await stranger.shared.since(0))
+    assert await tables(b) == before
+
+
+async def test_a_manager_whose_term_is_over_writes_nothing(pair: tuple[Holder, Holder]) -> None:
+    a, b = pair
+    old = await a.write((Kind.DEK, KID, key("a", KeyState.SUSPENDED)))
+    term = TermBody(agent="agent-b", environment="b", since_ms=NOW_MS, cause="promoted")
+    await b.write((Kind.TERM, f"{2:020d}", term), term=2)
+    with pytest.raises(StaleTermError):
+        await b.take(old)
+    with pytest.raises(StaleTermError):
+        await b.write((Kind.DEK, KID, key("a")), term=1)
+    await a.take(await b.shared.since(0))
+    with pytest.raises(StaleTermError):
+        await a.write((Kind.DEK, KID, key("a")), term=1)
+
+
+async def test_another_managers_history_replaces_ours_but_frees_no_key(pair: tuple[Holder, Holder]) -> None:
+    a, b = pair
+    await a.write((Kind.DEK, KID, key("a", COMPROMISED)), (Kind.DEK, NEXT_KID, key("a", KeyState.ACTIVE, 2)))
+    term = TermBody(agent="agent-b", environment="b", since_ms=NOW_MS, cause="promoted")
+    await b.write((Kind.TERM, f"{2:020d}", term), term=2)
+    found = await a.take(await b.shared.since(0))
+    assert (found.term, found.epoch) == (2, 3)
+    assert set(found.deks) == {KID}
+    # In the tables the key stays compromised, and the one that nobody else knows seals nothing.
+    rows = await a.sql("SELECT id, state FROM dek ORDER BY id")
+    assert [tuple(row) for row in rows] == [(KID, "compromised"), (NEXT_KID, "deactivated")]
+    await a.shared.verify()
+    # The next manager's write in that history says so itself.
+    await a.write((Kind.SERVICE, SERVICE, (await a.shared.snapshot()).services[SERVICE]), term=3)
+    assert (await a.shared.snapshot()).deks[KID].state is COMPROMISED
+
+
+async def test_a_crash_between_commit_and_mark_is_no_tampering(pair: tuple[Holder, Holder]) -> None:
+    a, _ = pair
+    old = a.mark.read_bytes()
+    await a.write((Kind.DEK, KID, key("a", COMPROMISED)))
+    a.mark.write_bytes(old)
+    await a.shared.verify()
+    assert (await a.shared.snapshot()).epoch == 3
+    assert a.mark.read_bytes() != old  # the mark follows
+
+
+async def test_a_destroyed_key_keeps_its_row_and_a_removed_service_its_name(
+    pair: tuple[Holder, Holder],
+) -> None:
+    a, b = pair
+    removed = msgspec.structs.replace((await a.shared.snapshot()).services[SERVICE], removed=True)
+    await b.take(
+        await a.write((Kind.DEK, KID, key("a", KeyState.DESTROYED)), (Kind.SERVICE, SERVICE, removed))
+    )
+    assert [tuple(row) for row in await b.sql("SELECT id, state FROM dek")] == [(KID, "destroyed")]
+    assert [bool(row[0]) for row in await b.sql("SELECT removed FROM network_service")] == [True]
+    assert not (await b.registry.book()).services
+
+
+async def test_rows_signed_with_a_key_that_was_replaced_still_count(
+    pair: tuple[Holder, Holder], tmp_path: Path
+) -> None:
+    a, b = pair
+    async with registry_of(tmp_path, "spare") as spare:
+        changed = a.environment(agent_id="agent-spare", registry_key=spare.public)
+        await b.take(await a.write((Kind.ENVIRONMENT, "a", changed)))
+    await b.shared.verify()
+    # What the old key signs from now on does not.
+    with pytest.raises(IntegrityError):
+        await b.take(await a.write((Kind.DEK, KID, key("a", COMPROMISED))))
+
+
+def test_an_empty_registry_is_nobodys() -> None:
+    empty = Shared()
+    assert (empty.term, empty.epoch, empty.tenant, dict(empty.deks)) == (0, 0, None, {})
+    assert TENANT
+    assert RING
