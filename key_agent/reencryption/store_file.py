@@ -22,10 +22,10 @@ from runtime.settings import SettingsError, read_secret_file
 class _WebDav(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     store_url: str
     through_url: str
-    store_ca_file: Path
-    through_ca_file: Path
+    store_ca_file: str
+    through_ca_file: str
     user: str | None = None
-    password_file: Path | None = None
+    password_file: str | None = None
     rescue: str | None = None
     timeout_s: float = 60.0
 
