@@ -100,7 +100,7 @@ class S3Profile(Profile):
     )
     operations: ClassVar[tuple[tuple[str, str], ...]] = (
         ("PutObject", "verified, decoded (aws-chunked), sealed, signed anew"),
-        ("GetObject", "opened; one range is served by range, several as the whole object"),
+        ("GetObject", "opened; one range is served by range, several as the whole object; partNumber too"),
         ("HeadObject", "size and ETag as GET shows them"),
         ("CopyObject", "the service copies ciphertext; objects in parts are copied in parts"),
         ("CreateMultipartUpload, UploadPart, UploadPartCopy", "each part is sealed by itself"),
