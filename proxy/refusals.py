@@ -263,6 +263,42 @@ CHECKSUM_OF_PARTS: Final = _refusal(
     "A checksum of a whole object cannot be compared when the object is completed from parts.",
     "Leave it out: every part is compared with its own checksum when it comes.",
 )
+FOREIGN_DESTINATION: Final = _refusal(
+    502,  # RFC 4918 9.8.5, 9.9.4
+    "foreign-destination",
+    "The destination is not at this service.",
+    "Download the object and upload it there.",
+)
+BAD_DESTINATION: Final = _refusal(
+    400,
+    "bad-destination",
+    "The Destination field came more than once, or is no URL.",
+    "Mend the client; retrying will not help.",
+)
+UNSUPPORTED_BODY: Final = _refusal(
+    415,  # RFC 4918 9.3
+    "unsupported-body",
+    "This method takes no such body.",
+    "Mend the client; retrying will not help.",
+)
+CHUNK_NAME: Final = _refusal(
+    400,
+    "chunk-name",
+    "The name of this chunk does not say where it belongs, or its upload has names of another kind.",
+    "Name chunks by numbers of one width, or without leading zeros.",
+)
+CHUNKS_UNKNOWN: Final = _refusal(
+    404,  # clients begin a new upload then
+    "chunks-unknown",
+    "Nothing is known of the chunks of this upload.",
+    "Upload the file again.",
+)
+TOO_MANY_CHUNKS: Final = _refusal(
+    400,
+    "too-many-chunks",
+    "Behind the last chunk of this upload there is no place for what ends the sealed file.",
+    "Upload it in fewer, larger chunks: 9,999 at most.",
+)
 UPLOADS_FULL: Final = _refusal(
     503,
     "uploads-full",

@@ -12,22 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
+from proxy import refusals
 from proxy.asking import host_field
 from proxy.plan import Mode, Request
-from proxy.refusals import Refusal, RefusedError
-
-FOREIGN_DESTINATION: Final = Refusal(
-    code="foreign-destination",
-    status=502,  # RFC 4918 9.8.5, 9.9.4
-    cause="The destination is not at this service.",
-    next_step="Download the object and upload it there.",
-)
-BAD_DESTINATION: Final = Refusal(
-    code="bad-destination",
-    status=400,
-    cause="The Destination field came more than once, or is no URL.",
-    next_step="Mend the client; retrying will not help.",
-)
+from proxy.refusals import RefusedError
 
 _PORTS: Final = {"http": 80, "https": 443}
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?#\\@\s]+)([/?#].*)?", re.IGNORECASE | re.DOTALL)
@@ -52,15 +40,15 @@ class Addresses:
         if not values:
             return None
         if len(values) > 1:
-            raise RefusedError(BAD_DESTINATION)
+            raise RefusedError(refusals.BAD_DESTINATION)
         if _PATH.fullmatch(values[0]):
             return values[0]
         absolute = _ABSOLUTE.fullmatch(values[0])
         if absolute is None:
-            raise RefusedError(BAD_DESTINATION)
+            raise RefusedError(refusals.BAD_DESTINATION)
         there = self._at_service(absolute)
         if there is None:
-            raise RefusedError(FOREIGN_DESTINATION)
+            raise RefusedError(refusals.FOREIGN_DESTINATION)
         return there
 
     def destination_path(self) -> str | None:

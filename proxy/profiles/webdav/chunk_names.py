@@ -17,31 +17,13 @@ from urllib.parse import unquote
 
 from envelope.multipart import LISTED, RISING, Manifest, block_number, upload_ref
 from proxy import refusals
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import RefusedError
 from proxy.uploads import KeptPart
 
 MIN_CHUNK_BYTES: Final = 5 * 1024 * 1024
 """Of plaintext; sealed it is more."""
 FUTURE_FILE: Final = ".file"
 
-CHUNK_NAME: Final = Refusal(
-    code="chunk-name",
-    status=400,
-    cause="The name of this chunk does not say where it belongs, or its upload has names of another kind.",
-    next_step="Name chunks by numbers of one width, or without leading zeros.",
-)
-CHUNKS_UNKNOWN: Final = Refusal(
-    code="chunks-unknown",
-    status=404,  # clients begin a new upload then
-    cause="Nothing is known of the chunks of this upload.",
-    next_step="Upload the file again.",
-)
-TOO_MANY_CHUNKS: Final = Refusal(
-    code="too-many-chunks",
-    status=400,
-    cause="Behind the last chunk of this upload there is no place for what ends the sealed file.",
-    next_step="Upload it in fewer, larger chunks: 9,999 at most.",
-)
 
 _BELOW: Final = re.compile(r"(?:/.*)?/remote\.php/dav/uploads/[^/]+/[^/]", re.DOTALL)
 _COLLECTION: Final = re.compile(
@@ -70,11 +52,11 @@ class UploadPath:
         """Of the chunk's message. RefusedError(CHUNK_NAME)."""
         if _NUMBERED.fullmatch(self.name):
             if int(self.name) > _MAX_NUMBER:
-                raise RefusedError(CHUNK_NAME)
+                raise RefusedError(refusals.CHUNK_NAME)
             return int(self.name)
         if _is_span(self.name):
             return block_number(self.name.encode())
-        raise RefusedError(CHUNK_NAME)
+        raise RefusedError(refusals.CHUNK_NAME)
 
     def may_be_held(self, plain_bytes: int | None) -> bool:
         """Whether an object store would take it as the last chunk only."""
@@ -108,7 +90,7 @@ def _is_span(name: str) -> bool:
 def in_order(kept: Sequence[KeptPart]) -> list[KeptPart]:
     """Chunks, tagged by their names, as the server joins them. RefusedError(CHUNK_NAME, CHUNKS_UNKNOWN)."""
     if not kept:
-        raise RefusedError(CHUNKS_UNKNOWN)
+        raise RefusedError(refusals.CHUNKS_UNKNOWN)
     names = [each.tag for each in kept]
     one_width = len({len(name) for name in names}) == 1
     if all(map(_is_span, names)) and one_width:
@@ -116,7 +98,7 @@ def in_order(kept: Sequence[KeptPart]) -> list[KeptPart]:
     unpadded = all(name == "0" or not name.startswith("0") for name in names)
     if all(map(_NUMBERED.fullmatch, names)) and (one_width or unpadded):
         return sorted(kept, key=lambda each: int(each.tag))
-    raise RefusedError(CHUNK_NAME)
+    raise RefusedError(refusals.CHUNK_NAME)
 
 
 def manifest_of(ref: bytes, ordered: Sequence[KeptPart]) -> Manifest:
@@ -135,8 +117,8 @@ def name_behind(ordered: Sequence[KeptPart], size_bytes: int) -> str:
     else:
         behind = str(int(last) + 1)
         if int(last) == _LAST_NUMBER:
-            raise RefusedError(TOO_MANY_CHUNKS)
+            raise RefusedError(refusals.TOO_MANY_CHUNKS)
         return behind
     if len(behind) != len(last):
-        raise RefusedError(TOO_MANY_CHUNKS)
+        raise RefusedError(refusals.TOO_MANY_CHUNKS)
     return behind

@@ -4,7 +4,8 @@
 2. A request's XML is read whole, within a limit, and passes only if it is the document that its method takes.
    Anything else might be content.
 3. What the answers say of sizes, digests and addresses is rewritten as they stream (lists.py, addresses.py).
-4. A collection is no object: what its URL, which ends in a slash, answers passes, unless it looks sealed.
+4. A collection is no object: an index page at its URL, which ends in a slash, passes if it is HTML and does
+   not look sealed. A service that lies can show one in place of a file; the option `index_pages` ends that.
 5. A resource that LOCK makes becomes an empty object (locks.py).
 """
 
@@ -30,6 +31,7 @@ from proxy.plan import (
     Request,
     RequestPlan,
 )
+from proxy.profile_options import ProfileOptions
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Limitation
 from proxy.profiles.webdav.addresses import Addresses
@@ -50,12 +52,6 @@ from proxy.refusals import Refusal
 XML_LIMIT_BYTES: Final = 1024 * 1024
 """Of a request's document: some ten thousand properties."""
 
-UNSUPPORTED_BODY: Final = Refusal(
-    code="unsupported-body",
-    status=415,  # RFC 4918 9.3
-    cause="This method takes no such body.",
-    next_step="Mend the client; retrying will not help.",
-)
 
 # The documents that a method takes; None: any. Their content is properties, filters, owners of locks.
 _DOCUMENTS: Final[dict[str, frozenset[Name] | None]] = {
@@ -71,6 +67,7 @@ _LISTS: Final = frozenset({"PROPFIND", "REPORT", "SEARCH"})
 _BODILESS: Final = frozenset({"COPY", "DELETE", "LOCK", "MKCOL", "MOVE", "OPTIONS", "PROPFIND", "UNLOCK"})
 _RANGES: Final = ("if-range", "range")
 _RECALCULATE: Final = "x-recalculate-hash"
+_INDEX_TYPES: Final = frozenset({"text/html", "application/xhtml+xml", "httpd/unix-directory"})
 _READS: Final = frozenset({"GET", "HEAD"})
 
 
@@ -82,6 +79,15 @@ class Asked:
     """To a PROPFIND: the client does not know them."""
     was_absent: bool = False
     """What a LOCK is about."""
+
+
+INDEX_PAGE: Final = object()
+"""The memo of a read of a collection."""
+
+
+class WebDavOptions(ProfileOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    index_pages: bool = True
+    """False: what is read has to be sealed at URLs that end in a slash, too."""
 
 
 class WebDavProfile(GenericProfile):
@@ -102,7 +108,10 @@ class WebDavProfile(GenericProfile):
     operations: ClassVar[tuple[tuple[str, str], ...]] = (
         ("PUT", "the body is sealed; digests in the request are checked and dropped"),
         ("GET", "the body is opened; one range is served by range, several as the whole object"),
-        ("GET of a collection (URL with a slash at its end)", "passes: an index page is no object"),
+        (
+            "GET of a collection (URL with a slash at its end)",
+            "passes if it is HTML: an index page is no object",
+        ),
         ("HEAD", "Content-Length is the plaintext's"),
         ("PROPFIND, REPORT, SEARCH", "the answer's sizes are the plaintext's, at any depth, as it streams"),
         ("PROPPATCH, ACL, LOCK, MKCOL with XML", "pass, if the document is the method's"),
@@ -143,8 +152,7 @@ class WebDavProfile(GenericProfile):
         ),
         Limitation(
             what="Nextcloud's bulk upload, web interface and API, and more than 9,999 chunks in an upload",
-            why="forms and JSON are not this profile's, and the manifest needs a place; clients use single"
-            " uploads where bulk upload fails",
+            why="forms and JSON are not this profile's, and the manifest needs a place",
         ),
         Limitation(
             what="OC-Checksum of a file that is uploaded in chunks",
@@ -167,6 +175,7 @@ class WebDavProfile(GenericProfile):
             why="an older version was sealed just as well",
         ),
     )
+    options: ClassVar[type[ProfileOptions]] = WebDavOptions
     makes_composites: ClassVar[bool] = True
 
     # ---- requests
@@ -184,8 +193,8 @@ class WebDavProfile(GenericProfile):
 
     def _plan(self, request: Request) -> RequestPlan:
         method, frame = request.head.method, request.frame
-        if method in _READS and _is_collection(request.head.target) and not frame.is_declared:
-            return _forward(request)
+        if method in _READS and _is_collection(request) and not frame.is_declared:
+            return _forward(request, memo=INDEX_PAGE)
         wanted = request.head.fields.sole(_RECALCULATE)
         if method == "PATCH" and wanted is not None and not frame.is_declared:
             # No content: Nextcloud is to hash what it has, as rclone asks it to. Its clients never see that.
@@ -208,6 +217,8 @@ class WebDavProfile(GenericProfile):
     def plan_answer(
         self, request: Request, plan: Going, answer: AnswerHead, proposed: AnswerPlan
     ) -> AnswerPlan:
+        if plan.memo is INDEX_PAGE:
+            return _index_page(request, answer, proposed)
         if not isinstance(proposed, Pass) or request.head.method in _READS:
             return proposed
         if digests := digest_fields(answer.fields):
@@ -267,17 +278,30 @@ def _forward(request: Request, *, memo: object = None) -> Forward:
     return Forward(edits=edits, body_may_come=_may_come(request.frame), memo=memo)
 
 
-def _is_collection(target: str) -> bool:
-    return target.partition("?")[0].endswith("/")
+def _is_collection(request: Request) -> bool:
+    """Whether the request reads one, where they may be read."""
+    options = request.options
+    allowed = not isinstance(options, WebDavOptions) or options.index_pages
+    return allowed and request.head.target.partition("?")[0].endswith("/")
+
+
+def _index_page(request: Request, answer: AnswerHead, proposed: AnswerPlan) -> AnswerPlan:
+    has_body = request.head.method == "GET" and 200 <= answer.status < 300 and answer.status != 204
+    if has_body and _type(answer) not in _INDEX_TYPES:
+        return Refuse(refusal=refusals.NOT_SEALED)
+    return proposed
 
 
 def _may_come(frame: BodyFrame) -> bool:
     return frame.framing is Framing.STREAM
 
 
+def _type(answer: AnswerHead) -> str:
+    return (answer.fields.first("content-type") or "").partition(";")[0].strip(" \t").lower()
+
+
 def _is_xml(answer: AnswerHead) -> bool:
-    kind = (answer.fields.first("content-type") or "").partition(";")[0].strip(" \t").lower()
-    return kind in ("application/xml", "text/xml")
+    return _type(answer) in ("application/xml", "text/xml")
 
 
 async def _pass_document(request: Request, talk: Conversation) -> Decision:
@@ -297,7 +321,7 @@ async def _pass_document(request: Request, talk: Conversation) -> Decision:
     taken = _DOCUMENTS[method]
     if root is None or (taken is not None and root not in taken):
         # Broken XML is the client's to mend (RFC 4918 8.2); what never was XML has no business there.
-        return Refuse(refusal=UNSUPPORTED_BODY if method == "MKCOL" else refusals.BAD_MESSAGE)
+        return Refuse(refusal=refusals.UNSUPPORTED_BODY if method == "MKCOL" else refusals.BAD_MESSAGE)
     if method == "LOCK":
         asked = Asked(was_absent=await is_absent(talk))
     return Proceed(plan=Forward(edits=request.edits.also(drop=_RANGES), memo=asked), body=body)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envelope.keys import NetworkService
+from proxy import refusals
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
 from proxy.plan import NO_EDITS, Mode, Request, Route
-from proxy.profiles.webdav.addresses import BAD_DESTINATION, FOREIGN_DESTINATION, Addresses
+from proxy.profiles.webdav.addresses import Addresses
 from proxy.refusals import Refusal, RefusedError
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
@@ -95,11 +96,11 @@ def test_in_forward_mode_nothing_is_rewritten(value: str) -> None:
     ],
 )
 def test_a_destination_elsewhere_is_refused(mode: Mode, value: str) -> None:
-    assert _refused(mode, value) is FOREIGN_DESTINATION
+    assert _refused(mode, value) is refusals.FOREIGN_DESTINATION
 
 
 def test_in_forward_mode_our_own_name_is_elsewhere() -> None:
-    assert _refused(Mode.FORWARD, "https://proxy.example:8443/b") is FOREIGN_DESTINATION
+    assert _refused(Mode.FORWARD, "https://proxy.example:8443/b") is refusals.FOREIGN_DESTINATION
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -120,14 +121,14 @@ def test_in_forward_mode_our_own_name_is_elsewhere() -> None:
     ],
 )
 def test_what_is_no_url_is_refused(mode: Mode, value: str) -> None:
-    assert _refused(mode, value) in (BAD_DESTINATION, FOREIGN_DESTINATION)
+    assert _refused(mode, value) in (refusals.BAD_DESTINATION, refusals.FOREIGN_DESTINATION)
 
 
 def test_two_destinations_are_refused() -> None:
     both = addresses(Mode.REVERSE, ("Destination", "/a"), ("Destination", "/b"))
     with pytest.raises(RefusedError) as caught:
         both.destination()
-    assert caught.value.refusal is BAD_DESTINATION
+    assert caught.value.refusal is refusals.BAD_DESTINATION
 
 
 def _refused(mode: Mode, value: str) -> Refusal:

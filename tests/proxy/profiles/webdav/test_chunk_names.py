@@ -11,10 +11,7 @@ from envelope.multipart import LISTED, RISING, Part, block_number, upload_ref
 from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.profiles.webdav.chunk_names import (
-    CHUNK_NAME,
-    CHUNKS_UNKNOWN,
     MIN_CHUNK_BYTES,
-    TOO_MANY_CHUNKS,
     UploadPath,
     in_order,
     manifest_of,
@@ -122,7 +119,7 @@ def test_numbers_of_chunks(name: str, number: int) -> None:
 def test_names_that_say_nothing_are_refused(name: str) -> None:
     with pytest.raises(RefusedError) as caught:
         assert UploadPath(FOLDER, name).number
-    assert caught.value.refusal is CHUNK_NAME
+    assert caught.value.refusal is refusals.CHUNK_NAME
 
 
 def test_small_numbered_chunks_may_be_the_last_one() -> None:
@@ -138,7 +135,7 @@ def test_chunks_are_in_the_servers_order_and_the_manifest_behind_them(numbers: s
     names = [f"{number:0{width}}" for number in numbers]
     random.shuffle(names)
     if max(numbers) == 10_000 and not any(name.startswith("0") for name in names):
-        assert refusal_of(*names) is TOO_MANY_CHUNKS
+        assert refusal_of(*names) is refusals.TOO_MANY_CHUNKS
         return
     ordered = in_order(kept(*names))
     behind = name_behind(ordered, 200)
@@ -167,15 +164,15 @@ def test_chunks_named_by_their_bytes() -> None:
     ],
 )
 def test_names_of_two_kinds_are_refused(names: list[str]) -> None:
-    assert refusal_of(*names) is CHUNK_NAME
+    assert refusal_of(*names) is refusals.CHUNK_NAME
 
 
 @pytest.mark.parametrize("names", [["9999", "10000"], ["099", "999"], ["00000000-99999999"]])
 def test_without_a_place_for_the_manifest_it_is_refused(names: list[str]) -> None:
-    assert refusal_of(*names) is TOO_MANY_CHUNKS
+    assert refusal_of(*names) is refusals.TOO_MANY_CHUNKS
 
 
 def test_no_chunk_is_no_upload() -> None:
     with pytest.raises(RefusedError) as caught:
         in_order([])
-    assert caught.value.refusal is CHUNKS_UNKNOWN
+    assert caught.value.refusal is refusals.CHUNKS_UNKNOWN

@@ -1,5 +1,6 @@
 """What becomes of each method, from its head alone; real servers judge the rest (tests/integration)."""
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -28,7 +29,7 @@ from proxy.plan import (
 )
 from proxy.planner import plan_answer, planned
 from proxy.profiles import profile_named
-from proxy.profiles.webdav.profile import Asked, WebDavProfile
+from proxy.profiles.webdav.profile import Asked, WebDavOptions, WebDavProfile
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 DAV = profile_named("webdav")
@@ -79,8 +80,28 @@ def test_a_collection_is_no_object(method: str) -> None:
     assert isinstance(got, Forward)
     assert "range" in got.edits.drop
     assert isinstance(plan("GET", target="/c?x=/"), Open)
-    answer = AnswerHead(status=200, fields=fields(("Content-Type", "text/html")))
-    assert plan_answer(got, answer, route()) == Pass(edits=got.edits.__class__(), may_be_sealed=False)
+    head = RequestHead(method=method, target="/c/", fields=fields())
+    request, _ = planned(head, route(), DAV)
+    for kind, status, passes in (
+        ("text/html; charset=utf-8", 200, True),
+        ("httpd/unix-directory", 200, True),
+        ("application/pdf", 200, False),
+        ("application/pdf", 404, True),
+    ):
+        answer = AnswerHead(status=status, fields=fields(("Content-Type", kind)))
+        judged = DAV.plan_answer(request, got, answer, plan_answer(got, answer, route()))
+        if passes or method == "HEAD":
+            assert isinstance(judged, Pass)
+            assert judged.may_be_sealed is (status == 404)
+        else:
+            assert judged == Refuse(refusal=refusals.NOT_SEALED)
+
+
+def test_index_pages_can_be_refused() -> None:
+    options = WebDavOptions.of({"index_pages": False})
+    head = RequestHead(method="GET", target="/c/", fields=fields())
+    _, got = planned(head, replace(route(), options=options), DAV)
+    assert isinstance(got, Open)
 
 
 @pytest.mark.parametrize(
