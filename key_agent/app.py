@@ -28,6 +28,7 @@ from key_agent.environments.assembly import Environments
 from key_agent.environments.following import Following
 from key_agent.environments.incident_parts import IncidentParts
 from key_agent.environments.key_parts import KeyParts
+from key_agent.environments.telling import Telling
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
 from key_agent.operations import Operations
@@ -253,6 +254,10 @@ async def opened(
             stack.push_async_callback(others.close)
             following = Following(agent, others.peering)
             others.tasks.append(("following", following.run))
+            others.telling = telling = Telling.of(
+                others.peering, transport=transport, targets=agent.targets, journal=journal, clock=clock
+            )
+            others.tasks.append(("telling", telling.run))
             others.key_parts = keys = KeyParts(agent, others)
             others.incident_parts = IncidentParts(agent, others, keys.manager)
         await agent.start()

@@ -40,6 +40,7 @@ from runtime.tls import ServerTls
 if TYPE_CHECKING:
     from key_agent.environments.incident_parts import IncidentParts
     from key_agent.environments.key_parts import KeyParts
+    from key_agent.environments.telling import Telling
 
 log = structlog.get_logger(__name__)
 
@@ -105,6 +106,8 @@ class Environments:
         """What makes keys for all environments and takes them in; set likewise."""
         self.incident_parts: IncidentParts | None = None
         """What deals with incidents; set by whoever composes the agent, before `working`."""
+        self.telling: Telling | None = None
+        """What tells the proxies; set likewise."""
         self.port: int | None = None
         """Where peers are answered, while `working`."""
 

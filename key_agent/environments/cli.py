@@ -291,6 +291,11 @@ def environments_text(data: Any) -> str:
         lines.append(f"{data['environment']} {data['serves']}: {data['reason']}")
     lines += [_environment_text(row, data["epoch"]) for row in data["environments"]]
     lines += [
+        f"proxy {row['proxy']} does not know it yet ({row['state']}): {row['error']}"
+        for row in data["proxies"]
+        if row["error"]
+    ]
+    lines += [
         f"asks to be added: {row['environment']} (agent {row['agent']}, {row['url']})\n"
         f"  fingerprint {row['fingerprint']}"
         for row in data["waiting"]

@@ -81,6 +81,12 @@ class EnvironmentCommands(Commands):
                 }
                 for name, one in sorted(environments.membership.waiting().items())
             ],
+            "proxies": []
+            if environments.telling is None
+            else [
+                {"proxy": name, "state": told.word.state, "epoch": told.word.epoch, "error": told.error}
+                for name, told in sorted(environments.telling.told.items())
+            ],
             "joining": None
             if (joining := environments.membership.joining) is None
             else {

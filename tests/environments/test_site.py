@@ -75,6 +75,14 @@ async def test_what_one_environment_has_all_have_and_each_goes_on_after_a_kill(
         await a.agent.start()
         await until(lambda: in_step(a, b, c))
         await until(lambda: serves(a))
+        # Its own word that it is not to be trusted: its proxies refuse, and may be asked again later.
+        await a.ask("env_declare", reason="the machine was opened")
+
+        async def refuses() -> bool:
+            status, _ = await a.proxies[0].call("keys/files/encrypt", {"plaintext": "aGVsbG8="})
+            return status == 503
+
+        await until(refuses, timeout_s=20)
 
 
 async def test_a_manager_frozen_while_another_is_promoted_changes_nothing_any_more(
