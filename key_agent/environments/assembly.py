@@ -269,7 +269,7 @@ class Environments:
             tenant=self.peering.tenant,
             candidate=Candidate(self.peering.agent_id, self.peering.environment),
             clock=self._clock,
-            highest_term=lambda: self.peering.lease.newest.term,
+            highest_term=lambda: max(self.peering.view.term, self.peering.lease.newest.term),
             may_lead=self._may_lead,
             elected=self._elected,
         )
