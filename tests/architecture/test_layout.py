@@ -80,7 +80,25 @@ _TAMPERING: Final = (
 )
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
+_BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
+_HEALING = (
+    "tests/key_agent/environments/test_healing.py",
+    "what an agent does by itself while an environment heals",
+)
+
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
+    "key_agent/environments/approval_cli.py": _BREACH,
+    "key_agent/environments/approval_commands.py": _BREACH,
+    "key_agent/environments/healing_cli.py": _BREACH,
+    "key_agent/environments/incident_cli.py": _BREACH,
+    "key_agent/environments/incident_commands.py": (
+        "tests/key_agent/environments/test_incidents.py",
+        "what it asks of Incidents, in one go",
+    ),
+    "key_agent/environments/incident_parts.py": _HEALING,
+    "key_agent/environments/old_keys_cli.py": _BREACH,
+    "key_agent/environments/reaction.py": _HEALING,
+    "key_agent/reencryption/store_file.py": _BREACH,
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
     "proxy/tenants/user_rows.py": _USERS,
     "proxy/tenants/vault_rows.py": (
