@@ -77,8 +77,10 @@ def canary(seed: str) -> bytes:
     return hashlib.sha256(seed.encode()).digest()[:8]
 
 
-@pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
-@pytest.mark.parametrize("server", ["swift", "moto"])
+@pytest.mark.parametrize(
+    ("server", "checksums"),
+    [("swift", "when_supported"), ("swift", "when_required"), ("moto", "when_supported")],
+)
 async def test_boto3_sees_no_difference(tmp_path: Path, server: str, checksums: str) -> None:
     async with site(tmp_path, server) as place:
         seeds = {way: secrets.token_hex(8) for way in WAYS}

@@ -9,8 +9,6 @@
 4. A part that only we know of is in no list.
 """
 
-import hmac
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -18,8 +16,7 @@ from envelope.multipart import Part, upload_ref
 from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.asking import ServiceAnswer
-from proxy.checksums import new_checksum
-from proxy.message import AnswerHead, ExpectedDigest
+from proxy.message import AnswerHead
 from proxy.plan import (
     NO_EDITS,
     Answer,
@@ -42,7 +39,7 @@ from proxy.plan import (
     Sealed,
 )
 from proxy.profiles.s3 import etags
-from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, Content, reply_of, reply_with_body
+from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_with_body
 from proxy.profiles.s3.documents import ResultMapper, map_parts
 from proxy.profiles.s3.multipart import (
     MAX_COMPLETION_BYTES,
@@ -52,6 +49,7 @@ from proxy.profiles.s3.multipart import (
     plan_completion,
     read_completion,
 )
+from proxy.profiles.s3.signing import Unchanged
 from proxy.refusals import RefusedError
 from proxy.uploads import Completion, KeptPart, Upload
 
@@ -72,6 +70,9 @@ def upload_of(call: Call) -> Upload:
 
 
 def plan_create(call: Call) -> RequestPlan:
+    """RefusedError(CANNOT_SIGN) where the upload could not be completed: that takes a request of our own."""
+    if isinstance(call.sign, Unchanged) and call.sign.authenticated.signed_headers:
+        raise RefusedError(refusals.CANNOT_SIGN)
     return Forward(edits=call.edits.also(drop=_CREATE_DROPS), sign=call.sign, body_may_come=True)
 
 
@@ -84,14 +85,6 @@ def plan_part(call: Call) -> RequestPlan:
     if content is None or content.plain_bytes is None:
         raise RefusedError(refusals.LENGTH_REQUIRED)
     number = check_part_number(call.parameters["partNumber"], content.plain_bytes, call.rules)
-    if call.rules.is_held(content.plain_bytes):
-        sent_bytes = content.sent_bytes or 2 * content.plain_bytes + _FRAMING_BYTES
-        return Converse(
-            edits=call.asking_edits(),
-            sign=call.sign,
-            handler=lambda talk: _upload_held(talk, call, number),
-            limit_bytes=sent_bytes,
-        )
     upload = upload_of(call)
 
     async def remember(talk: Conversation, answer: AnswerHead, sealed: Sealed) -> Edits:
@@ -100,7 +93,7 @@ def plan_part(call: Call) -> RequestPlan:
         return NO_EDITS
 
     length = str(sealed_length(content.plain_bytes))
-    return Seal(
+    seal = Seal(
         edits=call.edits.also(drop=("transfer-encoding",), put=(("content-length", length),)),
         sign=call.sign,
         plain_bytes=content.plain_bytes,
@@ -110,45 +103,29 @@ def plan_part(call: Call) -> RequestPlan:
         part=PartOf(upload_ref=upload.ref, number=number),
         after=remember,
     )
+    if not call.rules.is_held(content.plain_bytes):
+        return seal
+    return Converse(
+        edits=call.asking_edits(),
+        sign=call.sign,
+        handler=lambda talk: _upload_held(talk, upload, number),
+        limit_bytes=content.sent_bytes or 2 * content.plain_bytes + _FRAMING_BYTES,
+        spool=seal,
+    )
 
 
-async def _upload_held(talk: Conversation, call: Call, number: int) -> Decision:
-    """A part that may be the last one: sealed, uploaded, and its sealed bytes kept for the manifest."""
-    upload = upload_of(call)
-    plain = _decoded(talk.body, call.content)
-    sealing = await talk.sealing(_once(plain), len(plain), part=PartOf(upload_ref=upload.ref, number=number))
-    stored = b"".join([piece async for piece in sealing])
-    async with talk.ask("PUT", body=stored) as answer:
+async def _upload_held(talk: Conversation, upload: Upload, number: int) -> Decision:
+    """A part that may be the last one: sealed into the spool, sent from there, and kept for the manifest."""
+    held = talk.spooled
+    if held is None or held.sealed is None:
+        raise RefusedError(refusals.INTERNAL)
+    async with talk.ask("PUT", body=held.pieces(), body_bytes=held.stored_bytes) as answer:
         if answer.status != 200:
             return Answer(reply=await reply_with_body(answer))
-        part = Part(number, len(stored), sealing.sealed.commitment)
-        await talk.uploads.add_part(upload, KeptPart(part=part, tag=tag_of(answer)), held=stored)
+        part = Part(number, held.stored_bytes, held.sealed.commitment)
+        kept = KeptPart(part=part, tag=tag_of(answer))
+        await talk.uploads.add_part(upload, kept, held=held.read(0, held.stored_bytes))
         return Answer(reply=reply_of(answer))
-
-
-def _decoded(body: bytes, content: Content | None) -> bytes:
-    """The plaintext of a collected body, everything said of it verified. RefusedError."""
-    if content is None:
-        raise RefusedError(refusals.INTERNAL)
-    if content.decoder is not None:
-        decoder = content.decoder()
-        body = decoder.feed(body) + decoder.finish()
-    if len(body) != content.plain_bytes:
-        raise RefusedError(refusals.BAD_LENGTH)
-    for expected in content.digests:
-        _verify(body, expected)
-    return body
-
-
-def _verify(body: bytes, expected: ExpectedDigest) -> None:
-    checksum = new_checksum(expected.algorithm)
-    checksum.update(body)
-    if not hmac.compare_digest(checksum.digest(), expected.value):
-        raise RefusedError(refusals.BAD_DIGEST)
-
-
-async def _once(piece: bytes) -> AsyncIterator[bytes]:
-    yield piece
 
 
 def tag_of(answer: AnswerHead | ServiceAnswer) -> str:

@@ -73,6 +73,8 @@ def test_a_part_that_may_be_the_last_one_is_collected() -> None:
     plan = plan_part(call("PUT", {"partNumber": "3", "uploadId": "u"}, plain_bytes=1000))
     assert isinstance(plan, Converse)
     assert plan.limit_bytes == 1000
+    assert isinstance(plan.spool, Seal)
+    assert plan.spool.part is not None
     coded = call("PUT", {"partNumber": "3", "uploadId": "u"}, plain_bytes=1000)
     coded = replace(coded, content=Content(plain_bytes=1000))
     framed = plan_part(coded)
