@@ -347,6 +347,7 @@ class Peering:
 
     def _heard(self, name: str, beat: Heartbeat, position: Position, *, latency_s: float) -> None:
         before = self.sights.get(name)
+        metrics.REGISTRY_LAG.labels(name).set(max(0, self._view.epoch - position.epoch))
         if before is None or not before.answers:
             log.info("an environment answers", peer=name)
         self.sights[name] = Sight(
