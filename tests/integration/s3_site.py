@@ -100,7 +100,9 @@ async def site(
     async with contextlib.AsyncExitStack() as parts:
         server: Server
         if kind == "swift":
-            server = await parts.enter_async_context(swift(directory, *pair, host=server_host))
+            server = await parts.enter_async_context(
+                swift(directory, *pair, host=server_host, storage_domain=server_host)
+            )
         else:
             server = await parts.enter_async_context(moto(directory, *pair, host=server_host))
         rig = await parts.enter_async_context(proxy(directory, ca_file))

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -147,6 +148,70 @@ async def test_what_was_uploaded_in_the_clear_cannot_be_completed_through_the_pr
             place.ways["reverse"], "out = told(lambda: s3.head_object(Bucket='bucket', Key='key'))"
         )
         assert gone[0] == 404
+
+
+async def test_copies_between_buckets_that_stand_in_the_host_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects put at once, in parts, and ranges, from another bucket and from the same."""
+    real = socket.getaddrinfo
+    name = "store.test"
+
+    def resolve(host: Any, *arguments: Any, **more: Any) -> Any:
+        return real("127.0.0.1" if host in (name, name.encode()) else host, *arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    code = """
+s3 = boto3.client('s3', endpoint_url=sys.argv[1],
+    config=Config(s3={'addressing_style': 'virtual'}, retries={'total_max_attempts': 1}))
+for bucket in ('bucket', 'other'):
+    s3.create_bucket(Bucket=bucket)
+body = base64.b64decode(given['body'])
+s3.put_object(Bucket='bucket', Key='a b', Body=body[:1000], Metadata={'m': '1'})
+upload = s3.create_multipart_upload(Bucket='bucket', Key='in parts', Metadata={'m': '2'})['UploadId']
+tag = s3.upload_part(Bucket='bucket', Key='in parts', UploadId=upload, PartNumber=1, Body=body)['ETag']
+s3.complete_multipart_upload(Bucket='bucket', Key='in parts', UploadId=upload,
+    MultipartUpload={'Parts': [{'PartNumber': 1, 'ETag': tag}]})
+out = []
+for bucket in ('bucket', 'other'):
+    for key in ('a b', 'in parts'):
+        s3.copy_object(Bucket=bucket, Key='copy of ' + key, CopySource={'Bucket': 'bucket', 'Key': key})
+        got = s3.get_object(Bucket=bucket, Key='copy of ' + key)
+        out.append([got['Body'].read() == (body if key == 'in parts' else body[:1000]), got['Metadata']])
+    upload = s3.create_multipart_upload(Bucket=bucket, Key='part')['UploadId']
+    copied = s3.upload_part_copy(Bucket=bucket, Key='part', UploadId=upload, PartNumber=1,
+        CopySource={'Bucket': 'bucket', 'Key': 'in parts'}, CopySourceRange='bytes=5-20004')
+    tag = copied['CopyPartResult']['ETag']
+    s3.complete_multipart_upload(Bucket=bucket, Key='part', UploadId=upload,
+        MultipartUpload={'Parts': [{'PartNumber': 1, 'ETag': tag}]})
+    out.append([s3.get_object(Bucket=bucket, Key='part')['Body'].read() == body[5:20005], None])
+    listed = s3.list_objects_v2(Bucket=bucket)['Contents']
+    out.append({item['Key']: item['Size'] for item in listed})
+"""
+    body = os.urandom(30_000)
+    async with site(tmp_path, "swift", server_host=name) as place:
+        out = await boto3(place.ways["forward"], code, body=text(body))
+        sizes = {"a b": 1000, "in parts": 30_000}
+        copied = {"copy of a b": 1000, "copy of in parts": 30_000, "part": 20_000}
+        right = [[True, {"m": "1"}], [True, {"m": "2"}], [True, None]]
+        assert out == [*right, {**sizes, **copied}, *right, copied]
+        assert body[5:21] not in b"".join(content for _, content in place.server.stored())
+
+
+async def test_an_object_of_another_network_service_is_not_copied(tmp_path: Path) -> None:
+    """Its key is not here: what would be copied could not be read."""
+    async with site(tmp_path, "swift") as place:
+        way = place.ways["reverse"]
+        put = "out = s3.put_object(Bucket='bucket', Key='key', Body=b'x')['ETag']"
+        await boto3(way, f"s3.create_bucket(Bucket='bucket')\n{put}")
+        place.rig.keys.close()  # as if it had been sealed for somebody else
+        place.rig.push(place.service.owner)
+        copy = "s3.copy_object(Bucket='bucket', Key='copy', CopySource={'Bucket': 'bucket', 'Key': 'key'})"
+        answer = await boto3(way, f"out = told(lambda: {copy}['CopyObjectResult']['ETag'])")
+        assert answer[0] == 503
+        assert answer[2] in ("key-unknown", "key-withdrawn", "key-expired")
+        there = await boto3(way, "out = told(lambda: s3.head_object(Bucket='bucket', Key='copy'))")
+        assert there[0] == 404
 
 
 # A service that fails on purpose.

@@ -15,9 +15,11 @@ from envelope.objects import sealed_length
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
 from proxy.plan import Converse, Edits, Forward, Mode, Request, Route, Seal
 from proxy.profiles.s3.addressing import Address, Level
+from proxy.profiles.s3.authentication import Authenticated, Standing
 from proxy.profiles.s3.call import Call, Content
 from proxy.profiles.s3.multipart import PartRules
 from proxy.profiles.s3.routes import find_operation
+from proxy.profiles.s3.signing import Unchanged
 from proxy.profiles.s3.uploading import plan_complete, plan_create, plan_part
 from proxy.refusals import RefusedError
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
@@ -101,6 +103,20 @@ def test_no_checksum_of_ciphertext_is_asked_of_parts() -> None:
     assert isinstance(plan, Forward)
     assert {"x-amz-checksum-algorithm", "x-amz-checksum-type"} <= plan.edits.drop
     assert "x-amz-meta-a" not in plan.edits.drop
+
+
+def test_no_upload_is_begun_that_could_not_be_completed() -> None:
+    """Completing takes a request of our own, for which a secret of the vault is needed."""
+    asked = call("POST", {"uploads": ""})
+    for signed, code in ((("host",), "cannot-sign-anew"), ((), None)):
+        standing = Standing.UNJUDGED if signed else Standing.ANONYMOUS
+        who = Authenticated(standing=standing, signed_headers=signed)
+        sign = Unchanged(authenticated=who, head=asked.request.head, address=asked.address, host="s3.example")
+        if code is None:
+            assert isinstance(plan_create(replace(asked, sign=sign)), Forward)
+            continue
+        with pytest.raises(RefusedError, match=code):
+            plan_create(replace(asked, sign=sign))
 
 
 def test_what_goes_with_requests_of_our_own_is_not_what_the_client_asks() -> None:
