@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from envelope.keys import NetworkService
 from key_agent.environments.manager import Manager
-from key_agent.environments.presented import present
+from key_agent.environments.presented import present, rescued
 from key_agent.environments.transport_key import KEY_NAME
 from key_agent.environments.workplace import Workplace
 from key_agent.environments.wrapping import Wraps
@@ -54,4 +54,6 @@ class KeyParts:
         self._agent.refresh.at_once(hosts_of(self._agent.targets, frozenset(owners)))
 
     def _present(self, service: str, keys: "Sequence[HeldKey]") -> "Mapping[str, KeyState]":
-        return present(self._peering.view, self._peering.environment, service, keys)
+        view = self._peering.view
+        states = present(view, self._peering.environment, service, keys)
+        return rescued(view, states, now_ms=self._agent.now_ms())

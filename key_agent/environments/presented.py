@@ -8,6 +8,7 @@
    key seals rather than none: the environment's own, then the tenant's home environment's, then the first by
    name. So a breach of one key stops no service.
 4. Only what has a verified wrap here can be presented; what has none is not asked about.
+5. A compromised key that two administrators have let rescue objects opens, until that ends; it never seals.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,21 @@ def present(
             if key_id != chosen:
                 states[key_id] = KeyState.DEACTIVATED
     return states
+
+
+def rescued(shared: Shared, states: Mapping[str, KeyState], *, now_ms: int) -> Mapping[str, KeyState]:
+    """*states* with rule 5 applied at *now_ms*."""
+    found = dict(states)
+    for key_id, state in states.items():
+        body = shared.deks.get(key_id)
+        if (
+            state is KeyState.COMPROMISED
+            and body is not None
+            and body.state is KeyState.COMPROMISED
+            and now_ms < (body.rescue_until_ms or 0)
+        ):
+            found[key_id] = KeyState.DEACTIVATED
+    return found
 
 
 def _choose(shared: Shared, environment: str, service: str, by_owner: Mapping[str, str]) -> str:

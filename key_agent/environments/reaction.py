@@ -5,7 +5,8 @@
 2. A KEK that an incident has ended is revoked here, which takes every key back, and disabled in the HSM. Its
    wraps are erased as soon as every live key is proven under the KEK that follows it: not before, so that no
    key is lost whose only other copy is on its way.
-3. A KEK that was made anew while the environment heals is announced to the manager until the rows name it.
+3. Whom a rescue lets open objects loses that at the moment it ends: those keys are pushed anew.
+4. A KEK that was made anew while the environment heals is announced to the manager until the rows name it.
    That makes it nobody's to trust: an administrator compares its fingerprint (`heal-complete --kek`). One
    that a sound environment rotated to is followed by the manager itself.
 """
@@ -41,6 +42,12 @@ log = structlog.get_logger(__name__)
 _MAX_DELAY_S: Final = 10.0
 
 
+def next_rescue_end_ms(view: Shared, *, after_ms: int) -> int | None:
+    """When the first of the rescues that still run ends; None: none does."""
+    ends = [dek.rescue_until_ms for dek in view.deks.values() if dek.rescue_until_ms is not None]
+    return min((end for end in ends if end > after_ms), default=None)
+
+
 class Reaction:
     def __init__(
         self, agent: "Agent", peering: Peering, tell: Callable[[KekAnnouncement], Awaitable[None]]
@@ -62,12 +69,17 @@ class Reaction:
         """Until cancelled."""
         failures = 0
         self._wake.set()
+        looked_ms = self._agent.now_ms()
         while True:
-            ends_s = None
+            ends_s = self._rescue_ends_s()
             if failures:
                 delay_s = next_delay(interval_s=_MAX_DELAY_S, failures=failures, jitter=0)
                 ends_s = self._agent.clock.boot_s() + delay_s
             await wait_until(self._agent.clock, self._wake, ends_s)
+            before_ms, looked_ms = looked_ms, self._agent.now_ms()
+            ended_ms = next_rescue_end_ms(self._peering.view, after_ms=before_ms)
+            if ended_ms is not None and ended_ms <= looked_ms:
+                self._agent.refresh.at_once()  # its keys open nothing any more
             try:
                 await self.react()
             except SealgateError as error:  # HSM, registry, peer: all of it is repeated
@@ -76,6 +88,12 @@ class Reaction:
                 log.error("an incident's steps are not done yet", cause=str(error))  # noqa: TRY400 - expected
                 continue
             failures, self.problem = 0, None
+
+    def _rescue_ends_s(self) -> float | None:
+        """On the boot clock."""
+        now_ms = self._agent.now_ms()
+        end_ms = next_rescue_end_ms(self._peering.view, after_ms=now_ms)
+        return None if end_ms is None else self._agent.clock.boot_s() + (end_ms - now_ms) / 1000
 
     async def react(self) -> None:
         """Do what the rows ask of this environment. SealgateError: something of it has to be repeated."""

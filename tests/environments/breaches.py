@@ -59,8 +59,9 @@ class StandIn:
         self.consent = member.consent
         self.one_at_a_time = member.one_at_a_time
         self.targets = targets
-        self.withdrawn = 0
+        self.at_once_calls = 0
         self.withdrawals = self
+        self.refresh = self
         credential = member.site.tenant.agent_signing(member.agent_id)
         self.signing = Signing(key=credential.key, certificate=credential.certificate)
         member.site.source.signing_key = credential.key
@@ -70,7 +71,7 @@ class StandIn:
         return self.member.now_ms()
 
     def at_once(self) -> None:
-        self.withdrawn += 1
+        self.at_once_calls += 1
 
     async def reload(self, *, kek_changed: bool = False) -> None:
         if kek_changed:

@@ -123,6 +123,10 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
                 await ask(a, "admin add", name, "--public-key", str(tmp_path / f"{name}.pub"))
             assert [row["name"] for row in (await ask(a, "admin list"))["admins"]] == ["ann", "bob"]
 
+            sealed = (await b.proxies[0].call("keys/files/encrypt", {"plaintext": "aGVsbG8="}))[1][
+                "ciphertext"
+            ]
+            assert await _opens(a, sealed) == 200
             opened = await ask(a, "incident open", "--env", "b", "--kind", "runtime", "--reason", "IR-2214")
             assert (opened["incident"], opened["new"], opened["environment_state"]) == (
                 "inc-1",
@@ -170,11 +174,13 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
             assert (joined["state"], joined["problems"]) == ("active", {})
 
             # What the old keys sealed, and their end.
+            assert await _opens(a, sealed) in (409, 423)
             tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0)
             rescue = {"keys": [keys["b"]], "until_ms": int(tomorrow.timestamp() * 1000)}
             approval = await _approved(ask, a, files, "key-rescue", "inc-1", rescue)
             words = ["--keys", keys["b"], "--until", tomorrow.isoformat(), "--approve-with", approval]
             await ask(a, "keys rescue", "inc-1", *words)
+            await until(functools.partial(_opens_with, a, sealed, 200))
             (tmp_path / "store.toml").write_text(_STORE.format(ca=site.ca_file))
             stopped = await ask(
                 a, "keys reencrypt start", "--incident", "inc-1", "--connector", str(tmp_path / "store.toml"),
@@ -192,6 +198,7 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
             assert "nothing shows" in (await ask(a, "keys retire", *retire, "--yes", exit_code=3))["cause"]
             ended = await ask(a, "keys retire", *retire, "--yes", "--accept-loss")
             assert ended["keys"] == {keys["b"]: "destroyed"}
+            await until(functools.partial(_opens_with, a, sealed, 409, 410))
             assert (await ask(a, "incident close", "inc-1"))["state"] == "closed"
             evidence = str(tmp_path / "inc1.zip")
             await ask(a, "incident evidence", "inc-1", "-o", evidence)
@@ -256,6 +263,15 @@ async def _approved(  # noqa: PLR0917 - as the command takes it
     for name, file in files.items():
         await ask(at, "approval sign", asked["approval"], "--admin", name, "--key", str(file), "--yes")
     return str(asked["approval"])
+
+
+async def _opens(at: SiteEnvironment, sealed: str) -> int:
+    """The status with which an environment's encryption service answers."""
+    return (await at.proxies[0].call("keys/files/decrypt", {"ciphertext": sealed}))[0]
+
+
+async def _opens_with(at: SiteEnvironment, sealed: str, *statuses: int) -> bool:
+    return await _opens(at, sealed) in statuses
 
 
 async def _keys(at: SiteEnvironment) -> dict[str, str]:

@@ -271,3 +271,15 @@ async def test_rescue_and_retirement_reach_every_database(site: BreachedSite) ->
     for name in "ac":
         [row] = [row for row in await site[name].registry.data_keys() if str(row.key_id) == keys[0]]
         assert (row.state, row.wrapped_by) == (S.DESTROYED, ())
+
+
+async def test_at_the_end_of_a_rescue_its_keys_are_pushed_anew(site: BreachedSite) -> None:
+    await breach(site)
+    keys, until_ms = [site.keys["b"]], site["a"].now_ms() + 1500
+    approval = await site.approve(Action.KEY_RESCUE, "inc-1", healing_changes.rescue_payload(keys, until_ms))
+    await site.commands("a").keys_rescue(incident="inc-1", keys=keys, until_ms=until_ms, approval=approval)
+    await site.members.in_step()
+    agent = site.agents["c"]
+    assert agent.at_once_calls == 0
+    await until(lambda: agent.at_once_calls > 0)
+    assert site["c"].now_ms() >= until_ms

@@ -5,9 +5,10 @@ import pytest
 
 from envelope.keys import KeyState
 from key_agent.environments.documents import EncryptPolicy, ServiceBody, TenantBody
-from key_agent.environments.presented import present
+from key_agent.environments.presented import present, rescued
 from key_agent.environments.shared import Shared
 from key_agent.registry.model import HeldKey
+from tests.key_agent.environments.rows import World
 
 A, B, C = KeyState.ACTIVE, KeyState.DEACTIVATED, KeyState.COMPROMISED
 SERVICE = "acme/files"
@@ -66,3 +67,22 @@ def test_no_key_is_presented_with_more_than_it_has(state: KeyState) -> None:
 
 def test_one_environment_alone_is_as_ever() -> None:
     assert present(Shared(), "a", SERVICE, [held("1", "a"), held("2", "a", B)]) == {"1": A, "2": B}
+
+
+@pytest.mark.parametrize(("now_ms", "state"), [(99, KeyState.DEACTIVATED), (100, C), (101, C)])
+def test_a_rescued_key_opens_until_that_ends_and_never_seals(now_ms: int, state: KeyState) -> None:
+    world = World()
+    rows, key_id = world.rows, world.dek["s3-a"]
+    rows.deks[key_id] = msgspec.structs.replace(rows.deks[key_id], state=C, rescue_until_ms=100)
+    other = world.dek["s3-b"]
+    rows.deks[other] = msgspec.structs.replace(rows.deks[other], state=C)
+    found = rescued(rows, {key_id: C, other: C, world.dek["s3-c"]: A}, now_ms=now_ms)
+    assert found == {key_id: state, other: C, world.dek["s3-c"]: A}
+
+
+def test_a_word_that_was_overruled_rescues_nothing() -> None:
+    """A registry that holds a key for more restricted than the rows do is right."""
+    world = World()
+    rows, key_id = world.rows, world.dek["s3-a"]
+    rows.deks[key_id] = msgspec.structs.replace(rows.deks[key_id], rescue_until_ms=100)
+    assert rescued(rows, {key_id: C}, now_ms=1) == {key_id: C}
