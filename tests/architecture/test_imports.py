@@ -52,6 +52,7 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
         "key_agent.environments.healing_cli",
         "key_agent.environments.incident_cli",
         "key_agent.environments.old_keys_cli",
+        "key_agent.load_balancing.cli",
         "proxy.cli",
         "proxy.operating",
         "proxy.encryption_service.cli",
