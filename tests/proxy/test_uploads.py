@@ -6,15 +6,18 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import MetaData
 
 from envelope.keys import NetworkService
 from envelope.multipart import Part, upload_ref
 from proxy import uploads
+from proxy.tenants.tables import upload_completion
 from proxy.uploads import (
     KEEP_COMPLETED_S,
     KEEP_S,
     MAX_HELD_PARTS,
     MAX_TAGS,
+    SWEEP_S,
     Completion,
     KeptPart,
     Upload,
@@ -168,6 +171,27 @@ async def test_what_nothing_happened_to_is_swept_away(place: Place, store: Uploa
     assert [found.part.number for found in await store.parts(alive)] == [1, 2]
     [first, _second] = await store.parts(alive)
     assert await store.held(alive, first) == bytes(104)
+
+
+async def test_sweeping_goes_on_by_itself_and_survives_a_database_that_is_away(
+    place: Place, store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.add_part(UPLOAD, kept(1, "a"))
+    sweeping = asyncio.create_task(store.keep_swept())
+    try:
+        await place.clock.wait_for_sleepers()
+        monkeypatch.setattr(
+            uploads, "upload_completion", upload_completion.to_metadata(MetaData(), name="gone")
+        )
+        await place.clock.advance(KEEP_S + 1)
+        await place.clock.wait_for_sleepers()
+        monkeypatch.undo()
+        assert len(await store.parts(UPLOAD)) == 1
+        await place.clock.advance(SWEEP_S)
+        await place.clock.wait_for_sleepers()
+        assert await store.parts(UPLOAD) == []
+    finally:
+        sweeping.cancel()
 
 
 async def test_a_database_that_cannot_be_used_is_told(tmp_path: Path, place: Place) -> None:

@@ -89,6 +89,7 @@ def plan_completion(
     `ListedPart.tag` is the service's here (etags.to_service).
     """
     known = {(found.part.number, found.tag.lower()): found for found in kept}
+    highest = max((number for number, _ in known), default=0)
     parts: list[KeptPart] = []
     for entry in listed:
         if parts and entry.number <= parts[-1].part.number:
@@ -105,7 +106,10 @@ def plan_completion(
     is_joined = rules.is_held(last.part.plain_bytes)
     if is_joined and not last.is_held:
         raise RefusedError(refusals.PART_UNKNOWN)
-    number = last.part.number if is_joined else last.part.number + 1
+    # Behind parts that are left out, too: they may be wanted still if this is refused.
+    number = last.part.number if is_joined else highest + 1
+    if number > rules.max_parts:
+        number = last.part.number + 1
     if number > rules.max_parts:
         raise RefusedError(refusals.PART_NUMBER)
     return Completing(

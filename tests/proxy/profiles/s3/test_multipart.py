@@ -79,6 +79,13 @@ def test_the_list_may_omit_parts_and_choose_among_those_sent_twice() -> None:
         assert plan.manifest.plain_bytes == chosen.part.plain_bytes + 6 * MIB
 
 
+def test_a_manifest_takes_the_place_of_no_part_that_was_left_out() -> None:
+    parts = [kept(number, 8 * MIB) for number in (1, 2, 3, 9)]
+    assert plan_completion(listed(*parts[:2]), parts, RULES, upload_ref=REF).final_number == 10
+    parts.append(kept(10_000, 1, is_held=True))
+    assert plan_completion(listed(*parts[:2]), parts, RULES, upload_ref=REF).final_number == 3
+
+
 def test_letters_of_tags_are_compared_without_case() -> None:
     part = kept(1, 8 * MIB, "AB" * 16)
     plan = plan_completion([ListedPart(number=1, tag="ab" * 16)], [part], RULES, upload_ref=REF)
