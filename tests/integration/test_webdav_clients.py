@@ -114,7 +114,9 @@ def declared(site: DavSite[DavServer], way: str, method: str, path: str, direct:
         (rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?Z?", b"TIME"),
         (rb"Second-\d+", b"SECONDS"),
         (rb"(?:opaquelocktoken|urn:uuid):[0-9a-fA-Fx-]+", b"TOKEN"),
-        (rb"(?:W/)?\"[0-9a-f-]{8,}\"|(?<=getetag>)[^<]+", b"ETAG"),
+        (rb"(?:W/)?\"[0-9a-f-]{8,}\"", b"ETAG"),
+        (rb"(<[^/<>]*getetag>)[^<]+", rb"\1ETAG"),
+        (rb" xmlns:(?:ns|lp)\d=\"[^\"]*\"", b""),  # Apache declares them in an order of the moment
     ]
     if is_index:
         patterns += [(rb"[\d,.]+ (?:Bytes|KB)|(?<=right\">) *[\d.]+[K ]", b"SIZE")]
@@ -233,6 +235,33 @@ async def test_rclone_syncs_once_and_finds_everything_equal(
         assert (back / "moved").read_bytes() == (back / "copied").read_bytes() == FILES["deep/large"]
         opened = site.opened(FILES.values())
         assert sorted(opened.values()) == sorted([*FILES.values(), FILES["deep/large"]])
+
+
+# ---- locks
+
+
+@pytest.mark.parametrize("start", [wsgidav, apache])
+async def test_a_lock_is_named_with_the_resource_it_is_on(tmp_path: Path, start: StartServer) -> None:
+    """If with a tagged list: in reverse mode the client names the resource at us."""
+    async with dav_site(tmp_path, start) as site:
+        statuses = {}
+        for way in WAYS:
+            name = f"/{PLACES[way]}"
+            locked = await site.dav(way, "LOCK", name, fields={"Content-Type": "text/xml"}, body=LOCK)
+            token = locked.headers["lock-token"]
+            conditions = [
+                f"<{{base}}{name}> ({token})",
+                f"<{{base}}{name}> (<urn:uuid:00000000-0000-0000-0000-000000000000>)",
+                f"<https://other.example{name}> ({token})",
+                f'({token} ["none"]) (Not <DAV:no-lock> {token})',
+            ]
+            put = [await site.dav(way, "PUT", name, fields={"If": each}, body=SMALL) for each in conditions]
+            unlocked = await site.dav(way, "UNLOCK", name, fields={"Lock-Token": token})
+            statuses[way] = [answer.status for answer in (locked, *put, unlocked)]
+            assert (await site.dav(way, "GET", name)).body == SMALL
+        assert statuses["forward"] == statuses["reverse"] == statuses["direct"]
+        assert statuses["direct"][1] in (201, 204)
+        assert statuses["direct"][2] in (412, 423)
 
 
 # ---- what was there before
