@@ -149,6 +149,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "one environment's keys, found again in all of them",
     ),
     "key_agent/environments/peer_routes.py": _PEERING,
+    "key_agent/load_balancing/following.py": (
+        "tests/key_agent/load_balancing/test_lb_agent.py",
+        "seen in what the lb-agent answers, with rows of real agents",
+    ),
     "key_agent/environments/peers.py": _PEERING,
     "key_agent/environments/peer_api.py": _PEERS,
     "key_agent/environments/peer_trust.py": _PEERS,
@@ -232,6 +236,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "what the audit log says of real requests",
     ),
     "proxy/api/broker.py": _BROKER,
+    "proxy/api/environment.py": (
+        "tests/proxy/test_environments.py",
+        "the words of environments.py, as load balancers ask for them",
+    ),
     "proxy/data_plane.py": (
         "tests/integration/test_proxy_process.py",
         "the parts of one process, right when the process serves",
