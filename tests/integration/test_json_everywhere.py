@@ -130,10 +130,22 @@ def test_the_proxys_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     ask("tenant add", "acme", "--root", root)
     ask("tenant update", "acme", "--forward-listen", "127.0.0.1:3128")
     ask("tenant ca", "acme")
+    ask("tenant access", "acme", "--require", "credentials")
+    ask("user add", "acme/alice")
+    assert [user["user"] for user in ask("user list", "acme")["users"]] == ["acme/alice"]
+    ask("user remove", "acme/alice")
     ask("service add", "acme/drive", "--upstream", "https://drive.example.com", "--csr", drive)
     ask("service import-cert", "acme/drive", sign(acme, Path(drive)))
     ask("service update", "acme/drive", "--upstream", "https://other.example.com")
     ask("service renew", "acme/drive", "--csr", str(tmp_path / "drive-2.csr"))
+    ask("service add", "acme/s3", "--upstream", "https://s3.example.com", "--profile", "s3",
+        "--csr", str(tmp_path / "s3.csr"))  # fmt: skip
+    secret = tmp_path / "secret.txt"
+    secret.write_text("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY\n")
+    secret.chmod(0o600)
+    ask("s3-credential add", "acme/s3", "AKIAIOSFODNN7EXAMPLE", "--secret-file", str(secret))
+    ask("s3-credential list", "acme/s3")
+    ask("s3-credential remove", "acme/s3", "AKIAIOSFODNN7EXAMPLE")
     ask("key add", "acme/orders", "--csr", orders)
     ask("key import-cert", "acme/orders", sign(acme, Path(orders)))
     ask("key renew", "acme/orders", "--csr", str(tmp_path / "orders-2.csr"))
@@ -162,6 +174,7 @@ def test_the_proxys_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     ask("key add", "acme/other", "--csr", str(tmp_path / "other.csr"))
     ask("key remove", "acme/other")
     ask("service remove", "acme/drive")
+    ask("service remove", "acme/s3")
     other = str(write_certificate(make_tenant("globex").root.certificate, tmp_path / "other.pem"))
     ask("tenant add", "globex", "--root", other)
     ask("tenant remove", "globex")
