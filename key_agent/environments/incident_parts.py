@@ -86,6 +86,9 @@ class IncidentParts:
         self.containment.changed(before, view, self._peering.environment, self._agent.targets.links)
 
     async def _lb_ack(self, call: PeerCall) -> bytes:
+        if any(body.agent_id == call.agent_id for body in self._peering.view.environments.values()):
+            # A breached one would confirm its own return.
+            raise IntegrityError(f"{call.agent_id} is the agent of an environment, and no load balancer")
         self.load_balancers.acknowledged(
             call.agent_id, _read(call, LbAck), now_boot_s=self._agent.clock.boot_s()
         )

@@ -104,7 +104,11 @@ class WebDavConnector(Connector):
         content = bytearray()
         try:
             async with self._direct.request(
-                "PROPFIND", self._url(self._store.store_url, folder), data=_PROPFIND, headers={"Depth": "1"}
+                "PROPFIND",
+                self._url(self._store.store_url, folder),
+                data=_PROPFIND,
+                headers={"Depth": "1"},
+                allow_redirects=False,
             ) as answer:
                 if answer.status in _TRIES_GONE:
                     return [], []
@@ -137,7 +141,9 @@ class WebDavConnector(Connector):
     async def look(self, name: str) -> Found | None:
         headers = {"Range": f"bytes=0-{HEADER_SIZE - 1}"}
         try:
-            async with self._direct.get(self._url(self._store.store_url, name), headers=headers) as answer:
+            async with self._direct.get(
+                self._url(self._store.store_url, name), headers=headers, allow_redirects=False
+            ) as answer:
                 if answer.status in _TRIES_GONE:
                     return None
                 if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # empty: nobody sealed it
@@ -168,7 +174,7 @@ class WebDavConnector(Connector):
 
     async def _rewrite(self, url: str, condition: dict[str, str]) -> tuple[Rewrite, str]:
         with Spool(whole_bytes=WHOLE_BYTES) as spool:
-            async with self._through.get(url, headers=condition) as answer:
+            async with self._through.get(url, headers=condition, allow_redirects=False) as answer:
                 if (verdict := _verdict(answer)) is not None:
                     return verdict
                 kind = answer.headers.get("Content-Type", "application/octet-stream")
@@ -178,7 +184,9 @@ class WebDavConnector(Connector):
             if size_bytes is not None and spool.size_bytes != size_bytes:
                 return _BROKEN_OFF
             headers = condition | {"Content-Type": kind, "Content-Length": str(spool.size_bytes)}
-            async with self._through.put(url, headers=headers, data=spool.read()) as answer:
+            async with self._through.put(
+                url, headers=headers, data=spool.read(), allow_redirects=False
+            ) as answer:
                 return _verdict(answer) or (Rewrite.DONE, "")
 
     @override

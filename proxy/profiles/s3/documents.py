@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
+import msgspec
+
 from envelope.errors import FormatError
 from envelope.objects import plain_length
 from proxy import refusals
@@ -53,6 +55,25 @@ def elements_of(document: bytes) -> list[Element]:
     except (expat.ExpatError, ValueError):
         raise RefusedError(refusals.SERVICE_ANSWER) from None
     return reader.found
+
+
+def check_request(operation: str, body: bytes) -> None:
+    """Of the protocol's documents that clients send: nothing, JSON for a policy, XML for all else.
+
+    RefusedError(MALFORMED_DOCUMENT): content must not go up because its address was taken for a bucket's.
+    """
+    if not body:
+        return
+    try:
+        if operation == "PutBucketPolicy":
+            is_document = isinstance(msgspec.json.decode(body), dict)
+        else:
+            root = root_of(body).rpartition(":")[2]
+            is_document = operation != "CreateBucket" or root == "CreateBucketConfiguration"
+    except (RefusedError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        is_document = False
+    if not is_document:
+        raise RefusedError(refusals.MALFORMED_DOCUMENT)
 
 
 def root_of(document: bytes) -> str:

@@ -42,7 +42,17 @@ from proxy.plan import (
 )
 from proxy.profile_options import ProfileOptions
 from proxy.profiles.profile import Limitation, Profile
-from proxy.profiles.s3 import copying, errors, etags, listing, part_reading, post_form, trailed, uploading
+from proxy.profiles.s3 import (
+    copying,
+    documents,
+    errors,
+    etags,
+    listing,
+    part_reading,
+    post_form,
+    trailed,
+    uploading,
+)
 from proxy.profiles.s3.addressing import Address, address_of, parameters
 from proxy.profiles.s3.authentication import Authenticated, Standing, authenticate
 from proxy.profiles.s3.bodies import CODING, GONE, Incoming, read_document, read_head, without_coding
@@ -164,6 +174,12 @@ class S3Profile(Profile):
             return _preflight(request, self._signer(request, nobody, address, options))
         authenticated = authenticate(head, request.service.credentials, now_s=request.now_s)
         _admit(authenticated, options)
+        if not address.virtual_host and "%2f" in address.bucket.lower():
+            return Refuse(
+                refusal=refusals.BAD_MESSAGE
+            )  # some services take what follows for an object's name
+        if _drops_what_is_signed(head, authenticated):
+            return Refuse(refusal=refusals.BAD_MESSAGE)
         given = parameters(head.target)
         operation = find_operation(head.method, address.level, given, frozenset(head.fields))
         if operation is None or operation.kind is Kind.REFUSE:
@@ -187,7 +203,7 @@ class S3Profile(Profile):
             case Kind.HEAD if "partNumber" not in given:
                 return HeadSize(edits=edits.also(drop=_RANGES), sign=sign, body_may_come=_may_come(frame))
             case Kind.DOCUMENT:
-                return _document(request, authenticated, edits, sign)
+                return _document(request, authenticated, operation.name, edits, sign)
             case Kind.WRITE:
                 incoming = read_head(replace(request, edits=edits), authenticated)
                 always = options.trailing_checksums
@@ -318,7 +334,15 @@ def _write(incoming: Incoming, sign: Signer) -> RequestPlan:
     )
 
 
-def _document(request: Request, authenticated: Authenticated, edits: Edits, sign: Signer) -> RequestPlan:
+def _drops_what_is_signed(head: RequestHead, authenticated: Authenticated) -> bool:
+    """Whether Connection, which nobody signs, takes away what a signature or this profile counts on."""
+    nominated = head.fields.tokens("connection")
+    return any(name.startswith("x-amz-") or name in authenticated.signed_headers for name in nominated)
+
+
+def _document(
+    request: Request, authenticated: Authenticated, operation: str, edits: Edits, sign: Signer
+) -> RequestPlan:
     fields = request.head.fields
     if authenticated.standing is Standing.VERIFIED:
         edits = edits.also(drop={*GONE, *digest_fields(fields)})
@@ -329,9 +353,11 @@ def _document(request: Request, authenticated: Authenticated, edits: Edits, sign
 
     async def check(talk: Conversation) -> Decision:
         if authenticated.standing is not Standing.VERIFIED:
+            documents.check_request(operation, talk.body)
             unchanged = replace(sign, same_body=True) if isinstance(sign, Unchanged) else sign
             return Proceed(plan=Forward(edits=edits, sign=unchanged), body=talk.body)
         body = read_document(authenticated, fields, talk.body)
+        documents.check_request(operation, body)
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         put = (("content-md5", md5),) if body else ()
         return Proceed(plan=Forward(edits=edits.also(put=put), sign=sign), body=body)

@@ -120,6 +120,8 @@ async def _upload_held(talk: Conversation, upload: Upload, number: int) -> Decis
     if held is None or held.sealed is None:
         raise RefusedError(refusals.INTERNAL)
     async with talk.ask("PUT", body=held.pieces(), body_bytes=held.stored_bytes) as answer:
+        if 300 <= answer.status < 400:  # whoever followed it would send the part as it is, elsewhere
+            raise RefusedError(refusals.ANSWER_REFUSED)
         if answer.status != 200:
             return Answer(reply=await reply_with_body(answer))
         part = Part(number, held.stored_bytes, held.sealed.commitment)

@@ -128,6 +128,8 @@ async def _upload_held(
     stored = b"".join([piece async for piece in sealing])
     fields = _fields(talk.request)
     async with talk.ask("PUT", fields=fields, keep=("content-type", *_CONDITIONS), body=stored) as answer:
+        if 300 <= answer.status < 400:  # whoever followed it would send the chunk as it is, elsewhere
+            raise RefusedError(refusals.ANSWER_REFUSED)
         reply = await talk.relay(answer)
     if 200 <= reply.status < 300:
         kept = KeptPart(part=Part(part.number, len(stored), sealing.sealed.commitment), tag=path.name)

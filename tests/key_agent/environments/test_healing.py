@@ -5,13 +5,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from envelope.errors import IntegrityError
 from envelope.keys import KeyState
 from key_agent.environments import healing_changes
-from key_agent.environments.acknowledgements import LbAck
+from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
 from key_agent.environments.approvals import Action
 from key_agent.environments.incident_changes import KEK_COMPROMISED
+from key_agent.environments.peer_api import PeerCall
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import UnsupportedError
 from key_agent.registry.access import RefusedChangeError
@@ -57,6 +60,21 @@ async def balancer(site: BreachedSite) -> AsyncIterator[None]:
 
 async def rejoin(site: BreachedSite, environment: str = "b", *, patience_s: float = 10) -> Any:
     return await site.commands(site.leader.name).env_rejoin(environment=environment, patience_s=patience_s)
+
+
+async def test_an_environments_agent_is_no_load_balancer(site: BreachedSite) -> None:
+    await breach(site)
+    route = next(one for one in site["a"].environments.routes if one.path == LB_ACK_PATH)
+    for name, is_taken in (("lb-1", True), (site["b"].peering.view.environments["b"].agent_id, False)):
+        ack = msgspec.json.encode(LbAck(load_balancer=name, term=1 << 40, epoch=1))
+        call = PeerCall(agent_id=name, body=ack, query={})
+        if is_taken:
+            await route.handle(call)
+        else:
+            with pytest.raises(IntegrityError, match="no load balancer"):
+                await route.handle(call)
+    heard = site.parts["a"].load_balancers.all(now_boot_s=site["a"].clock.boot_s())
+    assert [one.name for one in heard] == ["lb-1"]
 
 
 @pytest.mark.usefixtures("balancer")

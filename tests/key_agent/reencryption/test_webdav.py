@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from envelope.keys import KeyId, KeyMaterial, KeyState
 from envelope.objects import Header
 from key_agent.reencryption import webdav
-from key_agent.reencryption.connector import Rewrite, StoreError
+from key_agent.reencryption.connector import Found, Rewrite, StoreError
 from key_agent.reencryption.job import JobState, Progress, ReencryptionJob
 from key_agent.reencryption.webdav import WebDavConnector, WebDavStore, read_listing
 from proxy.tenants.model import ServiceEntry
@@ -210,3 +213,41 @@ def test_a_listing_says_what_is_a_folder() -> None:
 def test_a_listing_that_is_none_or_may_hide_something_is_refused(listing: bytes) -> None:
     with pytest.raises(StoreError):
         read_listing(listing)
+
+
+async def test_a_store_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    """Whoever followed it would have foreign content sealed by today's key."""
+    ca = pki.make_server_ca()
+    ca_file = tmp_path / "ca.pem"
+    pki.write_certificate(ca.certificate, ca_file)
+    certificate_file, key_file = pki.write_credential(pki.issue_server(ca, ["localhost"]), tmp_path, "store")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate_file, key_file)
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(f"{request.method} {request.path}")
+        if request.path == "/forged":
+            return web.Response(body=b"forged")
+        return web.Response(status=302, headers={"Location": "/forged"})
+
+    server = TestServer(application := web.Application(), scheme="https")
+    application.router.add_route("*", "/{path:.*}", answer)
+    await server.start_server(ssl=tls)
+    url = f"https://localhost:{server.port}/dav/"
+    connector = WebDavConnector(
+        WebDavStore(store_url=url, through_url=url, store_ca_file=ca_file, through_ca_file=ca_file)
+    )
+    try:
+        assert await connector.rewrite(Found(name="a", key_id=None, version='"1"')) == (
+            Rewrite.REFUSED,
+            "HTTP 302",
+        )
+        with pytest.raises(StoreError):
+            await connector.look("a")
+        with pytest.raises(StoreError):
+            [name async for name in connector.names(after="")]
+    finally:
+        await connector.close()
+        await server.close()
+    assert asked == ["GET /dav/a", "GET /dav/a", "PROPFIND /dav/"]

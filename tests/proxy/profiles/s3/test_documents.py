@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from envelope.keys import NetworkService
 from envelope.multipart import Part
 from envelope.objects import sealed_length
+from proxy import refusals
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
 from proxy.plan import NO_EDITS, Mode, Request, Route
 from proxy.profiles.s3.documents import (
     ResultMapper,
+    check_request,
     elements_of,
     map_parts,
     map_result,
@@ -267,3 +269,33 @@ def test_a_part_that_nobody_remembers_is_shown_as_it_is() -> None:
 def test_a_list_that_is_none_is_refused(document: bytes) -> None:
     with pytest.raises(RefusedError, match="service-answer"):
         map_parts(document, [], None)
+
+
+@pytest.mark.parametrize(
+    ("operation", "body"),
+    [
+        ("CreateBucket", b""),
+        ("CreateBucket", b"<CreateBucketConfiguration xmlns='http://s3.amazonaws.com/doc/2006-03-01/'/>"),
+        ("PutBucketPolicy", b'{"Version": "2012-10-17"}'),
+        ("DeleteObjects", b"<?xml version='1.0'?><Delete><Object><Key>k</Key></Object></Delete>"),
+    ],
+)
+def test_documents_of_the_protocol_pass(operation: str, body: bytes) -> None:
+    check_request(operation, body)
+
+
+@pytest.mark.parametrize(
+    "operation", ["CreateBucket", "PutBucketPolicy", "PutBucketTagging", "DeleteObjects"]
+)
+@pytest.mark.parametrize(
+    "body", [b"content", b"\x00\xff" * 8, b"<half>", b"[1]", b"[" * 5000, b"<!DOCTYPE a><a/>", b" "]
+)
+def test_content_is_no_document(operation: str, body: bytes) -> None:
+    with pytest.raises(RefusedError) as caught:
+        check_request(operation, body)
+    assert caught.value.refusal is refusals.MALFORMED_DOCUMENT
+
+
+def test_another_document_creates_no_bucket() -> None:
+    with pytest.raises(RefusedError):
+        check_request("CreateBucket", b"<report/>")

@@ -424,3 +424,15 @@ def test_whatever_a_client_sends_is_planned_or_refused(
     assert isinstance(plan, Refuse | Going)
     if isinstance(plan, Seal | Reshape):
         assert plan.sign is not None
+
+
+@pytest.mark.parametrize("target", ["/b%2Fk", "/b%2fk", "/b%2Fk?acl", "/b%2fk/more"])
+def test_a_bucket_that_a_service_could_take_for_an_object_is_refused(target: str) -> None:
+    assert refused(put(target=target)) is refusals.BAD_MESSAGE
+
+
+@pytest.mark.parametrize("name", ["x-amz-object-lock-mode", "X-Amz-Acl", "x-amz-meta-a"])
+def test_what_was_signed_is_not_taken_away_by_connection(name: str) -> None:
+    request = put(fields={name.lower(): "x", "connection": f"keep-alive, {name}"})
+    assert refused(request) is refusals.BAD_MESSAGE
+    assert isinstance(planned(put(fields={"connection": "keep-alive"})), Seal)
