@@ -398,6 +398,14 @@ async def test_a_part_that_the_service_refuses_is_not_remembered(tmp_path: Path)
         assert service.asked == []
 
 
+async def test_a_small_part_is_led_nowhere_else(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as (place, service):
+        service.part_status = 307
+        code = "out = told(lambda: part(1, given['body']))"
+        answer = await boto3(place.ways["reverse"], code, upload="u", body=text(b"x" * 1000))
+        assert (answer[0], answer[2]) == (502, "answer-refused")
+
+
 async def test_without_its_database_nothing_is_acknowledged(tmp_path: Path) -> None:
     async with scripted(tmp_path) as (place, service):
         way = place.ways["reverse"]
