@@ -126,7 +126,8 @@ def heal_complete(
     incidents = open_incidents(shared, name)
     for incident_id, incident in incidents.items():
         _check_healed(shared, body, incident_id, incident, new_certificates=new_certificates)
-    if any(incident.kind.needs_new_kek for incident in incidents.values()) or fingerprint is not None:
+    needs_new_kek = any(incident.kind.needs_new_kek for incident in incidents.values())
+    if needs_new_kek or _has_announced(shared, body) or fingerprint is not None:
         _check_fingerprint(shared, body, fingerprint)
     _follow(draft, name, EnvironmentEvent.ATTESTED, f"healed: {attestation}", now_ms)
     for incident_id, incident in incidents.items():
@@ -158,6 +159,15 @@ def _check_healed(
             f"{incident_id} ({incident.kind}): certificates and keys of {body.name} were exposed",
             "exchange them (docs/runbooks.md), then repeat with --new-certs",
         )
+
+
+def _has_announced(shared: "Shared", body: EnvironmentBody) -> bool:
+    """Whether the KEK came while the environment healed: by its agent's word alone, whatever the incident is.
+
+    Known by the end of the one before it, which the manager has dated; the announcement dates itself.
+    """
+    before = [kek for kek_id, kek in shared.keks.items() if kek_id != body.kek_id]
+    return any(kek.environment == body.name and kek.since_ms >= body.since_ms for kek in before)
 
 
 def _check_fingerprint(shared: "Shared", body: EnvironmentBody, fingerprint: str | None) -> None:

@@ -153,6 +153,16 @@ def test_a_kek_of_before_the_breach_is_not_new(world: World) -> None:
         complete(world, fingerprint=fingerprint(old))
 
 
+def test_a_kek_that_was_announced_while_it_healed_is_compared_whatever_happened(world: World) -> None:
+    breach(world, K.SUSPECTED)
+    told = announce(world)
+    with pytest.raises(RefusedChangeError, match="is to be compared"):
+        complete(world)
+    with pytest.raises(RefusedChangeError, match="another fingerprint"):
+        complete(world, fingerprint="00" * 32)
+    assert complete(world, fingerprint=fingerprint(told))
+
+
 def test_the_fingerprint_is_over_everything_that_makes_a_kek() -> None:
     kek = World.kek("a", created_at_ms=5)
     found = {
