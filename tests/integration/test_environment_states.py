@@ -73,9 +73,9 @@ async def test_what_is_under_way_is_cut(world: World) -> None:
     rig, service = world.rig, world.service
     rig.push(service.owner)
     world.say("active")
-    body = os.urandom(8 << 20)
+    body = os.urandom(48 << 20)  # more than sockets hold: what has left us cannot be cut
     assert (await rig.ask(service, "/big", "-T", "-", body=body)).status == 201
-    # Slow enough that it would take a minute.
+    # Slow enough that it would take minutes.
     running = asyncio.create_task(rig.ask(service, "/big", "--limit-rate", "128k"))
     cutting = asyncio.create_task(rig.engine.cut_ended())
     await asyncio.sleep(0.5)
