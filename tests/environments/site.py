@@ -200,11 +200,8 @@ class SiteEnvironment:
         """What the other agents know."""
         return f"https://127.0.0.1:{self.network.port}"
 
-    async def command(self, *words: str, exit_code: int = 0, again: bool = True) -> Any:
-        """A `key-agent` command here: its JSON, or with another *exit_code* its error.
-
-        One that was cut off is given once more, as its error says. Why that happens is not known yet.
-        """
+    async def command(self, *words: str, exit_code: int = 0) -> Any:
+        """A `key-agent` command here: its JSON, or with another *exit_code* its error."""
         process = await asyncio.create_subprocess_exec(
             str(_BIN / "key-agent"), "--config", str(self.config), "--json", *words,
             env=os.environ | self.hsm.environment, stdin=asyncio.subprocess.DEVNULL,
@@ -212,8 +209,6 @@ class SiteEnvironment:
         )  # fmt: skip
         async with asyncio.timeout(90):
             out, err = await process.communicate()
-        if again and process.returncode != exit_code and b"ServerDisconnectedError" in err:
-            return await self.command(*words, exit_code=exit_code, again=False)
         assert process.returncode == exit_code, (words, process.returncode, out.decode(), err.decode())
         if exit_code == 0:
             return json.loads(out)
