@@ -3,7 +3,8 @@
 1. Servers begin `disabled`: the first `up ready` opens one, so that a restart sends nothing to an environment
    that heals before the first check.
 2. `retry-on 503` with redispatch makes a breach invisible to callers: the environment refuses by itself, and
-   the request goes to another one. A request is sent again only while all of it lies in the buffer.
+   the request goes to another one. A request is sent again only while all of it lies in the buffer, and only
+   where nothing is changed by doing it twice: the encryption service's own paths, in every dialect.
 3. Never a fallback to a server that is down: with none left, 503 `no_environment` and Retry-After.
 4. `weight 100`: a percentage of the default weight 1 would be none. No cookies, no stick tables: anybody can
    open what any other has sealed.
@@ -14,7 +15,8 @@ from typing import Final
 
 from key_agent.load_balancing.settings import FrontendSettings, Rule, Server, Settings
 
-RETRIED_PATHS: Final = ("/v1/encrypt", "/v1/decrypt", "/v1/sign", "/v1/verify", "/v1/token", "/v1/keys")
+RETRIED_PATHS: Final = "{ path_beg /sealgate/v1/ /v1/ } || { path_sub /kms/xks/v1/ }"
+"""Native, transit, XKS; KACLS stands where a tenant's settings put it, so its callers see the 503."""
 BUFFER_BYTES: Final = 65536
 _NO_ENVIRONMENT: Final = (
     '"{\\"type\\":\\"about:blank\\",\\"title\\":\\"Service Unavailable\\",\\"status\\":503,'
@@ -62,7 +64,7 @@ def _global(front: FrontendSettings) -> str:
 def _frontend(front: FrontendSettings, servers: Iterable[Server]) -> str:
     tls = f" ssl crt {front.certificate_file} alpn http/1.1" if front.certificate_file is not None else ""
     lines = ["frontend callers", f"  bind {front.bind}{tls}"]
-    lines.append(f"  http-request disable-l7-retry unless {{ path_beg {' '.join(RETRIED_PATHS)} }}")
+    lines.append(f"  http-request disable-l7-retry unless {RETRIED_PATHS}")
     if front.rule is Rule.GEO:
         trusted = " ".join(front.trusted_networks)
         lines.append(

@@ -18,7 +18,9 @@ import msgspec
 import typer
 
 from envelope.certificates import fingerprint
+from envelope.errors import FormatError
 from envelope.keys import KeyUse, SigningAlgorithm, check_name
+from proxy.encryption_service.credentials import read_bearer
 from proxy.encryption_service.dialects.xks_store import console_file, new_prefix, uri_path
 from proxy.encryption_service.model import (
     CredentialEntry,
@@ -226,6 +228,14 @@ def credential_issue(  # noqa: PLR0917 - typer calls it by name
             help='XKS: take this pair, {"AccessKeyId", "RawSecretAccessKey"}, in place of a new one.',
         ),
     ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="Not xks: take the token that another proxy has issued, as --secret-file wrote it there.",
+        ),
+    ] = None,
     secret_file: SecretFile = None,
 ) -> None:
     """Issue a credential. Its secret is shown now and never again."""
@@ -243,8 +253,9 @@ def credential_issue(  # noqa: PLR0917 - typer calls it by name
             requests_per_s=requests_per_s,
         )
         pair = None if access_key_file is None else _access_key(access_key_file)
-        issued = ServiceStore(operator.store).issue(grant, actor=operator.actor, access_key=pair)
-        _show_issued(operator, issued, secret_file)
+        token = None if token_file is None else _token(token_file)
+        issued = ServiceStore(operator.store).issue(grant, actor=operator.actor, access_key=pair, token=token)
+        _show_issued(operator, issued, secret_file, is_known=token is not None)
 
 
 @credential_app.command("list", epilog="Example: sealgate credential list --tenant acme")
@@ -446,6 +457,21 @@ def _access_key(path: Path) -> tuple[str, str]:
     )
 
 
+def _token(path: Path) -> str:
+    """From what `--secret-file` writes, `{"token": ...}`; errors do not quote the file."""
+    try:
+        token = json.loads(path.read_bytes())["token"]
+        if isinstance(token, str):
+            return read_bearer(token).token
+    except (OSError, ValueError, KeyError, TypeError, FormatError):
+        pass
+    raise CommandError(
+        f"{path}: no token of a proxy's",
+        "give the file that `sealgate credential issue --secret-file` wrote at the other proxy",
+        ExitCode.USAGE,
+    )
+
+
 def _check_secret_file(path: Path | None) -> None:
     if path is not None and (path.exists() or not path.absolute().parent.is_dir()):
         raise CommandError(
@@ -476,7 +502,10 @@ def _show_key(operator: Operator, key: NamedKey, *, changed: bool, csr: Path | N
     _say(operator, data, "\n".join(lines))
 
 
-def _show_issued(operator: Operator, issued: Issued, secret_file: Path | None) -> None:
+def _show_issued(
+    operator: Operator, issued: Issued, secret_file: Path | None, *, is_known: bool = False
+) -> None:
+    """*is_known*: its secret was brought, so it is not shown again."""
     entry = issued.entry
     document = _secret_document(issued)
     data: dict[str, object] = {
@@ -484,7 +513,9 @@ def _show_issued(operator: Operator, issued: Issued, secret_file: Path | None) -
         "credential": _credential_json(entry, operator.store.now_ms() / 1000),
     }
     lines = _credential_lines(entry, operator.store.now_ms() / 1000)
-    if secret_file is None:
+    if is_known and secret_file is None:
+        lines.append("  its token is the one that was given")
+    elif secret_file is None:
         data |= document
         lines += [f"  {name} {value}" for name, value in document.items()]
         lines.append("  keep it now: nobody can read it again")

@@ -36,6 +36,7 @@ _SECRET_BYTES: Final = 32
 _KEY_NAME_BYTES: Final = 8
 _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
+_BEARER: Final = re.compile(rf"{BEARER_PREFIX}\.([a-z2-7]{{24}})\.[A-Za-z0-9_-]{{43}}")
 _ACCESS_KEY_ID: Final = re.compile(r"[A-Z2-7]{20,30}")
 _RAW_SECRET: Final = re.compile(r"[A-Za-z0-9/+=]{43,64}")
 _NO_ID: Final = ""
@@ -57,8 +58,15 @@ class AccessKey(NamedTuple):
 def new_bearer() -> BearerToken:
     """A fresh token, and what is stored of it (rule 1)."""
     name = base64.b32encode(secrets.token_bytes(_ID_BYTES)).decode().lower()
-    token = f"{BEARER_PREFIX}.{name}.{secrets.token_urlsafe(_SECRET_BYTES)}"
-    return BearerToken(name, token, sha256(token.encode()).digest())
+    return read_bearer(f"{BEARER_PREFIX}.{name}.{secrets.token_urlsafe(_SECRET_BYTES)}")
+
+
+def read_bearer(token: str) -> BearerToken:
+    """A token that a proxy has made, to be let in at another one as well. FormatError, without quoting it."""
+    found = _BEARER.fullmatch(token)
+    if found is None:
+        raise FormatError(f"no token of the form {BEARER_PREFIX}.<24 characters>.<43 characters>")
+    return BearerToken(found[1], token, sha256(token.encode()).digest())
 
 
 def parse_bearer(token: str) -> str:

@@ -28,6 +28,7 @@ from proxy.encryption_service.credentials import (
     file_key_of,
     new_access_key,
     new_bearer,
+    read_bearer,
 )
 from proxy.encryption_service.dialects.kacls_endpoint import check_endpoint
 from proxy.encryption_service.dialects.xks_store import check_store
@@ -240,12 +241,20 @@ class ServiceStore:
 
     # Credentials.
 
-    def issue(self, grant: Grant, *, actor: str, access_key: tuple[str, str] | None = None) -> Issued:
+    def issue(
+        self,
+        grant: Grant,
+        *,
+        actor: str,
+        access_key: tuple[str, str] | None = None,
+        token: str | None = None,
+    ) -> Issued:
         """A new credential. *access_key*: id and raw secret of the tenant's own making, for SigV4 only.
 
-        ChangeRefusedError if the grant names what is not there; FormatError for a malformed access key.
+        *token*: that another proxy has made, so that its holder is let in at either (several environments).
+        ChangeRefusedError if the grant names what is not there; FormatError for a malformed secret.
         """
-        made = self._make(grant, access_key)
+        made = self._make(grant, access_key, token=token)
 
         def change(connection: Connection, before: Directory) -> Draft:
             _check_grant(before, grant)
@@ -357,7 +366,12 @@ class ServiceStore:
     # Within.
 
     def _make(
-        self, grant: Grant, access_key: tuple[str, str] | None, *, replaces: str | None = None
+        self,
+        grant: Grant,
+        access_key: tuple[str, str] | None,
+        *,
+        token: str | None = None,
+        replaces: str | None = None,
     ) -> Issued:
         kind = KIND_OF.get(grant.dialect)
         if kind is None:
@@ -367,8 +381,10 @@ class ServiceStore:
             )
         if access_key is not None and kind is not CredentialKind.SIGV4:
             raise ChangeRefusedError("only xks has access keys", "leave it out: a token is made here")
+        if token is not None and kind is not CredentialKind.BEARER:
+            raise ChangeRefusedError("xks has no tokens", "give the pair by --access-key-file")
         if kind is CredentialKind.BEARER:
-            made = new_bearer()
+            made = new_bearer() if token is None else read_bearer(token)
             name, secret, verifier = made.id, made.token, made.verifier
         else:
             if access_key is not None:

@@ -137,6 +137,22 @@ def test_an_xks_credential_comes_as_the_file_that_aws_imports(site: Installation
     assert site.ask("credential", "rotate-file-key")["resealed"] == 2
 
 
+def test_a_token_of_another_proxy_is_taken_and_not_shown_again(site: Installation) -> None:
+    site.ask("dialect", "enable", "acme", "native")
+    token = f"sgt.{'a' * 24}.{'s' * 43}"
+    words = ("credential", "issue", "acme", "native", "--label", "both", "--token-file")
+    taken = site.ask(*words, settings_file(site, {"token": token}))
+    assert taken["credential"]["id"] == "a" * 24
+    assert token not in json.dumps(taken)
+    assert token not in site.run("credential", "list")[1]
+    code, error = site.refused(*words, settings_file(site, {"token": token}))
+    assert (code, "already" in error["cause"]) == (ExitCode.REFUSED, True)
+    for bad in (token[:-1], f"{token}s", token.upper(), token.replace("sgt", "sgx"), "", None):
+        code, error = site.refused(*words, settings_file(site, {"token": bad}))
+        assert code == ExitCode.USAGE
+        assert token[:-1] not in json.dumps(error)
+
+
 def test_rotation_and_revocation(site: Installation) -> None:
     site.ask("dialect", "enable", "acme", "native")
     first = site.ask(

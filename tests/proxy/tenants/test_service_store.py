@@ -19,7 +19,7 @@ from envelope.errors import FormatError
 from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
 from proxy.encryption_service.access import Access
 from proxy.encryption_service.call import Peer
-from proxy.encryption_service.credentials import FILE_KEY_DIRECTORY, SecretSealer
+from proxy.encryption_service.credentials import FILE_KEY_DIRECTORY, SecretSealer, new_bearer
 from proxy.encryption_service.errors import NotAuthenticated
 from proxy.encryption_service.model import (
     OPERATIONS_OF,
@@ -437,6 +437,7 @@ def test_an_access_key_of_the_tenants_own(place: Place, store: DirectoryStore, s
         service.issue(grant, actor=ACTOR, access_key=("A" * 20, "short"))
     native = Grant(tenant="acme", dialect=NATIVE, label="x")
     refused(lambda: service.issue(native, actor=ACTOR, access_key=("B" * 20, "s" * 64)), store)
+    refused(lambda: service.issue(grant, actor=ACTOR, token=new_bearer().token), store)
 
 
 def test_grants_that_name_nothing_are_refused(store: DirectoryStore, service: ServiceStore) -> None:
