@@ -77,12 +77,17 @@ def unlock(keys: Sequence[Buffer], context: bytes, head: Buffer) -> MessageKeys:
 
     Every candidate is compared, in constant time, whichever matches. IntegrityError if none does.
     """
+    return unlock_any([(key, context) for key in keys], head)[1]
+
+
+def unlock_any(candidates: Sequence[tuple[Buffer, bytes]], head: Buffer) -> tuple[int, MessageKeys]:
+    """As `unlock`, of candidates that are (key, context) each; with the place of the one that matches."""
     salt, commitment = bytes(head)[:SALT_SIZE], bytes(head)[SALT_SIZE:]
-    found: MessageKeys | None = None
-    for key in keys:
+    found: tuple[int, MessageKeys] | None = None
+    for place, (key, context) in enumerate(candidates):
         candidate = derive_message_keys(key, salt, context)
         if hmac.compare_digest(candidate.commitment, commitment):
-            found = candidate
+            found = place, candidate
     if found is None:
         raise invalid()
     return found

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Buffer, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Self, override
 
@@ -19,11 +19,12 @@ from envelope.cobblestone import (
     RECORD_SIZE,
     TAG_SIZE,
     ChunkOpener,
+    MessageKeys,
     MessageSealer,
     Stream,
     invalid,
     truncated,
-    unlock,
+    unlock_any,
 )
 from envelope.derive import lp, scope
 from envelope.errors import FormatError, MisuseError, UnsupportedVersion
@@ -39,6 +40,7 @@ __all__ = [
     "RECORD_SIZE",
     "TAG_SIZE",
     "Bind",
+    "Candidate",
     "Header",
     "Opener",
     "RangeOpener",
@@ -114,6 +116,19 @@ class Header:
         return cls(KeyId(raw[12:28]), Bind(raw[28]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A key that an anonymous object may have been sealed with."""
+
+    owner: NetworkService
+    object_key: Buffer = field(repr=False)
+    """K_obj, 32 bytes, derived with the zero key id."""
+
+
+type FindCandidates = Callable[[], Sequence[Candidate]]
+"""The keys to try for an anonymous object, at most MAX_CANDIDATES. Asked once, after its header."""
+
+
 def has_magic(data: Buffer) -> bool:
     """Whether *data* begins like a sealed object. If so, a failure to open is an error, never plaintext."""
     return bytes(memoryview(data)[: len(MAGIC)]) == MAGIC
@@ -172,8 +187,8 @@ class Opener(ChunkOpener):
     """Opens one object of *owner*, read from its first byte.
 
     *find_key* is asked once, as soon as the header is known, and may raise KeyUnavailableError.
-    *bind* and *name* are this reader's policy. *candidates*, if given, is asked for K_obj keys (derived with
-    the zero key id) when the object is anonymous; then commitments are compared, never a tag tried.
+    *bind* and *name* are this reader's policy. *candidates*, if given, is asked when the object is anonymous;
+    then commitments are compared, never a tag tried, and `matched` is the place of the one that opens it.
     `update` and `finalize` raise FormatError, UnsupportedVersion, IntegrityError, TruncatedError and
     KeyUnavailableError.
     """
@@ -185,17 +200,19 @@ class Opener(ChunkOpener):
         *,
         bind: Bind = Bind.NOTHING,
         name: bytes = b"",
-        candidates: Callable[[], Sequence[Buffer]] | None = None,
+        candidates: FindCandidates | None = None,
     ) -> None:
         super().__init__(None)
         self.header: Header | None = None
+        self.matched: int | None = None
+        """Which of the candidates opens it; None while that is not known, and for objects that name a key."""
         self._owner = owner
         self._find_key = find_key
         self._candidates = candidates
         self._bind = bind
         self._name = _checked(bind, name)
         self._prefix = bytearray()
-        self._found: Sequence[Buffer] = ()
+        self._found: Sequence[Candidate] = ()
 
     @override
     def _update(self, piece: memoryview) -> bytearray:
@@ -206,11 +223,14 @@ class Opener(ChunkOpener):
             if self.header is None and len(self._prefix) >= HEADER_SIZE:
                 # Before the salt is here: a reader without the key learns it at once.
                 self.header = Header.parse(self._prefix)
-                self._found = _find_keys(self.header, self._bind, self._find_key, self._candidates)
+                self._found = _find_keys(
+                    self.header, self._owner, self._bind, self._find_key, self._candidates
+                )
             if len(self._prefix) < PREFIX_SIZE:
                 return bytearray()
-            context = _context(bytes(self._prefix[:HEADER_SIZE]), self._owner, self._name)
-            self._keys = unlock(self._found, context, self._prefix[HEADER_SIZE:])
+            place, self._keys = _unlocked(self._found, bytes(self._prefix), self._name)
+            if self.header is not None and self.header.key_id.is_anonymous:
+                self.matched = place
             self._found = ()
         return super()._update(piece)
 
@@ -247,7 +267,7 @@ class RangeOpener(Stream):
         plain_bytes: int,
         bind: Bind = Bind.NOTHING,
         name: bytes = b"",
-        candidates: Callable[[], Sequence[Buffer]] | None = None,
+        candidates: FindCandidates | None = None,
     ) -> None:
         super().__init__()
         first, last = _records(start, stop, plain_bytes)
@@ -256,9 +276,11 @@ class RangeOpener(Stream):
         self.header: Final = Header.parse(raw)
         if len(raw) != PREFIX_SIZE:
             raise truncated()
-        keys = _find_keys(self.header, bind, find_key, candidates)
-        context = _context(raw[:HEADER_SIZE], owner, _checked(bind, name))
-        self._chunks: ChunkOpener | None = ChunkOpener(unlock(keys, context, raw[HEADER_SIZE:]), first=first)
+        found = _find_keys(self.header, owner, bind, find_key, candidates)
+        place, keys = _unlocked(found, raw, _checked(bind, name))
+        self.matched: Final = place if self.header.key_id.is_anonymous else None
+        """As `Opener.matched`."""
+        self._chunks: ChunkOpener | None = ChunkOpener(keys, first=first)
         self._ends_object = last == plain_bytes // CHUNK_SIZE
         self._missing = end - begin
         self._skip = start - first * CHUNK_SIZE
@@ -317,18 +339,25 @@ def _checked(bind: Bind, name: bytes) -> bytes:
 
 def _find_keys(
     header: Header,
+    owner: NetworkService,
     bind: Bind,
     find_key: FindKey,
-    candidates: Callable[[], Sequence[Buffer]] | None,
-) -> Sequence[Buffer]:
+    candidates: FindCandidates | None,
+) -> Sequence[Candidate]:
     if header.bind is not bind:
         raise invalid()
     if candidates is None or not header.key_id.is_anonymous:
-        return (find_key(header),)
-    keys = candidates()
-    if len(keys) > MAX_CANDIDATES:
-        raise MisuseError(f"{len(keys)} candidate keys, {MAX_CANDIDATES} may be tried")
-    return keys
+        return (Candidate(owner, find_key(header)),)
+    found = candidates()
+    if len(found) > MAX_CANDIDATES:
+        raise MisuseError(f"{len(found)} candidate keys, {MAX_CANDIDATES} may be tried")
+    return found
+
+
+def _unlocked(found: Sequence[Candidate], prefix: bytes, name: bytes) -> tuple[int, MessageKeys]:
+    header = prefix[:HEADER_SIZE]
+    keys = [(one.object_key, _context(header, one.owner, name)) for one in found]
+    return unlock_any(keys, prefix[HEADER_SIZE:])
 
 
 def _present[T](part: T | None) -> T:

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from envelope.errors import (
     Unavailable,
     UnsupportedVersion,
 )
-from envelope.keys import ANONYMOUS, KeyId
+from envelope.keys import ANONYMOUS, KeyId, NetworkService
 from envelope.objects import (
     CHUNK_SIZE,
     HEADER_SIZE,
@@ -28,6 +28,7 @@ from envelope.objects import (
     PREFIX_SIZE,
     RECORD_SIZE,
     Bind,
+    Candidate,
     Header,
     Opener,
     RangeOpener,
@@ -176,28 +177,47 @@ def _anonymous_keys(*materials: bytes) -> list[bytes]:
     return [derive.object_key(material, OWNER, ANONYMOUS) for material in materials]
 
 
+def _candidates(keys: Sequence[bytes]) -> list[Candidate]:
+    return [Candidate(OWNER, key) for key in keys]
+
+
 def test_anonymous_objects_are_opened_by_trial() -> None:
     keys = _anonymous_keys(*(bytes([number]) * 32 for number in range(1, MAX_CANDIDATES + 1)))
     for index in (0, 1, MAX_CANDIDATES - 1):
         sealed = seal(b"hello", key=keys[index], key_id=ANONYMOUS)
-        opener = Opener(OWNER, _never, candidates=lambda: keys)
+        opener = Opener(OWNER, _never, candidates=lambda: _candidates(keys))
         assert run(opener, cut(sealed, 10)) == b"hello"
+        assert opener.matched == index
 
 
 def test_trial_has_a_limit() -> None:
     keys = _anonymous_keys(*(bytes([number]) * 32 for number in range(1, MAX_CANDIDATES + 2)))
     sealed = seal(b"hello", key=keys[0], key_id=ANONYMOUS)
-    refused(Opener(OWNER, _never, candidates=lambda: keys), [sealed], MisuseError)
+    refused(Opener(OWNER, _never, candidates=lambda: _candidates(keys)), [sealed], MisuseError)
 
 
 def test_no_candidate_fits() -> None:
     sealed = seal(b"hello", key=_anonymous_keys(MATERIAL)[0], key_id=ANONYMOUS)
-    for candidates in ([], _anonymous_keys(OTHER_MATERIAL)):
-        refused(Opener(OWNER, _never, candidates=candidates.copy), [sealed], IntegrityError)
+    for keys in ([], _anonymous_keys(OTHER_MATERIAL)):
+        candidates = _candidates(keys)
+        refused(Opener(OWNER, _never, candidates=lambda: candidates), [sealed], IntegrityError)  # noqa: B023 - run at once
+
+
+def test_a_candidate_brings_its_owner() -> None:
+    """The same material of two services: whose object it is decides, and where it stands does not."""
+    other = NetworkService(OWNER.tenant, "another")
+    key = _anonymous_keys(MATERIAL)[0]
+    sealed = seal(b"hello", key=key, key_id=ANONYMOUS)
+    for index, owners in enumerate(((OWNER, other), (other, OWNER))):
+        candidates = [Candidate(owner, key) for owner in owners]
+        opener = Opener(other, _never, candidates=lambda: candidates)  # noqa: B023 - run at once
+        assert run(opener, cut(sealed, 10)) == b"hello"
+        assert opener.matched == index
+    refused(Opener(OWNER, _never, candidates=lambda: [Candidate(other, key)]), [sealed], IntegrityError)
 
 
 def test_a_named_key_is_never_looked_for_among_candidates() -> None:
-    def candidates() -> Sequence[Buffer]:
+    def candidates() -> Sequence[Candidate]:
         pytest.fail("tried by trial")
 
     assert run(Opener(OWNER, always(), candidates=candidates), [seal(b"hello")]) == b"hello"
@@ -361,7 +381,7 @@ def test_ranges_of_anonymous_and_bound_objects() -> None:
         plain_bytes=5,
         bind=Bind.NAME,
         name=b"/a",
-        candidates=lambda: keys,
+        candidates=lambda: _candidates(keys),
     )
     assert run(opener, [sealed[88:]]) == b"el"
 

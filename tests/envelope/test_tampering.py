@@ -14,7 +14,7 @@ from envelope import derive
 from envelope.cobblestone import derive_message_keys
 from envelope.errors import FormatError, IntegrityError, SealgateError, TruncatedError
 from envelope.keys import ANONYMOUS, KeyId, NetworkService
-from envelope.objects import CHUNK_SIZE, PREFIX_SIZE, RECORD_SIZE, Bind, Header, Opener
+from envelope.objects import CHUNK_SIZE, PREFIX_SIZE, RECORD_SIZE, Bind, Candidate, Header, Opener
 from tests.envelope.samples import (
     KEY_ID,
     MATERIAL,
@@ -217,7 +217,8 @@ def test_a_ciphertext_valid_under_two_keys_opens_under_one_only() -> None:
         commitment = derive_message_keys(key, salt, context).commitment
         stored = header + salt + commitment + record
         assert run(Opener(OWNER, always(key)), [stored]) == plains[index]
-        assert run(Opener(OWNER, always(key), candidates=lambda: keys), [stored]) == plains[index]
+        tried = [Candidate(OWNER, key) for key in keys]
+        assert run(Opener(OWNER, always(key), candidates=lambda: tried), [stored]) == plains[index]  # noqa: B023 - run at once
         assert refused(Opener(OWNER, always(keys[1 - index])), [stored], IntegrityError) == b""
 
 
