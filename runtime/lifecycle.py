@@ -4,8 +4,8 @@
    no swap as far as the system lets us. What the system refuses is returned as warnings, for the log and
    `doctor`.
 2. SIGTERM and SIGINT ask the main coroutine to end, by an event; a second one cancels it.
-3. The loop is uvloop's. No eager task factory: uvloop 0.23 with one fails on Python < 3.13.3 (mitmproxy.md
-   section 4), which is why mitmproxy's `Master.run()` is not used either.
+3. The loop is uvloop's (event_loop.py). No eager task factory: uvloop 0.23 with one fails on Python < 3.13.3
+   (mitmproxy.md section 4), which is why mitmproxy's `Master.run()` is not used either.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-import uvloop
+
+from runtime.event_loop import EventLoop
 
 log = structlog.get_logger()
 
@@ -107,7 +108,7 @@ async def run_until_signalled(main: Main, *, on_hangup: Callable[[], None] | Non
 
 def run(main: Main, *, on_hangup: Callable[[], None] | None = None) -> None:
     """Run *main* on a uvloop until it ends or a signal asks it to."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
         runner.run(run_until_signalled(main, on_hangup=on_hangup))
 
 

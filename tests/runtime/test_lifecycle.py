@@ -168,7 +168,7 @@ SERVICE = """
 def test_a_signal_stops_cleanly(number: signal.Signals) -> None:
     with start(SERVICE, "good") as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "uvloop\n"
+        assert process.stdout.readline() == "runtime.event_loop\n"
         process.send_signal(number)
         output, errors = process.communicate(timeout=DEADLINE_S)
     assert output == "cleaning up\nended\n"
