@@ -163,12 +163,12 @@ ACCESS_KEY_UNKNOWN: Final = _refusal(
     403,
     "access-key-unknown",
     "The access key is not in the vault of this service, or has ended.",
-    _ADMIN + " to add it by `sealgate s3-credential add`.",
+    _ADMIN + " to add it by `sealgate s3-credential add` or `azure-credential add`.",
 )
 REQUEST_SKEWED: Final = _refusal(
     403,
     "request-time-skewed",
-    "The request is dated more than five minutes before or after now.",
+    "The request is dated too long before or after now.",
     "Set the client's clock.",
 )
 SIGNATURE_EXPIRED: Final = _refusal(
@@ -205,7 +205,7 @@ CANNOT_SIGN: Final = _refusal(
     403,
     "cannot-sign-anew",
     "This request has to be changed, and its access key is not in the vault to sign it anew.",
-    _ADMIN + " to add it by `sealgate s3-credential add`.",
+    _ADMIN + " to add it by `sealgate s3-credential add` or `azure-credential add`.",
 )
 PAYLOAD_MISMATCH: Final = _refusal(
     400,
@@ -220,7 +220,35 @@ INVALID_DIGEST: Final = _refusal(
     "Mend the client; retrying will not help.",
 )
 
+SHARED_KEY_LITE: Final = _refusal(
+    400,
+    "shared-key-lite",
+    "SharedKeyLite is not verified here.",
+    "Use SharedKey, a shared access signature or a bearer token.",
+)
+BAD_CHECKSUM: Final = _refusal(
+    400, "bad-checksum", "The body does not match the CRC-64 in the request.", "Send the body again."
+)
+
 # Uploads of several requests.
+BLOCK_ID: Final = _refusal(
+    400,
+    "block-id",
+    "The id of this block is missing, or no base64 of 1 to 64 bytes.",
+    "Mend the client; retrying will not help.",
+)
+BLOCK_UNKNOWN: Final = _refusal(
+    400,
+    "block-unknown",
+    "A listed block is not known here: it was sent another way, or its state was lost.",
+    "Upload the block again.",
+)
+BLOCKS_OF_A_COPY: Final = _refusal(
+    400,
+    "blocks-of-a-copy",
+    "Blocks of a blob that was copied to here cannot be joined with new ones.",
+    "Upload all of its blocks again.",
+)
 MALFORMED_DOCUMENT: Final = _refusal(
     400,
     "malformed-document",
@@ -360,6 +388,13 @@ UPSTREAM: Final = _refusal(
     "The service could not be reached or its certificate did not verify.",
     "Try again later; if it persists ask the administrator of this proxy.",
     retry_after_s=5,
+)
+IDLE: Final = _refusal(
+    504,
+    "idle",
+    "Neither the client nor the service has sent anything for too long.",
+    "Try again.",
+    retry_after_s=1,
 )
 UPSTREAM_CHANGED: Final = _refusal(
     502,
