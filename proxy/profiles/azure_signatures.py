@@ -3,7 +3,9 @@
 1. Source: "Authorize with Shared Key" (Azure Storage REST reference), for Blob, service version 2015-02-21
    and later. SAS tokens sign no header and no body: they are none of this module's business.
 2. A key is the account's, and as secret: it is never in a repr, an error or a log.
-3. Nothing here judges a request's age or rights; azure_blob.py does.
+3. Nothing here judges a request's age or rights; azure_blob/authentication.py does.
+4. Fields `x-ms-*` are sorted as the service sorts them: by a culture's rules, for which a hyphen counts only
+   where nothing else differs, and an underscore comes before digits.
 """
 
 import base64
@@ -30,6 +32,9 @@ _STANDARD: Final = (
     "if-unmodified-since",
     "range",
 )
+SIGNED_FIELDS: Final = frozenset(_STANDARD)
+"""Those that are signed beside all `x-ms-*`."""
+_ORDER: Final = {letter: place for place, letter in enumerate("!#$%&*.^_`|~+0123456789abcdefghijklmnopqrstuvwxyz")}
 _SPACES: Final = re.compile(r"[ \t]*\r?\n[ \t]*|[ \t]+")
 
 type Headers = Mapping[str, str]
@@ -92,8 +97,15 @@ def _standard(name: str, headers: Headers) -> str:
 
 
 def _canonical_headers(headers: Headers) -> Iterable[str]:
-    for name in sorted(name for name in headers if name.startswith("x-ms-")):
+    for name in sorted((name for name in headers if name.startswith("x-ms-")), key=_place):
         yield f"{name}:{_SPACES.sub(' ', headers[name]).strip()}"
+
+
+def _place(name: str) -> tuple[list[int], list[bool]]:
+    return (
+        [_ORDER[letter] for letter in name if letter in _ORDER],
+        [letter == "-" for letter in name],
+    )
 
 
 def _canonical_resource(account: str, path: str, query: str) -> str:
