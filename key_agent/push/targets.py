@@ -1,6 +1,8 @@
 """Who gets what, who acknowledged what, and until when: the registry's answer, held in memory too.
 
 1. Each change is written to the registry; memory follows. Only this process writes (the lock in `state_dir`).
+   Receipts are the exception: memory has them at once, the registry a moment later. A reading that was made
+   in between takes nothing back.
 2. A withdrawal works from memory alone: a database that hangs or is gone does not stop it.
 3. What is asked once per proxy costs as much as that proxy has services, not as many as there are in all.
 """
@@ -30,9 +32,7 @@ class Targets:
         before = self._links
         self._links = {(link.owner, link.proxy_id): link for link in book.links}
         for place in before.keys() & self._links.keys():
-            self._links[place] = replace(
-                self._links[place], issued_until_boot_s=before[place].issued_until_boot_s
-            )
+            self._links[place] = _with_receipts_of(before[place], self._links[place])
         self._owners = {}
         for owner, proxy_id in self._links:
             self._owners.setdefault(proxy_id, []).append(owner)
@@ -110,6 +110,30 @@ class Targets:
             place = (receipt.owner, receipt.proxy_id)
             if (link := self._links.get(place)) is not None:
                 self._links[place] = _after(link, receipt)
+
+
+def _with_receipts_of(known: Link, read: Link) -> Link:
+    """*read* from the registry, with what memory knows and the registry has not stored yet (rule 1)."""
+    link = replace(read, issued_until_boot_s=known.issued_until_boot_s)
+    if known.accepted_sequence > read.accepted_sequence:
+        link = replace(
+            link,
+            accepted_sequence=known.accepted_sequence,
+            accepted_at_ms=known.accepted_at_ms,
+            valid_until_ms=known.valid_until_ms,
+            error=known.error,
+            error_at_ms=known.error_at_ms,
+        )
+    if known.withdrawn_sequence > read.withdrawn_sequence:
+        link = replace(
+            link,
+            withdrawn_sequence=known.withdrawn_sequence,
+            withdrawn_at_ms=known.withdrawn_at_ms,
+            valid_until_ms=known.valid_until_ms,
+            error=known.error,
+            error_at_ms=known.error_at_ms,
+        )
+    return link
 
 
 def _after(link: Link, receipt: Receipt) -> Link:

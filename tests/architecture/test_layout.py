@@ -134,7 +134,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "the other half of the shared registry, seen through it on both databases",
     ),
     "key_agent/environments/mark.py": _TAMPERING,
-    "key_agent/environments/row_keys.py": _TAMPERING,
     "key_agent/environments/workplace.py": _PEERING,
     "key_agent/registry/wrap_rows.py": (
         "tests/key_agent/environments/test_manager.py",
