@@ -164,7 +164,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/push/pusher.py": _AGENT,
     "key_agent/push/recipients.py": _AGENT,
     "key_agent/push/sealing.py": _AGENT,
-    "key_agent/push/targets.py": _AGENT,
     "key_agent/performing.py": (
         "tests/key_agent/test_cli.py",
         "what all commands do, seen through them",
