@@ -72,6 +72,12 @@ HOST_MISMATCH: Final = _refusal(
     "CONNECT host, TLS server name and Host header name different hosts.",
     "Use one host name for the whole connection.",
 )
+UNKNOWN_HOST: Final = _refusal(
+    421,
+    "unknown-host",
+    "The request names a host by which this service is not known here: a bucket in it could not be told.",
+    _ADMIN + " to add the name: `sealgate service update --reverse-name`, or the option `hosts`.",
+)
 TLS_REQUIRED: Final = _refusal(
     403, "tls-required", "The request came in the clear, and not from this machine.", "Use https."
 )
@@ -330,7 +336,8 @@ TOO_MANY_CHUNKS: Final = _refusal(
 UPLOADS_FULL: Final = _refusal(
     503,
     "uploads-full",
-    "No more can be remembered of uploads in parts that are under way.",
+    "No more can be remembered of uploads in parts that are under way: too many parts of one, or 256 MiB"
+    " of small last parts of one service.",
     "Try again later; end or abort uploads that lie about.",
     retry_after_s=60,
 )
