@@ -33,6 +33,7 @@ from proxy.plan import (
     Refuse,
     Reply,
     Request,
+    Seal,
     Sealed,
     Spooled,
     StoredKind,
@@ -140,9 +141,16 @@ class ServiceConversation(Conversation):
             raise RefusedError(refusals.UPSTREAM) from error
 
     @override
-    async def relay(self, answer: ServiceAnswer, *, limit_bytes: int = MAX_ANSWER_BYTES) -> Reply:
+    async def relay(
+        self, answer: ServiceAnswer, *, limit_bytes: int = MAX_ANSWER_BYTES, to_upload: bool = False
+    ) -> Reply:
         head = AnswerHead(status=answer.status, fields=answer.fields)
-        plan = plan_answer(Forward(edits=NO_EDITS), head, self.request.route)
+        asked = (
+            Seal(edits=NO_EDITS, plain_bytes=None, empty=EmptyBody.SEAL)
+            if to_upload
+            else Forward(edits=NO_EDITS)
+        )
+        plan = plan_answer(asked, head, self.request.route)
         if not isinstance(plan, Pass):
             raise RefusedError(plan.refusal if isinstance(plan, Refuse) else refusals.INTERNAL)
         try:

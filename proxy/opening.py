@@ -45,7 +45,8 @@ class OpenBody(Transform):
     """Opens the object in an answer.
 
     *out_bytes*: what the head will declare, None where it will not. *may_be_simple*, *may_be_legacy*: what
-    the body can be, by its length and the service's policy; the first bytes tell which it is. *find_ending*:
+    the body can be, by its length and the service's policy; the first bytes tell which it is. *legacy_bytes*:
+    what the head is to declare if it passes as it is, told to *on_length*; None: the same. *find_ending*:
     it may be a composite too; its length is then told to *on_length*, if one is declared. *on_legacy*:
     called once, before anything comes out, when the body passes as it is; what it raises refuses the body.
     *coding*: one of CODINGS that the answer names; a service may have coded what it stores.
@@ -61,6 +62,7 @@ class OpenBody(Transform):
         out_bytes: int | None,
         may_be_simple: bool = True,
         may_be_legacy: bool = False,
+        legacy_bytes: int | None = None,
         find_ending: FindEnding | None = None,
         on_length: Callable[[int], None] | None = None,
         on_legacy: Callable[[], None] | None = None,
@@ -76,6 +78,7 @@ class OpenBody(Transform):
         self.may_wait = find_ending is not None
         self._on_length = on_length
         self._may_be_legacy = may_be_legacy
+        self._legacy_bytes = legacy_bytes
         self._on_legacy = on_legacy
         self._coding = coding
         self._meter = meter
@@ -161,6 +164,10 @@ class OpenBody(Transform):
             if is_short and more_may_come:
                 return False
         self._passes = True
+        if self._legacy_bytes is not None and self.expected_out_bytes != self._legacy_bytes:
+            self.expected_out_bytes = self._legacy_bytes
+            if self._on_length is not None:
+                self._on_length(self._legacy_bytes)
         if self._on_legacy is not None:
             try:
                 self._on_legacy()

@@ -45,10 +45,14 @@ class Route:
     options: ProfileOptions = field(default_factory=ProfileOptions)
     stored: StoredPolicy | None = None
     """What the options say of this path; None: nothing, the service's own policy holds."""
+    pages: bool = False
+    """What is not sealed is a page of the service's: it passes, and was never content of ours."""
 
     @property
     def policy(self) -> StoredPolicy:
         """What to do with a stored body that is not sealed."""
+        if self.pages:
+            return StoredPolicy.MIGRATE
         return self.stored or _AS_THE_SERVICE[self.service.legacy]
 
 
@@ -247,9 +251,12 @@ class Conversation(ABC):
         """Ask the service as the client (`Asking.ask`). RefusedError(UPSTREAM) where it cannot be asked."""
 
     @abstractmethod
-    async def relay(self, answer: ServiceAnswer, *, limit_bytes: int = 1024 * 1024) -> "Reply":
+    async def relay(
+        self, answer: ServiceAnswer, *, limit_bytes: int = 1024 * 1024, to_upload: bool = False
+    ) -> "Reply":
         """The service's answer as the client may see it: to what was asked in place of its own request.
 
+        *to_upload*: a redirect that would have the client send its content again elsewhere is refused.
         RefusedError(SERVICE_ANSWER) if it is longer.
         """
 
@@ -527,6 +534,8 @@ class OpenWhole:
     stored_bytes: int | None
     plain_bytes: int | None
     """None: not declared, or no object has that length; then opening it fails."""
+    must_be_sealed: bool = False
+    """Whatever the policy says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

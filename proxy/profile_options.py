@@ -51,6 +51,12 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Whether names below the upstream's own belong to the service, in forward mode."""
         return False
 
+    @property
+    def has_pages(self) -> bool:
+        """Whether what is read may be a page of the service's, which was never an object of ours, where
+        `legacy` says nothing of its path. What begins like an object is opened all the same."""
+        return False
+
     @classmethod
     def of(cls, given: Mapping[str, object]) -> Self:
         """FormatError, naming the option, for what this profile does not know or cannot use."""
@@ -64,9 +70,9 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if not self.legacy:
             return None
         path = target.partition("?")[0]
-        if _AMBIGUOUS.search(path):
+        if is_ambiguous(path):
             return StoredPolicy.STRICT
-        prefixes = [prefix for prefix in self.legacy if _lies_under(path, prefix)]
+        prefixes = [prefix for prefix in self.legacy if lies_under(path, prefix)]
         return self.legacy[max(prefixes, key=len)] if prefixes else None
 
 
@@ -106,6 +112,11 @@ def _value(text: str) -> object:
         return text
 
 
-def _lies_under(path: str, prefix: str) -> bool:
+def is_ambiguous(path: str) -> bool:
+    """Whether this path could be spelled otherwise (rule 2)."""
+    return _AMBIGUOUS.search(path) is not None
+
+
+def lies_under(path: str, prefix: str) -> bool:
     """By whole segments: `/old` is no prefix of `/older`."""
     return path == prefix or path.startswith(prefix if prefix.endswith("/") else prefix + "/")

@@ -57,6 +57,11 @@ class Read:
     def owner(self) -> NetworkService:
         return self.route.service.owner
 
+    def passes_unsealed(self) -> None:
+        """Recorded, unless it is a page of the service's: that is nobody's content."""
+        if not self.route.pages:
+            self.trail.legacy_passed()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangePlan:
@@ -182,7 +187,7 @@ class Reading:
         pin, is_ours = _pin(plan.edits, fields, begin.etag)
         if not pin:
             return RangePlan(plan=plan, edits=plan.edits)
-        read.trail.legacy_passed()
+        read.passes_unsealed()
         wanted = _spelt(plan.wanted)
         legacy = LegacyRange(
             edits=plan.edits,
@@ -214,7 +219,12 @@ class Reading:
         may_be_sealed, may_be_legacy = may_be_simple or read.composites, False
         # Of a composite the stored length stands in for its own until the manifest is read.
         out_bytes = plan.plain_bytes if plan.plain_bytes is not None else plan.stored_bytes
-        if read.route.policy is StoredPolicy.MIGRATE:
+        is_page = read.route.pages and not read.composites and not plan.must_be_sealed
+        if is_page:
+            # Not asked for twice: its service may have made it for this request. The first bytes tell.
+            may_be_legacy = CODINGS.issuperset(codings) and len(codings) <= 1
+            out_bytes = out_bytes if may_be_sealed else plan.stored_bytes
+        elif read.route.policy is StoredPolicy.MIGRATE and not plan.must_be_sealed:
             # What it is has to be known before its length is declared; a second look costs a request.
             known = (
                 await self._kind(read, strong_etag(answer.fields))
@@ -238,9 +248,10 @@ class Reading:
             out_bytes=out_bytes if may_be_sealed or may_be_legacy else None,
             may_be_simple=may_be_sealed and may_be_simple,
             may_be_legacy=may_be_legacy,
+            legacy_bytes=plan.stored_bytes if is_page else None,
             find_ending=find_ending if may_be_sealed and read.composites else None,
             on_length=on_length,
-            on_legacy=read.trail.legacy_passed,
+            on_legacy=read.passes_unsealed,
             coding=codings[0] if codings else None,
             meter=read.trail.meters.opened,
         )

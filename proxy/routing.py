@@ -196,7 +196,9 @@ class Routing:
         options = self._options.get(service.owner)
         if options is None:
             raise RefusedError(refusals.INTERNAL)  # `broken` says why
-        return Route(service=service, mode=mode, options=options, stored=options.policy_for(wanted.target))
+        stored = options.policy_for(wanted.target)
+        pages = options.has_pages and stored is None
+        return Route(service=service, mode=mode, options=options, stored=stored, pages=pages)
 
     def profile(self, service: ServiceEntry) -> Profile:
         """Of a service that `route` has led to."""

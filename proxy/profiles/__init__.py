@@ -6,15 +6,18 @@ A profile is named in the directory (`service add --profile`); an unknown name i
 from collections.abc import Mapping
 from typing import Final
 
+from proxy.profiles.azure_blob.profile import AzureBlobProfile
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Profile
 from proxy.profiles.s3.profile import S3Profile
+from proxy.profiles.web.profile import WebProfile
 from proxy.profiles.webdav.profile import WebDavProfile
 
 __all__ = ["PROFILES", "Profile", "UnknownProfileError", "profile_named"]
 
 PROFILES: Final[Mapping[str, Profile]] = {
-    profile.name: profile for profile in (GenericProfile(), S3Profile(), WebDavProfile())
+    profile.name: profile
+    for profile in (AzureBlobProfile(), GenericProfile(), S3Profile(), WebDavProfile(), WebProfile())
 }
 
 

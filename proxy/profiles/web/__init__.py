@@ -1,0 +1,1 @@
+"""Web applications: their pages pass, the files in their forms and uploads are sealed."""
