@@ -1,6 +1,6 @@
-# Sealgate: make demo | test | check | bench [ONLY=name] | format | lock | clean
+# Sealgate: make demo | demo-environments | test | check | bench [ONLY=name] | format | lock | clean
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format lock clean environment native-environment referees
+.PHONY: help demo demo-environments test check bench format lock clean environment native-environment referees
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +16,7 @@ SOURCES := envelope runtime key_agent proxy tests bench certs deploy
 
 help:
 	@echo "make demo            the main job on real parts, about a minute (KEEP=1 leaves it running)"
+	@echo "make demo-environments  a breach that no caller notices, about two minutes; draws a picture (KEEP=1 leaves it running)"
 	@echo "make test            everything the tests need, then all tests"
 	@echo "make check           lint, formatting, types, architecture"
 	@echo "make bench [ONLY=x]  comparisons with peers, written to bench/results.json"
@@ -53,6 +54,10 @@ referees: $(REFEREES)/ready $(NODE_REFEREES)/ready
 demo: environment
 	@deploy/system-packages demo
 	@$(PY) -m deploy.demo $(if $(KEEP),--keep)
+
+demo-environments: environment
+	@deploy/system-packages demo-environments
+	@$(PY) -m deploy.demo_environments $(if $(KEEP),--keep)
 
 test: environment native-environment
 	@deploy/system-packages test

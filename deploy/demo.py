@@ -10,22 +10,11 @@ HSM's administrator, who knows nothing of Sealgate.
 """
 
 import argparse
-import contextlib
 import hashlib
-import itertools
 import json
-import os
-import random
 import secrets
-import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,80 +22,13 @@ from typing import Any, Final, override
 
 import certifi
 
+from deploy.stage import BIN, DemoError, Programs, Stage, free_ports, is_listening, play, softhsm_module
 from envelope.audit import BrokenChainError, verify
 
-BIN: Final = Path(sys.executable).parent
-SOFTHSM_MODULES: Final = (
-    Path("/usr/lib/softhsm/libsofthsm2.so"),
-    Path(f"/usr/lib/{os.uname().machine}-linux-gnu/softhsm/libsofthsm2.so"),
-    Path("/usr/lib64/pkcs11/libsofthsm2.so"),
-)
 WINDOW_BYTES: Final = 16
 """No run of this many plaintext bytes may lie in the store."""
 KILL_SWITCH_LIMIT_S: Final = 6.0
 """design.md, promise 3: a revoked KEK is detected within 5 s, and each reachable proxy refuses within 1 s of that."""
-START_LIMIT_S: Final = 20.0
-
-
-class DemoError(Exception):
-    """A step that could not be carried out or verified."""
-
-
-class Stage:
-    """What the audience sees. Counts what was verified."""
-
-    def __init__(self) -> None:
-        self.verified = 0
-        self._colour = sys.stdout.isatty()
-
-    def _paint(self, code: str, text: str) -> str:
-        return f"\033[{code}m{text}\033[0m" if self._colour else text
-
-    def act(self, text: str) -> None:
-        print(f"\n{self._paint('1', text)}", flush=True)
-
-    def command(self, words: Iterable[object], *, end: str = "") -> None:
-        text = shlex.join(str(word).removeprefix(f"{BIN}/") for word in words)
-        print(self._paint("2", f"  $ {text}{end}"), flush=True)
-
-    def say(self, text: str) -> None:
-        for line in text.splitlines():
-            print(f"    {line}", flush=True)
-
-    def verify(self, claim: str, holds: bool, *, seen: object = "") -> None:
-        """DemoError, naming what was *seen*, unless *claim* holds."""
-        if not holds:
-            raise DemoError(f"not true: {claim}" + (f" (seen: {seen})" if seen != "" else ""))
-        self.verified += 1
-        print(f"  {self._paint('32', '✔')} {claim}", flush=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports, below those from which the kernel serves outgoing connections."""
-    found: list[int] = []
-    for port in random.sample(range(15_000, 32_000), 1000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise DemoError(f"no {count} free ports between 15000 and 32000")
-
-
-def wait_until(what: str, done: Callable[[], bool], *, limit_s: float) -> float:
-    """Seconds it took until *done*; DemoError when *limit_s* is over."""
-    begin = time.monotonic()
-    while not done():
-        if time.monotonic() - begin > limit_s:
-            raise DemoError(f"{what}: not within {limit_s:g} s")
-        time.sleep(0.05)
-    return time.monotonic() - begin
-
-
-def is_listening(port: int) -> bool:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def windows(data: bytes) -> set[bytes]:
@@ -152,10 +74,14 @@ class Enterprise:
         return self.home / "interception-ca.pem"
 
 
-class Demo:
+class Demo(Programs):
     def __init__(self, stage: Stage, home: Path) -> None:
-        self.stage = stage
-        self.home = home
+        proxy_config = home / "proxy" / "sealgate.toml"
+        super().__init__(
+            stage,
+            home,
+            {"SOFTHSM2_CONF": str(home / "softhsm2.conf"), "SEALGATE_CONFIG": str(proxy_config)},
+        )
         self.store = home / "cloud" / "store"
         self.saas_port, self.push_port, self.health_port, *ports = free_ports(9)
         self.acme, self.globex = (
@@ -169,84 +95,9 @@ class Demo:
             )
             for name in ("acme", "globex")
         )
-        self.proxy_config = home / "proxy" / "sealgate.toml"
+        self.proxy_config = proxy_config
         self.server_ca = home / "operator" / "ca.pem"
-        self.module = next((path for path in SOFTHSM_MODULES if path.exists()), None)
-        self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
-        self._typed = ""
-        """All command lines so far."""
-        self._environment = {
-            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-            "HOME": str(home),
-            "LANG": "C.UTF-8",
-            "SOFTHSM2_CONF": str(home / "softhsm2.conf"),
-            "SEALGATE_CONFIG": str(self.proxy_config),
-        }
-
-    # Running things.
-
-    def run(
-        self, *words: object, show: bool = True, secret_environment: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[bytes]:
-        """Run to the end. DemoError with what it said, unless it succeeds."""
-        self._typed += shlex.join(map(str, words)) + "\n"
-        if show:
-            self.stage.command(words)
-        result = self.attempt(*words, secret_environment=secret_environment)
-        if result.returncode:
-            said = (result.stderr + result.stdout).decode(errors="replace").strip()
-            raise DemoError(f"{Path(str(words[0])).name} ended with status {result.returncode}:\n{said}")
-        return result
-
-    def attempt(
-        self, *words: object, secret_environment: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [str(word) for word in words],
-            env=self._environment | dict(secret_environment or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-
-    def start(self, name: str, *words: object) -> None:
-        """Run in the background; its output goes to NAME.log."""
-        self.stage.command(words, end=" &")
-        log = (self.home / f"{name}.log").open("wb")
-        process = subprocess.Popen(
-            [str(word) for word in words],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        log.close()
-        self._processes.append((name, process))
-
-    def wait_for(self, name: str, done: Callable[[], bool], *, limit_s: float = START_LIMIT_S) -> float:
-        """As `wait_until`, and says at once if a process that should be running is not."""
-
-        def check() -> bool:
-            for process_name, process in self._processes:
-                if process.poll() is not None:
-                    tail = (self.home / f"{process_name}.log").read_text(errors="replace")[-2000:]
-                    raise DemoError(f"{process_name} ended with status {process.returncode}:\n{tail}")
-            return done()
-
-        return wait_until(name, check, limit_s=limit_s)
-
-    def stop(self) -> None:
-        for _name, process in reversed(self._processes):
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for _name, process in reversed(self._processes):
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        self.module = softhsm_module()
 
     def curl(self, *words: object, show: bool = True) -> Answer:
         """Run curl with *words*; read status and headers of the last answer."""
@@ -286,8 +137,6 @@ class Demo:
         self.stage.act(
             "1. Two enterprises, each with a token in its HSM (SoftHSM2 here) and a root certificate"
         )
-        if self.module is None:
-            raise DemoError("SoftHSM2's module was not found: apt-get install softhsm2")
         tokens = self.home / "hsm-tokens"
         tokens.mkdir(mode=0o700)
         (self.home / "softhsm2.conf").write_text(
@@ -295,20 +144,7 @@ class Demo:
         )
         for enterprise in (self.acme, self.globex):
             enterprise.home.mkdir(mode=0o700)
-            pin = enterprise.home / "pin"
-            pin.touch(mode=0o600)
-            pin.write_text(secrets.token_hex(12))
-            hidden = {"SO_PIN": secrets.token_hex(12), "PIN": pin.read_text()}
-            tool = ("pkcs11-tool", "--module", self.module)
-            slot = self._free_slot()
-            self.run(
-                *tool, "--slot", slot, "--init-token", "--label", enterprise.name, "--so-pin", "env:SO_PIN",
-                secret_environment=hidden,
-            )  # fmt: skip
-            self.run(
-                *tool, "--token-label", enterprise.name, "--login", "--login-type", "so", "--so-pin", "env:SO_PIN",
-                "--init-pin", "--new-pin", "env:PIN", secret_environment=hidden,
-            )  # fmt: skip
+            self.make_token(enterprise.name, enterprise.home / "pin")
             root = enterprise.home / "root"
             pki = (BIN / "python", "-m", "certs.pki")
             self.run(*pki, "root", "--tenant", enterprise.name, "--out", root)
@@ -317,17 +153,8 @@ class Demo:
         pins = [enterprise.home / "pin" for enterprise in (self.acme, self.globex)]
         self.stage.verify(
             "each token's PIN lies in a file of mode 0600 and in no command line",
-            all(pin.stat().st_mode & 0o777 == 0o600 and pin.read_text() not in self._typed for pin in pins),
+            all(pin.stat().st_mode & 0o777 == 0o600 and pin.read_text() not in self.typed for pin in pins),
         )
-
-    def _free_slot(self) -> str:
-        """The id of SoftHSM2's slot whose token is not initialised yet."""
-        listing = self.run("pkcs11-tool", "--module", self.module, "--list-slots", show=False)
-        lines = listing.stdout.decode().splitlines()
-        for line, following in itertools.pairwise(lines):
-            if line.startswith("Slot ") and "uninitialized" in following:
-                return line.split("(")[1].split(")")[0]
-        raise DemoError("SoftHSM2 shows no free slot")
 
     def build_cloud(self) -> None:
         self.stage.act(
@@ -688,54 +515,12 @@ port = {self.health_port}
         )
 
 
-@contextlib.contextmanager
-def home_directory(*, keep: bool) -> Iterator[Path]:
-    home = Path(tempfile.mkdtemp(prefix="sealgate-demo-"))
-    try:
-        yield home
-    finally:
-        if keep:
-            print(f"the demo's files stay in {home}", flush=True)
-        else:
-            shutil.rmtree(home, ignore_errors=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="The main job on real parts.")
     parser.add_argument(
         "--keep", action="store_true", help="leave it running until Ctrl-C, and keep its files"
     )
-    keep: bool = parser.parse_args().keep
-    # What was started ends with the demo, however it is asked to end.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    stage = Stage()
-    began = time.monotonic()
-    with home_directory(keep=keep) as home:
-        demo = Demo(stage, home)
-        try:
-            demo.play()
-            stage.act(f"All {stage.verified} claims verified in {time.monotonic() - began:.0f} s.")
-            if keep:
-                stage.say("Running until Ctrl-C. To try:\n" + demo.addresses())
-                with contextlib.suppress(KeyboardInterrupt):
-                    signal.pause()
-        except (DemoError, subprocess.TimeoutExpired) as error:
-            print(
-                f"\nThe demo failed after {stage.verified} verified claims.\n{error}",
-                file=sys.stderr,
-                flush=True,
-            )
-            kept = Path(tempfile.mkdtemp(prefix="sealgate-demo-logs-"))
-            for log in home.glob("*.log"):
-                shutil.copy(log, kept)
-            print(f"  next: the processes' logs are in {kept}", file=sys.stderr, flush=True)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            demo.stop()
-    return 0
+    return play(Demo, keep=parser.parse_args().keep)
 
 
 if __name__ == "__main__":
