@@ -22,7 +22,7 @@ The order of every call, in every dialect:
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NoReturn
@@ -45,6 +45,7 @@ from proxy.encryption_service.errors import (
     Stale,
     TooLarge,
     UsageRefused,
+    Withdrawn,
 )
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import (
@@ -431,16 +432,58 @@ class Core:
         self._note(ticket, key, has_sealed=False)
         return key
 
+    def holder_of(self, tenant: str, keys: Sequence[NamedKey], key_id: KeyId) -> NamedKey:
+        """The one of *keys*, which are *tenant*'s, that *key_id* is or was a version of.
+
+        KeyRefused (VERSION_UNKNOWN) if it is none's. Withdrawn, Revoked, Stale if that cannot be said now,
+        because one that is not here at the moment may have it.
+        """
+        if self._refuses is not None and self._refuses(tenant):
+            raise Withdrawn("this environment is withdrawn, or was not told yet that it may serve")
+        for key in keys:
+            if self._keys.knows(key.owner, key_id):
+                return key
+        words = [self._keys.word(key.owner) for key in keys]
+        if words and all(word.withdrawn for word in words):
+            raise Revoked("the keys were withdrawn by their owner")
+        if any(not word.withdrawn and word.valid_for_s <= 0 for word in words):
+            raise Stale("no valid key is here at the moment")
+        raise KeyRefused(Refusal.VERSION_UNKNOWN, "no key of this id is known here")
+
+    def candidates(self, ticket: Ticket) -> list[DataKey]:
+        """Every version that may open an object which names none, in the order to be tried.
+
+        The caller compares commitments, says `opened_by`, and records how many it has tried.
+        """
+        if ticket.op is not Op.DECRYPT:
+            raise UsageRefused(f"this is not leave to decrypt: {ticket.op}")
+        found = self._keys.candidates(ticket.key.owner)
+        return [key for key in found if self._may_open(key, ticket.key)]
+
+    def opened_by(self, ticket: Ticket, key: DataKey) -> None:
+        """One of the `candidates` it was. Whatever ends it now is not answered (rule 1)."""
+        if key.owner != ticket.key.owner:
+            raise KeyNotFound("there is no such key")
+        self._note(ticket, key, has_sealed=False)
+
     def sign(
-        self, ticket: Ticket, message: bytes, scheme: SignatureScheme, *, version: int | None = None
+        self,
+        ticket: Ticket,
+        message: bytes | Callable[[KeyId], bytes],
+        scheme: SignatureScheme,
+        *,
+        version: int | None = None,
     ) -> Signature:
-        """Under the active version. *message* is the digest if the scheme says `prehashed`.
+        """Under the active version. *message* is the digest if the scheme says `prehashed`; or how it follows
+        from the key's id, where what is signed names its key.
 
         InputRefused if the scheme does not fit the key's algorithm; else as `encrypt`.
         """
         if ticket.op is not Op.SIGN:
             raise UsageRefused(f"this is not leave to sign: {ticket.op}")
         key = self._active_for(ticket, version)
+        if not isinstance(message, bytes):
+            message = message(key.key_id)
         signature = signatures.sign(key.signing_key, key.algorithm, message, scheme)
         return Signature(version=key.version, key_id=key.key_id, signature=signature)
 
@@ -452,6 +495,40 @@ class Core:
             raise UsageRefused(f"this is not leave to verify: {ticket.op}")
         key = self._version_for(ticket, version)
         signatures.verify(key.signing_key.public_key(), key.algorithm, signature, message, scheme)
+
+    def verification_key(self, ticket: Ticket, key_id: KeyId) -> tuple[int, PublicKey]:
+        """Version and public half of the key with this id, for signatures that name their key.
+
+        KeyRefused (VERSION_UNKNOWN, COMPROMISED, ...), Revoked, Stale.
+        """
+        if ticket.op is not Op.VERIFY:
+            raise UsageRefused(f"this is not leave to verify: {ticket.op}")
+        holdings = self._keys.versions(ticket.key.owner, ticket.key.use)
+        version = next((holding.version for holding in holdings if holding.key_id == key_id), None)
+        if version is None:
+            self._refuse(ticket.key, Unavailable.UNKNOWN)
+        key = self._version_for(ticket, version)
+        return version, key.signing_key.public_key()
+
+    def public_keys(self, tenant: str, keys: Iterable[NamedKey]) -> list[tuple[NamedKey, KeyVersion]]:
+        """What signatures of *keys*, which are *tenant*'s, may be verified with now, ascending.
+
+        Those of a blocked, withdrawn, suspended, compromised or destroyed key are not among them. Withdrawn,
+        Stale if that cannot be said at the moment: who takes an empty answer for "none" forgets sound keys.
+        """
+        if self._refuses is not None and self._refuses(tenant):
+            raise Withdrawn("this environment is withdrawn, or was not told yet that it may serve")
+        found: list[tuple[NamedKey, KeyVersion]] = []
+        for key in keys:
+            if key.use is not KeyUse.SIGN or key.blocked or key.owner.tenant != tenant:
+                continue
+            word = self._keys.word(key.owner)
+            if word.withdrawn:
+                continue
+            if word.valid_for_s <= 0:
+                raise Stale("no valid key is here at the moment")
+            found += [(key, version) for version in self.versions(key) if version.public_key is not None]
+        return found
 
     def self_test(self) -> bool:
         """A real encryption and decryption with a key of our own: for deep health. Never a tenant's key."""
@@ -468,7 +545,7 @@ class Core:
     def _gate(self, directory: ServiceDirectory, caller: Caller, key: NamedKey, op: Op) -> None:
         """Everything that must hold before an operation, and again after it."""
         if self._refuses is not None and self._refuses(caller.tenant):
-            raise Stale("this environment is withdrawn, or was not told yet that it may serve")
+            raise Withdrawn("this environment is withdrawn, or was not told yet that it may serve")
         if directory.keys.get(key.owner) is not key:
             raise KeyNotFound("there is no such key")
         self._access.authorize(caller, key, op)

@@ -9,6 +9,7 @@
   + UsageRefused       the key is not for this operation at all
   + Revoked            the tenant has withdrawn its keys: final, do not retry
   + Stale              no word from the tenant's agent, the keys' validity is over: retry
+    - Withdrawn        ... or this environment is withdrawn: another one serves
   + DoesNotVerify      not what this key made, or not any more what it was; one text for all causes
   + TooLarge           more than the service takes in one call
   + InputRefused       a parameter of the call that no key of this kind takes
@@ -83,6 +84,10 @@ class Revoked(ServiceError):
 
 class Stale(ServiceError):
     code = "stale"
+
+
+class Withdrawn(Stale):
+    code = "env-healing"
 
 
 class DoesNotVerify(ServiceError):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Self
+from typing import Annotated, Final, Self
 
 import msgspec
 from cryptography import x509
@@ -123,7 +123,10 @@ class TransitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class NativeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The native API has nothing to set."""
+    max_try_all: Annotated[int, msgspec.Meta(ge=0, le=64)] = 64
+    """Keys that may be tried for one ciphertext which names none; 0: none is."""
+    published_keys: tuple[str, ...] = ()
+    """Signing keys whose public halves anybody may fetch: `/sealgate/v1/jwks/<tenant>`."""
 
 
 class TokenIssuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from envelope import derive
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
-from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
+from envelope.keys import ANONYMOUS, KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import Operation
 from envelope.memory import wipe
 from envelope.xaes import Xaes256Gcm
@@ -74,6 +74,7 @@ class DataKey:
     """
 
     __slots__ = (
+        "_anonymous_key",
         "_boot_s",
         "_ciphers",
         "_context_ciphers",
@@ -99,6 +100,7 @@ class DataKey:
         self._secret: Final = material.secret  # taken over: the cache wipes it
         self._state = material.state
         self._object_key: bytearray | None = None
+        self._anonymous_key: bytearray | None = None
         self._ciphers: dict[str, Xaes256Gcm] = {}
         self._context_ciphers: LRUCache[tuple[str, bytes], Xaes256Gcm] | None = None
         self._signing_key: SigningKey | None = None
@@ -140,6 +142,16 @@ class DataKey:
             self._object_key = bytearray(derived)
             wipe(derived)
         return memoryview(self._object_key).toreadonly()
+
+    @property
+    def anonymous_object_key(self) -> memoryview:
+        """As `object_key`, for objects that name no key: of the zero key id (docs/format.md 6.4)."""
+        self.check()
+        if self._anonymous_key is None:
+            derived = derive.object_key(self._secret, self.owner, ANONYMOUS)
+            self._anonymous_key = bytearray(derived)
+            wipe(derived)
+        return memoryview(self._anonymous_key).toreadonly()
 
     def service_cipher(self, dialect: str, context: bytes = b"") -> Xaes256Gcm:
         """The cipher of a dialect of the encryption service, and in it of *context* (docs/format.md 6.1).
@@ -215,8 +227,9 @@ class DataKey:
         self._deadline_boot_s = -math.inf
         self._reason = reason
         self._secret[:] = bytes(len(self._secret))
-        if self._object_key is not None:
-            self._object_key[:] = bytes(len(self._object_key))
+        for derived in (self._object_key, self._anonymous_key):
+            if derived is not None:
+                derived[:] = bytes(len(derived))
         self._ciphers.clear()
         self._context_ciphers = None
         self._signing_key = None
@@ -488,6 +501,26 @@ class KeyCache:
             slot.misses[key_id] = None
             reason = Unavailable.UNKNOWN
         raise unavailable(reason, owner, key_id)
+
+    def candidates(self, owner: NetworkService) -> list[DataKey]:
+        """The keys of *owner* that may open an object which names none: the active one, then the newest.
+
+        Empty if there are none now. Not to be kept: any of them may end at any moment.
+        """
+        slot = self._slots.get(owner)
+        if slot is None:
+            return []
+        found = [
+            key
+            for key in slot.keys.values()
+            if key.use is KeyUse.DATA and key.state.may_open and key.valid_for_s > 0
+        ]
+        return sorted(found, key=lambda key: (not key.state.may_seal, -key.version))
+
+    def knows(self, owner: NetworkService, key_id: KeyId) -> bool:
+        """Whether *key_id* is, or was, one of *owner*'s: it is here, or ended here."""
+        slot = self._slots.get(owner)
+        return slot is not None and (key_id in slot.keys or key_id in slot.tombstones)
 
     def signing_key(self, owner: NetworkService) -> DataKey:
         """The active signing key of *owner*. KeyUnavailableError if there is none."""

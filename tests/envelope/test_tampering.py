@@ -5,7 +5,6 @@ from typing import Final
 
 import pytest
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from envelope.cobblestone import derive_message_keys
 from envelope.errors import FormatError, IntegrityError, SealgateError, TruncatedError
 from envelope.keys import ANONYMOUS, KeyId, NetworkService
 from envelope.objects import CHUNK_SIZE, PREFIX_SIZE, RECORD_SIZE, Bind, Candidate, Header, Opener
+from tests.envelope.forgeries import two_key_record
 from tests.envelope.samples import (
     KEY_ID,
     MATERIAL,
@@ -165,43 +165,6 @@ def test_all_failures_of_authentication_look_alike() -> None:
 # --- one ciphertext, two keys ---
 
 
-def _multiply(one: int, other: int) -> int:
-    """In GF(2^128) as GCM writes it: bit 0 is the most significant (NIST SP 800-38D, 6.3)."""
-    product, term = 0, other
-    for bit in range(127, -1, -1):
-        if one >> bit & 1:
-            product ^= term
-        term = (term >> 1) ^ (0xE1 << 120 if term & 1 else 0)
-    return product
-
-
-def _inverse(value: int) -> int:
-    result, power = 1 << 127, value
-    for bit in range(128):
-        if (2**128 - 2) >> bit & 1:
-            result = _multiply(result, power)
-        power = _multiply(power, power)
-    return result
-
-
-def _block(key: bytes, block: bytes) -> int:
-    # ECB on one block is AES itself, which GCM is made of.
-    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
-    return int.from_bytes(encryptor.update(block) + encryptor.finalize())
-
-
-def _two_key_record(keys: list[tuple[bytes, bytes]]) -> bytes:
-    """Two ciphertext blocks and a tag that AES-GCM accepts under both (key, nonce) pairs."""
-    (h1, s1), (h2, s2) = ((_block(key, bytes(16)), _block(key, nonce + b"\0\0\0\1")) for key, nonce in keys)
-    lengths, first = 256, int.from_bytes(b"any first block ")
-    squares = [_multiply(h, h) for h in (h1, h2)]
-    cubes = [_multiply(square, h) for square, h in zip(squares, (h1, h2), strict=True)]
-    rest = _multiply(first, cubes[0] ^ cubes[1]) ^ _multiply(lengths, h1 ^ h2) ^ s1 ^ s2
-    second = _multiply(rest, _inverse(squares[0] ^ squares[1]))
-    tag = _multiply(first, cubes[0]) ^ _multiply(second, squares[0]) ^ _multiply(lengths, h1) ^ s1
-    return b"".join(value.to_bytes(16) for value in (first, second, tag))
-
-
 def test_a_ciphertext_valid_under_two_keys_opens_under_one_only() -> None:
     """GCM does not commit to its key; the format does, so trial decryption cannot be steered (threat 8)."""
     keys = [derive.object_key(material, OWNER, ANONYMOUS) for material in (MATERIAL, OTHER_MATERIAL)]
@@ -210,8 +173,7 @@ def test_a_ciphertext_valid_under_two_keys_opens_under_one_only() -> None:
     info = b"c2sp.org/chunked-encryption@v1+AEAD_AES_256_GCM\0" + salt + context
     okms = [reference.expand(key, info, 76) for key in keys]
     pairs = [(okm[:32], okm[32:44]) for okm in okms]
-    record = _two_key_record(pairs)
-    plains = [AESGCM(key).decrypt(nonce, record, None) for key, nonce in pairs]
+    record, plains = two_key_record(pairs)
     assert plains[0] != plains[1]
     for index, key in enumerate(keys):
         commitment = derive_message_keys(key, salt, context).commitment
@@ -225,7 +187,7 @@ def test_a_ciphertext_valid_under_two_keys_opens_under_one_only() -> None:
 def test_that_gcm_alone_refuses_a_wrong_key() -> None:
     """The forgery above is made, not luck."""
     pairs = [(bytes([number]) * 32, bytes(12)) for number in (1, 2)]
-    record = bytearray(_two_key_record(pairs))
+    record = bytearray(two_key_record(pairs)[0])
     record[0] ^= 1
     for key, nonce in pairs:
         with pytest.raises(InvalidTag):

@@ -34,6 +34,7 @@ class Work:
         "busy_s",
         "caller",
         "client_request_id",
+        "detail",
         "is_recorded",
         "items",
         "key",
@@ -60,6 +61,8 @@ class Work:
         self.client_request_id = ""
         self.resource = ""
         self.reason = ""
+        self.detail: dict[str, str] = {}
+        """What else the record is to say; public."""
         self.is_recorded = False
         self.busy_s: float | None = None
         """Of a call that waits: the time it took of the process. None: all of it since its start."""
@@ -145,6 +148,11 @@ class BearerCalls:
                 continue
         return found
 
+    def reachable(self, caller: Caller) -> list[NamedKey]:
+        """As `visible`, destroyed ones too."""
+        keys = self._keys_of(caller)
+        return [key for key in self.directory().keys_of(caller.tenant) if keys is None or key.name in keys]
+
     def describable(self, work: Work, caller: Caller, name: str) -> NamedKey:
         """As `find`, for calls that only look: AccessDenied also for an existing key of others."""
         key = self.find(work, caller, name)
@@ -204,4 +212,5 @@ class BearerCalls:
             error=error,
             items=work.items,
             latency_us=int(took_s * 1e6),
+            detail=work.detail,
         )

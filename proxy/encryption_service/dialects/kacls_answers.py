@@ -31,6 +31,7 @@ from proxy.encryption_service.errors import (
     Stale,
     TooLarge,
     UsageRefused,
+    Withdrawn,
 )
 from proxy.encryption_service.recording import error_code
 from proxy.encryption_service.tokens import KeysUnavailableError
@@ -72,6 +73,7 @@ ANSWER_TO_ERROR: Final[Mapping[type[SealgateError], tuple[int, str]]] = {
     UsageRefused: (403, "The key is not for this."),
     Revoked: (403, "The key was revoked by its owner."),
     Stale: (503, "The key is not available at the moment."),
+    Withdrawn: (503, "This environment is withdrawn; another one serves."),
     DoesNotVerify: (400, "The wrapped key was not made by this KACLS, or was changed."),
     TooLarge: (413, "The request is too large."),
     InputRefused: (400, "The request is not as specified."),

@@ -31,13 +31,21 @@ from proxy.encryption_service.dialects.native_errors import (
     METHOD,
     NOT_FOUND,
     SEALED_OBJECT,
-    Row,
+    RefusedError,
     problem,
     row_of,
     row_of_trouble,
 )
-from proxy.encryption_service.dialects.native_openapi import JSON_CALLS, PREFIX, document_bytes
+from proxy.encryption_service.dialects.native_objects import NativeObjects
+from proxy.encryption_service.dialects.native_openapi import (
+    JSON_CALLS,
+    PREFIX,
+    TENANT_CALLS,
+    WELL_KNOWN_KEYS,
+    document_bytes,
+)
 from proxy.encryption_service.dialects.native_streams import Pieces, Stream
+from proxy.encryption_service.dialects.native_tokens import NativeTokens, key_set_answer
 from proxy.encryption_service.errors import (
     DoesNotVerify,
     InputRefused,
@@ -46,7 +54,7 @@ from proxy.encryption_service.errors import (
     TooLarge,
 )
 from proxy.encryption_service.limits import Limiter
-from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory
+from proxy.encryption_service.model import DialectName, NamedKey, NativeSettings, Op, ServiceDirectory
 from proxy.encryption_service.signatures import SignatureScheme
 from runtime.clock import Clock
 
@@ -59,6 +67,7 @@ _PATH: Final = re.compile(
     re.escape(PREFIX) + r"/keys/(?P<key>[a-z0-9][a-z0-9-]{0,62})"
     r"(?:/(?P<call>encrypt|decrypt|reencrypt|generate-data-key|sign|verify|seal|open)(?P<batch>/batch)?)?"
 )
+_PUBLISHED: Final = re.compile(re.escape(PREFIX) + r"/jwks/(?P<tenant>[a-z0-9][a-z0-9-]{0,62})")
 _STREAMS: Final = frozenset({"seal", "open"})
 _BOUND_NAME: Final = re.compile(r"[!-~](?:[ -~]{0,510}[!-~])?")
 _CACHED: Final = (("cache-control", "max-age=300"),)
@@ -77,16 +86,6 @@ _ITEM_ERRORS: Final = (DoesNotVerify, KeyRefused, InputRefused, TooLarge)
 _DATA_ALGORITHM: Final = "XAES-256-GCM"
 
 type Serve = Callable[["_Request", Any], Any]
-
-
-class RefusedError(Exception):
-    """Ends a call with this row of the table."""
-
-    def __init__(self, row: Row, detail: str = "", *, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(row.code)
-        self.row = row
-        self.detail = detail
-        self.headers = headers
 
 
 class _Request:
@@ -118,6 +117,7 @@ class NativeDialect(Dialect):
     ) -> None:
         self.max_body_bytes = max_body_bytes
         self._core = core
+        self._directory = directory
         self._calls = BearerCalls(
             self.name, core=core, access=access, limiter=limiter, directory=directory, clock=clock
         )
@@ -130,6 +130,17 @@ class NativeDialect(Dialect):
             self._readers[name] = Reader(json_call.request)
             if json_call.batch is not None:
                 self._batch_readers[name] = Reader(json_call.batch)
+        self._objects = NativeObjects(self._calls)
+        self._tokens = NativeTokens(self._calls)
+        self._of_tenant: dict[str, Callable[[Work, Caller, Any], msgspec.Struct]] = {
+            "encrypt": self._objects.encrypt,
+            "decrypt": self._decrypt_any,
+            "token": self._tokens.issue,
+            "token/verify": self._tokens.verify,
+        }
+        self._tenant_readers: dict[str, Reader[Any]] = {
+            name: Reader(tenant_call.request) for name, tenant_call in TENANT_CALLS.items()
+        }
         self._serve: dict[str, Serve] = {
             "encrypt": self._encrypt,
             "decrypt": self._decrypt,
@@ -141,7 +152,7 @@ class NativeDialect(Dialect):
 
     @override
     def claims(self, path: str) -> bool:
-        return path.startswith(f"{PREFIX}/") or path in {PREFIX, "/openapi.json"}
+        return path.startswith(f"{PREFIX}/") or path in {PREFIX, "/openapi.json", WELL_KNOWN_KEYS}
 
     @override
     def wants_stream(self, method: str, path: str) -> bool:
@@ -178,9 +189,15 @@ class NativeDialect(Dialect):
         if path in {"/openapi.json", f"{PREFIX}/openapi.json"}:
             _check_method(method, "GET", "HEAD")
             return self._document
+        published = _PUBLISHED.fullmatch(path)
+        if published is not None:
+            return self._published(work, published["tenant"], method)
         caller = self._authenticated(call, work)
         found = _PATH.fullmatch(path)
         if found is None:
+            what = path.removeprefix(f"{PREFIX}/")
+            if what in self._of_tenant:
+                return self._tenant_call(caller, work, what, call)
             return self._look(caller, work, path, method)
         name, what = found["key"], found["call"]
         work.key = name
@@ -200,6 +217,34 @@ class NativeDialect(Dialect):
             if found["batch"]
             else self._one(caller, work, name, what, call.body)
         )
+
+    def _tenant_call(self, caller: Caller, work: Work, what: str, call: Call) -> Answer:
+        work.operation = what.replace("/", "-")
+        _check_method(call.method, "POST")
+        _check_json(call)
+        _check_size(call.body)
+        asked = _read(self._tenant_readers[what], call.body)
+        return _json(self._of_tenant[what](work, caller, asked))
+
+    def _decrypt_any(
+        self, work: Work, caller: Caller, asked: bodies.TenantDecryptRequest
+    ) -> bodies.TenantDecrypted:
+        settings = self._settings(caller.tenant)
+        return self._objects.decrypt(work, caller, asked, max_tried=settings.max_try_all)
+
+    def _settings(self, tenant: str) -> NativeSettings:
+        entry = self._directory().dialect(tenant, self.name)
+        return entry.settings if entry and isinstance(entry.settings, NativeSettings) else NativeSettings()
+
+    def _published(self, work: Work, tenant: str, method: str) -> Answer:
+        """What the tenant's setting lets anybody see. Nobody is told which tenants there are."""
+        work.operation = "published-keys"
+        _check_method(method, "GET", "HEAD")
+        names = self._settings(tenant).published_keys if self._directory().dialect(tenant, self.name) else ()
+        keys = [key for name in names if (key := self._directory().key(tenant, name)) is not None]
+        if not keys:
+            raise RefusedError(NOT_FOUND)
+        return key_set_answer(self._tokens.key_set(tenant, keys))
 
     def _authenticated(self, call: Call, work: Work) -> Caller:
         """NotAuthenticated, QuotaExceeded."""
@@ -352,6 +397,12 @@ class NativeDialect(Dialect):
             standing = self._core.standing(caller.tenant)
             self._calls.record(work)
             return _json(bodies.Status(tenant=caller.tenant, standing=standing.value))
+        if path == WELL_KNOWN_KEYS:
+            work.operation = "key-set"
+            _check_method(method, "GET", "HEAD")
+            document = self._tokens.key_set(caller.tenant, self._calls.visible(caller))
+            self._calls.record(work)
+            return key_set_answer(document)
         raise RefusedError(NOT_FOUND)
 
     def _describe(self, caller: Caller, work: Work, name: str) -> Answer:

@@ -34,6 +34,9 @@ type Version = Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
 type Reference = Annotated[str, Meta(max_length=MAX_REFERENCE_CHARS, description="repeated in the result")]
 
 
+type KeyIdText = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+
+
 class _Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     pass
 
@@ -103,6 +106,54 @@ class VerifyItem(VerifyRequest, kw_only=True):
     reference: Reference = ""
 
 
+class TenantEncryptRequest(_Strict, kw_only=True):
+    key: Name
+    """The ring: its active key is used."""
+    plaintext: Binary
+    aad: Binary = b""
+    """Must be given again to decrypt; at most 65,535 bytes."""
+    anonymous: bool = False
+    """The ciphertext names no key. Whoever decrypts it names one, or has all tried."""
+
+
+class TenantDecryptRequest(_Strict, kw_only=True):
+    ciphertext: Binary
+    aad: Binary = b""
+    key_id: KeyIdText | None = None
+    """Only this key. Not needed where the ciphertext names it."""
+    ring: Name | None = None
+    """Only the keys of this name."""
+
+
+MAX_TOKEN_CHARS: Final = 16 * 1024
+MAX_TOKEN_LIFETIME_S: Final = 86_400
+MAX_CLAIMS: Final = 32
+
+type TokenText = Annotated[str, Meta(min_length=1, max_length=256)]
+type Claim = (
+    bool
+    | int
+    | Annotated[str, Meta(max_length=512)]
+    | Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=64)]
+)
+
+
+class TokenRequest(_Strict, kw_only=True):
+    key: Name
+    """A signing key; its active version signs."""
+    subject: TokenText
+    audience: TokenText
+    lifetime_s: Annotated[int, Meta(ge=1, le=MAX_TOKEN_LIFETIME_S)] = 900
+    claims: Annotated[dict[str, Claim], Meta(max_length=MAX_CLAIMS)] = {}
+    """What else it says; no registered name of RFC 7519."""
+
+
+class TokenVerifyRequest(_Strict, kw_only=True):
+    key: Name
+    token: Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN_CHARS)]
+    audience: TokenText
+
+
 class Batch[I](_Strict, kw_only=True):
     items: Annotated[list[I], Meta(min_length=1, max_length=MAX_ITEMS)]
 
@@ -140,6 +191,42 @@ class Verified(msgspec.Struct, kw_only=True):
     key: str
     version: Version
     valid: bool
+
+
+class TenantEncrypted(msgspec.Struct, kw_only=True):
+    key: str
+    version: Version
+    key_id: str
+    """Hex. An anonymous ciphertext does not say it."""
+    ciphertext: Binary
+
+
+class TenantDecrypted(msgspec.Struct, kw_only=True):
+    key: str
+    version: Version
+    key_id: str
+    candidates: int
+    """How many keys were tried; 0 if it was named."""
+    plaintext: Binary
+
+
+class Token(msgspec.Struct, kw_only=True):
+    key: str
+    version: Version
+    key_id: str
+    """Hex; `kid` in the token and in the key set."""
+    token: str
+    expires_at_s: int
+
+
+class TokenVerified(msgspec.Struct, kw_only=True):
+    key: str
+    version: Version
+    key_id: str
+    subject: str
+    audience: str
+    expires_at_s: int
+    claims: dict[str, Any]
 
 
 class ItemError(msgspec.Struct, kw_only=True):

@@ -1,9 +1,12 @@
 """What the native API says when it does not do what it was asked: problem documents (RFC 9457), one table.
 
 1. `code` is stable, `detail` names the cause, `next_step` says what to do about it.
-2. 409 and 403 are final until somebody acts; 429 and 503 carry Retry-After and are worth another try.
+2. 403, 404, 409, 410, 422 and 423 are final until somebody acts; 429 and 503 carry Retry-After and are worth
+   another try.
+3. A key's state has a status of its own: unknown 404, destroyed 410, forbidden by somebody 423, else 409.
 """
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -20,11 +23,13 @@ from proxy.encryption_service.errors import (
     NotAuthenticated,
     NotRecorded,
     QuotaExceeded,
+    Refusal,
     Revoked,
     ServiceError,
     Stale,
     TooLarge,
     UsageRefused,
+    Withdrawn,
 )
 
 PROBLEM_JSON: Final = "application/problem+json"
@@ -38,9 +43,11 @@ _TITLES: Final = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     409: "Conflict",
+    410: "Gone",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
+    423: "Locked",
     429: "Too Many Requests",
     500: "Internal Server Error",
     503: "Service Unavailable",
@@ -70,6 +77,27 @@ SEALED_OBJECT: Final = Row(
     "Compare key and Sealgate-Name with those it was sealed with.",
 )
 
+TOKEN_REFUSED: Final = Row(
+    422, "token-refused", "The token is not one to be believed.", "Have the user log in again."
+)
+TOO_MANY_KEYS: Final = Row(
+    422,
+    "too-many-keys",
+    "None of the keys that may be tried has made it, and there are more.",
+    "Name its key_id or its ring.",
+)
+
+
+class RefusedError(Exception):
+    """Ends a call with this row of the table."""
+
+    def __init__(self, row: Row, detail: str = "", *, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(row.code)
+        self.row = row
+        self.detail = detail
+        self.headers = headers
+
+
 _ROWS: Final[dict[type[ServiceError], Row]] = {
     NotAuthenticated: Row(
         401, "not-authenticated", "No valid token came with the call.", "Send Authorization: Bearer <token>."
@@ -80,6 +108,9 @@ _ROWS: Final[dict[type[ServiceError], Row]] = {
     ),
     KeyNotFound: Row(404, "key-not-found", "There is no such key.", "List the keys: GET /sealgate/v1/keys."),
     KeyRefused: Row(409, "key-refused", "The state of the key does not allow this.", _ADMIN),
+    Withdrawn: Row(
+        503, "env-healing", "This environment is withdrawn: another one serves.", "Try again shortly.", 2
+    ),
     UsageRefused: Row(409, "usage-refused", "The key is not for this operation.", "Use another key."),
     Revoked: Row(
         403,
@@ -102,6 +133,15 @@ _ROWS: Final[dict[type[ServiceError], Row]] = {
         500, "not-recorded", "The call cannot be recorded, so it is not answered.", "Tell the operator."
     ),
 }
+# What is gone for good, what does not exist, what somebody has forbidden; 409 is the rest.
+_STATUS_OF_REFUSAL: Final[Mapping[Refusal, int]] = {
+    Refusal.VERSION_UNKNOWN: 404,
+    Refusal.VERSION_GONE: 410,
+    Refusal.DESTROYED: 410,
+    Refusal.SUSPENDED: 423,
+    Refusal.COMPROMISED: 423,
+    Refusal.BLOCKED: 423,
+}
 _TROUBLES: Final = {
     Trouble.NOT_FOUND: NOT_FOUND,
     Trouble.METHOD: METHOD,
@@ -119,7 +159,8 @@ def row_of(error: ServiceError) -> Row:
     row = _ROWS.get(type(error), _TROUBLES[Trouble.CRASH])
     match error:
         case KeyRefused():
-            return row._replace(code=f"key-{error.why}", detail=f"{error}."[:512])
+            status = _STATUS_OF_REFUSAL.get(error.why, row.status)
+            return row._replace(status=status, code=f"key-{error.why}", detail=f"{error}."[:512])
         case QuotaExceeded():
             return row._replace(
                 detail=f"{error}."[:512], retry_after_s=max(1, -int(-error.retry_after_s // 1))

@@ -8,7 +8,8 @@ import msgspec
 from proxy.encryption_service.dialects import native_bodies as bodies
 
 PREFIX: Final = "/sealgate/v1"
-VERSION: Final = "1.0"
+WELL_KNOWN_KEYS: Final = "/.well-known/jwks.json"
+VERSION: Final = "1.1"
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
 
@@ -63,25 +64,43 @@ JSON_CALLS: Final = {
         bodies.BatchAnswer[bodies.Verified],
     ),
 }
+TENANT_CALLS: Final = {
+    "encrypt": JsonCall(
+        "Encrypt to a ciphertext that names its key, or none: it opens in every environment.",
+        bodies.TenantEncryptRequest,
+        bodies.TenantEncrypted,
+    ),
+    "decrypt": JsonCall(
+        "Decrypt by the key that the ciphertext or the caller names, or by trying all keys.",
+        bodies.TenantDecryptRequest,
+        bodies.TenantDecrypted,
+    ),
+    "token": JsonCall("Issue a session token.", bodies.TokenRequest, bodies.Token),
+    "token/verify": JsonCall(
+        "Verify a session token of any environment.", bodies.TokenVerifyRequest, bodies.TokenVerified
+    ),
+}
 _REFUSALS: Final = {
     "400": "malformed, input-refused",
     "401": "not-authenticated",
     "403": "access-denied; revoked: the enterprise has withdrawn its keys",
-    "404": "key-not-found",
-    "409": "key-...: the key's state; usage-refused",
+    "404": "key-not-found; key-version-unknown: no key of this id",
+    "409": "key-not-active, key-deactivated: not now, or not any more; usage-refused",
+    "410": "key-version-gone, key-destroyed",
     "413": "too-large",
     "415": "unsupported-media-type",
-    "422": "does-not-verify",
+    "422": "does-not-verify; too-many-keys; token-refused",
+    "423": "key-suspended, key-compromised, key-blocked: somebody has forbidden it",
     "429": "quota; Retry-After says when",
     "500": "not-recorded: what cannot be recorded is not answered",
-    "503": "stale: the enterprise's key agent is late; Retry-After",
+    "503": "stale: the enterprise's key agent is late; env-healing: another environment serves; Retry-After",
 }
 
 
 def make_document() -> dict[str, Any]:
     """The whole document."""
     kinds: list[Any] = [bodies.Problem, bodies.KeyList, bodies.KeyDescription, bodies.Status]
-    for call in JSON_CALLS.values():
+    for call in (*JSON_CALLS.values(), *TENANT_CALLS.values()):
         kinds += [kind for kind in call[1:] if kind is not None and kind not in kinds]
     references, components = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     schema = dict(zip(kinds, references, strict=True))
@@ -97,6 +116,15 @@ def make_document() -> dict[str, Any]:
                 schema[call.batch],
                 schema[call.batch_answer],
             )
+    for name, call in TENANT_CALLS.items():
+        operation = _post(
+            f"tenant-{name.replace('/', '-')}", call.summary, schema[call.request], schema[call.answer]
+        )
+        paths[f"{PREFIX}/{name}"] = {"post": operation["post"]}
+    paths[WELL_KNOWN_KEYS] = _key_set("key-set", "The public keys of the tenant's signing keys.")
+    paths[f"{PREFIX}/jwks/{{tenant}}"] = _key_set(
+        "published-key-set", "Those that the tenant lets anybody fetch.", parameters=[_TENANT], security=[]
+    )
     paths[f"{PREFIX}/keys/{{key}}/seal"] = _stream("seal", "Seal a body of any length as an SGT-1 object.")
     paths[f"{PREFIX}/keys/{{key}}/open"] = _stream("open", "Open an SGT-1 object of any length.")
     paths[f"{PREFIX}/keys/{{key}}"] = _get(
@@ -131,6 +159,22 @@ _KEY: Final = {
     "required": True,
     "description": "name of the key",
     "schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$"},
+}
+_TENANT: Final = {
+    "name": "tenant",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$"},
+}
+_KEY_SET: Final = {
+    "type": "object",
+    "required": ["keys"],
+    "properties": {
+        "keys": {
+            "type": "array",
+            "items": {"type": "object", "required": ["kty", "kid", "alg", "use"]},
+        }
+    },
 }
 _NAME: Final = {
     "name": "Sealgate-Name",
@@ -190,4 +234,19 @@ def _get(
     }
     if parameters:
         operation["parameters"] = parameters
+    return operation
+
+
+def _key_set(
+    name: str,
+    summary: str,
+    *,
+    parameters: list[dict[str, Any]] | None = None,
+    security: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    operation = _get(name, summary, _KEY_SET, parameters=parameters)
+    content = operation["get"]["responses"]["200"]["content"]
+    content["application/jwk-set+json"] = content.pop("application/json")
+    if security is not None:
+        operation["get"]["security"] = security
     return operation

@@ -28,6 +28,7 @@ from proxy.encryption_service.errors import (
     Stale,
     TooLarge,
     UsageRefused,
+    Withdrawn,
 )
 from proxy.encryption_service.model import OPERATIONS_OF, NamedKey, Op
 
@@ -86,6 +87,8 @@ def answer_for(
             return errors(403, DENIED, "the key is not for this operation")
         case Revoked():
             return errors(503, "Vault is sealed")
+        case Withdrawn():
+            return errors(503, "this environment is withdrawn; retry: another one serves", retry_after_s=2)
         case Stale():
             return errors(503, "no valid key is here at the moment: the key agent is late; retry")
         case NotRecorded():

@@ -33,6 +33,7 @@ from proxy.encryption_service.errors import (
     Stale,
     TooLarge,
     UsageRefused,
+    Withdrawn,
 )
 from proxy.encryption_service.recording import error_code
 
@@ -88,6 +89,7 @@ ERROR_OF: Final[Mapping[type[SealgateError], ErrorName]] = {
     UsageRefused: ErrorName.INVALID_KEY_USAGE,
     Revoked: ErrorName.INVALID_STATE,
     Stale: ErrorName.DEPENDENCY_TIMEOUT,
+    Withdrawn: ErrorName.DEPENDENCY_TIMEOUT,
     DoesNotVerify: ErrorName.INVALID_CIPHERTEXT,
     TooLarge: ErrorName.UNSUPPORTED,
     InputRefused: ErrorName.VALIDATION,
