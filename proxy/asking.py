@@ -253,7 +253,19 @@ def _outgoing(
         for name, value in source.fields
         if not name.startswith(b":") and name.decode("latin-1").lower() not in dropped
     ]
-    return Outgoing(method=method, target=_path(target), fields=(*theirs, *ours))
+    return Outgoing(method=method, target=_path(target), fields=(*_one_cookie(theirs), *ours))
+
+
+def _one_cookie(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """HTTP/2 cuts Cookie into several fields; HTTP/1 knows one (RFC 9113 8.2.3)."""
+    kept: list[tuple[bytes, bytes]] = []
+    crumbs: list[bytes] = []
+    for name, value in fields:
+        if name.lower() == b"cookie":
+            crumbs.append(value)
+        else:
+            kept.append((name, value))
+    return [*kept, (b"cookie", b"; ".join(crumbs))] if crumbs else kept
 
 
 def _with(outgoing: Outgoing, name: str, value: str) -> Outgoing:

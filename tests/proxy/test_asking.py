@@ -56,6 +56,17 @@ async def test_it_is_asked_as_the_client_without_its_conditions() -> None:
             assert exchange.header(absent) is None
 
 
+async def test_a_cookie_that_http2_has_cut_is_whole_again() -> None:
+    crumbs = ((b"Cookie", b"a=1"), (b"X-Own", b"x"), (b"cookie", b"b=2; c=3"))
+    async with RecordingOrigin().listening() as origin, Asking(ssl.create_default_context()) as asking:
+        origin.reply = Reply(200)
+        async with asking.ask(replace(source(origin.port), fields=crumbs), "GET") as answer:
+            await answer.read(100)
+        (exchange,) = origin.exchanges
+        cookies = [value for name, value in exchange.headers if name.lower() == "cookie"]
+        assert cookies == ["a=1; b=2; c=3"]
+
+
 async def test_a_signer_sees_it_last() -> None:
     seen: list[Outgoing] = []
 
