@@ -73,6 +73,12 @@ class ServiceSet(_Body, frozen=True, forbid_unknown_fields=True):
     rotate_after_days: int | None
 
 
+class EncryptPolicy(_Body, frozen=True, forbid_unknown_fields=True):
+    policy: str
+    key: str | None = None
+    home: str | None = None
+
+
 class Reason(_Body, frozen=True, forbid_unknown_fields=True):
     reason: str | None = None
 
@@ -328,6 +334,15 @@ ROUTES: Final = (
         EnvRetire,
         "It is none of them any more",
     ),
+    Route(
+        "env_policy",
+        "GET",
+        "/v1/services/{service}/policy",
+        Nothing,
+        "Which environment's key seals",
+        changes=False,
+    ),
+    Route("env_policy_set", "PUT", "/v1/services/{service}/policy", EncryptPolicy, "Choose which one seals"),
     Route("env_promotion", "GET", "/v1/environments/own/promotion", Nothing, "What is to be signed"),
     Route("env_promote", "POST", "/v1/environments/own/promote", Promotion, "This agent becomes the manager"),
     Route("proxy_remove", "POST", "/v1/proxies/{proxy}/remove", Nothing, "Withdraw everything from a proxy"),

@@ -24,6 +24,7 @@ from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, ch
 from key_agent.backup import RESERVED_SERVICE, BackupCommands
 from key_agent.commands import DELIVERY_PATIENCE_S, Json
 from key_agent.environments.incident_commands import IncidentCommands
+from key_agent.environments.policy_commands import PolicyCommands
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
 from key_agent.kek_rotation import KekRotation, give_up
@@ -46,7 +47,7 @@ _WITHDRAWAL_PATIENCE_S: Final = 8.0
 _LOOK_S: Final = 0.1
 
 
-class Operations(KeyCommands, BackupCommands, IncidentCommands):
+class Operations(KeyCommands, BackupCommands, IncidentCommands, PolicyCommands):
     # The KEK.
 
     async def kek_create(

@@ -144,6 +144,30 @@ def status(context: typer.Context, environment: EnvironmentName) -> None:
     )
 
 
+@environment_app.command("policy")
+def policy(
+    context: typer.Context,
+    service: Annotated[str, typer.Argument(metavar="SERVICE", help="`service` or `tenant/service`.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[own|origin|pinned]", help="Without it: show what is set.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="pinned: the id of an active key of this service.")] = None,
+    home: Annotated[
+        str | None, typer.Option(help="origin: the environment. Default: the tenant's first.")
+    ] = None,
+) -> None:
+    """Which key seals: each environment's own, that of the home environment, or a named one."""
+    if name is None:
+        if key is not None or home is not None:
+            raise CommandError(
+                "--key and --home are for a policy", "name it: own, origin or pinned", ExitCode.USAGE
+            )
+        data = perform(context.obj, "env_policy", service=service)
+    else:
+        data = perform(context.obj, "env_policy_set", service=service, policy=name, key=key, home=home)
+    show(context, data, _policy_text)
+
+
 @environment_app.command("drain")
 def drain(context: typer.Context, environment: EnvironmentName, reason: ReasonText = None) -> None:
     """It finishes what it has begun and opens objects, and gets no new work."""
@@ -264,6 +288,21 @@ def _read_promotion(file: Path) -> tuple[dict[str, Any], ApprovalBody]:
 
 def _changed_text(data: Any) -> str:
     return "\n".join(line for line in (f"{data['environment']}: {data['state']}", _spread_text(data)) if line)
+
+
+def _policy_text(data: Any) -> str:
+    which = {
+        "own": "each environment seals with its own key",
+        "origin": f"the key of {data['home_environment'] or 'the first environment'} seals everywhere",
+        "pinned": f"key {data['pinned_key']} seals everywhere",
+    }
+    lines = [f"{data['service']}: {which[data['policy']]}"]
+    for ring in data["rings"]:
+        use = ring["algorithm"] or ring["use"]
+        for one in ring["keys"]:
+            key = "no active key" if one["key"] is None else f"{one['key']} of {one['owner']}"
+            lines.append(f"  {one['environment']}  {use}  {key}")
+    return "\n".join([*lines, *filter(None, [_spread_text(data) if "spread" in data else ""])])
 
 
 def _spread_text(data: Any) -> str:

@@ -29,9 +29,9 @@ def present(
         if key.state is KeyState.ACTIVE:
             active.setdefault(key.ring, {})[key.owner_environment] = key.key_id
     for by_owner in active.values():
-        chosen = _choose(shared, environment, service, by_owner)
+        sealing = chosen(shared, environment, service, by_owner)
         for key_id in by_owner.values():
-            if key_id != chosen:
+            if key_id != sealing:
                 states[key_id] = KeyState.DEACTIVATED
     return states
 
@@ -51,7 +51,11 @@ def rescued(shared: Shared, states: Mapping[str, KeyState], *, now_ms: int) -> M
     return found
 
 
-def _choose(shared: Shared, environment: str, service: str, by_owner: Mapping[str, str]) -> str:
+def chosen(shared: Shared, environment: str, service: str, by_owner: Mapping[str, str]) -> str:
+    """The one of a ring's active keys, at least one, that *environment* seals *service* with (rules 1, 3).
+
+    *by_owner*: their ids by the environment that owns each.
+    """
     body = shared.services.get(service)
     home = shared.tenant.home_environment if shared.tenant is not None else environment
     if (
