@@ -225,6 +225,8 @@ class Scripted:
     asked: list[bytes] = field(default_factory=list)
     completions: list[Callable[[web.Request], Awaitable[web.StreamResponse]]] = field(default_factory=list)
     part_status: int = 200
+    aborts: list[tuple[int, bytes]] = field(default_factory=list)
+    """What to answer to each, in turn."""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         number = request.query.get("partNumber")
@@ -240,7 +242,8 @@ class Scripted:
         if request.method == "GET" and "uploadId" in request.query:
             return web.Response(body=b"<ListPartsResult/>")
         if request.method == "DELETE":
-            return web.Response(status=204)
+            status, body = self.aborts.pop(0)
+            return web.Response(status=status, body=body, content_type="application/xml")
         return web.Response(status=404, body=b"<Error><Code>NoSuchKey</Code></Error>")
 
     def assembled(self) -> bytes:
@@ -329,6 +332,79 @@ async def test_a_completion_that_was_refused_is_made_anew(tmp_path: Path) -> Non
         before = service.parts[1]
         assert await boto3(way, COMPLETE_ONE, upload="u", tag=tag) == '"0123456789abcdef0123456789abcdef-2"'
         assert service.parts[1] != before
+        assert place.opened(service.assembled()) == secret
+
+
+GONE = b"<Error><Code>NoSuchUpload</Code></Error>"
+DENIED = b"<Error><Code>AccessDenied</Code></Error>"
+NO_BUCKET = b"<Error><Code>NoSuchBucket</Code></Error>"
+DONE = '"0123456789abcdef0123456789abcdef-2"'
+ABORT = """
+out = [told(lambda: s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId='u')) and None
+       for bucket, key in given['objects']]
+"""
+
+
+async def test_who_names_an_upload_does_not_end_it(tmp_path: Path) -> None:
+    """As one of another object, or without the right to end it."""
+    async with scripted(tmp_path) as (place, service):
+        way, secret = place.ways["reverse"], os.urandom(1000)
+        tag = await boto3(way, UPLOAD_ONE, upload="u", body=text(secret))
+        attempts = [
+            ("bucket", "other", 404, GONE),
+            ("another", "key", 404, GONE),
+            ("bucket", "other", 204, b""),
+            ("bucket", "key", 403, DENIED),
+            ("bucket", "key", 404, NO_BUCKET),
+            ("bucket", "key", 404, b"<html>NoSuchUpload</html>"),
+            ("bucket", "key", 500, GONE),
+        ]
+        service.aborts = [attempt[2:] for attempt in attempts]
+        await boto3(way, ABORT, objects=[attempt[:2] for attempt in attempts])
+        assert service.aborts == []
+        service.completions = [answering(200, RESULT)]
+        assert await boto3(way, COMPLETE_ONE, upload="u", tag=tag) == DONE
+        assert place.opened(service.assembled()) == secret
+
+
+async def test_an_upload_that_is_no_more_is_forgotten(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as (place, service):
+        way = place.ways["reverse"]
+        for answer in ((204, b""), (404, GONE)):
+            tag = await boto3(way, UPLOAD_ONE, upload="u", body=text(b"x" * 1000))
+            service.aborts = [answer]
+            code = f"{ABORT}\n{COMPLETE_ONE}"
+            told = await boto3(way, code, upload="u", tag=tag, objects=[("bucket", "key")])
+            assert told == [400, "InvalidPart", "part-unknown"]
+        assert service.asked == []
+
+
+async def test_who_may_not_complete_an_upload_does_not_keep_others_from_it(tmp_path: Path) -> None:
+    """A client got no answer; strangers ask the same; then the client asks again."""
+    async with scripted(tmp_path) as (place, service):
+        way, secret = place.ways["reverse"], os.urandom(1000)
+        tag = await boto3(way, UPLOAD_ONE, upload="u", body=text(secret))
+        service.completions = [
+            answering(503, FAILED),
+            answering(403, DENIED),
+            answering(404, NO_BUCKET),
+            answering(200, RESULT),
+            answering(404, GONE),
+            answering(200, RESULT),
+        ]
+        code = "out = [told(lambda: complete([(1, given['tag'])])) for _ in range(6)]"
+        answers = await boto3(way, code, upload="u", tag=tag)
+        assert [answer if answer == DONE else answer[0] for answer in answers] == [
+            503,
+            403,
+            404,
+            DONE,
+            404,
+            DONE,
+        ]
+        assert len(set(service.asked)) == 1, (
+            "the manifest went up once; and done is done, whatever comes then"
+        )
         assert place.opened(service.assembled()) == secret
 
 

@@ -21,7 +21,8 @@ from typing import Final
 
 from proxy import refusals, sigv4
 from proxy.message import RequestHead
-from proxy.profiles.s3.addressing import parameters
+from proxy.profiles.s3.addressing import names_twice, parameters
+from proxy.profiles.s3.options import Anonymous, S3Options, UnknownKeys
 from proxy.refusals import RefusedError
 from proxy.sigv4 import Headers, Scope
 from proxy.vault.model import Secrets, UpstreamCredential
@@ -89,6 +90,15 @@ class _Claim:
     presigned: bool
     payload: str | None
     expires_s: int | None = None
+
+
+def admit(standing: Standing, options: S3Options) -> None:
+    """RefusedError for whom the service's options keep out."""
+    match standing:
+        case Standing.UNJUDGED if options.unknown_keys is UnknownKeys.REFUSE:
+            raise RefusedError(refusals.ACCESS_KEY_UNKNOWN)
+        case Standing.ANONYMOUS if options.anonymous is Anonymous.REFUSE:
+            raise RefusedError(refusals.ANONYMOUS)
 
 
 def authenticate(
@@ -183,7 +193,7 @@ def _query_claim(query: Mapping[str, str], head: RequestHead) -> _Claim:
     expires = re.fullmatch(r"[0-9]{1,7}", query.get("x-amz-expires", ""))
     if credential is None or signed is None or signature is None or expires is None:
         raise RefusedError(refusals.AUTHORIZATION_MALFORMED)
-    if not 1 <= int(expires[0]) <= MAX_EXPIRES_S or _comes_twice(head.target):
+    if not 1 <= int(expires[0]) <= MAX_EXPIRES_S or names_twice(head.target):
         raise RefusedError(refusals.AUTHORIZATION_MALFORMED)
     return _Claim(
         access_key=credential["key"],
@@ -195,13 +205,6 @@ def _query_claim(query: Mapping[str, str], head: RequestHead) -> _Claim:
         payload=query.get("x-amz-content-sha256") or head.fields.sole("x-amz-content-sha256"),
         expires_s=int(expires[0]),
     )
-
-
-def _comes_twice(target: str) -> bool:
-    """Whether a parameter of the signature is given twice: we and the service might read different ones."""
-    names = [part.partition("=")[0].lower() for part in target.partition("?")[2].split("&")]
-    ours = [name for name in names if name.startswith("x-amz-")]
-    return len(set(ours)) < len(ours)
 
 
 def _parameter(head: RequestHead, name: str) -> str | None:

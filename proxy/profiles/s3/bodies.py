@@ -26,6 +26,7 @@ from proxy.profiles.s3.addressing import parameters
 from proxy.profiles.s3.authentication import UNSIGNED, Authenticated, ChunkKey, Standing
 from proxy.profiles.s3.aws_chunked import AwsChunked
 from proxy.profiles.s3.call import Content
+from proxy.profiles.s3.hoisted import hoisted
 from proxy.refusals import Refusal, RefusedError
 
 CODING: Final = "aws-chunked"
@@ -66,8 +67,6 @@ class Incoming:
     content: Content
     edits: Edits
     """Of the head, for another body in place of this one; its length is not among them."""
-    target: str | None
-    """Where the query named a checksum: the target without it."""
 
 
 class CheckedBody:
@@ -107,8 +106,8 @@ def read_head(request: Request, authenticated: Authenticated) -> Incoming:
     codings = fields.tokens("content-encoding")
     is_coded = payload.startswith(_STREAMING) or CODING in codings or "x-amz-decoded-content-length" in fields
     plain_bytes = _decoded_length(fields) if is_coded else _length(request)
-    hoisted = _hoisted(request.head.target)
-    expected = tuple(dict.fromkeys(_all_expected(fields, hoisted, payload)))
+    in_query = hoisted(parameters(request.head.target))
+    expected = tuple(dict.fromkeys(_all_expected(fields, in_query, payload)))
     announced = _announced(fields, payload) if is_coded else frozenset[str]()
     key = _chunk_key(payload, authenticated) if is_coded else None
     edits = request.edits.also(drop={*GONE, *(name for name in fields if name.startswith(_PREFIX))})
@@ -126,7 +125,6 @@ def read_head(request: Request, authenticated: Authenticated) -> Incoming:
             sent_bytes=request.frame.length_bytes,
         ),
         edits=without_coding(edits, fields) if CODING in codings else edits,
-        target=_without_hoisted(request.head.target) if hoisted else None,
     )
 
 
@@ -209,7 +207,7 @@ def _algorithm(name: str) -> str:
     return algorithm
 
 
-def _all_expected(fields: Fields, hoisted: dict[str, str], payload: str) -> Iterator[Expected]:
+def _all_expected(fields: Fields, in_query: dict[str, str], payload: str) -> Iterator[Expected]:
     for value in fields.all("content-md5"):
         yield Expected("md5", _decoded("md5", value), refusals.BAD_DIGEST)
     if _HEX_SHA256.fullmatch(payload):
@@ -220,7 +218,7 @@ def _all_expected(fields: Fields, hoisted: dict[str, str], payload: str) -> Iter
         if _is_value(name):
             for value in fields.all(name):
                 yield _expected(name, value)
-    for name, value in hoisted.items():
+    for name, value in in_query.items():
         if _is_value(name):
             yield _expected(name, value)
 
@@ -242,19 +240,3 @@ def _decoded(algorithm: str, text: str) -> bytes:
     if len(value) != CHECKSUMS[algorithm][1]:
         raise RefusedError(refusals.INVALID_DIGEST)
     return value
-
-
-def _is_hoisted(name: str) -> bool:
-    return name.startswith(_PREFIX) or name == "x-amz-sdk-checksum-algorithm"
-
-
-def _hoisted(target: str) -> dict[str, str]:
-    """What a presigner moved from headers into the query, of checksums."""
-    found = {name.lower(): value for name, value in parameters(target).items()}
-    return {name: value for name, value in found.items() if _is_hoisted(name)}
-
-
-def _without_hoisted(target: str) -> str:
-    path, _, query = target.partition("?")
-    kept = [part for part in query.split("&") if not _is_hoisted(part.partition("=")[0].lower())]
-    return f"{path}?{'&'.join(kept)}" if kept else path

@@ -32,7 +32,6 @@ from proxy.plan import (
     Forward,
     Inspected,
     MapBody,
-    PartOf,
     Pass,
     Proceed,
     Reply,
@@ -46,7 +45,7 @@ from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_wit
 from proxy.profiles.s3.documents import ResultMapper, elements_of, root_of
 from proxy.profiles.s3.multipart import check_part_number, completion_document
 from proxy.profiles.s3.signing import Resigner
-from proxy.profiles.s3.uploading import tag_of, upload_of
+from proxy.profiles.s3.uploading import part_of, tag_of, upload_of
 from proxy.refusals import RefusedError
 from proxy.uploads import KeptPart
 
@@ -314,8 +313,7 @@ async def _copy_part(talk: Conversation, call: Call, ways: _Ways) -> Decision:
         if wanted is not None and (wanted.last or 0) >= opened.object_bytes:
             raise RefusedError(refusals.RANGE_NOT_SATISFIABLE)
         number = check_part_number(call.parameters["partNumber"], opened.plain_bytes, call.rules)
-        part_of = PartOf(upload_ref=upload.ref, number=number)
-        sealing = await talk.sealing(opened.pieces, opened.plain_bytes, part=part_of)
+        sealing = await talk.sealing(opened.pieces, opened.plain_bytes, part=part_of(call, number))
         held: bytes | None = None
         body: bytes | AsyncIterator[bytes] = aiter(sealing)
         if call.rules.is_held(opened.plain_bytes):

@@ -81,6 +81,18 @@ def root_of(document: bytes) -> str:
     return elements_of(document)[-1].path[0]
 
 
+def error_code(document: bytes) -> str | None:
+    """The code of a service's `Error`; None for anything else."""
+    try:
+        elements = elements_of(document)
+    except RefusedError:
+        return None
+    for element in elements:
+        if element.path == ("Error", "Code") and element.text is not None:
+            return element.text.strip()
+    return None
+
+
 class _Reader:
     def __init__(self, document: bytes) -> None:
         self.found: list[Element] = []

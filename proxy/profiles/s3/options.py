@@ -5,6 +5,7 @@ from typing import Annotated, override
 
 import msgspec
 
+from proxy.plan import Request
 from proxy.profile_options import ProfileOptions
 
 
@@ -33,12 +34,14 @@ class S3Options(ProfileOptions, frozen=True, kw_only=True):
     virtual_hosts: bool = True
     """Forward mode: hosts `<bucket>.<upstream host>` belong to the service, too."""
     hosts: tuple[Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9.-]{1,253}$")], ...] = ()
-    """Reverse mode: names of this proxy before which clients put a bucket."""
+    """Reverse mode: names of this proxy, besides `reverse_names`. A bucket may stand before each."""
     unknown_keys: UnknownKeys = UnknownKeys.UNCHANGED
     anonymous: Anonymous = Anonymous.ALLOW
     region: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     """To sign for; none: the client's."""
     metadata_digests: MetadataDigests = MetadataDigests.STRIP
+    folder_markers: bool = True
+    """Names that end in a slash: 0 bytes that are not sealed are read as an empty object."""
     trailing_checksums: bool = False
     """Send a checksum of the ciphertext behind every PutObject: for buckets whose settings lock objects."""
     min_part_bytes: Annotated[int, msgspec.Meta(ge=1, le=5 << 30)] = 5 << 20
@@ -49,3 +52,9 @@ class S3Options(ProfileOptions, frozen=True, kw_only=True):
     @override
     def has_subdomains(self) -> bool:
         return self.virtual_hosts
+
+
+def options_of(request: Request) -> S3Options:
+    """Of the service that *request* goes to."""
+    options = request.options
+    return options if isinstance(options, S3Options) else S3Options()

@@ -29,6 +29,7 @@ from proxy.plan import (
     RequestPlan,
     StoredKind,
 )
+from proxy.profiles.s3.addressing import without_parameters
 from proxy.profiles.s3.call import Call, reply_of
 from proxy.refusals import RefusedError
 
@@ -73,11 +74,7 @@ def plan_read_part(call: Call) -> RequestPlan:
 
 def without_number(target: str) -> str:
     """*target* without the parameter, every other byte as it was."""
-    path, mark, query = target.partition("?")
-    if not mark:
-        return target
-    kept = [item for item in query.split("&") if item.partition("=")[0] != _PARAMETER]
-    return f"{path}?{'&'.join(kept)}" if kept else path
+    return without_parameters(target, lambda name: name == _PARAMETER)
 
 
 async def _read_part(talk: Conversation, call: Call, edits: Edits, number: int) -> Decision:

@@ -6,10 +6,11 @@
 2. `content-length-range` is about what the client sends. It is judged on the plaintext, which the form's
    length tells, and is put in terms of stored bytes for the service; then the policy is signed again. A
    policy that needs no change goes as it came, byte for byte.
-3. A policy signed with an access key that is not in the vault goes as it came, too; the service judges all of
-   it, and its range by stored bytes.
+3. A policy signed with an access key that is not in the vault goes as it came, too, where the service's
+   options let it; the service judges all of it, and its range by stored bytes. So does a form without one.
 4. The file is the last part, as S3 has it: what stands behind it is refused, not ignored. Fields with
-   checksums are refused: they would be stored with, or compared to, ciphertext.
+   checksums are refused: they would be stored with, or compared to, ciphertext; so is client metadata that
+   is a digest by its name, unless it is to be kept (no field can be taken out of a signed form).
 """
 
 import base64
@@ -25,7 +26,7 @@ from typing import Any, Final
 
 from envelope.objects import PLAIN_LIMIT, sealed_length
 from proxy import refusals, sigv4
-from proxy.message import AnswerHead
+from proxy.message import AnswerHead, Fields, digest_fields
 from proxy.multipart_form import (
     Collect,
     FormPart,
@@ -46,9 +47,11 @@ from proxy.plan import (
     RequestPlan,
     Reshape,
 )
-from proxy.profiles.s3.authentication import SERVICE
+from proxy.profiles.s3.authentication import SERVICE, Standing, admit
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call
 from proxy.profiles.s3.documents import map_result
+from proxy.profiles.s3.hoisted import is_checksum
+from proxy.profiles.s3.options import MetadataDigests, options_of
 from proxy.refusals import RefusedError
 from proxy.sigv4 import Scope
 from proxy.vault.model import UpstreamCredential
@@ -57,6 +60,7 @@ MAX_FIELDS_BYTES: Final = 128 * 1024
 MAX_POLICY_BYTES: Final = 64 * 1024
 _FILE: Final = "file"
 _RANGE: Final = "content-length-range"
+_META: Final = "x-amz-meta-"
 _CREDENTIAL: Final = re.compile(
     r"(?P<key>[!-+\--.0-~]{1,128})/(?P<day>[0-9]{8})/(?P<region>[A-Za-z0-9_-]{1,64})/s3/aws4_request"
 )
@@ -141,9 +145,15 @@ class FormUpload:
             raise RefusedError(refusals.BAD_MESSAGE)
         if name == _FILE:
             return self._file(part)
-        if part.is_file or name.startswith("x-amz-checksum") or name == "content-md5":
+        if part.is_file or self._is_digest(name):
             raise RefusedError(refusals.UNKNOWN_ROUTE)
         return Collect(function=lambda value: self._collected(name, value))
+
+    def _is_digest(self, name: str) -> bool:
+        if name.startswith(_META):
+            keeps = options_of(self._request).metadata_digests is MetadataDigests.KEEP
+            return not keeps and bool(digest_fields(Fields([(name.encode(), b"")])))
+        return is_checksum(name) or name == "content-md5"
 
     def _collected(self, name: str, value: bytes) -> bytes:
         self._fields[name] = value
@@ -186,7 +196,8 @@ def judged(fields: Mapping[str, bytes], request: Request, plain_bytes: int) -> d
     if "policy" not in fields:
         if "x-amz-signature" in fields:
             raise RefusedError(refusals.AUTHORIZATION_MALFORMED)
-        return {}  # an anonymous form
+        admit(Standing.ANONYMOUS, options_of(request))
+        return {}
     document = _document(fields["policy"])
     signed = _verified(fields, request)
     limits = [_limits(item) for item in document["conditions"] if _is_range(item)]
@@ -215,6 +226,7 @@ def _verified(fields: Mapping[str, bytes], request: Request) -> _Signed | None:
         raise RefusedError(refusals.AUTHORIZATION_MALFORMED)
     entry = request.service.credentials.get(claim["key"])
     if entry is None:
+        admit(Standing.UNJUDGED, options_of(request))
         return None
     if "x-amz-security-token" in fields:
         raise RefusedError(refusals.SESSION_TOKEN)

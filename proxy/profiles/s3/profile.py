@@ -10,7 +10,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Final, override
 from urllib.parse import urlsplit
@@ -53,15 +53,23 @@ from proxy.profiles.s3 import (
     trailed,
     uploading,
 )
-from proxy.profiles.s3.addressing import Address, address_of, parameters
-from proxy.profiles.s3.authentication import Authenticated, Standing, authenticate
+from proxy.profiles.s3.addressing import (
+    Address,
+    address_of,
+    is_of_hosts,
+    is_of_listener,
+    names_twice,
+    parameters,
+)
+from proxy.profiles.s3.authentication import Authenticated, Standing, admit, authenticate
 from proxy.profiles.s3.bodies import CODING, GONE, Incoming, read_document, read_head, without_coding
 from proxy.profiles.s3.call import Call
+from proxy.profiles.s3.hoisted import gone_of, hoisted
 from proxy.profiles.s3.multipart import PartRules
-from proxy.profiles.s3.options import Anonymous, MetadataDigests, S3Options, UnknownKeys
+from proxy.profiles.s3.options import MetadataDigests, S3Options, options_of
 from proxy.profiles.s3.routes import Kind, find_operation
 from proxy.profiles.s3.signing import Resigner, Unchanged
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 3 * 1024 * 1024
@@ -167,26 +175,30 @@ class S3Profile(Profile):
 
     @override
     def plan(self, request: Request) -> RequestPlan:
-        head, frame, options = request.head, request.frame, _options(request)
+        head, frame, options = request.head, request.frame, options_of(request)
+        if not _is_known(request, options):
+            return Refuse(refusal=refusals.UNKNOWN_HOST)
         address = address_of(head.target, head.host, _hosts(request, options))
         if head.method == "OPTIONS":
             nobody = Authenticated(standing=Standing.ANONYMOUS)
             return _preflight(request, self._signer(request, nobody, address, options))
         authenticated = authenticate(head, request.service.credentials, now_s=request.now_s)
-        _admit(authenticated, options)
         if not address.virtual_host and "%2f" in address.bucket.lower():
             return Refuse(
                 refusal=refusals.BAD_MESSAGE
             )  # some services take what follows for an object's name
-        if _drops_what_is_signed(head, authenticated):
+        if _drops_what_is_signed(head, authenticated) or names_twice(head.target):
             return Refuse(refusal=refusals.BAD_MESSAGE)
         given = parameters(head.target)
         operation = find_operation(head.method, address.level, given, frozenset(head.fields))
+        if operation is None or operation.kind is not Kind.FORM:
+            admit(authenticated.standing, options)  # who sends a form has signed the form
         if operation is None or operation.kind is Kind.REFUSE:
             return Refuse(refusal=refusals.UNKNOWN_ROUTE)
         if frame.is_declared and operation.kind not in _CONTENT | _DOCUMENTS:
             return Refuse(refusal=refusals.UNKNOWN_ROUTE)
-        sign = self._signer(request, authenticated, address, options)
+        gone = _gone(given, operation.kind, authenticated, options)
+        sign = self._signer(request, authenticated, address, options, gone)
         edits = _with_conditions(request.edits, head)
         if options.metadata_digests is MetadataDigests.KEEP:
             edits = _with_metadata(edits, head)
@@ -228,7 +240,12 @@ class S3Profile(Profile):
         return planner(call) if planner is not None else Refuse(refusal=refusals.UNKNOWN_ROUTE)
 
     def _signer(
-        self, request: Request, authenticated: Authenticated, address: Address, options: S3Options
+        self,
+        request: Request,
+        authenticated: Authenticated,
+        address: Address,
+        options: S3Options,
+        gone: frozenset[str] = frozenset(),
     ) -> Signer:
         host = host_field(request.service)
         if authenticated.standing is Standing.VERIFIED:
@@ -238,8 +255,11 @@ class S3Profile(Profile):
                 host=host,
                 region=options.region,
                 wall_s=self._clock.wall_s,
+                gone=gone,
             )
-        return Unchanged(authenticated=authenticated, head=request.head, address=address, host=host)
+        return Unchanged(
+            authenticated=authenticated, head=request.head, address=address, host=host, gone=gone
+        )
 
     @override
     def plan_answer(
@@ -262,7 +282,7 @@ class S3Profile(Profile):
                 proposed = post_form.plan_posted(request, answer, proposed)
         if isinstance(proposed, Refuse):
             return proposed
-        return replace(proposed, edits=_answer_edits(proposed.edits, answer, _options(request)))
+        return replace(proposed, edits=_answer_edits(proposed.edits, answer, options_of(request)))
 
     @override
     def may_be_composite(self, request: Request, answer: AnswerHead) -> bool:
@@ -276,25 +296,35 @@ class S3Profile(Profile):
 # ---- who
 
 
-def _options(request: Request) -> S3Options:
-    options = request.options
-    return options if isinstance(options, S3Options) else S3Options()
+def _is_known(request: Request, options: S3Options) -> bool:
+    """Whether the host that the client names, and has signed, is one of this service here.
 
-
-def _admit(authenticated: Authenticated, options: S3Options) -> None:
-    """RefusedError for whom the service's options keep out."""
-    match authenticated.standing:
-        case Standing.UNJUDGED if options.unknown_keys is UnknownKeys.REFUSE:
-            raise RefusedError(refusals.ACCESS_KEY_UNKNOWN)
-        case Standing.ANONYMOUS if options.anonymous is Anonymous.REFUSE:
-            raise RefusedError(refusals.ANONYMOUS)
+    Forward mode has compared it already (routing.py).
+    """
+    host = request.head.host
+    if request.route.mode is Mode.FORWARD or is_of_hosts(host, _hosts(request, options)):
+        return True
+    listen = request.service.reverse_listen
+    return listen is not None and is_of_listener(host, listen.host)
 
 
 def _hosts(request: Request, options: S3Options) -> list[str]:
     """Names before which a bucket may stand."""
+    own = request.service.upstream.host
     if request.route.mode is Mode.FORWARD:
-        return [request.service.upstream.host] if options.virtual_hosts else []
-    return [*options.hosts, *request.service.reverse_names]
+        return [own] if options.virtual_hosts else []
+    return [*options.hosts, *request.service.reverse_names, own]
+
+
+def _gone(
+    given: Mapping[str, str], kind: Kind, authenticated: Authenticated, options: S3Options
+) -> frozenset[str]:
+    """Parameters that do not go up (hoisted.py). RefusedError."""
+    keeps = options.metadata_digests is MetadataDigests.KEEP
+    gone = gone_of(hoisted(given), kind, keeps_metadata=keeps)
+    if authenticated.standing is Standing.UNJUDGED and kind not in _CONTENT:
+        return frozenset()  # it may be signed, and there is no content that it could tell of
+    return gone
 
 
 # ---- requests
@@ -326,7 +356,6 @@ def _write(incoming: Incoming, sign: Signer) -> RequestPlan:
     length = sealed_length(incoming.content.plain_bytes or 0)
     return Seal(
         edits=incoming.edits.also(drop=_RANGES, put=(("content-length", str(length)),)),
-        target=incoming.target,
         sign=sign,
         plain_bytes=incoming.content.plain_bytes,
         empty=EmptyBody.SEAL,
@@ -427,7 +456,13 @@ def _leads_elsewhere(answer: AnswerHead, request: Request) -> bool:
 
 
 def _folder_marker(request: Request, plan: Going, answer: AnswerHead) -> AnswerPlan | None:
-    """An empty object whose key ends with a slash: consoles make them, and there is nothing to open in it."""
+    """An empty object whose key ends with a slash: consoles make them, and there is nothing to open in it.
+
+    What it says of itself (metadata, type) passes as for any other object. But a service that lies can show a
+    sealed object of such a name as an empty one: the option `folder_markers` ends that.
+    """
+    if not options_of(request).folder_markers:
+        return None
     is_read = isinstance(plan, Open | OpenRange | HeadSize)
     is_marker = request.head.target.partition("?")[0].endswith("/")
     if not (is_read and is_marker and 200 <= answer.status < 300):
@@ -435,4 +470,4 @@ def _folder_marker(request: Request, plan: Going, answer: AnswerHead) -> AnswerP
     if answer.fields.sole("content-length") != "0":
         return None
     edits = Edits(drop=digest_fields(answer.fields).union({"alt-svc", "sealgate-error", "trailer"}))
-    return Pass(edits=_answer_edits(edits, answer, _options(request)))
+    return Pass(edits=_answer_edits(edits, answer, options_of(request)))

@@ -5,20 +5,21 @@
 2. The body is not signed (`UNSIGNED-PAYLOAD`): it is sealed, authenticated by its seal, and goes by TLS. A
    request without a body signs that.
 3. What the client signed with goes: Authorization, the parameters of a presigned URL, its dates, its words
-   for the body. Every `x-amz-*` header that stays is signed.
+   for the body; so do parameters that stand for header fields and do not go up (hoisted.py). Every
+   `x-amz-*` header that stays is signed.
 4. Without a secret nothing may change that the client has signed: method, path, query, Host, signed headers,
    and the body unless it was said not to be signed. It is compared here, and refused if it differs.
 5. The host is the service's, with the bucket before it where the client had it there.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from proxy import refusals, sigv4
 from proxy.asking import Outgoing
 from proxy.message import Fields, RequestHead
-from proxy.profiles.s3.addressing import Address
+from proxy.profiles.s3.addressing import Address, without_parameters
 from proxy.profiles.s3.authentication import SERVICE, UNSIGNED, Authenticated, signing_headers
 from proxy.profiles.s3.routes import is_authentication
 from proxy.refusals import RefusedError
@@ -54,13 +55,15 @@ class Resigner:
     wall_s: Callable[[], float]
     payload: str | None = None
     """What is said of the body; None: that it is not signed, or that there is none."""
+    gone: frozenset[str] = frozenset()
+    """Parameters, decoded and in lower case, that do not go up."""
 
     def __call__(self, outgoing: Outgoing) -> Outgoing:
         """RefusedError(CANNOT_SIGN) if there is nothing to sign with."""
         credential, secrets = self.authenticated.credential, self.authenticated.secrets
         if credential is None or secrets is None:
             raise RefusedError(refusals.CANNOT_SIGN)
-        path, mark, query = without_authentication(outgoing.target).partition("?")
+        path, mark, query = without_authentication(outgoing.target, self.gone).partition("?")
         gone = _REPLACED if self.payload is None else _REPLACED - _FRAMING
         kept = [item for item in outgoing.fields if item[0].decode("latin-1").lower() not in gone]
         amz_date = sigv4.amz_date(self.wall_s())
@@ -104,12 +107,17 @@ class Unchanged:
     host: str
     same_body: bool = False
     """Whether the body that leaves is the one that came."""
+    gone: frozenset[str] = frozenset()
+    """Parameters, decoded and in lower case, that do not go up."""
 
     def __call__(self, outgoing: Outgoing) -> Outgoing:
         """RefusedError(CANNOT_SIGN) if something differs that was signed."""
         host = upstream_host(self.address, self.host)
         fields = tuple(item for item in outgoing.fields if item[0].lower() != b"host")
         fields = (*fields, (b"Host", host.encode()))
+        if self.gone:
+            target = without_parameters(outgoing.target, lambda name: name.lower() in self.gone)
+            outgoing = replace(outgoing, target=target)
         if self.authenticated.signed_headers:
             self._compare(outgoing, _headers(fields))
         return Outgoing(method=outgoing.method, target=outgoing.target, fields=fields)
@@ -128,13 +136,9 @@ def upstream_host(address: Address, host: str) -> str:
     return f"{address.bucket}.{host}" if address.virtual_host else host
 
 
-def without_authentication(target: str) -> str:
-    """*target* without the parameters of a presigned URL, every other byte as it was."""
-    path, mark, query = target.partition("?")
-    if not mark:
-        return target
-    kept = [part for part in query.split("&") if not is_authentication(part.partition("=")[0])]
-    return f"{path}?{'&'.join(kept)}" if kept else path
+def without_authentication(target: str, gone: frozenset[str] = frozenset()) -> str:
+    """*target* without the parameters of a presigned URL and those *gone*, every other byte as it was."""
+    return without_parameters(target, lambda name: is_authentication(name) or name.lower() in gone)
 
 
 def _is_signed(name: str) -> bool:

@@ -49,7 +49,6 @@ def plan_trailed(incoming: Incoming, fields: Fields, edits: Edits) -> Reshape:
                 ("x-amz-trailer", _TRAILER),
             )
         ),
-        target=incoming.target,
         make=make,
     )
 

@@ -7,12 +7,16 @@
 3. The service's answer to a completion decides: a document that is no error ends the upload here. It may
    come late, behind white space, and be an error though its status is 200.
 4. A part that only we know of is in no list.
+5. What is remembered belongs to an upload of one object. Who names the upload and another object, or whom the
+   service refuses, changes nothing of it: it is forgotten when the service says that it is no more.
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Final
+from urllib.parse import unquote
 
-from envelope.multipart import Part, upload_ref
+from envelope.multipart import UPLOAD_REF_SIZE, Part, upload_ref
 from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.asking import ServiceAnswer
@@ -40,7 +44,7 @@ from proxy.plan import (
 )
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_with_body
-from proxy.profiles.s3.documents import ResultMapper, map_parts
+from proxy.profiles.s3.documents import ResultMapper, error_code, map_parts
 from proxy.profiles.s3.multipart import (
     MAX_COMPLETION_BYTES,
     ListedPart,
@@ -59,11 +63,24 @@ _CHECKSUM: Final = "x-amz-checksum-"
 _ERROR: Final = "Error"
 _FRAMING_BYTES: Final = 64 * 1024
 _MAX_SIZE_DIGITS: Final = 15
+# Codes of a service whose answer ends what it was asked: the same would be refused again.
+_ENDING: Final = frozenset(
+    {"EntityTooSmall", "InvalidPart", "InvalidPartOrder", "InvalidRequest", "MalformedXML", "NoSuchUpload"}
+)
+_NO_UPLOAD: Final = "NoSuchUpload"
 
 
 def upload_of(call: Call) -> Upload:
-    """The upload that a request names."""
-    return Upload(call.request.service.owner, upload_ref(call.parameters["uploadId"]))
+    """The upload that a request names: of this object, and no other that bears the same id."""
+    names = (unquote(name, errors="surrogateescape") for name in (call.address.bucket, call.address.key))
+    raw = [text.encode("utf-8", "surrogateescape") for text in (*names, call.parameters["uploadId"])]
+    marked = b"".join(len(item).to_bytes(4) + item for item in raw)
+    return Upload(call.request.service.owner, hashlib.sha256(marked).digest()[:UPLOAD_REF_SIZE])
+
+
+def part_of(call: Call, number: int) -> PartOf:
+    """What the message of a part says of itself (docs/format.md 3.5)."""
+    return PartOf(upload_ref=upload_ref(call.parameters["uploadId"]), number=number)
 
 
 # Create.
@@ -100,7 +117,7 @@ def plan_part(call: Call) -> RequestPlan:
         empty=EmptyBody.SEAL,
         digests=content.digests,
         decoder=content.decoder,
-        part=PartOf(upload_ref=upload.ref, number=number),
+        part=part_of(call, number),
         after=remember,
     )
     if not call.rules.is_held(content.plain_bytes):
@@ -171,7 +188,8 @@ async def _complete(talk: Conversation, call: Call) -> Decision:
     kept = await talk.uploads.parts(upload)
     if not kept and (unknown := await _unknown(talk, call)) is not None:
         return Answer(reply=unknown)
-    plan = plan_completion(listed, kept, call.rules, upload_ref=upload.ref)
+    ref = upload_ref(call.parameters["uploadId"])
+    plan = plan_completion(listed, kept, call.rules, upload_ref=ref)
     _check_size(call, plan.manifest.plain_bytes)
     ending = await talk.ending(plan.manifest)
     if plan.joined is not None:
@@ -234,7 +252,8 @@ def plan_completed(memo: Completed, request: Request, answer: AnswerHead, propos
             await talk.uploads.complete(memo.upload, replace(memo.completion, is_done=True))
 
     async def refused(talk: Conversation, head: AnswerHead, body: bytes) -> Reply:
-        await talk.uploads.forget_completion(memo.upload)
+        if error_code(body) in _ENDING and not memo.completion.is_done:
+            await talk.uploads.forget_completion(memo.upload)
         return Reply(status=head.status, body=body)
 
     mapping: MapBody | MapWhole
@@ -259,7 +278,7 @@ def plan_abort(call: Call) -> RequestPlan:
 async def _abort(talk: Conversation, call: Call) -> Decision:
     async with talk.ask("DELETE") as answer:
         reply = await reply_with_body(answer)
-    if 200 <= reply.status < 300 or reply.status == 404:
+    if 200 <= reply.status < 300 or (reply.status == 404 and error_code(reply.body) == _NO_UPLOAD):
         await talk.uploads.forget(upload_of(call))
     return Answer(reply=reply)
 

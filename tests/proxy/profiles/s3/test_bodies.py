@@ -86,7 +86,7 @@ def chunked(body: bytes, trailers: str = "") -> bytes:
 
 def test_a_plain_body_needs_no_decoder() -> None:
     upload = incoming()
-    assert (upload.content.plain_bytes, upload.content.decoder, upload.target) == (11, None, None)
+    assert (upload.content.plain_bytes, upload.content.decoder) == (11, None)
 
 
 @pytest.mark.parametrize("algorithm", ["crc32", "crc32c", "crc64nvme", "sha1", "sha256"])
@@ -97,7 +97,6 @@ def test_every_checksum_in_a_header_the_query_and_a_trailer(algorithm: str) -> N
     for upload in (in_header, in_query):
         assert accepts(upload, BODY) == BODY
         assert refused(upload, b"hello worle") == refusals.BAD_DIGEST
-    assert in_query.target == "/b/k?x-id=PutObject"
     trailed = incoming(TRAILED, {LENGTH: "11", TRAILER: name})
     assert trailed.content.plain_bytes == 11
     good = chunked(BODY, f"{name}:{value(algorithm)}\r\n")

@@ -20,6 +20,7 @@ from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer, sealed_length
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
 from proxy.plan import NO_EDITS, Mode, PartOf, Request, Route
+from proxy.profiles.s3.options import S3Options
 from proxy.profiles.s3.post_form import MAX_FIELDS_BYTES, FormUpload
 from proxy.refusals import RefusedError
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
@@ -53,7 +54,7 @@ def credential(**more: Any) -> UpstreamCredential:
 GATEWAY = credential(upstream_access_key="AKIDUPSTREAM", upstream_secret="upstream-secret")
 
 
-def request(entry: UpstreamCredential | None) -> Request:
+def request(entry: UpstreamCredential | None, **options: str) -> Request:
     service = ServiceEntry(
         owner=OWNER,
         upstream=Upstream(scheme="https", host="s3.example", port=443),
@@ -66,7 +67,7 @@ def request(entry: UpstreamCredential | None) -> Request:
     )
     head = RequestHead(method="POST", target="/bucket", fields=Fields(()))
     frame = BodyFrame(framing=Framing.CHUNKED)
-    route = Route(service=service, mode=Mode.FORWARD)
+    route = Route(service=service, mode=Mode.FORWARD, options=S3Options.of(options))
     return Request(head=head, frame=frame, edits=NO_EDITS, route=route, now_s=NOW_S)
 
 
@@ -120,8 +121,8 @@ def new_sealer(part: PartOf | None = None) -> Sealer:
     return Sealer(KEY, OWNER, KEY_ID)
 
 
-def upload(body: bytes, entry: UpstreamCredential | None, *, step: int = 1000) -> bytes:
-    made = FormUpload(BOUNDARY, len(body), request(entry), new_sealer)
+def upload(body: bytes, entry: UpstreamCredential | None, *, step: int = 1000, **options: str) -> bytes:
+    made = FormUpload(BOUNDARY, len(body), request(entry, **options), new_sealer)
     out = bytearray()
     for at in range(0, len(body), step):
         piece = made.feed(body[at : at + step])
@@ -223,6 +224,32 @@ def test_an_unknown_access_key_is_the_services_to_judge() -> None:
 def test_an_anonymous_form_goes_on_sealed() -> None:
     out = upload(form({"key": "k"}, b"x" * 100), None)
     assert unsealed(read(out)["file"]) == b"x" * 100
+
+
+def test_whom_the_options_keep_out() -> None:
+    """The same as of requests that are signed in their heads; what is allowed to whom else stays allowed."""
+    unknown = form(policy_fields([], secret="some other secret"), b"x" * 100)
+    with pytest.raises(RefusedError, match="access-key-unknown"):
+        upload(unknown, None, unknown_keys="refuse")
+    assert upload(unknown, None, anonymous="refuse")
+    nobody = form({"key": "k"}, b"x" * 100)
+    with pytest.raises(RefusedError, match="request-not-signed"):
+        upload(nobody, None, anonymous="refuse")
+    assert upload(nobody, None, unknown_keys="refuse")
+    known = form(policy_fields([]), b"x" * 100)
+    assert judge(
+        upload(known, credential(), unknown_keys="refuse", anonymous="refuse"), CLIENT, CLIENT_SECRET
+    )
+
+
+@pytest.mark.parametrize("name", ["x-amz-meta-md5chksum", "X-Amz-Meta-Sha256", "x-amz-meta-crc32c"])
+def test_digests_in_metadata_are_refused_unless_they_are_to_stay(name: str) -> None:
+    fields = policy_fields([["starts-with", f"${name}", ""]])
+    body = form({**fields, name: "d41d8cd98f00b204e9800998ecf8427e"}, b"x" * 100)
+    with pytest.raises(RefusedError, match="unknown-route"):
+        upload(body, credential())
+    kept = read(upload(body, credential(), metadata_digests="keep"))
+    assert kept[name.lower()] == b"d41d8cd98f00b204e9800998ecf8427e"
 
 
 def changed(**fields: str) -> dict[str, str]:

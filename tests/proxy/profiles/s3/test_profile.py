@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import pytest
@@ -40,6 +41,7 @@ from proxy.profiles.s3.profile import S3Profile
 from proxy.profiles.s3.routes import ROUTES
 from proxy.profiles.s3.signing import Resigner, Unchanged
 from proxy.refusals import Refusal, RefusedError
+from proxy.tenants.model import Listen
 from tests.fakes.clock import ManualClock
 from tests.proxy.profiles.s3.s3_signer import ACCESS_KEY, SECRET, head, presign, sign
 from tests.proxy.profiles.s3.test_authentication import NOW_S, credential
@@ -51,7 +53,8 @@ ENTRY = replace(service(), credentials={ACCESS_KEY: credential()})
 
 
 def route(*, mode: Mode = Mode.FORWARD, **options: Any) -> Route:
-    return Route(service=ENTRY, mode=mode, options=S3Options.of(options))
+    entry = replace(ENTRY, reverse_listen=Listen("127.0.0.1", 8443))
+    return Route(service=entry, mode=mode, options=S3Options.of(options))
 
 
 def planned(request: RequestHead, to: Route | None = None) -> RequestPlan:
@@ -187,6 +190,9 @@ def test_who_is_let_in() -> None:
     assert isinstance(planned(nobody), Open)
     assert refused(nobody, route(anonymous="refuse")) == refusals.ANONYMOUS
     assert refused(sign("GET", "/b/k", now_s=NOW_S, secret=SECRET + "x")) == refusals.SIGNATURE_MISMATCH
+    # Who sends a form signs the form: post_form.py judges it by the same options.
+    form = head("POST", "/b", {"content-type": "multipart/form-data; boundary=abcdef", "content-length": "9"})
+    assert isinstance(planned(form, route(anonymous="refuse")), Reshape)
     # A wrong signature is told before a wrong operation.
     assert refused(sign("PATCH", "/b/k", now_s=NOW_S, secret="wrong-one")) == refusals.SIGNATURE_MISMATCH
 
@@ -210,7 +216,9 @@ def leaving(plan: RequestPlan, request: RequestHead) -> Outgoing:
         ("b.s3.example.com", route(virtual_hosts=False), "s3.example.com"),
         ("b.own.corp:8443", route(mode=Mode.REVERSE, hosts=["own.corp"]), "b.s3.example.com"),
         ("own.corp:8443", route(mode=Mode.REVERSE, hosts=["own.corp"]), "s3.example.com"),
-        ("b.s3.example.com", route(mode=Mode.REVERSE), "s3.example.com"),
+        ("b.s3.example.com", route(mode=Mode.REVERSE), "b.s3.example.com"),
+        ("127.0.0.1:8443", route(mode=Mode.REVERSE), "s3.example.com"),
+        ("localhost:8443", route(mode=Mode.REVERSE), "s3.example.com"),
     ],
 )
 def test_the_bucket_stays_where_the_client_had_it(host: str, to: Route, expected: str) -> None:
@@ -220,15 +228,123 @@ def test_the_bucket_stays_where_the_client_had_it(host: str, to: Route, expected
     assert made.target == "/k"
 
 
-def test_checksums_that_a_presigner_put_into_the_query() -> None:
-    url = presign("PUT", "/b/k?x-amz-checksum-crc32=AAAAAA%3D%3D&x-amz-meta-a=b", now_s=NOW_S)
-    plan = planned(replace(url, fields=Fields([(b"host", url.host.encode()), (b"content-length", b"0")])))
-    assert isinstance(plan, Seal)
-    assert plan.target is not None
-    assert "crc32" not in plan.target
-    assert "x-amz-meta-a=b" in plan.target
-    assert plan.decoder is not None
-    assert plan.decoder().finish() == b"", "the CRC-32 of nothing is zero"
+def reverse(listen: str = "127.0.0.1:8443", names: frozenset[str] = frozenset(), **options: Any) -> Route:
+    entry = replace(ENTRY, reverse_listen=Listen.parse(listen), reverse_names=names)
+    return Route(service=entry, mode=Mode.REVERSE, options=S3Options.of(options))
+
+
+@pytest.mark.parametrize(
+    ("host", "to"),
+    [
+        ("bucket.s3.corp", reverse()),
+        ("s3.corp", reverse()),
+        ("bucket.localhost", reverse()),
+        ("evil-s3.corp", reverse(names=frozenset({"s3.corp"}))),
+        (".s3.corp", reverse(names=frozenset({"s3.corp"}))),
+        ("bucket.other.corp", reverse(hosts=["s3.corp"])),
+        ("evils3.example.com", reverse()),
+        ("10.0.0.6", reverse("10.0.0.5:443")),
+        ("bucket.10.0.0.5", reverse("10.0.0.5:443")),
+        ("localhost", reverse("10.0.0.5:443")),
+        ("10.0.0.5", reverse("localhost:443")),
+        ("", reverse()),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS"])
+def test_a_host_that_is_not_ours_is_refused_before_anything_is_read_into_it(
+    host: str, to: Route, method: str
+) -> None:
+    """Read as path style, a key would be a bucket's name; and the signature is for somebody else's name."""
+    assert refused(sign(method, "/k", now_s=NOW_S, host=host), to) == refusals.UNKNOWN_HOST
+
+
+@pytest.mark.parametrize(
+    ("host", "to", "bucket"),
+    [
+        ("s3.corp:8443", reverse(names=frozenset({"s3.corp"})), "s3.example.com"),
+        ("bucket.s3.corp", reverse(names=frozenset({"s3.corp"})), "bucket.s3.example.com"),
+        ("s3.corp", reverse(hosts=["corp", "s3.corp"]), "s3.example.com"),
+        ("b.s3.corp", reverse(hosts=["corp", "s3.corp"]), "b.s3.example.com"),
+        ("10.0.0.5:9", reverse("10.0.0.5:443"), "s3.example.com"),
+        ("10.0.0.5", reverse("0.0.0.0:443"), "s3.example.com"),
+        ("[::1]:8443", reverse("[::1]:443"), "s3.example.com"),
+        ("[::1]:8443", reverse("localhost:443"), "s3.example.com"),
+    ],
+)
+def test_hosts_that_are_ours(host: str, to: Route, bucket: str) -> None:
+    request = sign("GET", "/k/k", now_s=NOW_S, host=host)
+    assert Fields(leaving(planned(request, to), request).fields).all("host") == [bucket]
+
+
+@pytest.mark.parametrize(
+    "crc32", ["x-amz-checksum-crc32", "X-Amz-Checksum-Crc32", "x%2Damz%2dchecksum-crc32"]
+)
+@pytest.mark.parametrize("target", ["/b/k?", "/b/k?partNumber=1&uploadId=u&"])
+def test_checksums_that_a_presigner_put_into_the_query(crc32: str, target: str) -> None:
+    md5 = "x-amz-meta-md5chksum=abc"
+    url = presign("PUT", f"{target}{crc32}=AAAAAA%3D%3D&x-amz-meta-a=b&{md5}", now_s=NOW_S)
+    for length in (6 << 20, 0):
+        fields = Fields([(b"host", url.host.encode()), (b"content-length", str(length).encode())])
+        plan = planned(replace(url, fields=fields))
+        seal = plan.spool if isinstance(plan, Converse) else plan
+        assert isinstance(seal, Seal)
+        assert seal.decoder is not None
+        made = leaving(plan, replace(url, fields=fields))
+        assert made.target == f"{target}x-amz-meta-a=b"
+        assert not any(name.lower().startswith(b"x-amz-checksum") for name, _ in made.fields)
+        assert seal.decoder().finish() == b"", "the CRC-32 of nothing is zero"
+        wrong = seal.decoder()
+        wrong.feed(b"x")
+        with pytest.raises(RefusedError, match="bad-digest"):
+            wrong.finish()
+    kept = planned(url, route(metadata_digests="keep"))
+    assert leaving(kept, url).target == f"{target}x-amz-meta-a=b&{md5}"
+
+
+def test_checksums_in_a_query_that_cannot_be_signed_anew_do_not_go_up() -> None:
+    url = presign("PUT", "/b/k?x-amz-checksum-crc32=AAAAAA%3D%3D", now_s=NOW_S)
+    for target, code in (
+        (url.target.replace(quote(ACCESS_KEY, safe=""), "SOMEBODY"), "cannot-sign-anew"),
+        ("/b/k?x-amz-checksum-crc32=AAAAAA%3D%3D", None),
+    ):
+        request = head("PUT", target, {"content-length": "0"})
+        if code is None:
+            assert leaving(planned(request), request).target == "/b/k"
+            continue
+        with pytest.raises(RefusedError, match=code):
+            leaving(planned(request), request)
+    mode = head("GET", url.target.replace(quote(ACCESS_KEY, safe=""), "SOMEBODY"), {})
+    assert leaving(planned(mode), mode).target == mode.target, "a read goes on as it was signed"
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["x-amz-copy-source=/b/o", "X-Amz-Write-Offset-Bytes=5", "x-amz-mp-object-size=5", "x-amz-unknown=1"],
+)
+def test_what_would_make_another_request_of_it_is_refused_in_the_query(query: str) -> None:
+    url = presign("PUT", f"/b/k?{query}", now_s=NOW_S)
+    assert refused(url) == refusals.UNKNOWN_ROUTE
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "partNumber=1&partNumber=2&uploadId=u",
+        "uploadId=u&partNumber=1&upload%49d=v",
+        "acl&acl",
+        "x-id=a&x-id=b",
+    ],
+)
+def test_a_parameter_that_two_readers_could_read_differently_is_refused(query: str) -> None:
+    assert refused(sign("PUT", f"/b/k?{query}", now_s=NOW_S)) == refusals.BAD_MESSAGE
+
+
+def test_a_presigned_signature_goes_whatever_way_its_names_are_written() -> None:
+    url = presign("GET", "/b/k?x-id=GetObject", now_s=NOW_S)
+    spelled = replace(url, target=url.target.replace("X-Amz-Date", "X%2DAmz%2dDate"))
+    assert leaving(planned(spelled), spelled).target == "/b/k?x-id=GetObject"
+    twice = replace(url, target=url.target + "&X%2DAmz-Date=20260101T000000Z")
+    assert refused(twice) == refusals.AUTHORIZATION_MALFORMED
 
 
 def test_digests_in_metadata() -> None:
