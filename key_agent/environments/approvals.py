@@ -16,6 +16,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Final
 
+import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -166,6 +167,11 @@ def check_granted(
             f"`key-agent approval sign {approval_id}` by another administrator",
         )
     return tuple(sorted(found.values()))
+
+
+def unused(asked: ApprovalBody) -> ApprovalBody:
+    """As it was before it was used: to judge it as at that moment."""
+    return msgspec.structs.replace(asked, used_at_ms=None, used_for=None)
 
 
 def check_open(approval_id: str, asked: ApprovalBody, *, now_ms: int) -> None:

@@ -17,7 +17,6 @@ from cryptography import x509
 
 from key_agent.config import EnvironmentsSettings, Settings
 from key_agent.consent import Consent
-from key_agent.environments.documents import Kind, TermBody
 from key_agent.environments.etcd import EtcdClient
 from key_agent.environments.founding import FIRST_TERM, founding_rows, kek_body
 from key_agent.environments.leadership import Appointed, Candidate, Elected, Leadership
@@ -239,7 +238,6 @@ class Environments:
         rows = await self._registry.transact(
             lambda c: founding_rows(c, request=request, lease_s=lease_s, now_ms=now_ms)
         )
-        self.shared.pin(self.peering.agent_id, request.introduction.registry_key)
 
         def change(draft: Draft) -> None:
             for kind, row_id, body in rows:
@@ -263,7 +261,7 @@ class Environments:
         if mine is None:
             return Appointed(self.peering.agent_id, self._current)
         self._etcd = EtcdClient(mine)
-        return Elected(
+        elected = Elected(
             self._etcd,
             mine,
             tenant=self.peering.tenant,
@@ -273,6 +271,8 @@ class Environments:
             may_lead=self._may_lead,
             elected=self._elected,
         )
+        self.shared.confirm = elected.confirm
+        return elected
 
     def _current(self) -> tuple[int, str] | None:
         found = newest_term(self.peering.view)
@@ -285,14 +285,5 @@ class Environments:
     async def _elected(self, term: int) -> None:
         """Write the new term: first what the others have."""
         await asyncio.gather(*map(self.catch_up, self.peering.others()))
-        now_ms = int(self._clock.wall_s() * 1000)
-        body = TermBody(
-            agent=self.peering.agent_id,
-            environment=self.peering.environment,
-            since_ms=now_ms,
-            cause="elected by etcd",
-        )
-        await self.shared.write(
-            lambda draft: draft.put(Kind.TERM, f"{term:020d}", body), term=term, now_ms=now_ms
-        )
+        await self.shared.begin_term(term, cause="elected by etcd", now_ms=int(self._clock.wall_s() * 1000))
         await self.peering.changed()

@@ -4,9 +4,11 @@
    Bytes that are not what we would write ourselves are refused, so a row has one form only.
 2. It is signed by its writer's registry key (Ed25519) over a domain and all of that; it fits no other
    row, kind, epoch or tenant.
-3. A delta is what changed after an epoch, with the digest of everything as it is then, signed as a whole. It
-   is bounded before memory is spent on it.
-4. Nothing here is secret: keys stand as ids, check values and states.
+3. A head is term, epoch and the digest of all rows as they are then, signed by whoever holds the term. A
+   delta is what changed after an epoch, with the head it leads to: rows that do not lead there are found by
+   the digest, whoever has relayed them. It is bounded before memory is spent on it.
+4. A term's row says on what it was begun (`Grounds`): terms.py judges that.
+5. Nothing here is secret: keys stand as ids, check values and states.
 """
 
 import functools
@@ -29,7 +31,7 @@ MAX_BODY_BYTES: Final = 64 << 10
 MAX_DELTA_BYTES: Final = 64 << 20
 MAX_ROWS: Final = 200_000
 _ROW_DOMAIN: Final = b"sealgate/v1 shared row\0"
-_DELTA_DOMAIN: Final = b"sealgate/v1 registry delta\0"
+_HEAD_DOMAIN: Final = b"sealgate/v1 registry head\0"
 _DIGEST_DOMAIN: Final = b"sealgate/v1 registry digest\0"
 
 type Name = Annotated[str, msgspec.Meta(min_length=1, max_length=127)]
@@ -82,17 +84,8 @@ class TenantBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A key becomes active with at least so many verified wraps."""
 
 
-class TermBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """id: the term in 20 digits. Who was the manager from then on."""
-
-    agent: Name
-    environment: Name
-    since_ms: Ms
-    cause: Text
-
-
 class FormerKey(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A registry key that an environment had: what it has signed up to an epoch still counts."""
+    """A registry key that an environment had, and until when."""
 
     agent_id: Name
     registry_key: Text
@@ -121,7 +114,9 @@ class EnvironmentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     address: Text = ""
     """host:port of its data plane, as the load balancer reaches it."""
     former_keys: Annotated[tuple[FormerKey, ...], msgspec.Meta(max_length=32)] = ()
-    """Kept by the shared registry itself."""
+    """Kept by the shared registry itself, for people: rows are judged by their term's key."""
+    registry_key_exposed: bool = False
+    """Somebody else may have it since a breach of the agent: no term can begin with it."""
 
 
 class KekBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -244,21 +239,6 @@ class ApprovalBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     used_for: Text | None = None
 
 
-BODIES: Final[Mapping[Kind, type[Body]]] = {
-    Kind.TENANT: TenantBody,
-    Kind.TERM: TermBody,
-    Kind.ENVIRONMENT: EnvironmentBody,
-    Kind.KEK: KekBody,
-    Kind.SERVICE: ServiceBody,
-    Kind.RING: RingBody,
-    Kind.DEK: DekBody,
-    Kind.INCIDENT: IncidentBody,
-    Kind.INCIDENT_KEY: IncidentKeyBody,
-    Kind.ADMIN: AdminBody,
-    Kind.APPROVAL: ApprovalBody,
-}
-
-
 class SharedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kind: Kind
     id: Name
@@ -274,6 +254,57 @@ class SharedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return (self.kind, self.id)
 
 
+class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a registry stands, by the word of whoever holds that term."""
+
+    term: Number
+    epoch: Number
+    digest: Hex
+    signature: Hex = ""
+
+
+class Grounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a term that is not the first may begin: for agents that know nothing newer than the one before."""
+
+    built_on: Head
+    """The registry it goes on from, by the word of the term before."""
+    approval: Name | None = None
+    """What two administrators have signed; None: it was elected."""
+    asked: ApprovalBody | None = None
+    rows: tuple[SharedRow, ...] = ()
+    """As they stood there: the environment that begins the term, and the administrators who have signed."""
+
+
+class TermBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """id: the term in 20 digits. Who is the manager as long as it is the newest."""
+
+    agent: Name
+    environment: Name
+    registry_key: Text
+    """What the rows and heads of this term are signed with, and no others are."""
+    since_ms: Ms
+    cause: Text
+    previous: Hex = ""
+    """Digest of the row of the term before: who believes this one knows all before it."""
+    grounds: Grounds | None = None
+    """None: it is the first."""
+
+
+BODIES: Final[Mapping[Kind, type[Body]]] = {
+    Kind.TENANT: TenantBody,
+    Kind.TERM: TermBody,
+    Kind.ENVIRONMENT: EnvironmentBody,
+    Kind.KEK: KekBody,
+    Kind.SERVICE: ServiceBody,
+    Kind.RING: RingBody,
+    Kind.DEK: DekBody,
+    Kind.INCIDENT: IncidentBody,
+    Kind.INCIDENT_KEY: IncidentKeyBody,
+    Kind.ADMIN: AdminBody,
+    Kind.APPROVAL: ApprovalBody,
+}
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All rows that changed after `epoch_from`, as they are at `epoch_to`."""
 
@@ -285,7 +316,13 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     digest: Hex
     """Of all rows at `epoch_to`."""
     signer: Name
+    """The agent that holds `term`."""
     signature: Hex = ""
+    """Its own under the head, whoever has relayed the rows."""
+
+    @property
+    def head(self) -> Head:
+        return Head(term=self.term, epoch=self.epoch_to, digest=self.digest, signature=self.signature)
 
 
 _ENCODER: Final = msgspec.json.Encoder(order="sorted")
@@ -379,31 +416,33 @@ def digest_of(rows: Iterable[tuple[tuple[Kind, str], bytes]]) -> str:
     return digest.hexdigest()
 
 
-def sign_delta(key: Ed25519PrivateKey, unsigned: Delta) -> Delta:
-    return msgspec.structs.replace(unsigned, signature=key.sign(_delta_bytes(unsigned)).hex())
+def sign_head(key: Ed25519PrivateKey, *, tenant: str, term: int, epoch: int, digest: str) -> Head:
+    unsigned = Head(term=term, epoch=epoch, digest=digest)
+    return msgspec.structs.replace(unsigned, signature=key.sign(_head_bytes(tenant, unsigned)).hex())
 
 
-def check_delta(delta: Delta, keys: Mapping[str, Ed25519PublicKey]) -> None:
-    """IntegrityError unless its signer's key has signed it; FormatError if its epochs make no sense."""
-    key = keys.get(delta.signer)
-    if key is None:
-        raise IntegrityError(f"a delta is signed by {delta.signer}, whom nobody knows")
+def check_head(tenant: str, head: Head, key: Ed25519PublicKey) -> None:
+    """IntegrityError unless *key* has signed it."""
     try:
-        key.verify(bytes.fromhex(delta.signature), _delta_bytes(delta))
+        key.verify(bytes.fromhex(head.signature), _head_bytes(tenant, head))
     except (InvalidSignature, ValueError):
-        raise IntegrityError(f"a delta does not bear {delta.signer}'s signature") from None
+        raise IntegrityError(
+            f"epoch {head.epoch} of term {head.term} does not bear the signature of who holds that term"
+        ) from None
+
+
+def _head_bytes(tenant: str, head: Head) -> bytes:
+    return _HEAD_DOMAIN + _framed(tenant, str(head.term), str(head.epoch), head.digest)
+
+
+def check_shape(delta: Delta) -> None:
+    """FormatError if its epochs make no sense. What its rows are worth its head says."""
     if delta.epoch_to < delta.epoch_from:
         raise FormatError("a delta leads back")
     if len({row.key for row in delta.rows}) != len(delta.rows):
         raise FormatError("a delta holds a row twice")
     if any(not delta.epoch_from < row.epoch <= delta.epoch_to for row in delta.rows):
         raise FormatError("a delta holds a row that did not change in it")
-
-
-def _delta_bytes(delta: Delta) -> bytes:
-    facts = (str(delta.term), str(delta.epoch_from), str(delta.epoch_to), delta.digest, delta.signer)
-    rows = b"".join(row_digest(row) for row in sorted(delta.rows, key=lambda row: row.key))
-    return _DELTA_DOMAIN + _framed(delta.tenant, *facts) + rows
 
 
 def encode_delta(delta: Delta) -> bytes:

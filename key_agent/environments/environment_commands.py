@@ -16,8 +16,8 @@ import msgspec
 from envelope.errors import IntegrityError, MisuseError
 from key_agent.commands import Commands, Json
 from key_agent.environments import approvals
-from key_agent.environments.approvals import Action
-from key_agent.environments.documents import ApprovalBody, EnvironmentBody, Kind, TermBody
+from key_agent.environments.approvals import Action, ApprovalError
+from key_agent.environments.documents import ApprovalBody, EnvironmentBody, Head, Kind
 from key_agent.environments.peer_transport import PeerAddress
 from key_agent.environments.peering import newest_term
 from key_agent.environments.peers import JoinRequest
@@ -25,6 +25,7 @@ from key_agent.environments.registry_key import fingerprint_of, same_fingerprint
 from key_agent.environments.registry_lease import NEVER_S
 from key_agent.environments.standing import lease_s_of
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
+from key_agent.environments.terms import check_promotion, promotion_payload
 from key_agent.registry.store import RefusedChangeError
 
 if TYPE_CHECKING:
@@ -361,8 +362,17 @@ class EnvironmentCommands(Commands):
         """What two administrators have to sign so that this environment's agent becomes the manager."""
         peering = self._environments().peering
         self._promotable()
-        now_ms = self._agent.now_ms()
-        text = approvals.payload_text(self._promotion_payload())
+        now_ms, view = self._agent.now_ms(), peering.view
+        text = approvals.payload_text(
+            promotion_payload(
+                agent=self._agent.agent_id,
+                environment=peering.environment,
+                registry_key=view.environments[peering.environment].registry_key,
+                term=view.term,
+                epoch=view.epoch,
+                digest=view.digest,
+            )
+        )
         asked = ApprovalBody(
             action=Action.ENVIRONMENT_PROMOTE,
             subject=peering.environment,
@@ -399,37 +409,31 @@ class EnvironmentCommands(Commands):
                 ) from None
             now_ms = self._agent.now_ms()
             await asyncio.gather(*map(environments.catch_up, peering.others()))
-            granted = approvals.check_granted(
+            view = peering.view
+            if (known := view.approvals.get(approval)) is not None and known.used_at_ms is not None:
+                raise ApprovalError("used", f"approval {approval} is used up", "`key-agent env promotion`")
+            granted = check_promotion(
                 peering.tenant,
                 approval,
-                peering.view.approvals.get(approval) or body,
-                peering.view.admins,
-                action=Action.ENVIRONMENT_PROMOTE,
-                subject=peering.environment,
-                payload=self._promotion_payload(),
+                body,
+                view.admins,
+                agent=self._agent.agent_id,
+                environment=peering.environment,
+                registry_key=view.environments[peering.environment].registry_key,
+                built_on=Head(term=view.term, epoch=view.epoch, digest=view.digest),
                 now_ms=now_ms,
             )
-            before = newest_term(peering.view)
-            term = peering.view.term + 1
+            before = newest_term(view)
+            term = view.term + 1
             await self._agent.journal.record(
                 "env-promote", outcome="begun", term=term, approved_by=",".join(granted)
             )
-
-            def change(draft: "Draft") -> None:
-                used = msgspec.structs.replace(body, used_at_ms=now_ms, used_for=f"term {term}")
-                draft.put(Kind.APPROVAL, approval, used)
-                draft.put(
-                    Kind.TERM,
-                    f"{term:020d}",
-                    TermBody(
-                        agent=self._agent.agent_id,
-                        environment=peering.environment,
-                        since_ms=now_ms,
-                        cause=f"promoted by {', '.join(granted)}",
-                    ),
-                )
-
-            await peering.shared.write(change, term=term, now_ms=now_ms)
+            await peering.shared.begin_term(
+                term,
+                cause=f"promoted by {', '.join(granted)}",
+                now_ms=now_ms,
+                approval=(approval, approvals.unused(body)),
+            )
             spread = await self._spread()
             await self._agent.journal.record("env-promote", term=term, epoch=peering.view.epoch)
             former = None if before is None else before[1].environment
@@ -442,10 +446,6 @@ class EnvironmentCommands(Commands):
                 "former_may_serve_for_s": lease_s_of(peering.view),
                 "spread": spread,
             }
-
-    def _promotion_payload(self) -> Json:
-        peering = self._environments().peering
-        return {"environment": peering.environment, "agent": self._agent.agent_id}
 
     def _promotable(self) -> None:
         environments = self._environments()

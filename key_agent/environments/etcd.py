@@ -140,9 +140,13 @@ class EtcdClient:
         )
         return int(answer.header.revision) if answer.succeeded else None
 
-    async def read(self, key: str) -> Held | None:
-        """Who made *key*; None: nobody, or its lease is over. A linearised read: never an old answer."""
-        answer = await self._ask("kv/range", {"key": _text(key.encode())}, _Range)
+    async def read(self, key: str, *, revision: int | None = None) -> Held | None:
+        """Who made *key*; None: nobody, or its lease is over. A linearised read: never an old answer.
+
+        *revision*: as it was then; EtcdError if etcd has compacted that away.
+        """
+        asked = {"key": _text(key.encode())} | ({} if revision is None else {"revision": str(revision)})
+        answer = await self._ask("kv/range", asked, _Range)
         if not answer.kvs:
             return None
         found = answer.kvs[0]

@@ -2,8 +2,10 @@
 
 1. All signed rows travel, so their digest can be worked out again and nothing can be left out unseen; with
    them the audit log of the agent from before the breach to the moment of writing, and the acknowledgements.
-2. The verifier believes the tenant's root. By it the file's signer; by the file the registry keys of the
-   environments; by those the rows. The audit lines are a part of one unbroken chain.
+2. The verifier believes the tenant's root. By it the file's signer; by the file who was the first manager,
+   whose key's fingerprint the account shows: administrators have compared it when environments joined. By
+   that key the terms after it (terms.py), by the newest one's the digest of all rows, by each one's its rows.
+   An agent that never was the manager signs none. The audit lines are a part of one unbroken chain.
 3. What the rows say has to hold together: each key of the incident is as restricted as the incident says,
    each approval has two administrators' signatures under exactly what was done.
 """
@@ -34,14 +36,18 @@ from key_agent.environments.documents import (
     IncidentKeyBody,
     Kind,
     SharedRow,
-    check_row,
+    check_head,
     digest_of,
     read_body,
-    read_registry_key,
     row_digest,
 )
+from key_agent.environments.documents import (
+    Head as RegistryHead,
+)
 from key_agent.environments.evidence_file import Evidence, read_evidence, write_evidence
+from key_agent.environments.registry_key import fingerprint_of
 from key_agent.environments.states import restrictiveness
+from key_agent.environments.terms import Known, Terms, judge
 
 ROWS: Final = "rows.jsonl"
 AUDIT: Final = "audit.jsonl"
@@ -57,6 +63,8 @@ class _Registry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     term: int
     epoch: int
     digest: str
+    signature: str
+    """Of who holds the term, under the head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,8 @@ class Account:
     term: int
     epoch: int
     digest: str
+    managers: tuple[tuple[int, str, str], ...]
+    """Who held which term: number, agent, fingerprint of its registry key. The first is the file's word."""
     audit_from: Head
     audit_to: Head
     acknowledgements: object
@@ -88,6 +98,7 @@ def write_bundle(
     term: int,
     epoch: int,
     digest: str,
+    head_signature: str,
     audit_lines: bytes,
     acknowledgements: object,
     made_at_ms: int,
@@ -99,7 +110,9 @@ def write_bundle(
         ROWS: b"".join(msgspec.json.encode(row) + b"\n" for row in sorted(rows, key=lambda row: row.key)),
         AUDIT: audit_lines,
         ACKNOWLEDGEMENTS: msgspec.json.encode(acknowledgements),
-        REGISTRY: payload_text({"term": term, "epoch": epoch, "digest": digest}).encode("ascii"),
+        REGISTRY: payload_text(
+            {"term": term, "epoch": epoch, "digest": digest, "signature": head_signature}
+        ).encode("ascii"),
     }
     return write_evidence(
         parts, tenant=tenant, subject=incident_id, made_at_ms=made_at_ms, key=key, chain=chain
@@ -121,7 +134,7 @@ def verify_bundle(content: bytes, *, root: x509.Certificate, tenant: str | None 
         rows = [msgspec.json.decode(line, type=SharedRow) for line in evidence.parts[ROWS].splitlines()]
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise FormatError(f"evidence that cannot be read: {error}") from None
-    bodies = _check_rows(evidence.tenant, rows, registry)
+    bodies, terms = _check_rows(evidence.tenant, rows, registry)
     start, end = _check_audit(evidence.parts[AUDIT])
     incident_id = evidence.subject
     incident = bodies.get((Kind.INCIDENT, incident_id))
@@ -140,6 +153,9 @@ def verify_bundle(content: bytes, *, root: x509.Certificate, tenant: str | None 
         term=registry.term,
         epoch=registry.epoch,
         digest=registry.digest,
+        managers=tuple(
+            (held.term, held.agent, fingerprint_of(held.registry_key)) for held in terms.holders()
+        ),
         audit_from=start,
         audit_to=end,
         acknowledgements=acknowledgements,
@@ -155,40 +171,28 @@ def _of(kind: Kind, bodies: _Bodies) -> Iterator[tuple[str, Body]]:
             yield row_id, body
 
 
-def _check_rows(tenant: str, rows: Sequence[SharedRow], registry: _Registry) -> _Bodies:
+def _check_rows(tenant: str, rows: Sequence[SharedRow], registry: _Registry) -> tuple[_Bodies, Terms]:
     bodies = {row.key: read_body(row.kind, row.body) for row in rows}
     if len(bodies) != len(rows):
         raise IntegrityError("a row stands there twice")
+    first = next(iter(Terms.of(rows).holders()))
+    # Whoever knows nothing but the first manager; an election cannot be asked offline.
+    terms = judge(tenant, Known(pins={first.agent: first.registry_key}), rows).terms
+    holder = terms.newest
+    if holder is None or holder.term != registry.term:
+        raise IntegrityError(f"nobody held term {registry.term}")
+    head = RegistryHead(
+        term=registry.term, epoch=registry.epoch, digest=registry.digest, signature=registry.signature
+    )
+    check_head(tenant, head, holder.key)
     for row in rows:
-        _check_signature(tenant, row, bodies)
+        terms.check(tenant, row)
     newest = max(((row.term, row.epoch) for row in rows), default=(0, 0))
     if newest > (registry.term, registry.epoch):
         raise IntegrityError("a row is newer than the registry it is from")
     if digest_of((row.key, row_digest(row)) for row in rows) != registry.digest:
         raise IntegrityError("the rows are not all that the registry held")
-    return bodies
-
-
-def _check_signature(tenant: str, row: SharedRow, bodies: _Bodies) -> None:
-    """By the signer's key, or one that it had at that epoch. IntegrityError."""
-    texts: list[str] = []
-    for _, body in _of(Kind.ENVIRONMENT, bodies):
-        if isinstance(body, EnvironmentBody):
-            texts += [body.registry_key] if body.agent_id == row.signer and body.registry_key else []
-            texts += [
-                former.registry_key
-                for former in body.former_keys
-                if former.agent_id == row.signer and row.epoch <= former.until_epoch
-            ]
-    for number, text in enumerate(texts, start=1):
-        try:
-            check_row(tenant, row, {row.signer: read_registry_key(text)})
-        except IntegrityError:
-            if number == len(texts):
-                raise
-        else:
-            return
-    check_row(tenant, row, {})  # nobody's
+    return bodies, terms
 
 
 def _check_audit(lines: bytes) -> tuple[Head, Head]:

@@ -23,6 +23,7 @@ from key_agent.environments.documents import (
 )
 from key_agent.environments.peers import JoinRequest
 from key_agent.environments.states import EnvironmentState
+from key_agent.environments.terms import term_id
 from key_agent.registry.access import PURPOSE, RefusedChangeError
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import RotationPhase
@@ -63,8 +64,14 @@ def founding_rows(
         (Kind.TENANT, told.tenant, TenantBody(home_environment=name, registry_lease_s=lease_s)),
         (
             Kind.TERM,
-            f"{FIRST_TERM:020d}",
-            TermBody(agent=told.agent, environment=name, since_ms=now_ms, cause="env init"),
+            term_id(FIRST_TERM),
+            TermBody(
+                agent=told.agent,
+                environment=name,
+                registry_key=told.registry_key,
+                since_ms=now_ms,
+                cause="env init",
+            ),
         ),
         (Kind.ENVIRONMENT, name, first_environment(request, now_ms)),
         (Kind.KEK, request.kek_id, request.kek),

@@ -263,6 +263,10 @@ def incident_verify(
         "term": found.term,
         "epoch": found.epoch,
         "digest": found.digest,
+        "managers": [
+            {"term": term, "agent": agent, "fingerprint": fingerprint}
+            for term, agent, fingerprint in found.managers
+        ],
         "audit_from": str(found.audit_from),
         "audit_to": str(found.audit_to),
         "approved_by": {name: list(who) for name, who in found.approved_by.items()},
@@ -330,7 +334,9 @@ def _evidence_text(data: Any) -> str:
         f"  {data['rows']} signed rows at epoch {data['epoch']} of term {data['term']}",
         f"  digest {data['digest']}",
         f"  audit log from {data['audit_from']} to {data['audit_to']}, unbroken",
+        "  compare the first manager's fingerprint with what was noted when the environments were founded:",
     ]
+    lines += [f"  term {one['term']}: {one['agent']}, key {one['fingerprint']}" for one in data["managers"]]
     lines += [f"  approval {name}: {', '.join(who)}" for name, who in data["approved_by"].items()]
     lines += [f"  key {key}: {said}, is {state}" for key, (said, state) in data["keys"].items()]
     return "\n".join(lines)

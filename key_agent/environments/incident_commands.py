@@ -229,6 +229,7 @@ class IncidentCommands(ApprovalCommands):
                 term=everything.term,
                 epoch=everything.epoch_to,
                 digest=everything.digest,
+                head_signature=everything.signature,
                 audit_lines=audit_extract(lines, since_ms=since_ms),
                 acknowledgements=[_ack_json(ack) for ack in acks],
                 made_at_ms=agent.now_ms(),

@@ -7,7 +7,9 @@
    alive every 5 s). Its create revision, which never falls, is the term.
 4. Who leads counts itself out on its own boot clock, MARGIN_S before etcd may: between two there is a time at
    which nobody leads. What is in memory is never believed beyond that, however long the process was frozen.
-5. No leader, no new keys and no incidents; serving, refreshing and withdrawing need none.
+5. A member believes an elected term only if etcd itself says that this agent made the key at that revision
+   (`confirm`), now or in its history. That proves who came first, not that it is sound: the rows say that.
+6. No leader, no new keys and no incidents; serving, refreshing and withdrawing need none.
 """
 
 import asyncio
@@ -18,7 +20,9 @@ from typing import Final, NoReturn, override
 import msgspec
 import structlog
 
+from envelope.errors import IntegrityError
 from key_agent.environments.etcd import EtcdClient, EtcdError, EtcdSettings
+from key_agent.environments.terms import Holder
 from runtime.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -201,11 +205,16 @@ class Elected(Leadership):
         if held is None:
             self.leader = None
             return False
-        try:
-            self.leader = msgspec.json.decode(held.value, type=Candidate).agent
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            self.leader = "somebody that says nothing of itself"
+        self.leader = _maker(held.value) or "somebody that says nothing of itself"
         return True
+
+    async def confirm(self, holder: Holder) -> None:
+        """Rule 5. IntegrityError: it was not elected. EtcdError: nobody can tell."""
+        held = await self._client.read(self._key)
+        if held is None or held.create_revision != holder.term:
+            held = await self._client.read(self._key, revision=holder.term)
+        if held is None or held.create_revision != holder.term or _maker(held.value) != holder.agent:
+            raise IntegrityError(f"etcd has not given term {holder.term} to {holder.agent}")
 
     async def _make(self, lease_id: int) -> int | None:
         value = msgspec.json.encode(self._candidate)
@@ -232,3 +241,11 @@ class Elected(Leadership):
     def _forget(self) -> None:
         self._term = self._lease_id = self._proven_boot_s = None
         self._is_ready = False
+
+
+def _maker(value: bytes) -> str | None:
+    """Who made the key, in its own words."""
+    try:
+        return msgspec.json.decode(value, type=Candidate).agent
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None

@@ -4,26 +4,60 @@
    `state_dir` signed with the agent's registry key, says how far it was.
 2. It is written after each commit and before anything that rests on it leaves. A database that is newer than
    the mark is what a crash between the two leaves: its own seal has to be right then (shared.py).
-3. It also names the registry keys of all environments: when the rows are not to be believed, these say whose
-   rows may take their place.
+3. It also names who holds the newest term, and the digests of the rows that the next one would be judged by
+   (terms.py): when the rows are not to be believed, these say whose rows may take their place.
 4. Where a manager's history was overruled by another manager's, keys that were more restricted in it stay so
    (`restrictions`) until the rows of the new one say it too.
 """
 
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from envelope.keys import KeyState
-from key_agent.environments.documents import Hex, Name, Number, Text
+from key_agent.environments.documents import Hex, Kind, Ms, Name, Number, Text
+from key_agent.environments.terms import Holder, Known, Terms
 from runtime.files import replace_file
 
 NAME: Final = "registry.mark"
 _DOMAIN: Final = b"sealgate/v1 registry mark\0"
+
+
+class MarkHolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who holds a term."""
+
+    term: Number
+    start: Number
+    agent: Name
+    registry_key: Text
+    digest: Hex
+    rank: tuple[Ms, str]
+
+    @classmethod
+    def of(cls, holder: Holder) -> Self:
+        return cls(
+            term=holder.term,
+            start=holder.start,
+            agent=holder.agent,
+            registry_key=holder.registry_key,
+            digest=holder.digest.hex(),
+            rank=holder.rank,
+        )
+
+    @property
+    def held(self) -> Holder:
+        return Holder(
+            term=self.term,
+            start=self.start,
+            agent=self.agent,
+            registry_key=self.registry_key,
+            digest=bytes.fromhex(self.digest),
+            rank=self.rank,
+        )
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,9 +67,21 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     epoch: Number
     digest: Hex
     restrictions: dict[Annotated[str, msgspec.Meta(max_length=64)], KeyState] = {}
-    registry_keys: dict[Name, Text] = {}
-    """By agent."""
+    holder: MarkHolder | None = None
+    """Of the newest term."""
+    rows: dict[Annotated[str, msgspec.Meta(max_length=200)], Hex] = {}
+    """`kind id` -> digest, of environments and administrators."""
     signature: Hex = ""
+
+    @property
+    def known(self) -> Known:
+        """Whom to believe when the rows themselves are not to be believed."""
+        digests: dict[tuple[Kind, str], bytes] = {}
+        for name, digest in self.rows.items():
+            kind, _, row_id = name.partition(" ")
+            digests[Kind(kind), row_id] = bytes.fromhex(digest)
+        terms = Terms(() if self.holder is None else (self.holder.held,))
+        return Known(position=self.position, terms=terms, digests=digests)
 
     @property
     def position(self) -> tuple[int, int]:

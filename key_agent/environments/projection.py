@@ -4,11 +4,11 @@
    receipts, the own KEK) is this environment's own and left alone.
 2. Of one ring and owner at most one key is active, and the index that says so cannot be deferred: what stops
    being active is written before what becomes it.
-3. A destroyed key keeps its row and loses its wraps.
+3. A destroyed key keeps its row and loses its wraps, if it is one of those that may be erased.
 4. `differences` says where the tables do not say what the rows do: somebody has edited one of the two.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Connection, Table, delete, func, insert, select, update
@@ -41,8 +41,8 @@ _OVERRULED: Final = 1_000_000_000
 _UNSHARED: Final = frozenset({"created_at_ms", "updated_at_ms", "after_sequence"})
 
 
-def project(c: Connection, changed: Rows, *, tenant_id: str, now_ms: int) -> None:
-    """Write what *changed* means. Rows that are referred to come first."""
+def project(c: Connection, changed: Rows, *, tenant_id: str, now_ms: int, may_erase: Collection[str]) -> None:
+    """Write what *changed* means. Rows that are referred to come first. *may_erase*: rule 3."""
     by_kind: dict[Kind, dict[str, Any]] = {}
     for (kind, row_id), body in changed.items():
         by_kind.setdefault(kind, {})[row_id] = body
@@ -62,6 +62,8 @@ def project(c: Connection, changed: Rows, *, tenant_id: str, now_ms: int) -> Non
     keys: dict[str, DekBody] = by_kind.get(Kind.DEK, {})
     for row_id, key in sorted(keys.items(), key=lambda item: (_is_active(item[1]), item[1].version, item[0])):
         _put_key(c, row_id, key, now_ms)
+        if key.state is KeyState.DESTROYED and row_id in may_erase:
+            c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == row_id))
 
 
 def clear(c: Connection, gone: Iterable[tuple[Kind, str]], *, now_ms: int) -> None:
@@ -171,8 +173,6 @@ def _put_key(c: Connection, row_id: str, key: DekBody, now_ms: int) -> None:
         )
     else:
         c.execute(update(dek).where(dek.c.id == row_id).values(**values, updated_at_ms=now_ms))
-    if key.state is KeyState.DESTROYED:
-        c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == row_id))
 
 
 def _is_active(key: DekBody) -> bool:

@@ -4,15 +4,18 @@
    each in one transaction, in the order of epochs; what leaves a gap is refused and asked for again.
 2. A term that is lower than one seen writes nothing (StaleTermError). A higher one may have another history:
    then its rows replace ours whole, but a key that was more restricted in ours stays so.
-3. Every row bears the signature of the agent that wrote it, and the whole a seal: digest and position, signed
-   by this agent, in the same transaction. The mark (mark.py) says outside of the database how far it was.
-4. `verify` compares all of it: rows, signatures, seal, mark, projections. What does not fit is
+3. Every row bears the signature of whoever held its term, and the whole two: the head (digest and position),
+   signed by the newest term's holder, and a seal, the same signed by this agent, both written in the same
+   transaction. The mark (mark.py) says outside of the database how far it was.
+4. `verify` compares all of it: rows, signatures, head, seal, mark, projections. What does not fit is
    RegistryTamperedError, and nothing of it is served before it was replaced by what another agent has.
-5. An agent's registry key counts for the rows it signed while its environment's row named it.
+5. Whether a new term is believed terms.py judges, by the rows that were here before it.
+6. The wraps of a destroyed key are erased where its end is shown to be meant: it was never used, or two
+   administrators have signed it. Without that it is destroyed in name; nothing is lost.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self, cast
@@ -32,6 +35,8 @@ from key_agent.environments.documents import (
     Delta,
     EnvironmentBody,
     FormerKey,
+    Grounds,
+    Head,
     IncidentBody,
     IncidentKeyBody,
     KekBody,
@@ -41,18 +46,21 @@ from key_agent.environments.documents import (
     SharedRow,
     TenantBody,
     TermBody,
-    check_delta,
+    check_head,
+    check_shape,
     digest_of,
     read_body,
     read_registry_key,
     row_digest,
-    sign_delta,
+    sign_head,
     sign_row,
 )
-from key_agent.environments.mark import Mark, MarkError, read_mark, write_mark
+from key_agent.environments.endings import may_erase
+from key_agent.environments.mark import Mark, MarkError, MarkHolder, read_mark, write_mark
 from key_agent.environments.projection import clear, differences, project
-from key_agent.environments.row_keys import RowKeys, named_in
+from key_agent.environments.registry_key import public_text
 from key_agent.environments.states import restrictiveness
+from key_agent.environments.terms import WATCHED, Holder, Judgement, Known, Terms, judge, term_id
 from key_agent.errors import KeyAgentError
 from key_agent.registry.store import Registry
 from key_agent.registry.tables import shared_row, shared_seal
@@ -62,6 +70,8 @@ _ONE: Final = 1
 _BATCH: Final = 500
 
 type Key = tuple[Kind, str]
+type Confirm = Callable[[Holder], Awaitable[None]]
+"""IntegrityError unless the election gave that holder its term. What else it raises: nobody can tell."""
 type AlsoWrite = Callable[[Connection], object]
 """Writes to this environment's own tables, in the transaction that writes the shared rows."""
 
@@ -172,10 +182,24 @@ def _changed(shared: Shared, **changes: Any) -> Shared:
 class _State:
     """All rows as they were committed last."""
 
-    rows: dict[Key, SharedRow]
-    bodies: dict[Key, Body]
-    digests: dict[Key, bytes]
-    shared: Shared
+    rows: dict[Key, SharedRow] = field(default_factory=dict)
+    bodies: dict[Key, Body] = field(default_factory=dict)
+    digests: dict[Key, bytes] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
+    terms: Terms = field(default_factory=Terms)
+    head: str = ""
+    """The signature of the newest term's holder."""
+
+    @property
+    def known(self) -> Known:
+        """As far as it decides whom to believe next."""
+        watched = [key for key in self.rows if key[0] in WATCHED]
+        return Known(
+            position=(self.shared.term, self.shared.epoch),
+            terms=self.terms,
+            digests={key: self.digests[key] for key in watched},
+            bodies={key: self.bodies[key] for key in watched},
+        )
 
 
 class SharedRegistry:
@@ -191,6 +215,8 @@ class SharedRegistry:
         self._state: _State | None = None
         self._mark: Mark | None = None
         self._one_at_a_time = asyncio.Lock()
+        self.confirm: Confirm | None = None
+        """Asks the election about a new term; None: there is none, so no elected term is believed."""
 
     @classmethod
     async def open(cls, registry: Registry, *, key: Ed25519PrivateKey, state_dir: Path) -> Self:
@@ -198,7 +224,7 @@ class SharedRegistry:
         return cls(registry, key=key, state_dir=state_dir)
 
     def pin(self, agent_id: str, registry_key: str) -> None:
-        """Believe *agent_id* by this public key (base64url) until an environment's row names it.
+        """While there are no rows yet: *agent_id*, by this public key (base64url), may hold the newest term.
 
         FormatError if it is none.
         """
@@ -233,15 +259,94 @@ class SharedRegistry:
             state = await self._loaded()
             if term < state.shared.term:
                 raise StaleTermError(f"term {term} is over: {state.shared.term} has been seen")
-            draft = Draft(state.shared, tenant_id=self._tenant, now_ms=now_ms)
-            change(draft)
-            self._restrict(draft)
-            if not draft.changed:
-                return self._delta(state, state.shared.epoch)
-            rows = self._signed(draft, state, term)
-            after = _with(state, rows, term=term, epoch=draft.epoch, tenant_id=self._tenant)
-            await self._store(after, rows, gone=(), now_ms=now_ms, restrictions={}, also=also)
-            return self._delta(after, draft.epoch - 1)
+            return await self._write(state, change, term=term, now_ms=now_ms, also=also)
+
+    async def begin_term(
+        self,
+        term: int,
+        *,
+        cause: str,
+        now_ms: int,
+        approval: tuple[str, ApprovalBody] | None = None,
+    ) -> Delta:
+        """This agent holds *term* from now on: appointed by *approval* (id, and what was signed), or elected.
+
+        It is judged as the others will judge it. StaleTermError; IntegrityError: they would not believe it.
+        """
+        async with self._one_at_a_time:
+            state = await self._loaded()
+            before = state.terms.newest
+            if before is None or term <= before.term:
+                raise StaleTermError(f"term {term} cannot follow term {state.shared.term}")
+            grounds = self._grounds(state, None if approval is None else approval[1])
+            if approval is not None:
+                used = msgspec.structs.replace(approval[1], used_at_ms=now_ms, used_for=f"term {term}")
+                grounds = msgspec.structs.replace(grounds, approval=approval[0], asked=used)
+            body = TermBody(
+                agent=self._registry.agent_id,
+                environment=self._registry.environment_id,
+                registry_key=public_text(self._key),
+                since_ms=now_ms,
+                cause=cause,
+                previous=before.digest.hex(),
+                grounds=grounds,
+            )
+
+            def change(draft: Draft) -> None:
+                draft.put(Kind.TERM, term_id(term), body)
+                if approval is not None and grounds.asked is not None:
+                    draft.put(Kind.APPROVAL, approval[0], grounds.asked)
+
+            return await self._write(state, change, term=term, now_ms=now_ms)
+
+    def _grounds(self, state: _State, asked: ApprovalBody | None) -> Grounds:
+        signers = () if asked is None else tuple(asked.signatures)
+        wanted = [
+            (Kind.ENVIRONMENT, self._registry.environment_id),
+            *((Kind.ADMIN, name) for name in signers),
+        ]
+        shared = state.shared
+        return Grounds(
+            built_on=Head(term=shared.term, epoch=shared.epoch, digest=shared.digest, signature=state.head),
+            rows=tuple(state.rows[key] for key in wanted if key in state.rows),
+        )
+
+    async def _write(
+        self,
+        state: _State,
+        change: Callable[[Draft], object],
+        *,
+        term: int,
+        now_ms: int,
+        also: AlsoWrite | None = None,
+    ) -> Delta:
+        draft = Draft(state.shared, tenant_id=self._tenant, now_ms=now_ms)
+        change(draft)
+        self._restrict(draft)
+        if not draft.changed:
+            return self._delta(state, state.shared.epoch)
+        rows = self._signed(draft, state, term)
+        after = self._after(state, rows, term=term, epoch=draft.epoch)
+        shared = after.shared
+        after.head = sign_head(
+            self._key, tenant=self._tenant, term=term, epoch=shared.epoch, digest=shared.digest
+        ).signature
+        self._check_own(state, after)
+        await self._store(
+            after, rows, before=state.bodies, gone=(), now_ms=now_ms, restrictions={}, also=also
+        )
+        return self._delta(after, draft.epoch - 1)
+
+    def _check_own(self, state: _State, after: _State) -> None:
+        """StaleTermError unless this agent holds the term that it has written in; IntegrityError unless the
+        others will believe that it does.
+        """
+        holder = after.terms.newest
+        mine = (after.shared.term, self._registry.agent_id, public_text(self._key))
+        if holder is None or (holder.term, holder.agent, holder.registry_key) != mine:
+            raise StaleTermError(f"term {after.shared.term} is not this agent's")
+        if state.terms.newest is not None:
+            judge(self._tenant, state.known, after.rows.values())
 
     async def apply(self, delta: Delta, *, now_ms: int) -> None:
         """Take *delta* over (rule 1, 2). Nothing of it holds unless all of it does.
@@ -255,21 +360,33 @@ class SharedRegistry:
                 raise IntegrityError(f"a delta of {delta.tenant} came to {self._tenant}")
             if delta.term < shared.term:
                 raise StaleTermError(f"term {delta.term} is over: {shared.term} has been seen")
-            if (delta.term, delta.epoch_to) <= (shared.term, shared.epoch):
+            check_shape(delta)
+            is_fork = any(
+                row.kind is Kind.TERM and row.key in state.rows and row_digest(row) != state.digests[row.key]
+                for row in delta.rows
+            )
+            if not is_fork and (delta.term, delta.epoch_to) <= (shared.term, shared.epoch):
                 if (delta.term, delta.epoch_to, delta.digest) == (shared.term, shared.epoch, shared.digest):
                     return
                 raise EpochGapError(shared.epoch)
             if delta.epoch_from == 0:
-                await self._replace(state, delta, now_ms)
+                await self._replace(state, state.known, delta, now_ms)
                 return
-            if delta.epoch_from != shared.epoch:
+            if is_fork or delta.epoch_from != shared.epoch:
                 raise EpochGapError(shared.epoch)
-            self._check(delta, state.bodies)
-            after = _with(state, delta.rows, term=delta.term, epoch=delta.epoch_to, tenant_id=self._tenant)
+            after = self._after(state, delta.rows, term=delta.term, epoch=delta.epoch_to)
+            await self._check(delta, state.known, after)
             if after.shared.digest != delta.digest:
                 raise EpochGapError(shared.epoch)  # another history up to here
             restrictions = self._still_restricted(after)
-            await self._store(after, delta.rows, gone=(), now_ms=now_ms, restrictions=restrictions)
+            await self._store(
+                after,
+                delta.rows,
+                before=state.bodies,
+                gone=(),
+                now_ms=now_ms,
+                restrictions=restrictions,
+            )
 
     async def restore(self, delta: Delta, *, now_ms: int) -> None:
         """Put everything another agent has (*delta* from epoch 0) in place of rows that do not fit.
@@ -286,12 +403,9 @@ class SharedRegistry:
                     f"{mark.epoch} of {mark.term}"
                 )
             rows = await self._registry.transact(_read_rows)
-            # What these rows say of keys counts for nothing: anybody may have written it. Whom to believe the
-            # mark knows; only where that is lost too, the rows are asked.
-            state = _State(rows=rows, bodies={}, digests={}, shared=Shared())
-            self._pins = (mark.registry_keys if mark is not None else {}) | self._pins
-            known = {} if mark is not None and mark.registry_keys else _readable(rows)
-            await self._replace(state, delta, now_ms, known=known)
+            # What these rows say counts for nothing: anybody may have written it. The mark knows better.
+            known = Known() if mark is None else mark.known
+            await self._replace(_State(rows=rows), known, delta, now_ms)
 
     async def since(self, epoch: int) -> Delta:
         """What changed after *epoch*; everything for 0. RegistryTamperedError, RegistryError."""
@@ -310,7 +424,7 @@ class SharedRegistry:
             self._state = await self._registry.transact(lambda c: self._load(c, mark))
             shared = self._state.shared
             if mark is None or mark.position < (shared.term, shared.epoch):
-                await self._write_mark(shared, {} if mark is None else mark.restrictions)
+                await self._write_mark(shared, {} if mark is None else mark.restrictions, self._state)
         return self._state
 
     async def _read_mark(self) -> Mark | None:
@@ -333,7 +447,7 @@ class SharedRegistry:
         if not rows and seal is None:
             if mark is not None and mark.epoch > 0:
                 raise RegistryTamperedError("the shared rows are gone")
-            return _State(rows={}, bodies={}, digests={}, shared=Shared())
+            return _State()
         if mark is None:
             raise RegistryTamperedError("there are shared rows, but no mark of them in the state directory")
         if seal is None:
@@ -347,14 +461,24 @@ class SharedRegistry:
             )
         if (seal.term, seal.epoch) == mark.position and digest != mark.digest:
             raise RegistryTamperedError("the shared rows are not those that the mark is of")
-        bodies = self._check_rows(rows, digests)
+        bodies, terms = self._check_rows(rows, digests)
+        self._check_stored_head(seal, terms)
         shared = _view(bodies, term=seal.term, epoch=seal.epoch, digest=digest, tenant_id=self._tenant)
         wrong = differences(c, _restricted(bodies, mark.restrictions), tenant_id=self._tenant)
         if wrong:
             raise RegistryTamperedError(
                 f"{len(wrong)} values are not what the signed rows say: {', '.join(wrong[:3])}"
             )
-        return _State(rows=rows, bodies=bodies, digests=digests, shared=shared)
+        return _State(
+            rows=rows, bodies=bodies, digests=digests, shared=shared, terms=terms, head=seal.head_signature
+        )
+
+    def _check_stored_head(self, seal: Any, terms: Terms) -> None:
+        head = Head(term=seal.term, epoch=seal.epoch, digest=seal.digest, signature=seal.head_signature)
+        try:
+            check_head(self._tenant, head, terms.holder(seal.term).key)
+        except IntegrityError as error:
+            raise RegistryTamperedError(str(error)) from None
 
     def _check_seal(self, seal: Any, digest: str) -> None:
         try:
@@ -366,17 +490,19 @@ class SharedRegistry:
         if digest != seal.digest:
             raise RegistryTamperedError("the shared rows are not those that were sealed")
 
-    def _check_rows(self, rows: Mapping[Key, SharedRow], digests: Mapping[Key, bytes]) -> dict[Key, Body]:
+    def _check_rows(
+        self, rows: Mapping[Key, SharedRow], digests: Mapping[Key, bytes]
+    ) -> tuple[dict[Key, Body], Terms]:
         try:
             bodies = {key: read_body(row.kind, row.body) for key, row in rows.items()}
-            keys = RowKeys.of(bodies, self._pins)
+            terms = Terms.of(rows.values())
             for key, row in rows.items():
                 if self._verified.get(key) != digests[key]:
-                    keys.check(self._tenant, row)
+                    terms.check(self._tenant, row)
                     self._verified[key] = digests[key]
         except (FormatError, IntegrityError) as error:
             raise RegistryTamperedError(str(error)) from None
-        return bodies
+        return bodies, terms
 
     # ---- writing
 
@@ -415,36 +541,58 @@ class SharedRegistry:
             )
         return rows
 
-    async def _replace(
-        self, state: _State, delta: Delta, now_ms: int, *, known: Mapping[Key, Body] | None = None
-    ) -> None:
-        """Everything of *delta* in place of everything that is here.
-
-        *known*: rows whose environments are believed, if not those of *state*.
-        """
-        self._check(delta, state.bodies if known is None else known)
-        empty = _State(rows={}, bodies={}, digests={}, shared=Shared())
-        after = _with(empty, delta.rows, term=delta.term, epoch=delta.epoch_to, tenant_id=self._tenant)
+    async def _replace(self, state: _State, known: Known, delta: Delta, now_ms: int) -> None:
+        """Everything of *delta* in place of all that is here, if *known* lets its writer be believed."""
+        after = self._after(_State(), delta.rows, term=delta.term, epoch=delta.epoch_to)
         if after.shared.digest != delta.digest:
             raise IntegrityError("a delta's rows are not those of its digest")
+        judged = await self._check(delta, known, after)
+        if judged.forked:
+            await self._lower_mark(after)
         restrictions = self._restrictions_between(state, after)
         gone = [key for key in state.rows if key not in after.rows]
         await self._store(
-            after, list(after.rows.values()), gone=gone, now_ms=now_ms, restrictions=restrictions
+            after,
+            list(after.rows.values()),
+            before=state.bodies,
+            gone=gone,
+            now_ms=now_ms,
+            restrictions=restrictions,
         )
 
-    def _check(self, delta: Delta, known: Mapping[Key, Body]) -> None:
-        """Signatures of a delta and of its rows, by keys that are known, or that known keys vouch for."""
-        keys = RowKeys.of(known, self._pins)
-        own = (self._registry.agent_id, self._key.public_key())
-        check_delta(delta, keys.newest() | {own[0]: own[1]} | named_in(delta, keys, self._tenant))
-        newcomers = [row for row in delta.rows if row.kind is Kind.ENVIRONMENT]
-        others = [row for row in delta.rows if row.kind is not Kind.ENVIRONMENT]
-        keys = RowKeys.of(known, self._pins).admitting(newcomers, self._tenant)
-        for row in others:
-            keys.check(self._tenant, row)
+    async def _check(self, delta: Delta, known: Known, after: _State) -> Judgement:
+        """By whom *after*, to which *delta* leads, was written: the holders of its terms, and nobody else."""
+        check_shape(delta)
+        if known.terms.newest is None:
+            known = Known(pins=self._pins)
+        judged = judge(self._tenant, known, after.rows.values())
+        if judged.overruled:
+            raise StaleTermError(f"term {delta.term} has two managers, and ours was approved later")
+        holder = judged.terms.newest
+        if holder is None or (holder.term, holder.agent) != (delta.term, delta.signer):
+            raise IntegrityError(f"a delta of term {delta.term} is not its holder's")
+        check_head(self._tenant, delta.head, holder.key)
         for row in delta.rows:
-            read_body(row.kind, row.body)
+            judged.terms.check(self._tenant, row)
+        if judged.elected is not None:
+            if self.confirm is None:
+                raise IntegrityError(f"term {judged.elected.term} was elected, and no election is known here")
+            await self.confirm(judged.elected)
+        after.head = delta.signature
+        return judged
+
+    async def _lower_mark(self, after: _State) -> None:
+        """Another history of the same term may be shorter than ours: after a crash it has to be believed."""
+        if self._mark is None:
+            return
+        start = after.terms.newest
+        lowest = (after.shared.term, 0) if start is None else (start.term, start.start)
+        if lowest < self._mark.position:
+            await self._keep_mark(msgspec.structs.replace(self._mark, term=lowest[0], epoch=0, digest=""))
+
+    def _after(self, state: _State, rows: Iterable[SharedRow], *, term: int, epoch: int) -> _State:
+        """*state* after *rows*: values, nothing is written, nothing is checked but the terms' order."""
+        return _with(state, rows, term=term, epoch=epoch, tenant_id=self._tenant)
 
     def _restrictions_between(self, before: _State, after: _State) -> dict[str, KeyState]:
         kept = dict({} if self._mark is None else self._mark.restrictions)
@@ -462,12 +610,20 @@ class SharedRegistry:
         after: _State,
         rows: Iterable[SharedRow],
         *,
+        before: Mapping[Key, Body],
         gone: Iterable[Key],
         now_ms: int,
         restrictions: Mapping[str, KeyState],
         also: AlsoWrite | None = None,
     ) -> None:
         written, removed, shared = list(rows), list(gone), after.shared
+
+        ended = {
+            row.id: (cast("DekBody | None", before.get(row.key)), cast("DekBody", after.bodies[row.key]))
+            for row in written
+            if row.kind is Kind.DEK
+        }
+        erasable = may_erase(self._tenant, ended, shared.approvals, shared.admins)
 
         def work(c: Connection) -> None:
             for key in removed:
@@ -477,7 +633,13 @@ class SharedRegistry:
                     _write_row(c, row)
             clear(c, removed, now_ms=now_ms)
             changed = {row.key: after.bodies[row.key] for row in written}
-            project(c, _restricted(changed, restrictions), tenant_id=self._tenant, now_ms=now_ms)
+            project(
+                c,
+                _restricted(changed, restrictions),
+                tenant_id=self._tenant,
+                now_ms=now_ms,
+                may_erase=erasable,
+            )
             if also is not None:
                 also(c)
             signature = self._key.sign(self._seal_bytes(shared.term, shared.epoch, shared.digest)).hex()
@@ -489,31 +651,36 @@ class SharedRegistry:
                     epoch=shared.epoch,
                     digest=shared.digest,
                     signature=signature,
+                    head_signature=after.head,
                 )
             )
 
         if self._mark is None:
             # Before the first rows: without a mark they would not be believed after a crash.
-            await self._write_mark(Shared(), {})
+            await self._write_mark(Shared(), {}, _State())
         self._state = None  # whatever happens now is read anew
         await self._registry.transact(work)
-        await self._write_mark(shared, restrictions)
+        await self._write_mark(shared, restrictions, after)
         self._verified |= {row.key: after.digests[row.key] for row in written}
         self._state = after
 
-    async def _write_mark(self, shared: Shared, restrictions: Mapping[str, KeyState]) -> None:
+    async def _write_mark(self, shared: Shared, restrictions: Mapping[str, KeyState], state: _State) -> None:
         """RegistryTamperedError: where it cannot be written, what was stored cannot be proven later."""
-        mark = Mark(
-            tenant=self._tenant,
-            environment=self._registry.environment_id,
-            term=shared.term,
-            epoch=shared.epoch,
-            digest=shared.digest,
-            restrictions=dict(restrictions),
-            registry_keys={
-                body.agent_id: body.registry_key for body in shared.environments.values() if body.registry_key
-            },
+        holder = state.terms.newest
+        await self._keep_mark(
+            Mark(
+                tenant=self._tenant,
+                environment=self._registry.environment_id,
+                term=shared.term,
+                epoch=shared.epoch,
+                digest=shared.digest,
+                restrictions=dict(restrictions),
+                holder=None if holder is None else MarkHolder.of(holder),
+                rows={f"{key[0]} {key[1]}": digest.hex() for key, digest in state.known.digests.items()},
+            )
         )
+
+    async def _keep_mark(self, mark: Mark) -> None:
         try:
             await asyncio.to_thread(write_mark, self._state_dir, self._key, mark)
         except OSError as error:
@@ -526,22 +693,21 @@ class SharedRegistry:
     def _delta(self, state: _State, epoch: int) -> Delta:
         start = min(epoch, state.shared.epoch)
         rows = tuple(row for row in state.rows.values() if row.epoch > start)
-        return sign_delta(
-            self._key,
-            Delta(
-                tenant=self._tenant,
-                term=state.shared.term,
-                epoch_from=start,
-                epoch_to=state.shared.epoch,
-                rows=rows,
-                digest=state.shared.digest,
-                signer=self._registry.agent_id,
-            ),
+        holder = state.terms.newest
+        return Delta(
+            tenant=self._tenant,
+            term=state.shared.term,
+            epoch_from=start,
+            epoch_to=state.shared.epoch,
+            rows=rows,
+            digest=state.shared.digest,
+            signer=self._registry.agent_id if holder is None else holder.agent,
+            signature=state.head,
         )
 
 
 def _with_former_keys(body: EnvironmentBody, before: EnvironmentBody | None, epoch: int) -> EnvironmentBody:
-    """What the environment's old key has signed goes on to count, what it signs from now on does not."""
+    """Which keys it had, and until when."""
     former = () if before is None else before.former_keys
     if (
         before is not None
@@ -559,15 +725,14 @@ def _with_former_keys(body: EnvironmentBody, before: EnvironmentBody | None, epo
 
 def _with(state: _State, rows: Iterable[SharedRow], *, term: int, epoch: int, tenant_id: str) -> _State:
     """*state* after *rows*: values, nothing is written."""
-    after = _State(
-        rows=dict(state.rows), bodies=dict(state.bodies), digests=dict(state.digests), shared=state.shared
-    )
+    after = _State(rows=dict(state.rows), bodies=dict(state.bodies), digests=dict(state.digests))
     for row in rows:
         after.rows[row.key] = row
         after.bodies[row.key] = read_body(row.kind, row.body)
         after.digests[row.key] = row_digest(row)
     digest = digest_of(after.digests.items())
     after.shared = _view(after.bodies, term=term, epoch=epoch, digest=digest, tenant_id=tenant_id)
+    after.terms = Terms.of(after.rows.values())
     return after
 
 
@@ -623,17 +788,6 @@ def _read_rows(c: Connection) -> dict[Key, SharedRow]:
             signature=row.signature,
         )
     return rows
-
-
-def _readable(rows: Mapping[Key, SharedRow]) -> dict[Key, Body]:
-    """The bodies of rows that may have been tampered with, as far as they can be read."""
-    bodies: dict[Key, Body] = {}
-    for key, row in rows.items():
-        try:
-            bodies[key] = read_body(row.kind, row.body)
-        except FormatError:
-            continue
-    return bodies
 
 
 def _write_row(c: Connection, row: SharedRow) -> None:

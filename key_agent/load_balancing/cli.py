@@ -17,7 +17,7 @@ from cryptography import x509
 
 from key_agent.load_balancing import settings as lb_settings
 from key_agent.load_balancing.haproxy_config import haproxy_config
-from key_agent.load_balancing.lb_agent import LbAgent, watch
+from key_agent.load_balancing.lb_agent import LbAgent, StateFileError, watch
 from runtime import lifecycle, observe
 from runtime.cli import CommandError, ExitCode
 from runtime.clock import SystemClock
@@ -83,8 +83,16 @@ def lb_agent(lb_config: SettingsFile = _DEFAULT) -> None:
     observe.configure_logging(json=None)
     root = _root(chosen.lb_agent.root_certificate_file)
 
-    async def main(stop: asyncio.Event) -> None:
+    try:
         agent = LbAgent(chosen, root=root, clock=SystemClock())
+    except StateFileError as error:
+        raise CommandError(
+            str(error),
+            "see that lb_agent.manager names the manager of today, then remove the file",
+            ExitCode.FAILED,
+        ) from None
+
+    async def main(stop: asyncio.Event) -> None:
         await _until(
             stop,
             agent.run(started=lambda: log.info("lb-agent answers", port=agent.port, pid=os.getpid())),

@@ -4,12 +4,14 @@
 2. What it has acted on it acknowledges to every agent: rejoining waits for that (system B, claim 7). An
    acknowledgement is sent only after every later check will be answered by the new state.
 3. Nothing here decides anything: states are the signed rows', answers answers.py's.
+4. Whom it believes is kept in a file: a restart does not bring back a manager that was followed by another.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 import aiohttp
@@ -19,14 +21,16 @@ from cryptography import x509
 
 from envelope.errors import FormatError, IntegrityError
 from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
-from key_agent.environments.documents import decode_delta
+from key_agent.environments.documents import decode_delta, encode_delta
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peers import REGISTRY_PATH
 from key_agent.load_balancing.answers import FULL_WEIGHT, Report, answer, smoothed, weights
 from key_agent.load_balancing.following import Follower
-from key_agent.load_balancing.settings import AgentAddress, Rule, Server, Settings
+from key_agent.load_balancing.settings import AgentAddress, Rule, Server, Settings, manager_of
+from key_agent.push.revocations import Revocations
 from runtime.clock import Clock
+from runtime.files import replace_file
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +40,7 @@ _SILENT_S: Final = 2.0
 """A server whose last answer is older than that says nothing."""
 _ACK_S: Final = 2.0
 _CHECK_S: Final = 1.0
+_REVOCATIONS_S: Final = 5.0
 _MAX_NAME_BYTES: Final = 128
 _MAX_STATUS_BYTES: Final = 64 << 10
 _SILENCE: Final = (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError, ValueError)
@@ -51,20 +56,33 @@ class _TenantStatus(msgspec.Struct):
     state: str = "untold"
 
 
+class StateFileError(Exception):
+    """What an earlier life has kept cannot be read: nobody knows whom to believe."""
+
+
 class LbAgent:
     """`run` until cancelled; `port` is known while it runs."""
 
     def __init__(self, settings: Settings, *, root: x509.Certificate, clock: Clock) -> None:
+        """StateFileError: what an earlier life has kept cannot be read."""
         mine = settings.lb_agent
         self._settings = settings
         self._clock = clock
-        self._follower = Follower(mine.tenant, {agent.id: agent.registry_key for agent in settings.agents})
+        manager = manager_of(settings)
+        self._follower = Follower(
+            mine.tenant,
+            agents=[agent.id for agent in settings.agents],
+            manager=(manager.id, manager.registry_key),
+        )
+        self._kept = _remembered(self._follower, mine.state_file)
+        self._keeping = asyncio.Lock()
+        path = mine.revocation_list_file
+        self._revocations = None if path is None else Revocations(path, root)
         self._transport = PeerTransport(
-            trust=PeerTrust(tenant=mine.tenant, root=root, revocations=None, clock=clock),
+            trust=PeerTrust(tenant=mine.tenant, root=root, revocations=self._revocations, clock=clock),
             certificate_file=mine.certificate_file,
             key_file=mine.key_file,
         )
-        self._fresh_boot_s = float("-inf")
         self._reports: dict[str, tuple[Report, float]] = {}
         self._latencies_s: dict[str, float] = {}
         self._lines: dict[str, str] = {}
@@ -91,6 +109,7 @@ class LbAgent:
                     group.create_task(self._acknowledge(agent), name=f"lb:ack:{agent.id}")
                 for one in self._settings.servers:
                     group.create_task(self._look(session, one), name=f"lb:server:{one.name}")
+                group.create_task(self._refresh_revocations(), name="lb:revocations")
                 if started is not None:
                     started()
         finally:
@@ -120,7 +139,9 @@ class LbAgent:
         return made
 
     def _is_fresh(self) -> bool:
-        return self._clock.boot_s() - self._fresh_boot_s <= self._settings.lb_agent.stale_s
+        now_s, follower = self._clock.boot_s(), self._follower
+        is_heard = now_s - follower.heard_boot_s() <= self._settings.lb_agent.stale_s
+        return is_heard and now_s - follower.proven_boot_s() <= follower.lease_s
 
     def _report(self, name: str) -> Report | None:
         report, at_s = self._reports.get(name, (None, 0.0))
@@ -148,9 +169,8 @@ class LbAgent:
                     address, "GET", f"{REGISTRY_PATH}?after={epoch}", timeout_s=_AGENT_TIMEOUT_S
                 )
                 delta = decode_delta(content)
-                self._follower.take(delta)
-                if (delta.term, delta.epoch_to) >= self._follower.position:
-                    self._fresh_boot_s = max(self._fresh_boot_s, began_s)
+                self._follower.take(delta, agent=agent.id, asked_boot_s=began_s)
+                await self._keep()
                 was_reached, everything = True, False
             except PeerError as error:
                 if was_reached:
@@ -162,6 +182,26 @@ class LbAgent:
                     continue
                 log.warning("an agent's rows are not believed", agent=agent.id, cause=str(error))
             await self._clock.sleep(self._settings.lb_agent.poll_s)
+
+    async def _keep(self) -> None:
+        """Rule 4, before anything that rests on it is answered by a later life."""
+        async with self._keeping:
+            anchor = self._follower.anchor()
+            if anchor == self._kept:
+                return
+            content = encode_delta(self._follower.everything())
+            try:
+                await asyncio.to_thread(replace_file, self._settings.lb_agent.state_file, content)
+            except OSError as error:
+                log.error("what was learned cannot be kept", cause=str(error))  # noqa: TRY400 - said again
+                return
+            self._kept = anchor
+
+    async def _refresh_revocations(self) -> NoReturn:
+        while True:
+            await self._clock.sleep(_REVOCATIONS_S)
+            if self._revocations is not None:
+                await asyncio.to_thread(self._revocations.refresh)
 
     async def _look(self, session: aiohttp.ClientSession, server: Server) -> NoReturn:
         tenant = self._settings.lb_agent.tenant
@@ -197,6 +237,21 @@ class LbAgent:
                     )
                     self._acked[agent.id], last_s = position, now_s
             await self._clock.sleep(self._settings.lb_agent.poll_s / 2)
+
+
+def _remembered(follower: Follower, file: Path) -> tuple[int, frozenset[bytes]] | None:
+    """What *follower* is to know again; None: it is its first life."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateFileError(f"{file}: {error.strerror}") from None
+    try:
+        follower.remember(decode_delta(content))
+    except (FormatError, IntegrityError) as error:
+        raise StateFileError(f"{file}: {error}") from None
+    return follower.anchor()
 
 
 async def watch(

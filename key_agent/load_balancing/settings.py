@@ -86,13 +86,21 @@ class LbAgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     root_certificate_file: Path
     certificate_file: Path
     key_file: Path
+    manager: str = ""
+    """The agent that is the manager when this program begins for the first time; empty: `agents`' first.
+    Who follows it has to be shown to."""
+    state_file: Path = Path("/var/lib/sealgate/lb-agent.rows")
+    """What it has learned of that, for its next life."""
+    revocation_list_file: Path | None = None
+    """Of the tenant's root: agents whose certificate it takes back are not spoken to."""
     host: str = "127.0.0.1"
     port: int = 9777
     """Where HAProxy's agent-checks are answered."""
     poll_s: float = 0.25
     """Between two looks at each agent and each server."""
     stale_s: float = 15.0
-    """Without a word of any agent for so long everything is down: nobody knows what was withdrawn."""
+    """Without a word of any agent for so long everything is down: nobody knows what was withdrawn. Without a
+    majority of them the registry lease is the limit, as it is for the environments themselves."""
 
     def __post_init__(self) -> None:
         try:
@@ -157,10 +165,18 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"{what}: a name stands twice")
+        if self.lb_agent.manager and self.lb_agent.manager not in {agent.id for agent in self.agents}:
+            raise ValueError("lb_agent.manager is none of the agents")
         if not self.servers:
             raise ValueError("servers: there is none")
         if self.frontend.rule is Rule.GEO and not all(server.geo for server in self.servers):
             raise ValueError("with frontend.rule = geo every server has a geo")
+
+
+def manager_of(settings: Settings) -> AgentAddress:
+    """Whom to believe first."""
+    wanted = settings.lb_agent.manager or settings.agents[0].id
+    return next(agent for agent in settings.agents if agent.id == wanted)
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Settings:
@@ -175,6 +191,11 @@ def unusable_files(settings: Settings) -> Iterator[str]:
         {
             "lb_agent.root_certificate_file": mine.root_certificate_file,
             "lb_agent.certificate_file": mine.certificate_file,
+            **(
+                {"lb_agent.revocation_list_file": mine.revocation_list_file}
+                if mine.revocation_list_file is not None
+                else {}
+            ),
         },
         secrets={"lb_agent.key_file": mine.key_file},
     )

@@ -273,7 +273,8 @@ shared_seal = Table(
     Column("term", BigInteger, nullable=False),
     Column("epoch", BigInteger, nullable=False),
     Column("digest", String(64), nullable=False),
-    Column("signature", String(128), nullable=False),
+    Column("signature", String(128), nullable=False),  # this agent's
+    Column("head_signature", String(128), nullable=False),  # of who holds the term
 )
 
 env_ack = Table(  # this agent's own: who is known to have what

@@ -94,6 +94,8 @@ tenant = "acme"
 root_certificate_file = "root.pem"
 certificate_file = "tls.pem"
 key_file = "tls.key"
+manager = "{next(iter(site.environments.values())).agent_id}"
+state_file = "rows"
 port = {free_port()}
 [frontend]
 bind = "127.0.0.1:{free_port()}"

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import text
 
+from envelope.base64url import b64u_encode
 from envelope.keys import KeyState, KeyUse
+from key_agent.environments import approvals
+from key_agent.environments.approvals import Action
 from key_agent.environments.documents import (
+    AdminBody,
+    AdminState,
+    ApprovalBody,
     Body,
     DekBody,
     Delta,
@@ -30,6 +38,7 @@ from key_agent.environments.mark import NAME as MARK_NAME
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
 from key_agent.environments.shared import Draft, Shared, SharedRegistry
 from key_agent.environments.states import EnvironmentState
+from key_agent.environments.terms import promotion_payload
 from key_agent.registry.store import Registry
 
 NOW_MS: Final = 1_800_000_000_000
@@ -40,6 +49,72 @@ KID: Final = "11" * 16
 NEXT_KID: Final = "22" * 16
 
 
+class Admins:
+    """Administrators, and what they sign."""
+
+    def __init__(self, *names: str) -> None:
+        self.keys = {name: Ed25519PrivateKey.generate() for name in names}
+
+    def rows(self) -> list[tuple[Kind, str, Body]]:
+        return [
+            (
+                Kind.ADMIN,
+                name,
+                AdminBody(
+                    name=name,
+                    public_key=b64u_encode(
+                        key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+                    ),
+                    state=AdminState.ACTIVE,
+                    added_at_ms=NOW_MS,
+                    added_by="test",
+                ),
+            )
+            for name, key in self.keys.items()
+        ]
+
+    def promotion(
+        self, holder: "Holder", view: Shared, *, by: str = "ann bob", at_ms: int = NOW_MS
+    ) -> tuple[str, ApprovalBody]:
+        payload = promotion_payload(
+            agent=f"agent-{holder.name}",
+            environment=holder.name,
+            registry_key=holder.public,
+            term=view.term,
+            epoch=view.epoch,
+            digest=view.digest,
+        )
+        return self.approval(Action.ENVIRONMENT_PROMOTE, holder.name, payload, by=by, at_ms=at_ms)
+
+    def approval(
+        self,
+        action: Action,
+        subject: str,
+        payload: dict[str, object],
+        *,
+        by: str = "ann bob",
+        at_ms: int = NOW_MS,
+    ) -> tuple[str, ApprovalBody]:
+        text = approvals.payload_text(payload)
+        approval = f"a-{approvals.payload_sha256(f'{text}{at_ms}')[:16]}"
+        asked = ApprovalBody(
+            action=action,
+            subject=subject,
+            payload=text,
+            payload_sha256=approvals.payload_sha256(text),
+            requested_by="test",
+            requested_at_ms=at_ms,
+            expires_at_ms=NOW_MS + 3_600_000,
+            signatures={},
+        )
+        signed = approvals.statement(TENANT, approval, asked)
+        signatures = {name: approvals.sign_statement(self.keys[name], signed) for name in by.split()}
+        return approval, msgspec.structs.replace(asked, signatures=signatures)
+
+
+ADMINS: Final = Admins("ann", "bob")
+
+
 class Holder:
     """One environment's shared registry."""
 
@@ -48,7 +123,8 @@ class Holder:
         self.registry = registry
         self.shared = shared
         self.directory = directory
-        self.public = public_text(read_or_make_registry_key(directory))
+        self.key = read_or_make_registry_key(directory)
+        self.public = public_text(self.key)
 
     @property
     def mark(self) -> Path:
@@ -64,6 +140,14 @@ class Holder:
                 draft.put(kind, row_id, body)
 
         return await self.shared.write(change, term=term, now_ms=NOW_MS, also=also)
+
+    async def promote(self, admins: "Admins", term: int | None = None, *, by: str = "ann bob") -> Delta:
+        """This one begins the next term, as these administrators have signed."""
+        view = await self.shared.snapshot()
+        approval, asked = admins.promotion(self, view, by=by)
+        return await self.shared.begin_term(
+            term or view.term + 1, cause="test", now_ms=NOW_MS, approval=(approval, asked)
+        )
 
     async def take(self, delta: Delta) -> Shared:
         await self.shared.apply(delta, now_ms=NOW_MS)
@@ -82,9 +166,16 @@ class Holder:
             (
                 Kind.TERM,
                 f"{1:020d}",
-                TermBody(agent=f"agent-{self.name}", environment=self.name, since_ms=NOW_MS, cause="test"),
+                TermBody(
+                    agent=f"agent-{self.name}",
+                    environment=self.name,
+                    registry_key=self.public,
+                    since_ms=NOW_MS,
+                    cause="test",
+                ),
             ),
             (Kind.ENVIRONMENT, self.name, self.environment()),
+            *ADMINS.rows(),
             (Kind.SERVICE, SERVICE, ServiceBody()),
             (Kind.RING, RING, RingBody(service=SERVICE, use=KeyUse.DATA)),
             (Kind.DEK, KID, key(self.name)),

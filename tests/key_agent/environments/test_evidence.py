@@ -14,10 +14,21 @@ from envelope.keys import KeyState
 from key_agent.environments import incident_changes as changes
 from key_agent.environments.approvals import Action, payload_text
 from key_agent.environments.breaches import Declaration, IncidentKind
-from key_agent.environments.documents import SharedRow, digest_of, row_digest, sign_row
+from key_agent.environments.documents import (
+    Body,
+    Kind,
+    SharedRow,
+    TermBody,
+    digest_of,
+    read_body,
+    row_digest,
+    sign_head,
+    sign_row,
+)
 from key_agent.environments.evidence import Account, audit_extract, verify_bundle, write_bundle
 from key_agent.environments.incident_changes import Opening
-from key_agent.environments.registry_key import public_text
+from key_agent.environments.registry_key import fingerprint_of, public_text
+from key_agent.environments.terms import term_id
 from tests.key_agent.environments.rows import NOW_MS, TABLES, TENANT, World
 from tests.pki import Tenant, make_tenant
 
@@ -69,31 +80,50 @@ class Case:
             self.lines.append(line)
 
     def rows(self) -> list[SharedRow]:
-        """All rows, signed by one agent or another."""
+        """All rows, signed by the manager, which is b's agent."""
+        term = TermBody(
+            agent="agent-b",
+            environment="b",
+            registry_key=public_text(self.registry_keys["agent-b"]),
+            since_ms=NOW_MS,
+            cause="test",
+        )
         return [
-            sign_row(
-                self.registry_keys["agent-b"],
-                tenant=TENANT,
-                kind=kind,
-                row_id=row_id,
-                body=body,
-                term=1,
-                epoch=self.world.rows.epoch,
-                signer="agent-b",
-            )
-            for kind, table in TABLES.items()
-            for row_id, body in getattr(self.world.rows, table).items()
+            self.row(Kind.TERM, term_id(1), term),
+            *(
+                self.row(kind, row_id, body)
+                for kind, table in TABLES.items()
+                for row_id, body in getattr(self.world.rows, table).items()
+            ),
         ]
+
+    def row(self, kind: Kind, row_id: str, body: Body, *, by: str = "agent-b", term: int = 1) -> SharedRow:
+        return sign_row(
+            self.registry_keys[by],
+            tenant=TENANT,
+            kind=kind,
+            row_id=row_id,
+            body=body,
+            term=term,
+            epoch=self.world.rows.epoch,
+            signer=by,
+        )
+
+    def head(self, digest: str, *, by: str = "agent-b", term: int = 1) -> str:
+        epoch = self.world.rows.epoch
+        key = self.registry_keys[by]
+        return sign_head(key, tenant=TENANT, term=term, epoch=epoch, digest=digest).signature
 
     def write(self, rows: list[SharedRow] | None = None, **more: Any) -> bytes:
         rows = self.rows() if rows is None else rows
+        more.setdefault("digest", digest_of((row.key, row_digest(row)) for row in rows))
         found: dict[str, Any] = {
             "tenant": TENANT,
             "incident_id": "inc-1",
             "rows": rows,
             "term": 1,
             "epoch": self.world.rows.epoch,
-            "digest": digest_of((row.key, row_digest(row)) for row in rows),
+            "head_signature": self.head(more["digest"]),
             "audit_lines": b"".join(self.lines[10:]),
             "acknowledgements": [{"environment": "b", "clear": True}],
             "made_at_ms": NOW_MS,
@@ -152,9 +182,54 @@ def test_rows_that_the_registry_did_not_hold_are_found(case: Case, change: str) 
 
 
 def test_a_row_of_nobody_is_found(case: Case) -> None:
+    rows = case.rows()
     case.registry_keys["agent-b"] = Ed25519PrivateKey.generate()
+    rows[-1] = case.row(rows[-1].kind, rows[-1].id, read_body(rows[-1].kind, rows[-1].body))
     with pytest.raises(IntegrityError, match="signature"):
-        case.verify(case.write())
+        case.verify(case.write(rows))
+
+
+def test_a_row_of_an_agent_that_was_never_the_manager_is_found(case: Case) -> None:
+    """The breached environment has a registry key, which stands in the rows; it signs nothing."""
+    rows = case.rows()
+    (at,) = (at for at, row in enumerate(rows) if row.kind is Kind.INCIDENT)
+    body = msgspec.structs.replace(read_body(Kind.INCIDENT, rows[at].body), reason="nothing happened")
+    for forged in (
+        case.row(Kind.INCIDENT, rows[at].id, body, by="agent-a"),
+        case.row(Kind.INCIDENT, rows[at].id, body, by="agent-a", term=2),
+    ):
+        rows[at] = forged
+        with pytest.raises(IntegrityError):
+            case.verify(case.write(rows))
+
+
+def test_a_term_that_nobody_has_approved_is_found(case: Case) -> None:
+    rows = case.rows()
+    body = TermBody(
+        agent="agent-a",
+        environment="a",
+        registry_key=public_text(case.registry_keys["agent-a"]),
+        since_ms=NOW_MS,
+        cause="by myself",
+        previous=row_digest(rows[0]).hex(),
+    )
+    rows.append(case.row(Kind.TERM, term_id(2), body, by="agent-a", term=2))
+    digest = digest_of((row.key, row_digest(row)) for row in rows)
+    head = case.head(digest, by="agent-a", term=2)
+    with pytest.raises(IntegrityError, match="why it may begin"):
+        case.verify(case.write(rows, digest=digest, term=2, head_signature=head))
+
+
+def test_the_digest_has_to_be_the_managers_word(case: Case) -> None:
+    digest = digest_of((row.key, row_digest(row)) for row in case.rows())
+    with pytest.raises(IntegrityError, match="who holds that term"):
+        case.verify(case.write(head_signature=case.head(digest, by="agent-a")))
+
+
+def test_who_the_managers_were_is_said(case: Case) -> None:
+    found = case.verify(case.write())
+    key = public_text(case.registry_keys["agent-b"])
+    assert found.managers == ((1, "agent-b", fingerprint_of(key)),)
 
 
 def test_a_key_that_is_freer_than_the_incident_left_it_is_found(case: Case) -> None:

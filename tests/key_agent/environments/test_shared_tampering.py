@@ -69,7 +69,7 @@ async def tampered(b: Holder) -> str:
         "UPDATE shared_row SET body = body || ' ' WHERE kind = 'service'",
         "DELETE FROM shared_row WHERE kind = 'dek'",
         "DELETE FROM shared_row",
-        "INSERT INTO shared_row SELECT 'admin', id, term, epoch, signer, body, signature FROM shared_row",
+        "INSERT INTO shared_row SELECT 'admin', id, term, 2, signer, body, signature FROM shared_row LIMIT 1",
         # The seal.
         "DELETE FROM shared_seal",
         "UPDATE shared_seal SET epoch = epoch + 1",

@@ -77,6 +77,7 @@ def settings_for(
             root_certificate_file=unused,
             certificate_file=unused,
             key_file=unused,
+            state_file=directory / "lb.rows",
             port=free_port(),
             poll_s=0.1,
         ),

@@ -138,13 +138,13 @@ class _Ahead(SystemClock):
         return super().boot_s() + self._seconds
 
 
-async def test_rows_that_nobody_signed_move_nothing(world: World) -> None:
+async def test_rows_that_nobody_signed_move_nothing(world: World, tmp_path: Path) -> None:
     """An lb-agent whose settings name other keys believes no agent at all."""
     other = tuple(
         msgspec.structs.replace(agent, registry_key=world.settings.agents[1 - index].registry_key)
         for index, agent in enumerate(world.settings.agents)
     )
-    mine = msgspec.structs.replace(world.settings.lb_agent, port=0)
+    mine = msgspec.structs.replace(world.settings.lb_agent, port=0, state_file=tmp_path / "other.rows")
     doubting = LbAgent(
         msgspec.structs.replace(world.settings, agents=other, lb_agent=mine),
         root=world.site.tenant.root.certificate,

@@ -1,0 +1,69 @@
+"""Which destroyed keys may lose their wraps: a row alone, whoever signed it, erases nothing.
+
+1. A key that was never active has sealed nothing: its wraps go with it.
+2. Of any other key two administrators have to have signed its end, by name (`keys-retire`). What they signed
+   goes on to count when one of them is an administrator no more.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
+
+from envelope.errors import FormatError
+from envelope.keys import KeyState
+from key_agent.environments import approvals
+from key_agent.environments.approvals import Action, ApprovalError
+from key_agent.environments.documents import AdminBody, AdminState, ApprovalBody, DekBody
+
+
+class _Payload(msgspec.Struct):
+    keys: list[str] = []
+
+
+def may_erase(
+    tenant: str,
+    ended: Mapping[str, tuple[DekBody | None, DekBody]],
+    asked: Mapping[str, ApprovalBody],
+    admins: Mapping[str, AdminBody],
+) -> frozenset[str]:
+    """Of *ended* those whose wraps go. By key id: the row before (None: there was none) and today's."""
+    gone = {key_id: pair for key_id, pair in ended.items() if pair[1].state is KeyState.DESTROYED}
+    if not gone:
+        return frozenset()
+    unused = {key_id for key_id, (before, after) in gone.items() if _was_unused(before, after)}
+    return frozenset(unused | (gone.keys() & set(_approved(tenant, asked, admins))))
+
+
+def _was_unused(before: DekBody | None, after: DekBody) -> bool:
+    return before is not None and before.state is KeyState.PRE_ACTIVE and after.activated_at_ms is None
+
+
+def _approved(
+    tenant: str, asked: Mapping[str, ApprovalBody], admins: Mapping[str, AdminBody]
+) -> Iterator[str]:
+    once = {
+        name: msgspec.structs.replace(body, state=AdminState.ACTIVE) for name, body in admins.items()
+    }  # rule 2
+    for approval_id, body in asked.items():
+        if body.action == Action.KEYS_RETIRE and body.used_at_ms is not None:
+            yield from _keys_of(tenant, approval_id, body, once, used_at_ms=body.used_at_ms)
+
+
+def _keys_of(
+    tenant: str, approval_id: str, body: ApprovalBody, admins: Mapping[str, AdminBody], *, used_at_ms: int
+) -> Iterable[str]:
+    try:
+        payload = msgspec.json.decode(body.payload, type=dict[str, object])
+        approvals.check_granted(
+            tenant,
+            approval_id,
+            approvals.unused(body),
+            admins,
+            action=Action.KEYS_RETIRE,
+            subject=tenant,
+            payload=payload,
+            now_ms=used_at_ms,
+        )
+        return msgspec.convert(payload, _Payload).keys
+    except (ApprovalError, FormatError, msgspec.MsgspecError):
+        return ()
