@@ -355,6 +355,9 @@ def run_proxy(settings: Settings) -> None:
     configure_logging(json=settings.log.json)
     for warning in lifecycle.harden_process():
         log.warning("process not fully hardened", cause=warning)
+    open_files = lifecycle.raise_open_files()
+    if 0 <= open_files and (places := settings.limits.places(open_files)) < settings.limits.connections:
+        log.warning("fewer clients than limits.connections", connections=places, open_files=open_files)
     process = ProxyProcess(settings)
     try:
         lifecycle.run(process.run, on_hangup=process.hang_up)

@@ -16,6 +16,7 @@ import msgspec
 from envelope.errors import FormatError
 from envelope.keys import check_name
 from proxy.encryption_service.settings import EncryptionServiceSettings, listener_files
+from proxy.limits import ClientLimits
 from proxy.tenants.model import CertificateFiles
 from runtime import broker, database
 from runtime import settings as runtime_settings
@@ -209,6 +210,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A broker that envelopes may come by, beside the push listener."""
     keys: KeySettings = KeySettings()
     engine: EngineSettings = EngineSettings()
+    limits: ClientLimits = ClientLimits()
+    """Of clients of the forward and reverse listeners."""
     health: HealthSettings = HealthSettings()
     portal: PortalSettings | None = None
     environment: EnvironmentSettings | None = None

@@ -97,7 +97,12 @@ class DataPlane:
             clock=clock,
             environments=self._environments,
         )
-        self._engine = Engine(settings.engine, self._addon, clock, reuse_port=processes > 1)
+        self._engine = Engine(
+            settings.engine, self._addon, clock, limits=settings.limits, reuse_port=processes > 1
+        )
+        meters = self._engine.meters()
+        self._registry.register(meters)
+        self._parts.callback(self._registry.unregister, meters)
         await self._engine.prepare()
         if settings.encryption_service.listen:
             self._service = service = EncryptionService(

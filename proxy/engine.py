@@ -32,6 +32,8 @@ from proxy.addon import SealgateAddon
 from proxy.config import EngineSettings
 from proxy.gate.handler import GuardedConnectionHandler
 from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls, own_context
+from proxy.limits import ClientLimits
+from proxy.metrics import ClientConnections
 from proxy.profiles import PROFILES, Profile
 from proxy.routing import Listener, Routing
 from proxy.tenants.model import Directory, normal_host
@@ -64,11 +66,13 @@ class Engine:
         addon: SealgateAddon,
         clock: Clock,
         *,
+        limits: ClientLimits | None = None,
         reuse_port: bool = False,
         profiles: Mapping[str, Profile] = PROFILES,
     ) -> None:
         """*reuse_port*: other processes of ours listen at the same addresses."""
         self._settings = settings
+        self._clients = gate.Clients(limits or ClientLimits())
         self._reuse_port = reuse_port
         self._addon = addon
         self._clock = clock
@@ -93,6 +97,20 @@ class Engine:
     @property
     def connections(self) -> int:
         return len(self._server.connections) if self._server is not None else 0
+
+    @property
+    def clients(self) -> gate.Clients:
+        """How many client connections there may be, and what became of those beyond that."""
+        return self._clients
+
+    def meters(self) -> ClientConnections:
+        """For a registry; good for as long as the engine is."""
+        clients = self._clients
+        return ClientConnections(
+            lambda: len(clients.places),
+            refused=lambda: {reason: clients.places.refused[reason] for reason in gate.Refused},
+            expired=lambda: {phase: clients.expired[phase] for phase in gate.Phase},
+        )
 
     def listening(self) -> list[str]:
         """The specs of the listeners that are open."""
@@ -119,6 +137,7 @@ class Engine:
         )
         running.options.update(**self._options())  # type: ignore[no-untyped-call]
         gate.on_refused(running, self._addon.on_refused)
+        gate.limit(running, self._clients)
         gate.warmed_up(self._levers)
         await running.running()
         await self.apply(directory)

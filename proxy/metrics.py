@@ -1,8 +1,11 @@
 """What the proxy counts. Labels are names out of the directory and codes out of the refusals' table."""
 
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, override
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from envelope.keys import NetworkService
 from runtime.observe import NAMESPACE
@@ -81,3 +84,39 @@ class ServiceMeters:
         self.sealed: Final = sealed.inc
         self.opened: Final = opened.inc
         self.legacy: Final = legacy.inc
+
+
+class ClientConnections(Collector):
+    """The client connections of the listeners: how many, and what became of those beyond a limit."""
+
+    def __init__(
+        self,
+        count: Callable[[], int],
+        *,
+        refused: Callable[[], Mapping[str, int]],
+        expired: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """*refused*: by reason, *expired*: by what was waited for; all of them, also those that are 0."""
+        self._count = count
+        self._refused = refused
+        self._expired = expired
+
+    @override
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        yield GaugeMetricFamily(
+            f"{NAMESPACE}_client_connections", "Connections of clients that are open", value=self._count()
+        )
+        refused = CounterMetricFamily(
+            f"{NAMESPACE}_client_connections_refused",
+            "Connections closed for want of a place, by reason",
+            labels=("reason",),
+        )
+        expired = CounterMetricFamily(
+            f"{NAMESPACE}_client_connections_expired",
+            "Connections closed because their time was over, by what was waited for",
+            labels=("phase",),
+        )
+        for family, counts in ((refused, self._refused()), (expired, self._expired())):
+            for label, number in counts.items():
+                family.add_metric((label,), number)
+            yield family

@@ -59,6 +59,17 @@ def harden_process() -> list[str]:
     return warnings
 
 
+def raise_open_files() -> int:
+    """Let this process open as many files as the machine allows it; returns how many (-1: any number).
+
+    The soft limit is 1,024 mostly, for programs that use select(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
 def end_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when its parent ends. ProcessLookupError if it has already."""
     libc = ctypes.CDLL(None, use_errno=True)

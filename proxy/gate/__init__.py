@@ -7,6 +7,7 @@ The addon permits (`permit`), everything else is refused by code without policy 
     gate.install()                         # once per process; again is no harm
     await gate.self_test()                 # SelfTestError: the gate does not hold
     gate.on_refused(master, audit_it)      # per Master
+    gate.limit(master, Clients(limits))    # how many clients, how long
 
 `install` replaces classes of mitmproxy for the whole process, nothing else here is global: engines may start
 and stop after each other.
@@ -18,12 +19,15 @@ from mitmproxy.proxy import mode_servers
 from mitmproxy.proxy.layers import http, tls
 from mitmproxy.proxy.layers.http import _http1
 
-from proxy.gate import ends, h2, levers
+from proxy.gate import ends, h2, hello, levers
+from proxy.gate.deadlines import Phase
 from proxy.gate.handler import (
+    Clients,
     GuardedConnectionHandler,
     OnRefused,
     abort_all_connections,
     hold_reading,
+    limit,
     on_refused,
 )
 from proxy.gate.http1 import GuardedHttp1Client, GuardedHttp1Server, bad_message_response
@@ -41,6 +45,7 @@ from proxy.gate.permit import (
     permit,
 )
 from proxy.gate.pins import UnknownEngineError, check_versions
+from proxy.gate.places import Refused
 from proxy.gate.selftest import SelfTestError, self_test
 from proxy.gate.stream import GuardedStream
 
@@ -48,12 +53,15 @@ __all__ = [
     "ALL",
     "CLEAR",
     "Clear",
+    "Clients",
     "Collect",
     "Grant",
     "Lever",
     "OnRefused",
     "Permit",
+    "Phase",
     "Piece",
+    "Refused",
     "SelfTestError",
     "Shape",
     "Transform",
@@ -63,6 +71,7 @@ __all__ = [
     "check_versions",
     "hold_reading",
     "install",
+    "limit",
     "on_refused",
     "permit",
     "self_test",
@@ -98,6 +107,7 @@ def install(
         (http, "Http1Client", GuardedHttp1Client),
         (_http1, "make_error_response", bad_message_response),
         (tls.TLSLayer, "receive_close", ends.receive_close),
+        (tls.ClientTLSLayer, "receive_handshake_data", hello.receive_handshake_data),
         (mode_servers, "ProxyConnectionHandler", GuardedConnectionHandler),
     ):
         undo.callback(setattr, owner, name, getattr(owner, name))

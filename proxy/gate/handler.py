@@ -4,10 +4,13 @@
    mitmproxy logs and forwards (hooks), or logs and leaves both sockets open ("mitmproxy has crashed!").
 2. A hook of a flow that raises, or halts the others, revokes the permit of that flow; its siblings live.
 3. Only protocols on the list below are spoken. What mitmproxy would relay raw is closed instead. A tunnel
-   exists only where `tls_clienthello` chose it (`ignore_connection`).
+   exists only where `tls_clienthello` chose it (`ignore_connection`). One or two bytes that could begin TLS
+   decide nothing: more is waited for.
 4. No socket outlives its task. mitmproxy leaves it open if a task is cancelled where it does not expect it.
 5. A connection that is cut is reset at once; buffered bytes do not make it linger.
 6. Log texts carry no payload: mitmproxy's assertions and protocol errors quote what was sent.
+7. A client that gets no place (`places`) is reset before a byte is read. Who comes to the end of his time
+   (`deadlines`) is closed if nothing was under way, else reset: a body must not seem to end there.
 """
 
 import asyncio
@@ -16,12 +19,14 @@ import dataclasses
 import functools
 import inspect
 import logging
+import resource
 import socket
 import struct
 import sys
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, override
+from typing import Any, Final, cast, override
 
 from mitmproxy import addonmanager, exceptions
 from mitmproxy.addons.proxyserver import Proxyserver
@@ -34,8 +39,11 @@ from mitmproxy.proxy.layers import http, modes
 
 from proxy import refusals
 from proxy.gate import stream
+from proxy.gate.deadlines import Deadlines, Phase
 from proxy.gate.h2 import BackpressureHandler
 from proxy.gate.permit import permit
+from proxy.gate.places import Places
+from proxy.limits import ClientLimits
 from proxy.refusals import Refusal
 
 TOP_LAYERS: Final = (modes.HttpProxy, modes.HttpUpstreamProxy, modes.ReverseProxy, modes.TransparentProxy)
@@ -59,6 +67,9 @@ _AFTER_THE_FACT: Final = frozenset(
         "tls_failed_server",
     }
 )
+_OPENING: Final = frozenset({"tls_established_client", "tls_clienthello", "http_connected"})
+_RECORD_MARK: Final = b"\x16\x03"  # of a TLS handshake; the third byte is a version's
+_RECORD_MARK_BYTES: Final = 3
 _LOG_LIMIT: Final = 200
 
 type OnRefused = Callable[[HTTPFlow | None, Refusal, bool], None]
@@ -69,6 +80,26 @@ not told but cut. If it raises, the answer becomes `refusals.AUDIT_UNAVAILABLE`;
 log = logging.getLogger(__name__)
 
 _listeners: Final[weakref.WeakKeyDictionary[Master, OnRefused]] = weakref.WeakKeyDictionary()
+_clients: Final[weakref.WeakKeyDictionary[Master, "Clients"]] = weakref.WeakKeyDictionary()
+
+
+class Clients:
+    """Of one Master: the limits of its client connections, and what became of those beyond them."""
+
+    def __init__(self, limits: ClientLimits, *, open_files: int | None = None) -> None:
+        """*open_files*: how many the process may have; default: as many as it may have now."""
+        if open_files is None:
+            open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.limits = limits
+        self.total = limits.connections if open_files < 0 else limits.places(open_files)
+        """How many connections there can be: fewer than the limit says if files are few."""
+        self.places = Places(self.total, limits.connections_per_peer)
+        self.expired: Counter[Phase] = Counter()
+
+
+def limit(master: Master, clients: Clients) -> None:
+    """Have client connections of *master* counted and timed by *clients*. Without it: by the defaults."""
+    _clients[master] = clients
 
 
 def on_refused(master: Master, callback: OnRefused) -> None:
@@ -100,12 +131,27 @@ class GuardedConnectionHandler(BackpressureHandler):
         self._released = asyncio.Event()
         self._begun: dict[commands.StartHook, asyncio.Task[None]] = {}
         self._streams: weakref.WeakSet[stream.GuardedStream] = weakref.WeakSet()
+        clients = _clients.get(master)
+        if clients is None:
+            clients = _clients[master] = Clients(ClientLimits())
+        self._clients = clients
+        self._deadlines = Deadlines(
+            clients.limits,
+            is_busy=self._is_busy,
+            expired=self._expired,
+            now_s=asyncio.get_running_loop().time,
+        )
+        self.timeout_watchdog = cast("Any", self._deadlines)
         stream.keep(self.client.id, self)
 
     # ---- what streams ask of their handler
 
     def adopt(self, guarded: stream.GuardedStream) -> None:
         self._streams.add(guarded)
+        self._deadlines.requested()
+
+    def head_begins(self) -> None:
+        self._deadlines.head_begins()
 
     def hold(self, connection: Connection) -> None:
         self._held[connection.id] = self._held.get(connection.id, 0) + 1
@@ -138,6 +184,55 @@ class GuardedConnectionHandler(BackpressureHandler):
     def report(self, flow: HTTPFlow | None, refusal: Refusal, *, bytes_sent: bool) -> None:
         if callback := _listeners.get(self.master):
             callback(flow, refusal, bytes_sent)
+
+    # ---- places and deadlines
+
+    @property
+    def is_waiting(self) -> bool:
+        phase, _ = self._deadlines.phase()
+        return phase not in (Phase.BUSY, Phase.TUNNEL)
+
+    def displace(self) -> None:
+        self._close_quietly()
+
+    def _is_busy(self) -> bool:
+        return any(guarded.is_under_way for guarded in self._streams)
+
+    def _expired(self, phase: Phase) -> bool:
+        """Returns whether the connection goes on."""
+        self._clients.expired[phase] += 1
+        under_way = [guarded for guarded in self._streams if guarded.is_under_way]
+        if phase is Phase.BUSY and all(guarded.waits_for_service for guarded in under_way):
+            for guarded in under_way:
+                guarded.give_up()
+            for connection, io in list(self.transports.items()):
+                if connection is not self.client and io.handler is not None:
+                    io.handler.cancel("the service does not answer")
+            return True
+        if phase in (Phase.BUSY, Phase.TUNNEL):
+            self.abort_all(refusals.IDLE)
+        else:
+            self._close_quietly()
+        return False
+
+    def _close_quietly(self) -> None:
+        io = self.transports.get(self.client)
+        if io is None:
+            return
+        if io.handler is None:  # accepted just now
+            _reset(io.writer)
+        else:
+            self.close_connection(self.client)
+
+    def _opening(self, hook: str, data: Any) -> None:
+        """What a hook that has run says about the opening of this connection, or of one inside of it."""
+        match hook:
+            case "tls_established_client":
+                self._deadlines.opened()
+            case "http_connected":
+                self._deadlines.opens()
+            case "tls_clienthello" if data.ignore_connection:
+                self._deadlines.tunnelled()
 
     # ---- the end of everything
 
@@ -175,13 +270,17 @@ class GuardedConnectionHandler(BackpressureHandler):
     @override
     async def handle_client(self) -> None:
         try:
-            if (unsafe := self._unsafe_options()) or self.client.transport_protocol != "tcp":
+            if self._clients.places.take(self, self.client.peername[0]) is not None:
+                pass
+            elif (unsafe := self._unsafe_options()) or self.client.transport_protocol != "tcp":
                 self._deny(unsafe or self.client.transport_protocol)
             elif not isinstance(self.layer, TOP_LAYERS):
                 self._deny(type(self.layer).__name__)
             else:
                 await super().handle_client()
         finally:
+            self._deadlines.stop()
+            self._clients.places.give_back(self)
             for timer in self.wakeup_timer:
                 timer.cancel()
             for io in self.transports.values():
@@ -280,6 +379,8 @@ class GuardedConnectionHandler(BackpressureHandler):
             except Exception as error:  # noqa: BLE001 - the stream raises it where the flow ends by it
                 hook.failure = error
             return
+        if isinstance(hook, layer.NextLayerHook) and _may_become_tls(hook.data.data_client()):  # type: ignore[no-untyped-call]
+            return  # it is asked again with the next byte
         kind: Any = type(hook)  # mypy does not take it for hashable
         data = getattr(hook, _argument_name(kind))
         try:
@@ -300,6 +401,8 @@ class GuardedConnectionHandler(BackpressureHandler):
                 self._crash(f"the hook {hook.name}", failure)
         if isinstance(data, layer.NextLayer):
             self._check_protocol(data)
+        elif hook.name in _OPENING:
+            self._opening(hook.name, data)
 
     async def _call_addons(self, name: str, data: Any) -> Exception | None:
         """Call every addon that has the hook *name*; return the last exception of them.
@@ -348,6 +451,11 @@ def _argument_name(kind: Any) -> str:
     """Of the one field that every kind of hook has; `hook.args()` looks for it each time."""
     (field,) = dataclasses.fields(kind)
     return field.name
+
+
+def _may_become_tls(begin: bytes) -> bool:
+    """Too few bytes to tell; mitmproxy would take them for HTTP."""
+    return begin != b"" and len(begin) < _RECORD_MARK_BYTES and _RECORD_MARK.startswith(begin)
 
 
 def _is_being_cancelled() -> bool:

@@ -71,8 +71,16 @@ class GuardedHttp1Server(Http1Server):
                 yield from self._refuse_head()
                 return
             yield command
-        if self.state == self.read_headers and len(self.buf) > MAX_HEAD_BYTES:
+        if self.state != self.read_headers:
+            return
+        if len(self.buf) > MAX_HEAD_BYTES:
             yield from self._refuse_head()
+        elif (
+            isinstance(event, events.DataReceived)
+            and (event.data or self.buf)
+            and (keeper := stream.keeper_of(self.conn.id)) is not None
+        ):
+            keeper.head_begins()
 
     def _refuse_head(self) -> Commands:
         yield commands.SendData(self.conn, bad_message_response(400))

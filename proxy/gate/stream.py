@@ -88,6 +88,9 @@ class Keeper(Protocol):
     def adopt(self, stream: "GuardedStream") -> None:
         """Tell *stream* to `abandon` when every socket of this client is aborted."""
 
+    def head_begins(self) -> None:
+        """A part of a request head has come, and not the whole of it."""
+
     def hold(self, connection: Connection) -> None:
         """Read no more from *connection* until it was released as often as held."""
 
@@ -213,6 +216,21 @@ class GuardedStream(http.HttpStream):
         self._head_left = False  # a part of the final response has been given to the client connection
         self._response_received = False
         self._error_hooked = False
+        self._is_given_up = False
+
+    @property
+    def is_under_way(self) -> bool:
+        """It is being answered. A CONNECT that became a tunnel is not: what is inside of it is asked."""
+        return self.child_layer is None and hasattr(self, "flow") and self.flow.live
+
+    @property
+    def waits_for_service(self) -> bool:
+        """The whole request has left, nothing of an answer has come, and nobody has given up."""
+        return self._request.ended and self.flow.response is None and not self._is_given_up
+
+    def give_up(self) -> None:
+        """The service is being left, for it does not answer: its connection's end is told as that."""
+        self._is_given_up = True
 
     # ---- what comes in
 
@@ -286,7 +304,7 @@ class GuardedStream(http.HttpStream):
             if self.server_state != self.state_done:
                 # Messages of HTTP errors quote what the peer sent; those of connects are mitmproxy's own.
                 detail = event.message if event.code is ErrorCode.CONNECT_FAILED else event.code.name
-                raise _VetoError(refusals.UPSTREAM, detail)
+                raise _VetoError(refusals.IDLE if self._is_given_up else refusals.UPSTREAM, detail)
             # Answered early, and now the origin has gone: the rest of the upload has nowhere to go.
             if not self._response.ended:
                 yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)

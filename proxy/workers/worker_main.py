@@ -238,6 +238,7 @@ def main() -> None:
     os.set_inheritable(descriptor, False)
     warnings = lifecycle.harden_process()
     del warnings  # the proxy, hardened alike, has told them
+    lifecycle.raise_open_files()
     lifecycle.run(WorkerProcess(socket.socket(fileno=descriptor)).run)
 
 

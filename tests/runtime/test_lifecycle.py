@@ -227,3 +227,15 @@ async def test_a_cancellation_from_outside_is_passed_on() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_as_many_files_as_the_machine_allows() -> None:
+    program = """
+        import resource
+        from runtime.lifecycle import raise_open_files
+        hard = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        print(raise_open_files() == hard, resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard))
+        print(raise_open_files() == hard)
+    """
+    assert output_of(program).split() == ["True"] * 3
