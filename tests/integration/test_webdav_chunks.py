@@ -188,6 +188,22 @@ async def test_a_chunk_that_the_service_has_lost_is_noticed_before_the_client_is
         assert (await client.get()).status == 502
 
 
+@pytest.mark.parametrize("length", [1000, 6 * MIB], ids=["held", "streamed"])
+async def test_a_chunk_is_led_nowhere_else(site: DavSite[Nextcloud], length: int) -> None:
+    """Whoever followed would send it as it is, to there."""
+    client = Client(site, "reverse", "f")
+    assert (await client.begin()).status == 201
+    for place in ("https://elsewhere.example/chunk", "//elsewhere.example/chunk", "http://localhost/chunk"):
+        site.server.elsewhere = place
+        refused = await client.put("1", os.urandom(length))
+        assert (refused.status, refused.code) == (502, "answer-refused"), place
+        assert "location" not in refused.headers
+    site.server.elsewhere = None
+    moved = await client.move()
+    assert (moved.status, moved.code) == (404, "chunks-unknown"), "nothing of it is remembered"
+    assert site.server.uploads == {"u-1": {}}
+
+
 async def test_what_is_not_how_uploads_go_is_refused(site: DavSite[Nextcloud]) -> None:
     client = Client(site, "reverse", "f")
     assert (await client.move()).code == "chunks-unknown"

@@ -50,6 +50,8 @@ class Nextcloud:
     """Requests that no client of Nextcloud sends, or sends so."""
     reads: list[str] = field(default_factory=list)
     """Ranges of files that were read."""
+    elsewhere: str | None = None
+    """Where it sends whoever uploads a chunk, if anywhere (307)."""
 
     @property
     def url(self) -> str:
@@ -145,6 +147,8 @@ class Nextcloud:
                 return self._list_chunks(upload, chunks)
             case "MOVE", ".file":
                 return self._join(request, upload, chunks)
+            case "PUT", _ if name and self.elsewhere is not None:
+                return web.Response(status=307, headers={"Location": self.elsewhere})
             case "PUT", _ if name:
                 if self.object_store and not (name.isdecimal() and 1 <= int(name) <= 10_000):
                     return web.Response(status=400, text="Invalid chunk name")
