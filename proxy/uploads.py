@@ -11,13 +11,13 @@
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
 import structlog
-from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Engine, Table, bindparam, delete, func, insert, select
 from sqlalchemy.engine import make_url
 
 from envelope.errors import SealgateError
@@ -38,8 +38,8 @@ MAX_HELD_BYTES: Final = 256 * 1024 * 1024
 """Of one network service."""
 MAX_TAGS: Final = 4
 """Of one part number: the last ones."""
-MAX_ROWS: Final = 40_000
-"""Of one upload."""
+MAX_ROWS: Final = 100_000
+"""Of one upload: Azure holds so many blocks of a blob."""
 _BUSY_TIMEOUT_S: Final = 10.0
 
 _log = structlog.get_logger(__name__)
@@ -133,11 +133,14 @@ class UploadStore:
             rows = select(func.count()).where(_of(upload_part, upload))
             if connection.execute(rows).scalar_one() >= MAX_ROWS:
                 raise UploadsFullError(f"more than {MAX_ROWS} parts were sent for one upload")
+            # Newer than all of its number, whatever the clocks of other proxies say.
+            of_number = (_of(upload_part, upload), upload_part.c.number == kept.part.number)
+            newest_ms = connection.execute(select(func.max(upload_part.c.at_ms)).where(*of_number)).scalar()
             values = {
                 "stored_bytes": kept.part.stored_bytes,
                 "commitment": kept.part.commitment,
                 "digests": kept.digests,
-                "at_ms": now_ms,
+                "at_ms": now_ms if newest_ms is None else max(now_ms, newest_ms + 1),
             }
             connection.execute(insert(upload_part).values(**mark, **values))
             self._forget_older_tags(connection, upload, kept.part.number)
@@ -258,6 +261,29 @@ class UploadStore:
 
         def change(connection: Connection) -> None:
             connection.execute(delete(upload_completion).where(_of(upload_completion, upload)))
+
+        await self._in_thread(lambda: self._change(change))
+
+    async def forget_parts(self, upload: Upload, parts: Iterable[KeptPart]) -> None:
+        """These are of no use any more; others of the upload, which came meanwhile, are."""
+        marks = [
+            {"its_number": kept.part.number, "its_tag": kept.tag, "its_ref": upload.ref} for kept in parts
+        ]
+        if not marks:
+            return
+
+        def change(connection: Connection) -> None:
+            for table in (upload_held, upload_part):
+                connection.execute(
+                    delete(table).where(
+                        table.c.tenant_id == upload.owner.tenant,
+                        table.c.service == upload.owner.service,
+                        table.c.upload_ref == bindparam("its_ref"),
+                        table.c.number == bindparam("its_number"),
+                        table.c.tag == bindparam("its_tag"),
+                    ),
+                    marks,
+                )
 
         await self._in_thread(lambda: self._change(change))
 

@@ -34,7 +34,9 @@ _STANDARD: Final = (
 )
 SIGNED_FIELDS: Final = frozenset(_STANDARD)
 """Those that are signed beside all `x-ms-*`."""
-_ORDER: Final = {letter: place for place, letter in enumerate("!#$%&*.^_`|~+0123456789abcdefghijklmnopqrstuvwxyz")}
+_ORDER: Final = {
+    letter: place for place, letter in enumerate("!#$%&*.^_`|~+0123456789abcdefghijklmnopqrstuvwxyz")
+}
 _SPACES: Final = re.compile(r"[ \t]*\r?\n[ \t]*|[ \t]+")
 
 type Headers = Mapping[str, str]

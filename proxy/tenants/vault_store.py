@@ -20,7 +20,7 @@ from proxy.vault.model import Secrets, UpstreamCredential, binding, check_access
 
 MAX_CREDENTIALS: Final = 10_000
 """Of one network service: each picture of the directory holds all of them."""
-PROFILES: Final = frozenset({"s3"})
+PROFILES: Final = frozenset({"azure-blob", "s3"})
 """Whose requests are signed so."""
 
 
@@ -59,7 +59,7 @@ def add_credential(
         if service.profile not in PROFILES:
             raise ChangeRefusedError(
                 f"{owner} has the profile {service.profile}, which signs nothing",
-                "upstream credentials are for services of profile s3",
+                f"upstream credentials are for services of the profiles {', '.join(sorted(PROFILES))}",
             )
         known = access_key in service.credentials
         if known and not replace:
@@ -103,7 +103,8 @@ def remove_credential(store: DirectoryStore, owner: NetworkService, access_key: 
     def change(connection: Connection, before: Directory) -> Draft:
         if access_key not in _service_in(before, owner).credentials:
             raise NotThereError(
-                f"{owner} has no credential for {access_key}", f"see `sealgate s3-credential list {owner}`"
+                f"{owner} has no credential for {access_key}",
+                "see `sealgate s3-credential list` or `azure-credential list`",
             )
         connection.execute(delete(upstream_credential).where(_is(owner, access_key)))
         return Draft(

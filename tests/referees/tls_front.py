@@ -28,26 +28,53 @@ async def tls_front(
         await ended(process)
 
 
+@contextlib.asynccontextmanager
+async def host_front(
+    directory: Path, certificate_file: Path, key_file: Path, *, backend_port: int, host: str
+) -> AsyncIterator[int]:
+    """The same before a referee that speaks TLS: requests reach it with *host* in their Host field."""
+    port = free_port()
+    settings = _write_settings(directory, certificate_file, key_file, port, backend_port, host=host)
+    process = await asyncio.create_subprocess_exec(
+        HAPROXY, "-db", "-q", "-f", str(settings), stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        await listening(port, process)
+        yield port
+    finally:
+        await ended(process)
+
+
 def _write_settings(
-    directory: Path, certificate_file: Path, key_file: Path, port: int, backend_port: int
+    directory: Path,
+    certificate_file: Path,
+    key_file: Path,
+    port: int,
+    backend_port: int,
+    *,
+    host: str | None = None,
 ) -> Path:
     pair = directory / f"front-{port}.pem"
     pair.touch(mode=0o600)
     pair.write_bytes(certificate_file.read_bytes() + key_file.read_bytes())
     settings = directory / f"front-{port}.cfg"
+    mode, rule, tls = "tcp", "", ""
+    if host is not None:
+        mode, rule, tls = "http", f"http-request set-header Host {host}", "ssl verify none"
     settings.write_text(
         f"""\
 global
     maxconn 512
     nbthread 1
 defaults
-    mode tcp
+    mode {mode}
     timeout connect 5s
     timeout client 120s
     timeout server 120s
 listen tls
     bind 127.0.0.1:{port} ssl crt {pair} alpn http/1.1
-    server referee 127.0.0.1:{backend_port}
+    {rule}
+    server referee 127.0.0.1:{backend_port} {tls}
 """,
         encoding="ascii",
     )
