@@ -339,6 +339,9 @@ def _pin(edits: Edits, fields: Fields, etag: str | None) -> tuple[tuple[tuple[st
     theirs = put.get("if-match") or (fields.first("if-match") if "if-match" not in edits.drop else None)
     if etag is None:
         return (), False
+    if theirs is None and "if-unmodified-since" in fields and "if-unmodified-since" not in edits.drop:
+        # The service would not look at it any more (RFC 9110 13.2.2). The answer's ETag is compared anyway.
+        return (), False
     if theirs is not None and theirs.strip() != "*" and etag not in theirs:
         return (), False
     return (("if-match", etag),), theirs is None
