@@ -198,6 +198,11 @@ def plan_answer(
             300 <= status < 400 and status not in (303, 304) and not _stays(answer, route)
         ):
             return Refuse(refusal=refusals.ANSWER_REFUSED)
+        case Open() | OpenRange() | LegacyRange() | HeadSize() if (
+            300 <= status < 400 and status != 304 and not route.pages and not _stays(answer, route)
+        ):
+            # Whoever followed it would be given ciphertext, by somebody who is not asked for an object.
+            return Refuse(refusal=refusals.ANSWER_REFUSED)
         case Unopened():
             return Pass(edits=edits)
         case Forward() | PassBody() | Seal() | Reshape():
@@ -226,7 +231,7 @@ def _stays(answer: AnswerHead, route: Route) -> bool:
         absolute = _ABSOLUTE.fullmatch(reference)
         if absolute is None or absolute[1].lower() != route.service.upstream.scheme:
             return False
-        if not _names_service(reference, route):
+        if not _names_service(reference, route) and not _names_below(reference, route):
             return False
     return True
 
@@ -387,6 +392,20 @@ def _our_address(reference: str, route: Route) -> str | None:
     rest = urlsplit(reference)._replace(scheme="", netloc="").geturl()
     # To a browser `//x` and `/\\x` are other hosts; an empty path is the root.
     return "/" + rest.lstrip("/\\")
+
+
+def _names_below(reference: str, route: Route) -> bool:
+    """Whether *reference* is to a host below the service's that a forward proxy leads to it (S3's buckets)."""
+    if route.mode is not Mode.FORWARD or not route.options.has_subdomains:
+        return False
+    upstream = route.service.upstream
+    try:
+        url = urlsplit(reference)
+        host, port = url.hostname or "", url.port
+    except ValueError:
+        return False
+    default = {"http": 80, "https": 443}.get(url.scheme)
+    return host.lower().endswith("." + upstream.host) and (port or default) == upstream.port
 
 
 def _names_service(reference: str, route: Route) -> bool:

@@ -413,7 +413,8 @@ UPSTREAM_CHANGED: Final = _refusal(
 ANSWER_REFUSED: Final = _refusal(
     502,
     "answer-refused",
-    "The service acknowledged an upload before its end, or sends it on to where it would not be sealed.",
+    "The service acknowledged an upload before its end, or sends a client on to where nothing is sealed or"
+    " opened.",
     _ADMIN + " whether another host of the service must be managed.",
 )
 SERVICE_ANSWER: Final = _refusal(

@@ -613,8 +613,19 @@ async def test_in_reverse_mode_the_service_stays_behind_us(world: World) -> None
     got = await world.rig.ask(world.service, "/x", mode="forward")
     assert got.headers["location"] == f"{own}/login?next=%2F"
     world.origin.reply = Reply(302, [("Location", "https://elsewhere.example/x")])
-    got = await world.rig.ask(world.service, "/x")
+    got = await world.rig.ask(world.service, "/x", "-X", "DELETE")
     assert got.headers["location"] == "https://elsewhere.example/x"
+
+
+async def test_a_download_is_led_nowhere_else(world: World) -> None:
+    """A client that follows would get ciphertext with 200, from whom it was sent to."""
+    for status in (301, 302, 303, 307, 308):
+        world.origin.reply = Reply(status, [("Location", "https://elsewhere.example/x")])
+        for mode in ("reverse", "forward"):
+            for arguments in ([], ["--head"]):
+                got = await world.rig.ask(world.service, "/x", *arguments, mode=mode)
+                assert (got.status, got.code) == (502, "answer-refused")
+                assert "location" not in got.headers
 
 
 async def test_an_empty_post_stays_empty_and_an_empty_put_is_an_object(world: World) -> None:

@@ -1,5 +1,6 @@
 """Plans of requests and answers, the generic profile's and every profile's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.message import AnswerHead, Fields, RequestHead
 from proxy.plan import (
+    NO_EDITS,
     AskedRange,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
+    LegacyRange,
     MapSize,
     Mode,
     Open,
@@ -31,6 +34,7 @@ from proxy.plan import (
 )
 from proxy.planner import plan_answer, plan_request
 from proxy.profiles import PROFILES, UnknownProfileError, profile_named
+from proxy.profiles.s3.options import S3Options
 from proxy.refusals import Refusal
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
@@ -272,6 +276,7 @@ def test_whatever_comes_gives_a_plan_and_a_body_is_sealed_or_refused(
 # Answers.
 
 OPEN = plan("GET")
+FORWARD = plan("DELETE")
 RANGED = plan("GET", ("Range", "bytes=0-99"))
 ASKED = AskedRange(
     stored=(88, 16488), stored_bytes=sealed_length(50_000), plain=(0, 100), plain_bytes=50_000, pinned=True,
@@ -425,20 +430,73 @@ def test_no_shared_cache_keeps_plaintext(before: str, after: str) -> None:
 )
 def test_in_reverse_mode_the_services_address_becomes_ours(location: str, ours: str | None) -> None:
     for name in ("Location", "Content-Location"):
-        got = answer(OPEN, 302, (name, location), at=route(mode=Mode.REVERSE))
+        got = answer(FORWARD, 302, (name, location), at=route(mode=Mode.REVERSE))
         assert isinstance(got, Pass)
         assert dict(got.edits.put).get(name.lower()) == ours
-        got = answer(OPEN, 302, (name, location))
+        got = answer(FORWARD, 302, (name, location))
         assert isinstance(got, Pass)
         assert not got.edits.put
 
 
 @given(st.text(alphabet="/\\?#@:.\tab", max_size=12))
 def test_a_rewritten_location_never_leads_to_another_host(tail: str) -> None:
-    got = answer(OPEN, 302, ("Location", "https://s.example" + tail), at=route(mode=Mode.REVERSE))
+    got = answer(FORWARD, 302, ("Location", "https://s.example" + tail), at=route(mode=Mode.REVERSE))
     assert isinstance(got, Pass)
     ours = dict(got.edits.put).get("location")
     assert ours is None or (ours.startswith("/") and not ours.startswith(("//", "/\\")))
+
+
+READS = [OPEN, RANGED, plan("HEAD"), LegacyRange(edits=NO_EDITS, etag='"a"', pinned=True)]
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 305, 307, 308, 399])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_read_is_led_nowhere_else(status: int, mode: Mode) -> None:
+    """Somewhere else nothing is opened: a client would be given ciphertext, with 200."""
+    for location in (
+        "https://evil.example/a",
+        "http://s.example/a",
+        "//evil.example/a",
+        "https://s.example:8443/a",
+        "https://bucket.s.example/a",
+        "/\\evil.example/a",
+        "https://s.example@evil.example/a",
+        "\thttps://evil.example/a",
+    ):
+        for read in READS:
+            got = answer(read, status, ("Location", location), at=route(mode=mode))
+            assert refused(got) is refusals.ANSWER_REFUSED, (location, read)
+        twice = answer(OPEN, status, ("Location", "/a"), ("Location", location), at=route(mode=mode))
+        assert refused(twice) is refusals.ANSWER_REFUSED
+    for location in ("/a", "a/b", "?x=1", "https://s.example/a", "https://S.Example:443/a"):
+        for read in READS:
+            assert isinstance(answer(read, status, ("Location", location), at=route(mode=mode)), Pass)
+    for read in READS:
+        assert isinstance(answer(read, status), Pass), "S3 has redirects that lead nowhere"
+
+
+def test_a_page_may_lead_to_where_users_sign_in() -> None:
+    at = replace(route(), pages=True)
+    assert isinstance(answer(OPEN, 302, ("Location", "https://login.example/"), at=at), Pass)
+
+
+def test_hosts_below_the_services_own_are_it_where_they_are_led_to_it() -> None:
+    for mode, has_subdomains, passes in (
+        (Mode.FORWARD, True, True),
+        (Mode.FORWARD, False, False),
+        (Mode.REVERSE, True, False),
+    ):
+        at = replace(route(mode=mode), options=S3Options(virtual_hosts=has_subdomains))
+        for location in ("https://bucket.s.example/a", "https://a.b.s.example:443/a"):
+            got = answer(OPEN, 307, ("Location", location), at=at)
+            assert isinstance(got, Pass) is passes
+        for location in (
+            "https://evils.example/",
+            "https://bucket.s.example:444/",
+            "http://bucket.s.example/",
+            "https://b.s.example.evil.example/",
+        ):
+            assert isinstance(answer(OPEN, 307, ("Location", location), at=at), Refuse)
 
 
 def test_there_is_no_way_round_us() -> None:
