@@ -52,6 +52,7 @@ from proxy.tenants.model import (
     Upstream,
 )
 from proxy.users.cli import tenant_access, user_app
+from proxy.vault.azure_cli import azure_credential_app
 from proxy.vault.cli import s3_credential_app
 from runtime import cli
 from runtime import doctor as report
@@ -78,6 +79,7 @@ program.add_typer(credential_app, name="credential")
 program.add_typer(dialect_app, name="dialect")
 program.add_typer(user_app, name="user")
 program.add_typer(s3_credential_app, name="s3-credential")
+program.add_typer(azure_credential_app, name="azure-credential")
 
 
 cli.add_options(

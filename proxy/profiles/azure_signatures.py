@@ -17,6 +17,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 SCHEME: Final = "SharedKey"
+KEY_SIZE: Final = 64
 _AUTHORIZATION: Final = re.compile(r"SharedKey ([a-z0-9]{3,24}):([A-Za-z0-9+/]{43}=)")
 # In the order of the string to sign; Content-Length and Date have rules of their own.
 _STANDARD: Final = (
@@ -55,8 +56,8 @@ def parse_key(text: str) -> bytes:
         key = base64.b64decode(text.strip(), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError("an account key is base64") from None
-    if len(key) != 64:
-        raise ValueError(f"an account key has 64 bytes, not {len(key)}")
+    if len(key) != KEY_SIZE:
+        raise ValueError(f"an account key has {KEY_SIZE} bytes, not {len(key)}")
     return key
 
 

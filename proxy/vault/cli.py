@@ -24,7 +24,7 @@ from runtime.cli import CommandError, ExitCode
 s3_credential_app = typer.Typer(
     no_args_is_help=True, help="Access keys of S3 clients, and what their requests are signed with upstream."
 )
-_STDIN: Final = Path("-")
+STDIN: Final = Path("-")
 
 ServiceName = Annotated[
     str, typer.Argument(metavar="TENANT/SERVICE", help="A network service of profile s3.")
@@ -78,14 +78,14 @@ def add(  # noqa: PLR0917 - typer calls it by name
             "give --upstream-access-key and --upstream-secret-file",
             ExitCode.USAGE,
         )
-    if [secret_file, upstream_secret_file, session_token_file].count(_STDIN) > 1:
+    if [secret_file, upstream_secret_file, session_token_file].count(STDIN) > 1:
         raise CommandError("standard input holds one secret", "use files for the others", ExitCode.USAGE)
-    _check_new_file(generated_secret_file)
+    check_new_file(generated_secret_file)
     with operating(context) as operator:
         owner = parse_owner(service)
         drawn = new_access_key() if generate else None
         name = drawn.id if drawn is not None else access_key or ""
-        client_secret = drawn.secret if drawn is not None else _secret(secret_file) or ""
+        client_secret = drawn.secret if drawn is not None else read_secret(secret_file) or ""
         try:
             entry = add_credential(
                 operator.store,
@@ -93,8 +93,8 @@ def add(  # noqa: PLR0917 - typer calls it by name
                 name,
                 Secrets(
                     client_secret=client_secret,
-                    upstream_secret=_secret(upstream_secret_file),
-                    session_token=_secret(session_token_file),
+                    upstream_secret=read_secret(upstream_secret_file),
+                    session_token=read_secret(session_token_file),
                 ),
                 actor=operator.actor,
                 upstream_access_key=upstream_access_key,
@@ -109,9 +109,9 @@ def add(  # noqa: PLR0917 - typer calls it by name
             raise CommandError(
                 str(error), "mend the file keys below proxy.state_dir", ExitCode.FAILED
             ) from None
-        data: dict[str, object] = {"changed": True, "credential": _as_json(service, entry)}
+        data: dict[str, object] = {"changed": True, "credential": as_json(service, entry)}
         if drawn is None:
-            operator.say(data, _line(service, entry))
+            operator.say(data, line_of(service, entry))
             return
         if generated_secret_file is None:
             data["secret"] = drawn.secret
@@ -142,8 +142,8 @@ def list_(context: typer.Context, service: ServiceName) -> None:
             raise not_there(f"there is no network service {service}")
         found = [entry.credentials[name] for name in sorted(entry.credentials)]
         operator.say(
-            {"credentials": [_as_json(service, item) for item in found]},
-            "\n".join(_line(service, item) for item in found) or "no credentials",
+            {"credentials": [as_json(service, item) for item in found]},
+            "\n".join(line_of(service, item) for item in found) or "no credentials",
         )
 
 
@@ -155,13 +155,13 @@ def remove(context: typer.Context, service: ServiceName, access_key: AccessKey) 
         operator.say({"changed": True, "removed": access_key}, f"{access_key} removed from {service}")
 
 
-def _secret(file: Path | None) -> str | None:
+def read_secret(file: Path | None) -> str | None:
     """The one line in *file*. CommandError, which names the file alone."""
     if file is None:
         return None
     limit = MAX_TOKEN_LENGTH + 2
     try:
-        if file == _STDIN:
+        if file == STDIN:
             text = sys.stdin.read(limit)
         else:
             with file.open(encoding="ascii") as source:
@@ -173,7 +173,7 @@ def _secret(file: Path | None) -> str | None:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _check_new_file(file: Path | None) -> None:
+def check_new_file(file: Path | None) -> None:
     if file is not None and (file.exists() or not file.absolute().parent.is_dir()):
         raise CommandError(
             f"--write-secret-file {file}: exists, or its directory does not",
@@ -182,7 +182,7 @@ def _check_new_file(file: Path | None) -> None:
         )
 
 
-def _as_json(service: str, entry: UpstreamCredential) -> dict[str, object]:
+def as_json(service: str, entry: UpstreamCredential) -> dict[str, object]:
     return {
         "service": service,
         "access_key": entry.access_key,
@@ -192,7 +192,7 @@ def _as_json(service: str, entry: UpstreamCredential) -> dict[str, object]:
     }
 
 
-def _line(service: str, entry: UpstreamCredential) -> str:
+def line_of(service: str, entry: UpstreamCredential) -> str:
     other = "" if entry.upstream_access_key == entry.access_key else f", upstream {entry.upstream_access_key}"
     end = "" if entry.not_after_s is None else f", until {_time(entry.not_after_s)}"
     return f"{service} {entry.access_key}{other}{end}"

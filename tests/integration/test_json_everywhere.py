@@ -3,6 +3,7 @@
 A command that is not in these walks makes them fail: whoever adds one adds it here.
 """
 
+import base64
 import json
 import subprocess
 import sys
@@ -146,6 +147,12 @@ def test_the_proxys_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     ask("s3-credential add", "acme/s3", "AKIAIOSFODNN7EXAMPLE", "--secret-file", str(secret))
     ask("s3-credential list", "acme/s3")
     ask("s3-credential remove", "acme/s3", "AKIAIOSFODNN7EXAMPLE")
+    ask("service add", "acme/blobs", "--upstream", "https://mystorage.blob.core.windows.net",
+        "--profile", "azure-blob", "--csr", str(tmp_path / "blobs.csr"))  # fmt: skip
+    secret.write_text(base64.b64encode(bytes(range(64))).decode())
+    ask("azure-credential add", "acme/blobs", "mystorage", "--key-file", str(secret))
+    ask("azure-credential list", "acme/blobs")
+    ask("azure-credential remove", "acme/blobs", "mystorage")
     ask("key add", "acme/orders", "--csr", orders)
     ask("key import-cert", "acme/orders", sign(acme, Path(orders)))
     ask("key renew", "acme/orders", "--csr", str(tmp_path / "orders-2.csr"))
@@ -175,6 +182,7 @@ def test_the_proxys_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     ask("key remove", "acme/other")
     ask("service remove", "acme/drive")
     ask("service remove", "acme/s3")
+    ask("service remove", "acme/blobs")
     other = str(write_certificate(make_tenant("globex").root.certificate, tmp_path / "other.pem"))
     ask("tenant add", "globex", "--root", other)
     ask("tenant remove", "globex")
