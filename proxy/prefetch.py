@@ -145,8 +145,10 @@ class Prefetch:
         if mark is not None and (known := self._manifests.get(mark)) is not None:
             return known
         # Not by a suffix where the length is known: Azure serves none.
-        end_of = (stored_bytes - TRAILER_SIZE, stored_bytes) if stored_bytes else TRAILER_SIZE
-        tail = await self._piece(source, end_of, etag=etag)
+        wanted: tuple[int, int] | int = TRAILER_SIZE
+        if stored_bytes is not None and stored_bytes >= TRAILER_SIZE:
+            wanted = (stored_bytes - TRAILER_SIZE, stored_bytes)
+        tail = await self._piece(source, wanted, etag=etag)
         if tail is None or (etag is not None and tail.etag != etag):
             return None
         if stored_bytes is not None and tail.stored_bytes != stored_bytes:
