@@ -46,6 +46,7 @@ __all__ = [
     "RangeOpener",
     "Sealer",
     "has_magic",
+    "matching",
     "plain_length",
     "sealed_length",
     "sealed_range",
@@ -132,6 +133,21 @@ type FindCandidates = Callable[[], Sequence[Candidate]]
 def has_magic(data: Buffer) -> bool:
     """Whether *data* begins like a sealed object. If so, a failure to open is an error, never plaintext."""
     return bytes(memoryview(data)[: len(MAGIC)]) == MAGIC
+
+
+def matching(prefix: Buffer, candidates: Sequence[Candidate]) -> int:
+    """The place of the one that opens the anonymous object which begins so: its first 88 bytes, bind NOTHING.
+
+    Every candidate is compared, in constant time. FormatError, IntegrityError as `Opener`.
+    """
+    raw = bytes(memoryview(prefix)[:PREFIX_SIZE])
+    header = Header.parse(raw)
+    if len(raw) < PREFIX_SIZE:
+        raise truncated()
+    if header.bind is not Bind.NOTHING or not header.key_id.is_anonymous:
+        raise invalid()
+    _check_number(candidates)
+    return _unlocked(candidates, raw, b"")[0]
 
 
 def sealed_length(plain_bytes: int) -> int:
@@ -349,9 +365,13 @@ def _find_keys(
     if candidates is None or not header.key_id.is_anonymous:
         return (Candidate(owner, find_key(header)),)
     found = candidates()
-    if len(found) > MAX_CANDIDATES:
-        raise MisuseError(f"{len(found)} candidate keys, {MAX_CANDIDATES} may be tried")
+    _check_number(found)
     return found
+
+
+def _check_number(candidates: Sequence[Candidate]) -> None:
+    if len(candidates) > MAX_CANDIDATES:
+        raise MisuseError(f"{len(candidates)} candidate keys, {MAX_CANDIDATES} may be tried")
 
 
 def _unlocked(found: Sequence[Candidate], prefix: bytes, name: bytes) -> tuple[int, MessageKeys]:

@@ -18,7 +18,7 @@ from envelope.errors import (
     SealgateError,
     Unavailable,
 )
-from envelope.keys import NetworkService
+from envelope.keys import ANONYMOUS, NetworkService
 from envelope.multipart import part_sealer
 from envelope.objects import MAGIC, Sealer, has_magic, sealed_length
 from proxy import refusals
@@ -99,8 +99,10 @@ class NoBody(Transform):
         return []
 
 
-def sealer_of(key: DataKey, part: PartOf | None = None) -> Sealer:
-    """A sealer for one message under *key*: an object, or a part of a composite."""
+def sealer_of(key: DataKey, part: PartOf | None = None, *, anonymous: bool = False) -> Sealer:
+    """A sealer for one message under *key*: an object, or a part of a composite, always naming its key."""
+    if part is None and anonymous:
+        return Sealer(key.anonymous_object_key, key.owner, ANONYMOUS)
     if part is None:
         return Sealer(key.object_key, key.owner, key.key_id)
     return part_sealer(key.object_key, key.owner, key.key_id, upload=part.upload_ref, number=part.number)
@@ -110,7 +112,8 @@ class SealBody(Transform):
     """Seals an upload of *plain_bytes* (None: as many as come) under *key*.
 
     *digests* are checked; those that *record_digests* names are computed. With a *decoder* all of this is
-    about what it yields. *on_sealed* is told of an upload that begins like a sealed object.
+    about what it yields. *on_sealed* is told of an upload that begins like a sealed object. *anonymous*: the
+    object names no key.
     """
 
     def __init__(
@@ -124,10 +127,11 @@ class SealBody(Transform):
         part: PartOf | None = None,
         record_digests: tuple[str, ...] = (),
         on_sealed: Callable[[], None] | None = None,
+        anonymous: bool = False,
         meter: Meter,
     ) -> None:
         self.key = key
-        self._sealer = sealer_of(key, part)
+        self._sealer = sealer_of(key, part, anonymous=anonymous)
         self._on_sealed = on_sealed
         self._begin = b""
         self._plain_bytes = plain_bytes
@@ -143,7 +147,13 @@ class SealBody(Transform):
 
     @classmethod
     def by(
-        cls, plan: Seal, key: DataKey, meter: Meter, *, on_sealed: Callable[[], None] | None = None
+        cls,
+        plan: Seal,
+        key: DataKey,
+        meter: Meter,
+        *,
+        anonymous: bool = False,
+        on_sealed: Callable[[], None] | None = None,
     ) -> "SealBody":
         return cls(
             key,
@@ -154,6 +164,7 @@ class SealBody(Transform):
             part=plan.part,
             record_digests=plan.record_digests,
             on_sealed=on_sealed,
+            anonymous=anonymous,
             meter=meter,
         )
 

@@ -270,7 +270,7 @@ class ServiceConversation(Conversation):
             if self.request.route.policy is StoredPolicy.STRICT:
                 raise RefusedError(refusals.NOT_SEALED)
         else:
-            self._reading.find_key(read, size_bytes=begin.stored_bytes)(Header.parse(begin.data))
+            self._reading.key_of(read, begin.data, size_bytes=begin.stored_bytes)
             if kind is StoredKind.SIMPLE:
                 plain_bytes = plain_length(begin.stored_bytes)
             else:

@@ -247,9 +247,16 @@ class Exchanges:
         self, flow: HTTPFlow, exchange: Exchange, plan: Seal, key: DataKey
     ) -> SealBody | SealOrPassBody:
         trail, meter = exchange.trail, exchange.trail.meters.sealed
-        passes = exchange.request.options.sealed_upload is SealedUpload.PASS
+        options = exchange.request.options
+        passes = options.sealed_upload is SealedUpload.PASS
         if not passes or plan.part is not None or plan.after is not None or exchange.plan is not plan:
-            return SealBody.by(plan, key, meter, on_sealed=lambda: trail.note("sealed-upload-wrapped"))
+            return SealBody.by(
+                plan,
+                key,
+                meter,
+                anonymous=options.hide_key_ids,
+                on_sealed=lambda: trail.note("sealed-upload-wrapped"),
+            )
         request = flow.request
 
         def on_pass(length_bytes: int | None) -> None:
@@ -259,7 +266,7 @@ class Exchanges:
 
         return SealOrPassBody(
             plan,
-            SealBody.by(replace(plan, decoder=None), key, meter),
+            SealBody.by(replace(plan, decoder=None), key, meter, anonymous=options.hide_key_ids),
             find_key=self._reading.find_key(self._read(exchange), size_bytes=None),
             on_pass=on_pass,
             meter=meter,

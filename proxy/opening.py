@@ -19,6 +19,7 @@ from envelope.keys import NetworkService
 from envelope.multipart import CompositeOpener, CompositeRangeOpener, Ending
 from envelope.objects import HEADER_SIZE, MAGIC, Bind, Header, Opener, RangeOpener, has_magic
 from proxy import refusals
+from proxy.anonymous_objects import AnonymousKeys, candidate
 from proxy.bodies import Meter, refuse
 from proxy.gate.permit import Piece, Transform
 from proxy.keys.cache import DataKey
@@ -50,6 +51,7 @@ class OpenBody(Transform):
     it may be a composite too; its length is then told to *on_length*, if one is declared. *on_legacy*:
     called once, before anything comes out, when the body passes as it is; what it raises refuses the body.
     *coding*: one of CODINGS that the answer names; a service may have coded what it stores.
+    *anonymous*: finds the key of an object that names none; without it such an object is refused.
     """
 
     holds_head = True
@@ -67,12 +69,15 @@ class OpenBody(Transform):
         on_length: Callable[[int], None] | None = None,
         on_legacy: Callable[[], None] | None = None,
         coding: str | None = None,
+        anonymous: AnonymousKeys | None = None,
         meter: Meter,
     ) -> None:
         self._find_key = find_key
         self.key: DataKey | None = None
         self._service = owner
-        self._opener: Stream = Opener(owner, self._object_key)
+        self._anonymous = anonymous
+        candidates = None if anonymous is None else anonymous.candidates
+        self._opener: Stream = Opener(owner, self._object_key, candidates=candidates)
         self._may_be_simple = may_be_simple
         self._find_ending = find_ending
         self.may_wait = find_ending is not None
@@ -182,10 +187,17 @@ class OpenBody(Transform):
             if self.key is not None:
                 self.key.check()
             opened = self._opener.update(piece)
+            if self.key is None and self._anonymous is not None:
+                self._name_key(self._anonymous)
         except SealgateError as error:
             refuse(error)
         self._meter(len(opened))
         return [opened]
+
+    def _name_key(self, anonymous: AnonymousKeys) -> None:
+        """Which key it was that opened it, if none was named; recorded before what it opened leaves."""
+        if isinstance(self._opener, Opener) and self._opener.matched is not None:
+            self.key = anonymous.found(self._opener.matched)
 
 
 def _decoded(begin: bytes | bytearray, coding: str) -> bytes | None:
@@ -229,6 +241,7 @@ class OpenRangeBody(Transform):
                     start=start,
                     stop=stop,
                     plain_bytes=asked.plain_bytes,
+                    candidates=lambda: [candidate(key)],
                 )
             else:
                 self._opener = CompositeRangeOpener(

@@ -26,6 +26,7 @@ from envelope.objects import (
     has_magic,
     sealed_range,
 )
+from proxy.anonymous_objects import candidate
 from proxy.asking import Asking, AskingError, Source
 from proxy.keys.cache import DataKey
 from proxy.message import content_range, strong_etag
@@ -126,6 +127,7 @@ class Prefetch:
             start=plain_bytes,
             stop=plain_bytes,
             plain_bytes=plain_bytes,
+            candidates=lambda: [candidate(key)],
         )
         opener.update(last.data)
         opener.finalize()

@@ -45,6 +45,8 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     legacy: dict[Annotated[str, msgspec.Meta(pattern="^/", max_length=1024)], StoredPolicy] = {}
     """Path prefix -> policy for stored bodies; the longest prefix wins, else the service's `legacy`."""
     sealed_upload: SealedUpload = SealedUpload.WRAP
+    hide_key_ids: bool = False
+    """Uploads of one request become objects that name no key. Parts and files of forms name theirs."""
 
     @property
     def has_subdomains(self) -> bool:

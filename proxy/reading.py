@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from envelope.cobblestone import invalid
 from envelope.keys import NetworkService
 from envelope.multipart import Ending, Manifest, composite_range
 from envelope.objects import MAGIC, PREFIX_SIZE, Bind, Header, has_magic, plain_length, sealed_range
 from proxy import refusals
+from proxy.anonymous_objects import AnonymousKeys
 from proxy.gate.permit import CLEAR, Clear
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import AnswerHead, ByteRange, Fields, declared_length, strong_etag
@@ -84,12 +86,34 @@ class Reading:
         """Finds the keys that objects name, and records their use."""
 
         def find(header: Header) -> DataKey:
+            if header.key_id.is_anonymous:  # a part, or an upload: nothing is tried for those
+                raise invalid()
             key = self.keys.opening_key(read.owner, header.key_id)
             read.trail.use("object-open", key, size_bytes=size_bytes, span=span)
             read.key = key
             return key
 
         return find
+
+    def anonymous(
+        self, read: Read, *, size_bytes: int | None, span: tuple[int, int] | None = None
+    ) -> AnonymousKeys:
+        """Finds the key of an object that names none, and records the search and the use."""
+
+        def use(key: DataKey) -> None:
+            read.trail.use("object-open", key, size_bytes=size_bytes, span=span)
+            read.key = key
+
+        return AnonymousKeys(self.keys, read.owner, tried=read.trail.tried, use=use)
+
+    def key_of(
+        self, read: Read, prefix: bytes, *, size_bytes: int | None, span: tuple[int, int] | None = None
+    ) -> DataKey:
+        """The key of the object that begins with *prefix*, 88 bytes, whether it names one or not."""
+        header = Header.parse(prefix)
+        if header.key_id.is_anonymous:
+            return self.anonymous(read, size_bytes=size_bytes, span=span).of(prefix)
+        return self.find_key(read, size_bytes=size_bytes, span=span)(header)
 
     # ---- what to ask for
 
@@ -124,7 +148,7 @@ class Reading:
             raise RefusedError(refusals.OBJECT_INVALID)
         plain_bytes = plain_length(begin.stored_bytes)
         span = plan.wanted.resolve(plain_bytes)
-        key = self.find_key(read, size_bytes=begin.stored_bytes, span=span)(header)
+        key = self.key_of(read, begin.data, size_bytes=begin.stored_bytes, span=span)
         if not await self.prefetch.proven_size(read.source, begin, key, plain_bytes):
             raise RefusedError(refusals.UPSTREAM_CHANGED)
         if span is None:
@@ -245,6 +269,7 @@ class Reading:
         return OpenBody(
             read.owner,
             self.find_key(read, size_bytes=plan.stored_bytes),
+            anonymous=self.anonymous(read, size_bytes=plan.stored_bytes),
             out_bytes=out_bytes if may_be_sealed or may_be_legacy else None,
             may_be_simple=may_be_sealed and may_be_simple,
             may_be_legacy=may_be_legacy,

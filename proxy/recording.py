@@ -49,6 +49,7 @@ class Trail:
         self._client = client
         self.user: Final = user
         self._used: set[tuple[str, KeyId]] = set()
+        self._has_tried = False
 
     @property
     def owner(self) -> NetworkService:
@@ -79,6 +80,13 @@ class Trail:
             start=span[0] if span else None,
             stop=span[1] if span else None,
         )
+
+    def tried(self, keys: int) -> None:
+        """An object names no key: so many are compared with it, once per exchange."""
+        if self._has_tried:
+            return
+        self._has_tried = True
+        self.note("object-search", keys=keys)
 
     def legacy_passed(self) -> None:
         self.note("object-passed-unsealed")

@@ -498,7 +498,8 @@ class KeyCache:
         if reason is None and slot.withdrawn:
             reason = Unavailable.WITHDRAWN
         if reason is None:
-            slot.misses[key_id] = None
+            if not key_id.is_anonymous:  # nobody can bring that one
+                slot.misses[key_id] = None
             reason = Unavailable.UNKNOWN
         raise unavailable(reason, owner, key_id)
 

@@ -34,6 +34,7 @@ from envelope.objects import (
     RangeOpener,
     Sealer,
     has_magic,
+    matching,
     plain_length,
     sealed_length,
     sealed_range,
@@ -201,6 +202,20 @@ def test_no_candidate_fits() -> None:
     for keys in ([], _anonymous_keys(OTHER_MATERIAL)):
         candidates = _candidates(keys)
         refused(Opener(OWNER, _never, candidates=lambda: candidates), [sealed], IntegrityError)  # noqa: B023 - run at once
+
+
+def test_the_prefix_alone_tells_which_candidate_it_is() -> None:
+    keys = _candidates(_anonymous_keys(OTHER_MATERIAL, MATERIAL))
+    sealed = seal(b"hello", key=bytes(keys[1].object_key), key_id=ANONYMOUS)
+    assert matching(sealed, keys) == matching(sealed[:88], keys) == 1
+    for wrong in (seal(b"hello"), sealed[:87], b"\0" + sealed[1:], sealed[:60] + bytes(28), b""):
+        with pytest.raises((FormatError, IntegrityError)):
+            matching(wrong, keys)
+    bound = seal(b"hello", key=bytes(keys[1].object_key), key_id=ANONYMOUS, bind=Bind.NAME, name=b"/a")
+    with pytest.raises(IntegrityError):
+        matching(bound, keys)
+    with pytest.raises(MisuseError):
+        matching(sealed, [keys[1]] * (MAX_CANDIDATES + 1))
 
 
 def test_a_candidate_brings_its_owner() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -33,7 +33,8 @@ def commands(member: KeyMember) -> PolicyCommands:
 
 def sealing(shown: Json) -> dict[str, str]:
     """Whose key each environment seals with."""
-    [ring] = shown["rings"]
+    rings: Any = shown["rings"]
+    [ring] = rings
     assert (ring["use"], ring["algorithm"]) == ("data", None)
     return {one["environment"]: one["owner"] for one in ring["keys"]}
 
