@@ -7,7 +7,7 @@
 3. Nothing here opens anything. Lengths and commitments stand in the object's manifest too; what is held of
    small parts are sealed bytes; digests of plaintext are sealed by whoever gives them.
 4. All of it is bounded: parts of an upload, bytes held for an upload and for a network service; uploads that
-   nothing happened to for `KEEP_S` are forgotten.
+   nothing happened to for `KEEP_S` are forgotten, and what is held for one after `KEEP_HELD_S`.
 """
 
 import asyncio
@@ -29,6 +29,9 @@ from runtime.database import make_engine, read_only, transaction
 
 KEEP_S: Final = 14 * 24 * 3600.0
 """Uploads are days long at most: services' own rules abort what lies about."""
+KEEP_HELD_S: Final = 24 * 3600.0
+"""Of an upload that nothing happens to. Then its small last part has to be sent again before it is completed:
+who begins uploads and ends none would keep others from theirs for as long."""
 KEEP_COMPLETED_S: Final = 24 * 3600.0
 """A client that got no answer completes again, and is to get the service's own answer."""
 SWEEP_S: Final = 3600.0
@@ -169,8 +172,23 @@ class UploadStore:
         total = select(func.coalesce(func.sum(upload_held.c.sealed_bytes), 0)).where(
             upload_held.c.tenant_id == upload.owner.tenant, upload_held.c.service == upload.owner.service
         )
+        if connection.execute(total).scalar_one() <= MAX_HELD_BYTES:
+            return
+        self._forget_idle_held(connection)
         if connection.execute(total).scalar_one() > MAX_HELD_BYTES:
             raise UploadsFullError(f"{upload.owner} has small last parts of too many uploads at once")
+
+    def _forget_idle_held(self, connection: Connection) -> None:
+        """What is held for uploads that nothing has happened to for `KEEP_HELD_S`."""
+        cutoff_ms = self._now_ms() - round(KEEP_HELD_S * 1000)
+        named = (upload_part.c.tenant_id, upload_part.c.service, upload_part.c.upload_ref)
+        is_of_it = (
+            (upload_part.c.tenant_id == upload_held.c.tenant_id)
+            & (upload_part.c.service == upload_held.c.service)
+            & (upload_part.c.upload_ref == upload_held.c.upload_ref)
+        )
+        recent = select(*named).where(is_of_it, upload_part.c.at_ms >= cutoff_ms).exists()
+        connection.execute(delete(upload_held).where(~recent))
 
     async def parts(self, upload: Upload) -> list[KeptPart]:
         """All that is remembered, by rising number; of one number the newest first."""
@@ -312,6 +330,7 @@ class UploadStore:
                 .group_by(upload_part.c.tenant_id, upload_part.c.service, upload_part.c.upload_ref)
                 .having(func.max(upload_part.c.at_ms) < now_ms - round(KEEP_S * 1000))
             )
+            self._forget_idle_held(connection)
             gone = connection.execute(old).all()
             for row in gone:
                 upload = Upload(NetworkService(row.tenant_id, row.service), bytes(row.upload_ref))
