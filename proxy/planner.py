@@ -395,7 +395,7 @@ def _our_address(reference: str, route: Route) -> str | None:
 
 
 def _names_below(reference: str, route: Route) -> bool:
-    """Whether *reference* is to a host below the service's that a forward proxy leads to it (S3's buckets)."""
+    """Whether *reference* is to a host below the service's, which a forward proxy leads to it (S3)."""
     if route.mode is not Mode.FORWARD or not route.options.has_subdomains:
         return False
     upstream = route.service.upstream

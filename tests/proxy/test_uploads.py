@@ -14,6 +14,7 @@ from proxy import uploads
 from proxy.tenants.tables import upload_completion
 from proxy.uploads import (
     KEEP_COMPLETED_S,
+    KEEP_HELD_S,
     KEEP_S,
     MAX_HELD_PARTS,
     MAX_TAGS,
@@ -129,6 +130,38 @@ async def test_parts_of_an_upload_are_bounded(store: UploadStore, monkeypatch: p
     assert len(await store.parts(UPLOAD)) == 2
 
 
+async def test_who_ends_no_upload_keeps_others_from_theirs_for_a_day(
+    place: Place, store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held is let go where it is wanted elsewhere and nothing has happened to its upload for long."""
+    monkeypatch.setattr(uploads, "MAX_HELD_BYTES", 300)
+    one, two, three = (Upload(DRIVE, upload_ref(name)) for name in ("one", "two", "three"))
+    lies_about, busy = kept(1, "a"), kept(1, "a")
+    await store.add_part(one, lies_about, held=bytes(104))
+    await store.add_part(two, busy, held=bytes(104))
+    await place.clock.advance(KEEP_HELD_S - 1)
+    with pytest.raises(UploadsFullError, match="tenant-a/drive"):
+        await store.add_part(three, kept(1, "a"), held=bytes(104))
+    await store.add_part(two, kept(2, "b", 6_000_000))  # it goes on
+    await place.clock.advance(2)
+    await store.add_part(three, kept(1, "a"), held=bytes(104))
+    assert await store.held(one, lies_about) is None
+    assert [found.is_held for found in await store.parts(one)] == [False], "its part is known all the same"
+    assert await store.held(two, busy) == bytes(104)
+
+
+async def test_what_is_held_for_an_idle_upload_goes_with_the_sweep(place: Place, store: UploadStore) -> None:
+    part = kept(1, "a")
+    await store.add_part(UPLOAD, part, held=bytes(104))
+    await place.clock.advance(KEEP_HELD_S - 1)
+    await store.sweep()
+    assert await store.held(UPLOAD, part) == bytes(104)
+    await place.clock.advance(2)
+    assert await store.sweep() == 0
+    assert await store.held(UPLOAD, part) is None
+    assert [found.tag for found in await store.parts(UPLOAD)] == ["a"]
+
+
 async def test_other_bytes_than_the_parts_are_not_held(store: UploadStore) -> None:
     with pytest.raises(UploadsFullError):
         await store.add_part(UPLOAD, kept(1, "a", 104), held=bytes(103))
@@ -170,7 +203,7 @@ async def test_what_nothing_happened_to_is_swept_away(place: Place, store: Uploa
     assert await store.parts(dead) == []
     assert [found.part.number for found in await store.parts(alive)] == [1, 2]
     [first, _second] = await store.parts(alive)
-    assert await store.held(alive, first) == bytes(104)
+    assert await store.held(alive, first) is None, "nothing had happened to it for a day"
 
 
 async def test_sweeping_goes_on_by_itself_and_survives_a_database_that_is_away(

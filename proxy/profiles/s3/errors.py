@@ -51,6 +51,7 @@ CODES: Final[Mapping[str, str]] = {
     refusals.COPY_SOURCE.code: "InvalidArgument",
     refusals.CONTENT_TOO_LARGE.code: "EntityTooLarge",
     refusals.CONTENT_TOO_SMALL.code: "EntityTooSmall",
+    refusals.UPLOADS_FULL.code: "SlowDown",
 }
 """Where the code of the status would not do."""
 

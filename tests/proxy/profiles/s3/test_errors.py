@@ -23,7 +23,8 @@ def test_every_refusal_is_a_document_with_a_code(refusal: Refusal) -> None:
 def test_what_may_be_retried_is_told_so() -> None:
     for refusal in ALL:
         if refusal.status == 503:
-            assert s3_code(refusal) == "ServiceUnavailable"
+            is_full = refusal is refusals.UPLOADS_FULL
+            assert s3_code(refusal) == ("SlowDown" if is_full else "ServiceUnavailable")
         if refusal.status == 501:
             assert s3_code(refusal) == "NotImplemented"
 
