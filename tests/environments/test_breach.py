@@ -4,10 +4,8 @@ and two administrators, all real processes.
 Every command of `incident`, `approval`, `admin`, `keys` and of healing is given here as JSON.
 """
 
-import asyncio
 import contextlib
 import functools
-import io
 import json
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,13 +14,10 @@ from typing import Any
 
 import pytest
 import typer
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from key_agent import cli as agent_cli
-from key_agent.environments.approvals import AdminPrivateKey
-from runtime import cli
 from tests import pki
+from tests.environments.administrators import Commands, administrators, approved
 from tests.environments.site import EnvironmentsSite, Program, SiteEnvironment, environments_site, until
 from tests.ports import free_port
 
@@ -34,40 +29,6 @@ HEALING = {"env declare", "env new-kek", "env heal-complete", "env rejoin"}
 async def site(tmp_path: Path) -> AsyncIterator[EnvironmentsSite]:
     async with environments_site(tmp_path, proxies_each=1, rhythm=(30, 33, 0.3)) as made:
         yield made
-
-
-class Commands:
-    """Commands at one environment, and which were given."""
-
-    def __init__(self, done: set[str]) -> None:
-        self._done = done
-
-    async def __call__(self, at: SiteEnvironment, command: str, *words: str, exit_code: int = 0) -> Any:
-        """The command's document; with another *exit_code* its error. In this process: most take no time."""
-        self._done.add(command)
-        if command.startswith("keys reencrypt "):  # those keep the process they are in from being looked at
-            return await at.command(*command.split(), *words, exit_code=exit_code)
-        out, err = io.StringIO(), io.StringIO()
-        line = ["--config", str(at.config), "--json", *command.split(), *words]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = await asyncio.to_thread(cli.main, agent_cli.program, line)
-        assert code == exit_code, (words, code, out.getvalue(), err.getvalue())
-        return json.loads(out.getvalue()) if code == 0 else json.loads(err.getvalue())["error"]
-
-
-def _administrators(directory: Path) -> dict[str, Path]:
-    keys: dict[str, AdminPrivateKey] = {
-        "ann": ed25519.Ed25519PrivateKey.generate(),
-        "bob": ec.generate_private_key(ec.SECP256R1()),
-    }
-    files = {}
-    for name, key in keys.items():
-        files[name] = directory / f"{name}.key"
-        files[name].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        files[name].chmod(0o600)
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (directory / f"{name}.pub").write_bytes(public)
-    return files
 
 
 async def _load_balancer(site: EnvironmentsSite) -> Program:
@@ -112,7 +73,7 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
     a, b, c = site.environments.values()
     done: set[str] = set()
     ask = Commands(done)
-    files = _administrators(tmp_path)
+    files = administrators(tmp_path)
     async with site.agents(), site.proxies():
         await site.unite()
         await site.add_service("files")
@@ -179,7 +140,7 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
             assert await _opens(a, sealed) == 423
             tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0)
             rescue = {"keys": [keys["b"]], "until_ms": int(tomorrow.timestamp() * 1000)}
-            approval = await _approved(ask, a, files, "key-rescue", "inc-1", rescue)
+            approval = await approved(ask, a, files, "key-rescue", "inc-1", rescue)
             words = ["--keys", keys["b"], "--until", tomorrow.isoformat(), "--approve-with", approval]
             await ask(a, "keys rescue", "inc-1", *words)
             await until(functools.partial(_opens_with, a, sealed, 200))
@@ -195,7 +156,7 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
                 exit_code=4,
             )  # fmt: skip
             ending = {"accept_loss": True, "keys": [keys["b"]]}
-            approval = await _approved(ask, a, files, "keys-retire", "acme", ending)
+            approval = await approved(ask, a, files, "keys-retire", "acme", ending)
             retire = ["--keys", keys["b"], "--approve-with", approval]
             assert "nothing shows" in (await ask(a, "keys retire", *retire, "--yes", exit_code=3))["cause"]
             ended = await ask(a, "keys retire", *retire, "--yes", "--accept-loss")
@@ -212,12 +173,12 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
             # An environment gives itself up, and it was nothing.
             await ask(c, "env declare", "--reason", "looked odd")
             await until(lambda: _has_incident(a, "inc-2"))
-            approval = await _approved(ask, a, files, "incident-cancel", "inc-2", {})
+            approval = await approved(ask, a, files, "incident-cancel", "inc-2", {})
             cancelled = await ask(a, "incident cancel", "inc-2", "--approve-with", approval)
             assert cancelled["state"] == "false_alarm"
             key = keys["a"]
             await a.command("key", "suspend", "files", key)
-            approval = await _approved(ask, a, files, "key-resume", "acme", {"keys": [key]})
+            approval = await approved(ask, a, files, "key-resume", "acme", {"keys": [key]})
             resumed = await ask(a, "keys resume", "--keys", key, "--approve-with", approval)
             assert resumed["keys"][key] in ("active", "deactivated")
             assert "2 administrators" in (await ask(a, "admin remove", "ann", exit_code=3))["cause"]
@@ -251,20 +212,6 @@ def _flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-async def _approved(  # noqa: PLR0917 - as the command takes it
-    ask: Commands,
-    at: SiteEnvironment,
-    files: dict[str, Path],
-    action: str,
-    subject: str,
-    payload: dict[str, object],
-) -> str:
-    asked = await ask(at, "approval request", action, subject, "--payload", json.dumps(payload))
-    for name, file in files.items():
-        await ask(at, "approval sign", asked["approval"], "--admin", name, "--key", str(file), "--yes")
-    return str(asked["approval"])
 
 
 async def _opens(at: SiteEnvironment, sealed: str) -> int:
