@@ -455,6 +455,7 @@ tenant = "{TENANT}"
 root_certificate_file = "root.pem"
 certificate_file = "tls.pem"
 key_file = "tls.key"
+state_file = "{lb}/lb-agent.rows"
 port = {self.lb_agent_port}
 
 [frontend]

@@ -33,6 +33,7 @@ import aiohttp
 from certs import pki as dev_pki
 from envelope.keys import NetworkService
 from key_agent import api
+from proxy.encryption_service.credentials import new_bearer
 from proxy.encryption_service.model import DialectName
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.service_store import Grant, ServiceStore
@@ -387,7 +388,16 @@ def _agent(
     )
 
 
-def _proxy(home: Path, name: str, tenant: pki.Tenant, server: tuple[Path, Path], ca_file: Path) -> SiteProxy:
+def _proxy(
+    home: Path,
+    name: str,
+    tenant: pki.Tenant,
+    server: tuple[Path, Path],
+    ca_file: Path,
+    *,
+    token: str,
+    environment: str | None,
+) -> SiteProxy:
     directory = home / name
     state = directory / "state"
     state.mkdir(mode=0o700, parents=True)
@@ -398,6 +408,7 @@ def _proxy(home: Path, name: str, tenant: pki.Tenant, server: tuple[Path, Path],
         id = "{name}"
         state_dir = "{state}"
         reload_s = 0.1
+        {f'[environment]{chr(10)}name = "{environment}"' if environment else ""}
         [push]
         host = "127.0.0.1"
         port = {push_port}
@@ -421,7 +432,7 @@ def _proxy(home: Path, name: str, tenant: pki.Tenant, server: tuple[Path, Path],
     entries = ServiceStore(store)
     entries.set_dialect(TENANT, DialectName.NATIVE, actor="test")
     grant = Grant(tenant=TENANT, dialect=DialectName.NATIVE, label="test")
-    token = entries.issue(grant, actor="test").secret
+    entries.issue(grant, actor="test", token=token)
     made = SiteProxy(
         name,
         config,
@@ -449,16 +460,19 @@ async def environments_site(
     database_urls: Mapping[str, str] | None = None,
     rhythm: tuple[float, float, float] = (30, 33, 0.5),
     more: str = "",
+    named: bool = False,
 ) -> AsyncIterator[EnvironmentsSite]:
     """Environments by name, with the type of their KEKs; each has its KEK, knows its proxies, and no more.
 
     *rhythm*: refresh interval, validity, heartbeat, in seconds. *more*: lines for [environments].
+    *named*: the proxies say in their settings which environment they belong to. All let in one token.
     """
     tenant = pki.make_tenant(TENANT)
     ca = pki.make_server_ca()
     ca_file = pki.write_certificate(ca.certificate, directory / "server-ca.pem")
     server = pki.write_credential(pki.issue_server(ca, ["localhost"]), directory, "server")
     site = EnvironmentsSite(directory, tenant, ca_file, {})
+    token = new_bearer().token
     async with contextlib.AsyncExitStack() as stack:
         for name, kek_type in kinds.items():
             made = await asyncio.to_thread(
@@ -468,7 +482,10 @@ async def environments_site(
             await stack.enter_async_context(made.network)
             site.environments[name] = made
             for number in range(1, proxies_each + 1):
-                proxy = _proxy(made.directory, f"{name}{number}", tenant, server, ca_file)
+                proxy = _proxy(
+                    made.directory, f"{name}{number}", tenant, server, ca_file,
+                    token=token, environment=name if named else None,
+                )  # fmt: skip
                 stack.callback(proxy.store.close)
                 await stack.enter_async_context(proxy.push)
                 made.proxies.append(proxy)
