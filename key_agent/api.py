@@ -35,10 +35,19 @@ from key_agent.sources.verdict import Verdict
 from key_agent.state_dir import StateLockedError
 from runtime.cli import CommandError, ExitCode, explain
 from runtime.observe import REGISTRY
-from runtime.serve import ProblemError, health_routes, make_application, openapi_route, problem_response
+from runtime.serve import (
+    ProblemError,
+    health_routes,
+    make_application,
+    openapi_route,
+    problem_response,
+    running,
+)
 
 PROGRAM: Final = "key-agent"
 _SLOW_S: Final = 300.0
+_GRACE_S: Final = 60.0
+"""For commands that run when the agent is asked to stop."""
 # A backup's content, in base64.
 _MAX_COMMAND_BYTES: Final = 2 * MAX_FILE_BYTES
 
@@ -460,15 +469,13 @@ def explain_agent(error: Exception) -> CommandError:
 @asynccontextmanager
 async def control_socket(operations: Operations, path: Path) -> AsyncIterator[None]:
     """Commands on a Unix socket at *path* while the block runs. The caller holds the state lock."""
-    runner = web.AppRunner(commands(operations), access_log=None, handle_signals=False)
-    await runner.setup()
     try:
-        _remove(path)  # of an agent that was killed: we hold the lock
-        await web.UnixSite(runner, str(path)).start()
-        os.chmod(path, 0o600)  # noqa: PTH101 - in a 0700 directory, so nobody came before
-        yield
+        async with running(commands(operations), grace_s=_GRACE_S) as runner:
+            _remove(path)  # of an agent that was killed: we hold the lock
+            await web.UnixSite(runner, str(path)).start()
+            os.chmod(path, 0o600)  # noqa: PTH101 - in a 0700 directory, so nobody came before
+            yield
     finally:
-        await runner.cleanup()
         _remove(path)
 
 

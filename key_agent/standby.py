@@ -23,7 +23,7 @@ from key_agent.errors import KeyAgentError
 from key_agent.registry.database import RegistryError
 from key_agent.registry.lease import Holding
 from runtime.observe import REGISTRY
-from runtime.serve import health_routes, make_application, problem_response, serving
+from runtime.serve import health_routes, make_application, problem_response, running, serving
 
 log = structlog.get_logger(__name__)
 
@@ -86,9 +86,7 @@ class Standby:
     async def _begin(self) -> None:
         self._serves = True
         metrics.LEADS.set(0)
-        runner = web.AppRunner(self._refusing(), access_log=None, handle_signals=False)
-        await runner.setup()
-        self._servers.push_async_callback(runner.cleanup)
+        runner = await self._servers.enter_async_context(running(self._refusing()))
         self._socket_file.unlink(missing_ok=True)  # of an agent that was killed: we hold the state lock
         await web.UnixSite(runner, str(self._socket_file)).start()
         os.chmod(self._socket_file, 0o600)  # noqa: PTH101 - in a 0700 directory, so nobody came before

@@ -7,12 +7,13 @@
 3. Leaving the `with` block stops accepting, lets running requests end for `grace_s`, then cuts them.
 """
 
+import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Final
+from typing import Final, cast
 
 import structlog
 from aiohttp import web
@@ -153,13 +154,35 @@ async def serving(
 
     OSError if the address cannot be bound.
     """
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=grace_s, handle_signals=False)
-    await runner.setup()
-    try:
+    async with running(application, grace_s=grace_s) as runner:
         site = web.TCPSite(runner, host, port, ssl_context=ssl_context, backlog=1024)
         await site.start()
         yield runner.addresses[0][1]
+
+
+@asynccontextmanager
+async def running(application: web.Application, *, grace_s: float = GRACE_S) -> AsyncIterator[web.AppRunner]:
+    """*application*, ready for listeners of the caller's; after the block nobody is served any more.
+
+    aiohttp closes the connections it knows. One that was accepted before and whose handshake ends later would
+    be served for as long as its client likes, by an application that is gone: it is closed at once.
+    """
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=grace_s, handle_signals=False)
+    await runner.setup()
+    server = cast("web.Server", runner.server)  # there is one after `setup`
+    know = server.connection_made
+    has_ended = False
+
+    def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        know(handler, transport)
+        if has_ended:
+            handler.force_close()
+
+    server.connection_made = connection_made  # type: ignore[method-assign] # AppRunner makes its server itself
+    try:
+        yield runner
     finally:
+        has_ended = True
         await runner.cleanup()
 
 

@@ -21,7 +21,7 @@ from aiohttp import web
 from envelope.certificates import CertificateError
 from envelope.errors import SealgateError
 from key_agent.environments.peer_trust import PeerTrust
-from runtime.serve import GRACE_S, Handler, ProblemError, make_application
+from runtime.serve import GRACE_S, Handler, ProblemError, make_application, running
 from runtime.tls import peer_certificate
 
 log = structlog.get_logger(__name__)
@@ -175,11 +175,9 @@ async def listening(
 ) -> AsyncIterator[int]:
     """Serve *application* while the block runs; yields the bound port. OSError: it cannot be bound."""
     # As runtime.serve.serving, but with a short time for handshakes: this port is open to whole networks.
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=GRACE_S, handle_signals=False)
-    await runner.setup()
-    try:
+    async with running(application, grace_s=GRACE_S) as runner:
         server = await asyncio.get_running_loop().create_server(
-            cast("web.Server", runner.server),  # there is one after `setup`
+            cast("web.Server", runner.server),  # there is one while it runs
             host,
             port,
             ssl=ssl_context,
@@ -192,5 +190,3 @@ async def listening(
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
-    finally:
-        await runner.cleanup()

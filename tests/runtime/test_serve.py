@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -208,6 +209,40 @@ async def test_tls(client: aiohttp.ClientSession, tmp_path: Path) -> None:
             assert await response.read() == b"x"
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await client.post(f"https://localhost:{port}/echo", ssl=ssl.create_default_context())
+
+
+async def test_a_handshake_that_ends_after_the_block_is_not_served(tmp_path: Path) -> None:
+    """aiohttp learns of a connection when its handshake ends, and closes what it knows at the end."""
+    ca = make_server_ca()
+    files = write_credential(issue_server(ca), tmp_path, "server")
+    trusting = client_context(write_certificate(ca.certificate, tmp_path / "ca.pem"))
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = trusting.wrap_bio(received, sent, server_hostname="localhost")
+    async with asyncio.timeout(DEADLINE_S):
+        async with serving(
+            application(), host="127.0.0.1", port=0, ssl_context=server_context(*files)
+        ) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with pytest.raises(ssl.SSLWantReadError):
+                tls.do_handshake()
+            writer.write(sent.read())
+            hello = await reader.read(1 << 16)
+        received.write(hello)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                received.write(await reader.read(1 << 16))
+        tls.write(b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx")
+        writer.write(sent.read())
+        answer: bytes | None = None
+        while answer is None:
+            received.write(await reader.read(1 << 16))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                answer = tls.read(1 << 16)  # nothing: close_notify
+        writer.close()
+        assert answer == b""
 
 
 async def test_leaving_the_block_lets_running_requests_end(client: aiohttp.ClientSession) -> None:
