@@ -269,7 +269,7 @@ def rescue(
     until_ms: int,
     now_ms: int,
 ) -> bool:
-    """Compromised keys open objects for whoever names the approval, until *until_ms*. False if they do.
+    """Compromised keys open objects, for every caller, until *until_ms*. False if they do.
 
     RefusedChangeError, ApprovalError.
     """

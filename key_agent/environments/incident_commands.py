@@ -298,7 +298,7 @@ class IncidentCommands(ApprovalCommands):
     # Old keys.
 
     async def keys_rescue(self, *, incident: str, keys: Sequence[str], until_ms: int, approval: str) -> Json:
-        """Compromised keys open objects again, for a time, for whoever names the approval."""
+        """Compromised keys open objects again, for a time, for every caller."""
         incident_id, _ = incident_changes.find(self._view, incident)
         wanted = parse_keys(keys[:MAX_KEYS])
         await self._agent.journal.record(
@@ -394,7 +394,6 @@ class IncidentCommands(ApprovalCommands):
             raise RefusedChangeError(
                 f"{incident_id} has compromised no keys", f"`key-agent incident scope {incident_id}`"
             )
-        rescues = sorted(one for key_id in keys if (one := view.deks[key_id].rescue_approval) is not None)
         job = secrets.token_hex(8)
         await self._agent.journal.record(
             "reencryption", outcome="begun", job=job, incident=incident_id, keys=len(keys), store=connector
@@ -403,7 +402,6 @@ class IncidentCommands(ApprovalCommands):
             "job": job,
             "incident": incident_id,
             "keys": keys,
-            "rescue": next(iter(rescues), None),
         }
 
     async def reencryption_end(self, *, job: str, state: str, rewritten: int, failed: int) -> Json:

@@ -34,7 +34,7 @@ def keys_rescue(
     until: Annotated[str, typer.Option(help="When it ends: 2026-11-23T01:00Z, within 30 days.")],
     approve_with: ApproveWith,
 ) -> None:
-    """Let compromised keys open objects for a time, for whoever names the approval (Sealgate-Rescue)."""
+    """Let compromised keys open objects for a time, for every caller of every environment that has them."""
     data = perform(
         context.obj,
         "keys_rescue",

@@ -7,7 +7,6 @@ store_ca_file = "store-ca.pem"
 through_ca_file = "proxy-ca.pem"
 user = "sealgate"
 password_file = "password"                         mode 0600
-rescue = "a-0123456789abcdef"                      the approval under which compromised keys open
 """
 
 import tomllib
@@ -26,7 +25,6 @@ class _WebDav(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     through_ca_file: str
     user: str | None = None
     password_file: str | None = None
-    rescue: str | None = None
     timeout_s: float = 60.0
 
 
@@ -55,6 +53,5 @@ def read_store(file: Path) -> WebDavStore:
         through_ca_file=here / found.through_ca_file,
         user=found.user,
         password=password,
-        rescue=found.rescue,
         timeout_s=found.timeout_s,
     )

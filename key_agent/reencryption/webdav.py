@@ -28,7 +28,6 @@ from key_agent.reencryption.connector import Connector, Found, Rewrite, StoreErr
 from key_agent.reencryption.spool import Spool
 from runtime.tls import client_context
 
-RESCUE_HEADER: Final = "Sealgate-Rescue"
 WHOLE_BYTES: Final = 8 << 20
 MAX_LISTING_BYTES: Final = 64 << 20
 _TIMEOUT_S: Final = 60.0
@@ -58,8 +57,6 @@ class WebDavStore:
     through_ca_file: Path
     user: str | None = None
     password: str | None = field(default=None, repr=False)
-    rescue: str | None = None
-    """The approval under which compromised keys open, if any do."""
     timeout_s: float = _TIMEOUT_S
 
     def described(self) -> str:
@@ -79,9 +76,8 @@ class WebDavConnector(Connector):
         auth = None
         if store.user is not None:
             auth = aiohttp.BasicAuth(store.user, store.password or "", encoding="utf-8")
-        self._direct = _session(store.store_ca_file, auth, store.timeout_s, {})
-        rescue = {} if store.rescue is None else {RESCUE_HEADER: store.rescue}
-        self._through = _session(store.through_ca_file, auth, store.timeout_s, rescue)
+        self._direct = _session(store.store_ca_file, auth, store.timeout_s)
+        self._through = _session(store.through_ca_file, auth, store.timeout_s)
 
     @override
     async def names(self, *, after: str) -> AsyncIterator[str]:
@@ -239,16 +235,14 @@ class _Listing:
         raise StoreError("the store's listing has a document type, which may hide anything")
 
 
-def _session(
-    ca_file: Path, auth: aiohttp.BasicAuth | None, timeout_s: float, headers: dict[str, str]
-) -> aiohttp.ClientSession:
+def _session(ca_file: Path, auth: aiohttp.BasicAuth | None, timeout_s: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=client_context(ca_file), limit=8),
         auth=auth,
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout_s),
-        headers={"Accept-Encoding": "identity", "User-Agent": "sealgate-reencryption", **headers},
+        headers={"Accept-Encoding": "identity", "User-Agent": "sealgate-reencryption"},
         trust_env=False,
     )
 
