@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench import agent, core, levers, proxies, results, service, webdav
+from bench import agent, core, levers, proxies, results, s3, service, webdav
 from bench.machine import BenchError
 
 type Rows = list[dict[str, Any]]
@@ -32,6 +32,7 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (("proxy_new_connections",), _as_json(proxies.new_connections)),
     (("proxy_rss_growth",), _as_json(proxies.rss_growth)),
     (webdav.NAMES, _as_json(webdav.run)),
+    (s3.NAMES, _as_json(s3.run)),
     (("proxy_workers_2",), _as_json(proxies.workers)),
     (service.NAMES, _as_json(service.encrypt)),
     (("xks_p99_1800",), _as_json(service.xks)),

@@ -26,6 +26,8 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
+from proxy.tenants.vault_store import add_credential
+from proxy.vault.model import Secrets
 from runtime.clock import SystemClock
 
 OWNER: Final = NetworkService("bench", "files")
@@ -137,9 +139,11 @@ def sealgate(
     workers: int = 1,
     core: int | None = PROXY_CORE,
     profile: str = "generic",
+    credential: tuple[str, str] | None = None,
 ) -> Iterator[Product]:
     """Provision a tenant with one service in front of the origin, start the proxy, push the key.
 
+    *credential*: access key and secret for the service's vault.
     *without*: levers to leave out, which is all that differs from `sealgate run`.
     """
     directory.mkdir(mode=0o700)
@@ -158,6 +162,9 @@ def sealgate(
         )
         certificate = pki.sign_service_csr(root, csr)
         store.import_certificate(OWNER, certificate, actor="bench")
+        if credential is not None:
+            secrets = Secrets(client_secret=credential[1])
+            add_credential(store, OWNER, credential[0], secrets, actor="bench")
         ca = tenant.interception_ca.certificate_file
     settings = directory / "sealgate.toml"
     settings.write_text(

@@ -26,7 +26,7 @@ def _sides() -> Iterator[tuple[Lab, Side, Side]]:
         here = running.enter_context(lab())
         origin, stored = running.enter_context(apache_webdav(here.directory / "apache", here.tls))
         product = running.enter_context(
-            sealgate(here.directory / "dav-sealgate", here.tls, origin.port, profile="generic")
+            sealgate(here.directory / "dav-sealgate", here.tls, origin.port, profile="webdav")
         )
         peer = running.enter_context(rclone_crypt(here.directory / "rclone", here.tls, origin.port))
         yield here, Side(product.process, product.ca, product.agent), Side(peer, here.tls.ca)
