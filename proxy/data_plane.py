@@ -114,10 +114,16 @@ class DataPlane:
                 directory=self._directory.encryption_service,
                 processes=processes,
                 refuses=self._environments.refuses,
+                is_one_of_several=self._is_one_of_several,
             )
             self._registry.register(service.metrics)
             self._parts.callback(self._registry.unregister, service.metrics)
         return self
+
+    def _is_one_of_several(self, tenant: str) -> bool:
+        """Whether *tenant* has environments besides this one: what ends here may go on there."""
+        environments = self._environments
+        return environments.name is not None or environments.word(tenant) is not None
 
     async def __aexit__(self, *_: object) -> None:
         await self._parts.aclose()

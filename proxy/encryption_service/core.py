@@ -19,6 +19,8 @@ The order of every call, in every dialect:
 4. A version's state decides (encryption-service-apis.md 6): active does all, deactivated decrypts and
    verifies. Pre-active does nothing while no version is active; beside an active one it decrypts and
    verifies, because in a rotation another proxy may be ahead of us by one push (docs/format.md 6.2).
+5. Keys that were withdrawn are the tenant's last word (Revoked), but for one of several environments: there
+   another one is to be asked (Withdrawn).
 """
 
 import os
@@ -205,10 +207,12 @@ class Core:
         counted: Callable[[str, str, str], None] | None = None,
         degraded_below_s: float = DEGRADED_BELOW_S,
         refuses: Callable[[str], bool] | None = None,
+        is_one_of_several: Callable[[str], bool] | None = None,
     ) -> None:
         """*limiter*: is told how much of the process's time each call took.
 
-        *refuses*: tenants that nothing is done for at this moment.
+        *refuses*: tenants that nothing is done for at this moment. *is_one_of_several*: tenants that have
+        other environments (rule 5).
 
         *counted*: is told of each recorded call its dialect, operation, and error or `ok`: for metrics.
         """
@@ -221,6 +225,7 @@ class Core:
         self._counted = counted
         self._degraded_below_s = degraded_below_s
         self._refuses = refuses
+        self._is_one_of_several = is_one_of_several
 
     # Looking.
 
@@ -315,7 +320,7 @@ class Core:
             if not (used.state is KeyState.ACTIVE if has_sealed else self._may_open(used, ticket.key)):
                 self._refuse_state(used.state)
         if not ticket._used and self._keys.word(ticket.key.owner).withdrawn:  # noqa: SLF001
-            raise Revoked("the keys were withdrawn by their owner")
+            self._refuse_withdrawn(ticket.key.owner.tenant)
 
     def finish(self, ticket: Ticket, entry: Entry) -> None:
         """`confirm`, then `record`; what `confirm` raises is recorded as the outcome, and raised."""
@@ -445,7 +450,7 @@ class Core:
                 return key
         words = [self._keys.word(key.owner) for key in keys]
         if words and all(word.withdrawn for word in words):
-            raise Revoked("the keys were withdrawn by their owner")
+            self._refuse_withdrawn(tenant)
         if any(not word.withdrawn and word.valid_for_s <= 0 for word in words):
             raise Stale("no valid key is here at the moment")
         raise KeyRefused(Refusal.VERSION_UNKNOWN, "no key of this id is known here")
@@ -558,7 +563,7 @@ class Core:
             return
         word = self._keys.word(key.owner)
         if word.withdrawn:
-            raise Revoked("the keys were withdrawn by their owner")
+            self._refuse_withdrawn(caller.tenant)
         if word.valid_for_s <= 0:
             raise Stale("no valid key is here at the moment")
         self._check_openable(key)
@@ -656,11 +661,17 @@ class Core:
             if (state := holding.key.state if holding.key else _STATES.get(holding.reason)) is not None
         ]
 
+    def _refuse_withdrawn(self, tenant: str) -> NoReturn:
+        """The tenant's last word, or, from one of several environments, this one's alone."""
+        if self._is_one_of_several is not None and self._is_one_of_several(tenant):
+            raise Withdrawn("the keys were withdrawn from this environment")
+        raise Revoked("the keys were withdrawn by their owner")
+
     def _refuse_key(self, key: NamedKey, reason: Unavailable) -> NoReturn:
         """There is no active version: because of the tenant, of time, or of the key's own state?"""
         word = self._keys.word(key.owner)
         if word.withdrawn:
-            raise Revoked("the keys were withdrawn by their owner")
+            self._refuse_withdrawn(key.owner.tenant)
         if word.valid_for_s <= 0 or reason is Unavailable.EXPIRED:
             raise Stale("no valid key is here at the moment")
         state = self.state_of(key)
@@ -673,7 +684,7 @@ class Core:
         """One version is not here: because of the tenant, of time, or of its own state?"""
         word = self._keys.word(key.owner)
         if word.withdrawn:
-            raise Revoked("the keys were withdrawn by their owner")
+            self._refuse_withdrawn(key.owner.tenant)
         if word.valid_for_s <= 0 or reason is Unavailable.EXPIRED:
             raise Stale("no valid key is here at the moment")
         raise KeyRefused(_REFUSALS[reason], f"this version of key {key.name} cannot be used: {reason}")

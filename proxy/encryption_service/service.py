@@ -45,10 +45,12 @@ class EncryptionService:
         directory: ServiceDirectory,
         processes: int = 1,
         refuses: Callable[[str], bool] | None = None,
+        is_one_of_several: Callable[[str], bool] | None = None,
     ) -> None:
         """*processes*: how many serve the same listeners; this one holds its share of every quota.
 
         *refuses*: whether the environment must not serve a tenant at this moment (proxy/environments.py).
+        *is_one_of_several*: whether the tenant has other environments.
         """
         self._directory = directory
         self._clock = clock
@@ -76,6 +78,7 @@ class EncryptionService:
             limiter=self._limiter,
             counted=self.metrics.called,
             refuses=refuses,
+            is_one_of_several=is_one_of_several,
         )
         names = {name for listen in settings.listen for name in listen.dialects}
         dialects: dict[DialectName, Dialect] = {}

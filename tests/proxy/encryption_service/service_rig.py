@@ -68,6 +68,8 @@ class ServiceRig:
         self.keys = KeyCache(self.clock)
         self.sealer = SecretSealer(directory)
         self.directory = ServiceDirectory.of()
+        self.several: set[str] = set()
+        """Tenants with several environments, of which this is one."""
         self.access = Access(lambda: self.directory, self.clock, self.sealer)
         self.limiter = Limiter(
             self.clock,
@@ -81,6 +83,7 @@ class ServiceRig:
             audit=self.audit,
             clock=self.clock,
             limiter=self.limiter,
+            is_one_of_several=lambda tenant: tenant in self.several,
         )
         self._materials: dict[NetworkService, dict[int, tuple[KeyId, bytes]]] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from envelope import derive
-from envelope.keys import KeyState, SigningAlgorithm
+from envelope.keys import KeyId, KeyState, SigningAlgorithm
 from envelope.xaes import Xaes256Gcm
 from proxy.encryption_service.access import Caller
 from proxy.encryption_service.core import (
@@ -41,6 +41,7 @@ from proxy.encryption_service.errors import (
     Stale,
     TooLarge,
     UsageRefused,
+    Withdrawn,
 )
 from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory
 from tests.proxy.encryption_service.service_rig import PEER, TENANT, VALIDITY_S, ServiceRig
@@ -418,6 +419,26 @@ def test_a_tenant_degrades_goes_stale_and_comes_back(bench: Bench) -> None:
     bench.rig.push(bench.key)
     assert core.standing(TENANT) is Standing.SERVING
     assert bench.decrypt(sealed) == PLAIN
+
+
+def test_one_of_several_environments_does_not_speak_for_the_others(bench: Bench) -> None:
+    """A load balancer repeats 503 elsewhere; 403 would be the callers' last answer."""
+    sealed = bench.encrypt()
+    ticket = bench.rig.core.admit(bench.caller, bench.key, Op.ENCRYPT)
+    bench.rig.several.add(TENANT)
+    bench.rig.withdraw(bench.key)
+    for call in (
+        bench.encrypt,
+        lambda: bench.decrypt(sealed),
+        lambda: bench.core.confirm(ticket),
+        lambda: bench.core.holder_of(TENANT, [bench.key], KeyId.random()),
+    ):
+        with pytest.raises(Withdrawn) as refused:
+            call()
+        assert refused.value.code == "env-healing"
+    bench.rig.several.clear()
+    with pytest.raises(Revoked):
+        bench.encrypt()
 
 
 def test_revoked_is_told_from_stale(bench: Bench) -> None:
