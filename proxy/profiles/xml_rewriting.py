@@ -6,7 +6,8 @@
 3. Expat parses; nothing is parsed by hand. What is not well formed, not UTF-8, has a document type (and so
    could have entities), is too deep, or has too long a token or entry is an error, and then nothing of it
    follows.
-4. Memory is bounded by `Limits`, whatever comes, in whatever pieces.
+4. Memory is bounded by `Limits`, whatever comes, in whatever pieces. So is work: expat reads a token that is
+   not complete again with every piece; sent byte by byte it would be read a hundred thousand times.
 """
 
 import asyncio
@@ -42,6 +43,11 @@ class Limits:
     token_bytes: int = 128 * 1024
     """Of one tag, comment or instruction."""
     entry_bytes: int = 1024 * 1024
+    entry_leaves: int = 10_000
+    """Elements of one entry that a rule names."""
+    again_bytes: int = 16 * 1024 * 1024
+    again_factor: int = 1024
+    """What may be read again: so many bytes, and so many for each that has come."""
 
 
 LIMITS: Final = Limits()
@@ -196,6 +202,8 @@ class XmlRewriter:
         self._last = 0
         """Offset of the last event: everything before it has been parsed."""
         self._fed = 0
+        self._again = 0
+        """Bytes of unfinished tokens, counted each time that expat reads them."""
         self._stack: list[Name] = []
         self._entry: _Building | None = None
         self._has_just_begun = False
@@ -228,8 +236,12 @@ class XmlRewriter:
         if not self._fed and piece[:1] in (b"\xfe", b"\xff"):  # UTF-16's mark counts more than what we said
             self._forget()
             raise XmlError("not in UTF-8")
+        self._again += self._fed - self._last
         self._held += piece
         self._fed += len(piece)
+        if self._again > self._limits.again_bytes + self._limits.again_factor * self._fed:
+            self._forget()
+            raise XmlError("a long token comes in too small pieces")
         try:
             self._parser.Parse(piece, is_last)
         except expat.ExpatError as error:
@@ -337,6 +349,8 @@ class XmlRewriter:
         if local in self._locals and _is_wanted(entry.rule, tuple(entry.names)):
             leaf = self._tag = Leaf(tuple(entry.names), at - entry.start)
             entry.leaves.append(leaf)
+            if len(entry.leaves) > self._limits.entry_leaves:
+                raise XmlError("an entry has too many elements")
         entry.open.append(leaf)
 
     def _begin_entry(self, at: int) -> None:

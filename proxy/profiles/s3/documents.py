@@ -30,6 +30,9 @@ from proxy.uploads import Completion, KeptPart
 _LISTS_OF_PARTS: Final = ("ListPartsResult", "ListPartsResponse")  # the second: moto's
 _MAX_DEPTH: Final = 8
 _MAX_ELEMENTS: Final = 40_000
+_MAX_DECLARATION_BYTES: Final = 1024
+_MAX_LOOKED_BYTES: Final = 4 * MAX_DOCUMENT_BYTES
+"""Of a result that streams: with every piece it is looked at whether it has ended, from its beginning."""
 # White space and the XML declaration; the root's `<` is not among it.
 _PROLOGUE: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^<>]*\?>\s*)?")
 _HALF_PROLOGUE: Final = re.compile(rb"<(?:\?[^<>]*)?\Z")
@@ -203,6 +206,7 @@ class ResultMapper:
         self._ended = ended
         self._held = bytearray()
         self._has_begun = False
+        self._looked_bytes = 0
         self._root: str | None = None
         self._made = b""
         self._is_done = False
@@ -218,7 +222,7 @@ class ResultMapper:
         if self._is_done:
             return self._rest()
         out = b"" if self._has_begun else self._prologue()
-        if self._has_begun and self._root is None:
+        if self._has_begun and self._root is None and b">" in piece:
             self._look()
         return out
 
@@ -227,6 +231,8 @@ class ResultMapper:
         length = match.end() if match is not None else 0
         left = bytes(self._held[length:])
         self._has_begun = left != b"" and _HALF_PROLOGUE.match(left) is None
+        if not self._has_begun and len(left) > _MAX_DECLARATION_BYTES:
+            raise RefusedError(refusals.SERVICE_ANSWER)
         return self._take(length)
 
     def _look(self) -> None:
@@ -234,6 +240,9 @@ class ResultMapper:
         document = bytes(self._held)
         if not document.rstrip().endswith(b">"):
             return
+        self._looked_bytes += len(document)
+        if self._looked_bytes > _MAX_LOOKED_BYTES:
+            raise RefusedError(refusals.SERVICE_ANSWER)
         try:
             elements = elements_of(document)
         except RefusedError:

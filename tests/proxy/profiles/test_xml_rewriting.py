@@ -1,5 +1,6 @@
 """Nothing changes but what is replaced; nothing is held but one entry; only plain XML passes."""
 
+import asyncio
 import itertools
 import random
 from collections.abc import Callable, Iterable
@@ -226,6 +227,46 @@ def test_a_token_without_end_is_refused_early(begin: bytes) -> None:
     assert len(taken) < 45
 
 
+@pytest.mark.parametrize("begin", [b"<r><!--", b"<r a='", b"<r><?p ", b"<r><e><!--"])
+def test_a_long_token_byte_by_byte_is_no_work_without_end(begin: bytes) -> None:
+    """Each byte would have expat read all of it again: half a gigabyte for 32 KiB."""
+    limits = Limits(again_bytes=1 << 20, again_factor=64)
+    rewriter = XmlRewriter([CONTENTS], limits=limits)
+    rewriter.feed(begin)
+    fed = 0
+
+    def feed_all() -> None:
+        nonlocal fed
+        for _ in range(100_000):
+            rewriter.feed(b"x")
+            fed += 1
+
+    with pytest.raises(XmlError, match="small pieces"):
+        feed_all()
+    assert fed < 2000
+
+
+def test_an_honest_document_may_come_byte_by_byte() -> None:
+    document = b"<ListBucketResult xmlns='%s'>%s</ListBucketResult>" % (
+        S3.encode(),
+        b"<Contents a='%s'><Size>104</Size></Contents>" % (b"v" * 1000) * 100,
+    )
+    pieces = in_pieces(document, range(len(document)))
+    assert through(XmlRewriter([CONTENTS]), pieces, leave) == document
+
+
+def test_elements_of_an_entry_are_bounded() -> None:
+    rule = EntryRule(at=(("", "r"),), anywhere=frozenset({("", "s")}))
+    for count in (100, 101):
+        document = b"<r>" + b"<s/><o/>" * count + b"</r>"
+        rewriter = XmlRewriter([rule], limits=Limits(entry_leaves=100))
+        if count == 100:
+            assert through(rewriter, [document], leave) == document
+        else:
+            with pytest.raises(XmlError, match="too many elements"):
+                through(rewriter, [document], leave)
+
+
 @pytest.mark.parametrize("begin", [b"<r>", b"<r><e><s>", b"<r><![CDATA["])
 def test_text_streams_and_an_entry_is_bounded(begin: bytes) -> None:
     rule = EntryRule(at=(("", "r"), ("", "e")), leaves=frozenset({(("", "s"),)}))
@@ -374,6 +415,70 @@ async def test_the_mapper_waits_for_what_it_asks_and_keeps_the_order() -> None:
     out += mapper.finish()
     assert asked == ["104"]
     assert out == LIST.replace(b">104<", b">0<")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    entries=st.lists(
+        st.tuples(st.integers(0, 10**6), st.sampled_from(["ask", "leave", "set", "nothing"])), max_size=25
+    ),
+    cuts=st.lists(st.integers(0, 3000), max_size=20),
+    order=st.randoms(use_true_random=False),
+)
+def test_whatever_waits_for_whatever_every_entry_goes_on_once_and_in_its_place(
+    entries: list[tuple[int, str]], cuts: list[int], order: random.Random
+) -> None:
+    """Questions that answer in any order, pieces of any size, entries that nobody asks about among them."""
+    document = b"<ListBucketResult xmlns='%s'>%s</ListBucketResult>" % (
+        S3.encode(),
+        b"".join(
+            b"<Contents><Key>%d %s</Key>%s</Contents> "
+            % (index, kind.encode(), b"" if kind == "nothing" else b"<Size>%d</Size>" % size)
+            for index, (size, kind) in enumerate(entries)
+        ),
+    )
+    asked: list[str] = []
+    running = most = 0
+
+    def judge(entry: Entry) -> Question | None:
+        size, key = entry.first(SIZE), entry.text(KEY) or ""
+        if size is None or key.endswith("leave"):
+            return None
+        if key.endswith("set"):
+            entry.replace(size, "set")
+            return None
+
+        async def find_out() -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            for _ in range(order.randrange(4)):
+                await asyncio.sleep(0)
+            running -= 1
+            asked.append(key)
+            entry.replace(size, f"asked {key}")
+
+        return find_out
+
+    async def run() -> bytes:
+        mapper, out = XmlMapper([CONTENTS], judge), b""
+        for piece in in_pieces(document, cuts):
+            made = mapper.feed(piece)
+            while mapper.pending:
+                assert made == b"", "nothing overtakes an entry that waits"
+                await mapper.settle()
+                made = mapper.feed(b"")
+            out += made
+        return out + mapper.finish()
+
+    expected = document
+    for index, (size, kind) in enumerate(entries):
+        new = {"ask": f"asked {index} ask", "set": "set"}.get(kind, str(size))
+        old = f"<Key>{index} {kind}</Key><Size>{size}</Size>".encode()
+        expected = expected.replace(old, f"<Key>{index} {kind}</Key><Size>{new}</Size>".encode())
+    assert asyncio.run(run()) == expected
+    assert sorted(asked) == sorted(f"{index} ask" for index, (_, kind) in enumerate(entries) if kind == "ask")
+    assert most <= 8
 
 
 async def test_what_the_mapper_cannot_rewrite_refuses_the_answer() -> None:

@@ -197,6 +197,25 @@ def test_a_result_that_is_not_whole_has_no_end(body: bytes) -> None:
     assert roots in ([], ["CompleteMultipartUploadResult"])
 
 
+@pytest.mark.parametrize(("begin", "piece"), [(b"<a>", b"<b></b>"), (b"<a><!--", b">"), (b"<?xml ", b"x")])
+def test_a_service_that_never_ends_a_result_is_not_read_for_ever(begin: bytes, piece: bytes) -> None:
+    """With every piece it is looked at whether the document has ended: all of it, from its beginning."""
+    made, roots = mapper()
+    made.feed(begin)
+    fed = 0
+
+    def feed_all() -> None:
+        nonlocal fed
+        while fed < 200_000:
+            made.feed(piece)
+            fed += len(piece)
+
+    with pytest.raises(RefusedError, match="service-answer"):
+        feed_all()
+    assert fed < 10_000
+    assert roots == []
+
+
 # Lists of parts.
 
 
