@@ -7,7 +7,9 @@
    the job ran was sealed by an active key: an old one seals nothing.
 3. One object that cannot be rewritten does not hold up the others. It is counted and named, and the job is
    done only when a further pass finds none of them.
-4. A store that does not answer ends the run, not the job: it goes on from its cursor.
+4. An object that names no key may be any key's: it is written anew as well, and counts only if it names one
+   from then on. Otherwise nobody could say that an old key is needed no more.
+5. A store that does not answer ends the run, not the job: it goes on from its cursor.
 """
 
 import asyncio
@@ -18,12 +20,13 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from envelope.keys import KeyId
-from key_agent.reencryption.connector import Connector, Rewrite, StoreError
+from key_agent.reencryption.connector import Connector, Found, Rewrite, StoreError
 
 BATCH: Final = 32
 CONCURRENCY: Final = 4
 MAX_FAILURES_NAMED: Final = 1000
 _TRIES: Final = 3
+_NAMELESS: Final = "it names no key: unset hide_key_ids of its service, then resume"
 
 
 class JobState(StrEnum):
@@ -114,7 +117,7 @@ class ReencryptionJob:
         async def look(name: str) -> bool:
             async with self._at_once:
                 found = await self._connector.look(name)
-            return found is not None and found.key_id in self._sources
+            return self._is_old(found)
 
         return await _all({f"look:{name}": look(name) for name in names})
 
@@ -145,19 +148,28 @@ class ReencryptionJob:
         why = ""
         for _ in range(_TRIES):
             found = await self._connector.look(name)
-            if found is None or found.key_id not in self._sources:
+            if found is None or not self._is_old(found):
                 return None
             became, why = await self._connector.rewrite(found)
+            if became is Rewrite.DONE and _is_nameless(found):
+                return _NAMELESS if _is_nameless(await self._connector.look(name)) else None
             if became in (Rewrite.DONE, Rewrite.GONE):
                 return None
             if became is Rewrite.REFUSED:
                 return why
         return why
 
+    def _is_old(self, found: Found | None) -> bool:
+        return found is not None and (found.key_id in self._sources or _is_nameless(found))
+
     async def _save(self, **changes: object) -> None:
         changed = replace(self.progress, **changes)  # type: ignore[arg-type]
         await self._ledger.save_progress(changed)
         self.progress = changed
+
+
+def _is_nameless(found: Found | None) -> bool:
+    return found is not None and found.key_id is not None and found.key_id.is_anonymous
 
 
 async def _all[T](work: Mapping[str, Coroutine[None, None, T]]) -> list[T]:

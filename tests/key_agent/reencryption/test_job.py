@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from envelope.keys import KeyId
+from envelope.keys import ANONYMOUS, KeyId
 from key_agent.reencryption.connector import StoreError
 from key_agent.reencryption.job import BATCH, JobState, Progress, ReencryptionJob
 from tests.fakes.memory_store import MemoryStore
@@ -142,6 +142,21 @@ async def test_an_object_that_cannot_be_rewritten_is_named_and_holds_up_nothing(
     second = await ReencryptionJob(paper.kept, store, paper).run()
     assert (second.state, second.failed, second.failures) == (JobState.DONE, 0, {})
     assert store.rewrites == dict.fromkeys(wanted, 1)
+
+
+async def test_an_object_that_names_no_key_may_be_an_old_ones() -> None:
+    """Written anew it names one; where it does not, the job is not whole, and no key ends because of it."""
+    store, paper = MemoryStore(TODAY), Paper(progress())
+    store.put("a", ANONYMOUS)
+    store.put("b", TODAY)
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (done.state, done.rewritten, store.rewrites) == (JobState.DONE, 1, {"a": 1})
+    nameless, paper = MemoryStore(ANONYMOUS), Paper(progress())
+    nameless.put("a", ANONYMOUS)
+    nameless.put("b", OLD)
+    done = await ReencryptionJob(paper.kept, nameless, paper).run()
+    assert (done.state, done.is_whole, done.failed) == (JobState.INCOMPLETE, False, 1)
+    assert "hide_key_ids" in done.failures["a"]
 
 
 async def test_one_that_changes_all_the_time_is_told_in_the_end() -> None:
