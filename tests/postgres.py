@@ -88,6 +88,32 @@ class Cluster:
         self.start()
         self._run("createdb", "--username", "sealgate", "sealgate")
 
+    def follow(self, primary: "Cluster") -> None:
+        """Become a synchronous standby of *primary*, which runs; it runs then, and takes no writes."""
+        self._run(
+            "pg_basebackup",
+            *("--pgdata", self._data, "--host", primary.directory, "--username", "sealgate"),
+            *("--write-recovery-conf", "--checkpoint", "fast", "--no-sync"),
+        )
+        self.start()
+        self._psql(primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        """A standby becomes the primary; waits for nobody any more."""
+        self._psql(
+            self,
+            "ALTER SYSTEM RESET synchronous_standby_names",
+            "SELECT pg_promote(wait => true, wait_seconds => 60)",
+        )
+
+    def _psql(self, server: "Cluster", *statements: str) -> None:
+        for statement in statements:  # one each: ALTER SYSTEM stands in no transaction
+            self._run(
+                "psql",
+                *("--host", server.directory, "--username", "sealgate", "--dbname", "sealgate"),
+                *("--set", "ON_ERROR_STOP=1", "--quiet", "--command", statement),
+            )
+
     def start(self) -> None:
         """Returns when it accepts connections: after a crash, when it has recovered."""
         # Our own child: if it is killed, its lock file is stale as soon as we have waited for it.
@@ -118,7 +144,7 @@ class Cluster:
         except FileNotFoundError:
             return False
         status = [line.strip() for line in (*lines[:1], *lines[_STATUS_LINE:][:1])]
-        return status == [str(process), "ready"]
+        return status in ([str(process), "ready"], [str(process), "standby"])
 
     def stop(self) -> None:
         """At once, without a last checkpoint. No-op if it does not run."""
