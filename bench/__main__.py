@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench import agent, core, levers, proxies, results, s3, service, webdav
+from bench import agent, core, environments, levers, proxies, results, s3, service, webdav
 from bench.machine import BenchError
 
 type Rows = list[dict[str, Any]]
@@ -40,6 +40,8 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (("service_workers_2",), _as_json(service.workers)),
     (levers.NAMES, _as_json(levers.run)),
     (agent.NAMES, _as_json(agent.run)),
+    (environments.NAMES, _as_json(environments.run)),
+    (environments.PROXIES_NAMES, _as_json(environments.proxies)),
 ]
 
 

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import batched
@@ -106,12 +106,12 @@ type _Measure = Callable[["Running"], Coroutine[Any, Any, dict[str, float]]]
 def _measured(per_proxy: int, measure: _Measure) -> dict[str, float]:
     with memory_directory() as directory:
         directory.chmod(0o700)
-        site = _make_site(directory, PROXIES, per_proxy)
-        with _receivers(directory) as ports, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(site, ports, measure))
+        site = make_site(directory, PROXIES, per_proxy)
+        with receivers(directory) as ports, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run_site(site, ports, measure))
 
 
-async def _run(site: Site, ports: list[int], measure: _Measure) -> dict[str, float]:
+async def run_site(site: Site, ports: list[int], measure: _Measure) -> dict[str, float]:
     async with _running(site, ports) as running:
         return await measure(running)
 
@@ -168,6 +168,7 @@ class Running:
     """The agent at work, and what the bench does with it."""
 
     agent: Agent
+    operations: Operations
     site: Site
 
     async def push(self) -> float:
@@ -280,7 +281,7 @@ def _peak_rss_bytes() -> int:
 # The site.
 
 
-def _make_site(directory: Path, proxies: int, per_proxy: int) -> Site:
+def make_site(directory: Path, proxies: int, per_proxy: int) -> Site:
     root = pki.make_root(TENANT)
     authority = pki.make_server_ca("bench")
     _write(directory, "root", root)
@@ -372,7 +373,7 @@ def _make_token(directory: Path) -> Pkcs11Settings:
 
 
 @contextlib.contextmanager
-def _receivers(directory: Path) -> Iterator[list[int]]:
+def receivers(directory: Path) -> Iterator[list[int]]:
     with (directory / "receivers.log").open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "bench.receivers", str(directory)],
@@ -394,22 +395,37 @@ def _receivers(directory: Path) -> Iterator[list[int]]:
 @asynccontextmanager
 async def _running(site: Site, ports: list[int]) -> AsyncIterator[Running]:
     async with opened(site.settings) as agent:
-        await Operations(agent).kek_create()
+        operations = Operations(agent)
+        await operations.kek_create()
         await _provision(agent, site, ports)
         await agent.reload(kek_changed=True)
         # The first look at the KEK begins the first cycle; that is the bench's to begin.
         async with agent.working(refresh=True):
-            running = Running(agent=agent, site=site)
+            running = Running(agent=agent, operations=operations, site=site)
             yield running
 
 
 async def _provision(agent: Agent, site: Site, ports: list[int]) -> None:
-    """What `proxy add` and `service add` write, all of it in one transaction."""
+    targets = [
+        Proxy(id=proxy_id(number), url=f"https://127.0.0.1:{port}", ca_pem=site.ca_pem)
+        for number, port in enumerate(ports)
+    ]
+    places = [
+        (owner, target.id, site.certificates[owner])
+        for target, mine in zip(targets, site.owners, strict=True)
+        for owner in mine
+    ]
+    await write_services(agent, targets, places)
+
+
+async def write_services(
+    agent: Agent, targets: Sequence[Proxy], places: Sequence[tuple[NetworkService, str, str]]
+) -> None:
+    """What `proxy add` and `service add` write, all of it in one transaction: service, proxy, certificate."""
     row = await agent.registry.current_kek()
     if row is None or row.kek is None:
         raise BenchError("the KEK was not made")
-    owners = [owner for mine in site.owners for owner in mine]
-    keys = await agent.source.generate(row.kek, [NewKey(owner=owner) for owner in owners])
+    keys = await agent.source.generate(row.kek, [NewKey(owner=owner) for owner, _, _ in places])
     by_owner = {key.owner: key for key in keys}
     registry = agent.registry
     database = registry._database  # noqa: SLF001
@@ -422,21 +438,18 @@ async def _provision(agent: Agent, site: Site, ports: list[int]) -> None:
 
         registry._database = Together()  # type: ignore[assignment]  # noqa: SLF001
         try:
-            for number, mine in enumerate(site.owners):
-                target = Proxy(
-                    id=proxy_id(number), url=f"https://127.0.0.1:{ports[number]}", ca_pem=site.ca_pem
-                )
+            for target in targets:
                 _now(registry.add_proxy(target, now_ms=now_ms))
-                for owner in mine:
-                    _now(
-                        registry.add_service(
-                            owner,
-                            proxy_id=target.id,
-                            certificate_pem=site.certificates[owner],
-                            key=by_owner[owner],
-                            now_ms=now_ms,
-                        )
+            for owner, proxy, certificate_pem in places:
+                _now(
+                    registry.add_service(
+                        owner,
+                        proxy_id=proxy,
+                        certificate_pem=certificate_pem,
+                        key=by_owner[owner],
+                        now_ms=now_ms,
                     )
+                )
         finally:
             registry._database = database  # noqa: SLF001
 

@@ -122,6 +122,8 @@ class _Connection(asyncio.Protocol):
 
 def _is_complete(answer: bytes, end: int) -> bool:
     at = answer.find(b"ontent-Length: ", 0, end)
+    if at < 0:
+        at = answer.find(b"ontent-length: ", 0, end)  # as HAProxy writes it
     if at < 0:  # chunked: one answer at a time, so this is its end
         return answer.endswith(b"0\r\n\r\n")
     return len(answer) >= end + 4 + int(answer[at + 15 : answer.find(b"\r", at)])

@@ -268,13 +268,20 @@ async def balanced_site(
     united: Iterable[str] = ("a", "b", "c"),
     proxies_each: int = 1,
     rhythm: tuple[float, float, float] = RHYTHM,
+    proxy_settings: str = "",
 ) -> AsyncIterator[Balanced]:
-    """*kinds*: environments that stand ready; *united*: those that are one from the start."""
+    """*kinds*: environments that stand ready; *united*: those that are one from the start.
+
+    *proxy_settings*: further tables of every proxy's settings.
+    """
     names = tuple(united)
     async with environments_site(
         directory, kinds=kinds, proxies_each=proxies_each, rhythm=rhythm, named=True
     ) as site:
         balanced = Balanced(site)
+        for one in site.environments.values():
+            for proxy in one.proxies:
+                proxy.config.write_text(proxy.config.read_text() + proxy_settings)
         async with site.agents(), site.proxies():
             await site.unite(*names)
             for name in names:
