@@ -180,6 +180,7 @@ def _server_context(offers: Sequence[bytes]) -> SSL.Context:
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(CIPHERS.encode())
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # a third of what an idle connection costs
     context.set_alpn_select_callback(_alpn_choice(offers))
     return context
 

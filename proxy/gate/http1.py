@@ -9,7 +9,7 @@
 5. What a client sends after its request is for the next one. Of that MAX_HEAD_BYTES are kept, then the client
    is not read until the response is complete; mitmproxy keeps all of it.
 6. Chunks that came together go on as one piece, however small a peer makes them.
-7. A field value on several lines (obs-fold) is a bad message: not every reader sees one field there.
+7. A head that not every reader reads alike is a bad message (`heads`).
 8. A body that ends with its connection has ended if the peer ended that (`ends`); else it was cut.
 9. A connection has taken in all there is of a piece before a stream sees any of it: what the stream does at
    once, a local answer say, then meets a connection that knows whether its request was complete.
@@ -20,6 +20,7 @@ from typing import Any, Final, override
 
 from mitmproxy.http import Headers
 from mitmproxy.proxy import commands, events
+from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers.http._base import HttpEvent, ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
@@ -34,7 +35,7 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 
 from proxy import refusals
-from proxy.gate import ends, stream
+from proxy.gate import ends, heads, stream
 
 MAX_HEAD_BYTES: Final = 256 * 1024
 """nginx allows a quarter of it; cookies and signed URLs grow."""
@@ -54,8 +55,14 @@ class GuardedHttp1Server(Http1Server):
     """The client's connection."""
 
     _is_held = False
+    _empty_lines = 0
+    """Before the head that is awaited."""
     is_sending = False
     """A stream is being served. What it lets begin, a pipelined request, began inside of its call."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._search = heads.HeadSearch()
 
     @override
     def _handle_event(self, event: events.Event) -> Commands:
@@ -66,11 +73,21 @@ class GuardedHttp1Server(Http1Server):
 
     @override
     def read_headers(self, event: events.ConnectionEvent) -> Commands:
+        if isinstance(event, events.DataReceived) and not self._is_sound():
+            yield from self._refuse_head()
+            return
+        is_read = False
         for command in super().read_headers(event):
-            if isinstance(command, ReceiveHttp) and _is_folded(command.event):
-                yield from self._refuse_head()
-                return
+            if isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
+                if not heads.names_one_host(command.event.request):
+                    yield from self._refuse_head()
+                    return
+                is_read = True
             yield command
+            if isinstance(command, commands.CloseConnection) and not is_read:
+                # Answered; mitmproxy would show it to the addons as well, and be answered by them once more.
+                self.state = self.done
+                return
         if self.state != self.read_headers:
             return
         if len(self.buf) > MAX_HEAD_BYTES:
@@ -81,6 +98,20 @@ class GuardedHttp1Server(Http1Server):
             and (keeper := stream.keeper_of(self.conn.id)) is not None
         ):
             keeper.head_begins()
+
+    def _is_sound(self) -> bool:
+        """False: what is here cannot become a request, or is one that not everybody reads alike."""
+        data = self.buf._data  # noqa: SLF001 - pinned
+        while data[:2] == b"\r\n" and self._empty_lines < heads.MAX_EMPTY_LINES:
+            self.buf.maybe_extract_lines()
+            self._empty_lines += 1
+        if data.startswith((b"\r", b"\n")) and data != b"\r":
+            return False
+        end = self._search.end_of(data)
+        if end is None:
+            return True
+        self._empty_lines = 0
+        return end <= MAX_HEAD_BYTES and heads.is_request_head(data, end)
 
     def _refuse_head(self) -> Commands:
         yield commands.SendData(self.conn, bad_message_response(400))
@@ -123,12 +154,22 @@ class GuardedHttp1Server(Http1Server):
 class GuardedHttp1Client(Http1Client):
     """A connection to an origin."""
 
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._search = heads.HeadSearch()
+
     @override
     def _handle_event(self, event: events.Event) -> Commands:
         yield from list(super()._handle_event(event))
 
     @override
     def read_headers(self, event: events.ConnectionEvent) -> Commands:
+        if isinstance(event, events.DataReceived) and self.stream_id is not None:
+            data = self.buf._data  # noqa: SLF001 - pinned
+            end = self._search.end_of(data)
+            if end is not None and (end > MAX_HEAD_BYTES or not heads.is_response_head(data, end)):
+                yield from self._refuse_head("not a response head")
+                return
         for command in super().read_headers(event):
             if isinstance(command, ReceiveHttp) and _is_interim(command.event):
                 # The state is still this one: go on with what follows, if it is here.
@@ -136,13 +177,21 @@ class GuardedHttp1Client(Http1Client):
                 if self.buf:
                     yield from self.state(events.DataReceived(self.conn, b""))
                 return
+            if (
+                isinstance(command, ReceiveHttp)
+                and isinstance(command.event, ResponseHeaders)
+                and not heads.unfold(command.event.response)
+            ):
+                yield from self._refuse_head("control characters in a response head")
+                return
             yield command
-        if self.state == self.read_headers and len(self.buf) > MAX_HEAD_BYTES and self.stream_id is not None:
+        if self.state == self.read_headers and len(self.buf) > MAX_HEAD_BYTES:
+            yield from self._refuse_head("response head too large")
+
+    def _refuse_head(self, cause: str) -> Commands:
+        if self.stream_id is not None:
             yield commands.CloseConnection(self.conn)
-            error = ResponseProtocolError(
-                self.stream_id, "response head too large", ErrorCode.GENERIC_SERVER_ERROR
-            )
-            yield ReceiveHttp(error)
+            yield ReceiveHttp(ResponseProtocolError(self.stream_id, cause, ErrorCode.GENERIC_SERVER_ERROR))
             self.state = self.done
 
     @override

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from h11._receivebuffer import ReceiveBuffer
 from mitmproxy import addonmanager, flow
 from mitmproxy.addons import next_layer, proxyserver
 from mitmproxy.net.http import validate
@@ -79,6 +80,11 @@ PINNED: Final[tuple[Any, ...]] = (
     flow.Flow.kill,
     flow.Flow.wait_for_resume,
     read.expected_http_body_size,
+    read.read_request_head,
+    read.read_response_head,
+    read._read_headers,  # noqa: SLF001 - the pin is what makes leaning on it bearable
+    read._read_request_line,  # noqa: SLF001
+    ReceiveBuffer,
     read.connection_close,
     assemble.assemble_request_head,
     assemble.assemble_response_head,

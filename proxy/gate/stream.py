@@ -69,6 +69,7 @@ from mitmproxy.proxy.layers.http._http1 import Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Server
 
 from proxy import refusals
+from proxy.gate import heads
 from proxy.gate.permit import CLEAR, Collect, Grant, Shape, Transform, permit
 from proxy.refusals import Refusal, RefusedError
 
@@ -412,6 +413,8 @@ class GuardedStream(http.HttpStream):
         self._check_error()
         if self.context.client.alpn != b"h2" and request.http_version not in ("HTTP/1.1", "HTTP/1.0"):
             raise _VetoError(refusals.BAD_MESSAGE, "HTTP version")
+        if self.context.client.alpn == b"h2" and heads.has_controls(request.headers):
+            raise _VetoError(refusals.BAD_MESSAGE, "control characters")
         if self.flow.response is not None:
             if request.stream:
                 raise _VetoError(refusals.INTERNAL, "a response and a streamed request")
@@ -745,7 +748,8 @@ class GuardedStream(http.HttpStream):
             yield from self._cut_client()
         else:
             flow.response = _response_for(told, permit(flow).shape)
-            yield from self._answer(flow.response)
+            # Others may see the end of a bad message elsewhere: what follows it is nobody's request.
+            yield from self._answer(flow.response, is_last=told is refusals.BAD_MESSAGE)
         yield from self._retire()
         if not self._error_hooked:
             self._error_hooked = True
@@ -794,9 +798,9 @@ class GuardedStream(http.HttpStream):
         yield from self._answer(_the(self.flow.response, Response))
         yield from self._retire()
 
-    def _answer(self, response: Response) -> Commands:
+    def _answer(self, response: Response, *, is_last: bool = False) -> Commands:
         client, is_complete = self.context.client, self._is_request_complete()
-        if not is_complete and client.alpn != b"h2":
+        if (is_last or not is_complete) and client.alpn != b"h2":
             response.headers["connection"] = "close"
         content = response.raw_content if self.flow.request.method != "HEAD" else None
         self._head_left = True

@@ -14,6 +14,7 @@ import h2.exceptions
 
 from certs.pki import Credential
 from envelope.keys import NetworkService
+from proxy.limits import ClientLimits
 from proxy.tenants.model import LegacyPolicy, ServiceEntry
 from tests import pki
 from tests.fakes.origin import End, RecordingOrigin
@@ -99,11 +100,13 @@ class Siege:
 
 
 @contextlib.asynccontextmanager
-async def besieged(directory: Path, *, legacy: LegacyPolicy = LegacyPolicy.STRICT) -> AsyncIterator[Siege]:
+async def besieged(
+    directory: Path, *, legacy: LegacyPolicy = LegacyPolicy.STRICT, limits: ClientLimits | None = None
+) -> AsyncIterator[Siege]:
     ca = pki.make_server_ca()
     ca_file, _ = pki.write_credential(ca, directory, "server-ca")
     tls = server_tls(directory, ca, ["localhost", "127.0.0.1"], "server")
-    async with RecordingOrigin(tls).listening() as origin, proxy(directory, ca_file) as rig:
+    async with RecordingOrigin(tls).listening() as origin, proxy(directory, ca_file, limits=limits) as rig:
         rig.tenant("acme")
         service = rig.service("acme/files", f"https://localhost:{origin.port}", legacy=legacy)
         rig.push(service.owner)

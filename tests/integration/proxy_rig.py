@@ -23,6 +23,7 @@ from proxy.config import EngineSettings
 from proxy.engine import Engine, upstream_trust
 from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
+from proxy.limits import ClientLimits
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
 from proxy.profiles import PROFILES, Profile
@@ -294,6 +295,7 @@ async def proxy(
     environment: str | None = None,
     profiles: Mapping[str, Profile] = PROFILES,
     database_dir: Path | None = None,
+    limits: ClientLimits | None = None,
 ) -> AsyncIterator[Rig]:
     """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`.
 
@@ -328,7 +330,7 @@ async def proxy(
             uploads=uploads,
             environments=environments,
         )
-        engine = Engine(engine_settings, addon, clock, profiles=profiles)
+        engine = Engine(engine_settings, addon, clock, limits=limits, profiles=profiles)
         rig = Rig(directory, engine_settings, keys, audit, metrics, registry, engine, environments)
         try:
             yield rig
