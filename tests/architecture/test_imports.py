@@ -58,6 +58,7 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
         "proxy.encryption_service.cli",
         "proxy.users.cli",
         "proxy.vault.cli",
+        "proxy.vault.azure_cli",
     ),
     "prometheus_client.REGISTRY": (),  # the global one; ours is runtime.observe's
     "structlog.configure": ("runtime.observe",),

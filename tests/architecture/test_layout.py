@@ -86,6 +86,10 @@ _HEALING = (
     "what an agent does by itself while an environment heals",
 )
 
+_AZURE_BLOCKS: Final = (
+    "tests/integration/test_azure_blocks.py",
+    "right when a real service answers as it does directly, request by request",
+)
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/approval_cli.py": _BREACH,
     "key_agent/environments/approval_commands.py": _BREACH,
@@ -109,6 +113,16 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/profiles/s3/test_uploading.py",
         "what the plans of uploads are made of: seen in them",
     ),
+    "proxy/profiles/azure_blob/call.py": (
+        "tests/proxy/profiles/azure_blob/test_profile.py",
+        "what plans are made of: seen in them",
+    ),
+    "proxy/profiles/azure_blob/options.py": (
+        "tests/proxy/profiles/azure_blob/test_profile.py",
+        "values; what they decide is the profile's",
+    ),
+    "proxy/profiles/azure_blob/properties.py": _AZURE_BLOCKS,
+    "proxy/profiles/azure_blob/uploading.py": _AZURE_BLOCKS,
     "proxy/profiles/s3/options.py": (
         "tests/proxy/profiles/s3/test_profile.py",
         "values; what they decide is the profile's",

@@ -11,16 +11,19 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
+from proxy.profiles.azure_signatures import authorization, parse_key
 from proxy.tenants.model import LegacyPolicy, ServiceEntry
 from proxy.vault.model import Secrets, UpstreamCredential
 from tests import pki
-from tests.integration.proxy_rig import Rig, proxy
+from tests.integration.proxy_rig import Answer, Rig, curl, proxy
 from tests.referees.azurite import Azurite, azurite
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
@@ -42,6 +45,37 @@ class Way:
     token_key: str = field(repr=False)
     """What the service knows: tokens are signed with it whatever the way."""
     proxy: str | None = None
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        fields: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        *,
+        token: bool = False,
+    ) -> Answer:
+        """One request by curl; *target* is behind the account's URL. *token*: not signed."""
+        path = f"{urlsplit(self.url).path}{target}"
+        given = {name.lower(): value for name, value in (fields or {}).items()}
+        if not token:
+            given |= {"x-ms-version": "2025-11-05"} | given
+            given.setdefault("x-ms-date", format_datetime(datetime.now(UTC), usegmt=True))
+        more: list[str] = ["--path-as-is", "--request", method] if method != "HEAD" else ["--head"]
+        if body is not None:
+            given.setdefault("content-type", "application/octet-stream")
+            given.setdefault("content-length", str(len(body)))
+            more += ["--data-binary", "@-"]
+        elif method in ("POST", "PUT"):
+            given.setdefault("content-length", "0")
+        if not token:
+            given["authorization"] = authorization(parse_key(self.key), method, path, given, self.account)
+        for name, value in given.items():
+            more += ["--header", f"{name}: {value}" if value else f"{name};"]
+        if self.proxy is not None:
+            more += ["--proxy", self.proxy]
+        url = f"{self.url.removesuffix(urlsplit(self.url).path)}{path}"
+        return await curl(*more, "--cacert", str(self.ca_file), url, body=body)
 
     def spec(self, **more: object) -> dict[str, object]:
         """For programs that run in the referees' environment."""

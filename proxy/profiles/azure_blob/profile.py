@@ -77,9 +77,7 @@ class AzureBlobProfile(Profile):
     name: ClassVar[str] = "azure-blob"
     summary: ClassVar[str] = "Azure Blob Storage's REST API: block blobs, whole or in blocks"
     encrypts: ClassVar[str] = "block blobs and their blocks; not names, metadata and tags"
-    sizes: ClassVar[str] = (
-        "by arithmetic, in headers and lists; of blobs in blocks by their manifest, cached, or a mark in lists"
-    )
+    sizes: ClassVar[str] = "by arithmetic; of blobs in blocks by their manifest, cached, in lists by a mark"
     validators: ClassVar[str] = "ETags and dates pass: they are the service's own, and no digests"
     digests: ClassVar[str] = (
         "Content-MD5 and x-ms-content-crc64 of uploads are verified over plaintext and dropped, with"
@@ -187,8 +185,10 @@ class AzureBlobProfile(Profile):
     def plan_answer(
         self, request: Request, plan: Going, answer: AnswerHead, proposed: AnswerPlan
     ) -> AnswerPlan:
+        if (directory := _directory(plan, answer)) is not None:
+            return directory
         if isinstance(proposed, Refuse):
-            return _directory(plan, answer) or proposed
+            return proposed
         put = list(proposed.edits.put)
         drop = proposed.edits.drop | digest_fields(answer.fields)
         match plan.memo:

@@ -13,7 +13,7 @@ from proxy import refusals
 from proxy.message import strong_etag
 from proxy.plan import Answer, Conversation, Converse, Decision, RequestPlan
 from proxy.profiles.azure_blob.call import CONDITIONS, Call
-from proxy.profiles.azure_blob.uploading import without_checksums
+from proxy.profiles.azure_blob.uploading import relayed, without_checksums
 from proxy.refusals import RefusedError
 
 _TRIES: Final = 3
@@ -46,5 +46,5 @@ async def _set(talk: Conversation, call: Call) -> Decision:
             if answer.status == 412 and is_pinned and "if-none-match" not in call.fields:
                 answer.leave()
                 continue
-            return Answer(reply=without_checksums(await talk.relay(answer)))
+            return Answer(reply=without_checksums(await relayed(talk, answer)))
     raise RefusedError(refusals.UPSTREAM_CHANGED)

@@ -58,6 +58,7 @@ from proxy.uploads import KeptPart, Upload
 
 _EMPTY_NAME_SIZE: Final = 16
 """Of the one block of an empty list: any length would do."""
+MAX_REPLY_BYTES: Final = 1024 * 1024
 _MD5: Final = "x-ms-blob-content-md5"
 
 
@@ -72,8 +73,6 @@ def plan_block(call: Call, checksums: Checksums, memo: object) -> RequestPlan:
     """RefusedError for a block without a length or a usable name."""
     name = BlockName.of(call.target.parameters.get("blockid", ""))
     plain_bytes = plain_length_of(call.request.frame)
-    if plain_bytes == 0:  # Azure takes no empty block; it says so itself
-        return Forward(edits=call.edits.also(put=(("content-length", "0"),)), sign=call.sign)
     stored_name = name.stored(os.urandom(NONCE_SIZE))
     number = block_number(name.raw)
     upload = upload_of(call)
@@ -223,9 +222,17 @@ async def _relayed(
     talk: Conversation, answer: ServiceAnswer, *, named: Iterable[tuple[str, str]] = ()
 ) -> Reply:
     """The service's answer. Its checksums are of what we have sent; those in *named* are the client's."""
-    reply = await talk.relay(answer)
+    reply = await relayed(talk, answer)
     ours = without_checksums(reply)
     return replace(ours, fields=(*ours.fields, *named)) if 200 <= reply.status < 300 else ours
+
+
+async def relayed(talk: Conversation, answer: ServiceAnswer, *, limit_bytes: int = MAX_REPLY_BYTES) -> Reply:
+    """The service's answer to what was asked in the client's place: a redirect of that is for nobody."""
+    if 300 <= answer.status < 400 and answer.status != 304:
+        answer.leave()
+        raise RefusedError(refusals.ANSWER_REFUSED)
+    return await talk.relay(answer, limit_bytes=limit_bytes)
 
 
 def without_checksums(reply: Reply) -> Reply:
@@ -250,7 +257,7 @@ def plan_block_list(call: Call) -> RequestPlan:
 async def _block_list(talk: Conversation, call: Call) -> Decision:
     waiting = _waiting(await talk.uploads.parts(upload_of(call)))
     async with talk.ask("GET", fields=call.its_own_fields(), keep=CONDITIONS) as answer:
-        reply = without_checksums(await talk.relay(answer, limit_bytes=MAX_ANSWER_BYTES))
+        reply = without_checksums(await relayed(talk, answer, limit_bytes=MAX_ANSWER_BYTES))
         its = Fields([(name.encode(), value.encode()) for name, value in reply.fields])
     if reply.status != 200:
         return Answer(reply=reply)

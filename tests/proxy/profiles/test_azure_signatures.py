@@ -43,8 +43,10 @@ CASES = [
     ("GET", "/container/blob", {"If-Modified-Since": "Wed, 25 Nov 2026 00:00:00 GMT"}),
     ("PUT", "/c/b?comp=block&blockid=MDA%3D", {"Content-Length": "5", "Content-MD5": "AAAA"}),
     ("PUT", "/c/b?comp=metadata", {"x-ms-meta-b": "2", "x-ms-meta-a": "1", "Content-Length": "0"}),
-    ("PUT", "/c/b?comp=metadata", {"x-ms-meta-a_b": "1", "x-ms-meta-a1": "2", "x-ms-meta-aa": "3", "x-ms-meta-a": "4"}),
-    ("PUT", "/c/b?comp=metadata", {"x-ms-meta-a-b": "1", "x-ms-meta-ab": "2", "x-ms-meta-aa": "3", "x-ms-meta-ab-": "4"}),
+    ("PUT", "/c/b?comp=metadata",
+     {"x-ms-meta-a_b": "1", "x-ms-meta-a1": "2", "x-ms-meta-aa": "3", "x-ms-meta-a": "4"}),
+    ("PUT", "/c/b?comp=metadata",
+     {"x-ms-meta-a-b": "1", "x-ms-meta-ab": "2", "x-ms-meta-aa": "3", "x-ms-meta-ab-": "4"}),
     ("DELETE", "/c/b?snapshot=2026-11-25T00%3A00%3A00.0000000Z", {"x-ms-delete-snapshots": "only"}),
     ("HEAD", "/", {}),
 ]  # fmt: skip
