@@ -218,6 +218,21 @@ def issue_agent_tls(
     )
 
 
+def issue_balancer(
+    root: Credential,
+    tenant: str,
+    balancer_id: str,
+    *,
+    valid_from: datetime | None = None,
+    validity: timedelta = LEAF_VALIDITY,
+) -> Credential:
+    """The credential by which a load balancer's companion authenticates at the agents."""
+    identity = Identity(tenant, Role.BALANCER, balancer_id)
+    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+    extensions = [(key_usage(digital_signature=True), True), (purposes, False)]
+    return _issue_agent(root, identity, extensions, valid_from=valid_from, validity=validity)
+
+
 def make_server_ca(
     common_name: str, *, valid_from: datetime | None = None, validity: timedelta = CA_VALIDITY
 ) -> Credential:
@@ -358,6 +373,11 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--host", action="append", default=[], help="name it serves peers under; repeatable")
     agent.add_argument("--out", type=Path, required=True, help="directory for signing.* and tls.*")
 
+    balancer = commands.add_parser("balancer", help="make the credential of a load balancer's companion")
+    balancer.add_argument("--root", type=Path, required=True, help="directory of root.pem and root.key")
+    balancer.add_argument("--id", required=True, help="as in its settings: lb_agent.id")
+    balancer.add_argument("--out", type=Path, required=True, help="directory for tls.pem and tls.key")
+
     server_ca = commands.add_parser("server-ca", help="make a CA for TLS servers")
     server_ca.add_argument("--name", default="Sealgate development servers")
     server_ca.add_argument("--out", type=Path, required=True, help="directory for ca.pem and ca.key")
@@ -397,6 +417,10 @@ def _run(arguments: argparse.Namespace) -> list[Path]:
                 *write_credential(signing, arguments.out, "signing"),
                 *write_credential(tls, arguments.out, "tls"),
             ]
+        case "balancer":
+            root = read_credential(arguments.root, "root")
+            companion = issue_balancer(root, tenant_of(root.certificate), arguments.id)
+            return [*write_credential(companion, arguments.out, "tls")]
         case "server-ca":
             return [*write_credential(make_server_ca(arguments.name), arguments.out, "ca")]
         case "server":

@@ -433,7 +433,7 @@ dialects = ["native"]
         )
         lb = self.lb_config.parent
         self.run(
-            BIN / "python", "-m", "certs.pki", "agent", "--root", self.root, "--agent", "lb-1", "--out", lb
+            BIN / "python", "-m", "certs.pki", "balancer", "--root", self.root, "--id", "lb-1", "--out", lb
         )
         (lb / "root.pem").write_bytes((self.root / "root.pem").read_bytes())
         both = self.home / "front.pem"

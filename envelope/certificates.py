@@ -5,6 +5,7 @@
        urn:sealgate:<tenant>:service:<service>     recipient of key material
        urn:sealgate:<tenant>:agent:<id>:signing    signs key-material envelopes
        urn:sealgate:<tenant>:agent:<id>:tls        the agent's mTLS identity
+       urn:sealgate:<tenant>:balancer:<id>         a load balancer's companion: it reads and confirms
 2. The role fixes what the key may be and do. A service certificate only receives (RSA keyEncipherment, EC
    keyAgreement, no signatures, no TLS purpose: never a reused TLS certificate), a signing certificate only
    signs (ES256, so P-256), a TLS certificate authenticates clients.
@@ -45,7 +46,9 @@ MIN_RSA_BITS: Final = 2048
 RECIPIENT_CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
 
 _PREFIX: Final = "urn:sealgate:"
-_URI: Final = re.compile(r"urn:sealgate:([^:]+):(?:service:([^:]+)|agent:([^:]+):(signing|tls))")
+_URI: Final = re.compile(
+    r"urn:sealgate:([^:]+):(?:service:([^:]+)|balancer:([^:]+)|agent:([^:]+):(signing|tls))"
+)
 
 
 class CertificateError(SealgateError):
@@ -66,11 +69,15 @@ class Role(StrEnum):
     SERVICE = "service"
     AGENT_SIGNING = "agent-signing"
     AGENT_TLS = "agent-tls"
+    BALANCER = "balancer"
+
+
+_NAMED: Final = {Role.SERVICE: "service", Role.BALANCER: "load balancer"}
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What one certificate speaks for; `name` is a service id or an agent id."""
+    """What one certificate speaks for; `name` is the id of a service, an agent or a load balancer."""
 
     tenant: str
     role: Role
@@ -78,7 +85,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         check_name("tenant", self.tenant)
-        check_name("service" if self.role is Role.SERVICE else "agent", self.name)
+        check_name(_NAMED.get(self.role, "agent"), self.name)
 
     @override
     def __str__(self) -> str:
@@ -102,6 +109,8 @@ def identity_uri(identity: Identity) -> str:
             return f"{_PREFIX}{identity.tenant}:agent:{identity.name}:signing"
         case Role.AGENT_TLS:
             return f"{_PREFIX}{identity.tenant}:agent:{identity.name}:tls"
+        case Role.BALANCER:
+            return f"{_PREFIX}{identity.tenant}:balancer:{identity.name}"
         case _:
             assert_never(identity.role)
 
@@ -111,10 +120,13 @@ def parse_identity_uri(uri: str) -> Identity:
     match = _URI.fullmatch(uri)
     if not match:
         raise CertificateError("identity", f"not the URI of a Sealgate role: {uri!r}")
-    tenant, service, agent, purpose = match.groups()
-    role = Role.SERVICE if service else Role.AGENT_SIGNING if purpose == "signing" else Role.AGENT_TLS
+    tenant, service, balancer, agent, purpose = match.groups()
+    if service or balancer:
+        role = Role.SERVICE if service else Role.BALANCER
+    else:
+        role = Role.AGENT_SIGNING if purpose == "signing" else Role.AGENT_TLS
     try:
-        return Identity(tenant, role, service or agent)
+        return Identity(tenant, role, service or balancer or agent)
     except FormatError as error:
         raise CertificateError("identity", f"{uri!r}: {error}") from error
 
@@ -242,7 +254,7 @@ def _check_usage(certificate: x509.Certificate, identity: Identity) -> None:
         case Role.AGENT_SIGNING:
             required = {"digital_signature"}
             excess = allowed - required - {"content_commitment"}
-        case Role.AGENT_TLS:
+        case Role.AGENT_TLS | Role.BALANCER:
             required = {"digital_signature"}
             # Issuers commonly add the key exchange of older TLS versions; it gives this role nothing.
             excess = allowed - required - {"key_encipherment", "key_agreement"}
@@ -257,7 +269,7 @@ def _check_usage(certificate: x509.Certificate, identity: Identity) -> None:
     if excess:
         raise CertificateError("key-usage", f"{identity}: KeyUsage must not have {', '.join(sorted(excess))}")
     if (
-        identity.role is not Role.AGENT_TLS
+        identity.role not in (Role.AGENT_TLS, Role.BALANCER)
         and purposes is not None
         and not _TLS_PURPOSES.isdisjoint(purposes)
     ):

@@ -169,7 +169,9 @@ class ProxyProcess:
             parts.callback(keys.close)
             mine = settings.environment
             self._environments = environments = Environments(
-                None if mine is None else mine.name, on_refused=keys.withdraw_tenant
+                None if mine is None else mine.name,
+                agents={} if mine is None else mine.agents,
+                on_refused=keys.withdraw_tenant,
             )
             fleet = None
             if settings.proxy.workers > 1:
@@ -258,10 +260,10 @@ class ProxyProcess:
     def _tenants(self) -> Iterable[str]:
         return self._receiver.directory.tenants if self._receiver is not None else ()
 
-    async def _told(self, tenant: str, word: Word) -> Word:
+    async def _told(self, tenant: str, agent: str, word: Word) -> Word:
         """An agent has said what its environment is: in force everywhere when this returns."""
         before = self._environments.word(tenant)
-        in_force = self._environments.take(tenant, word)
+        in_force = self._environments.take(tenant, word, agent=agent, now_boot_s=self._clock.boot_s())
         if isinstance(self._plane, Fleet):
             await self._plane.tell(tenant, in_force)
         if before is None or before.state != in_force.state:
@@ -356,7 +358,8 @@ def run_proxy(settings: Settings) -> None:
     for warning in lifecycle.harden_process():
         log.warning("process not fully hardened", cause=warning)
     open_files = lifecycle.raise_open_files()
-    if 0 <= open_files and (places := settings.limits.places(open_files)) < settings.limits.connections:
+    places = settings.limits.places(open_files)
+    if open_files >= 0 and places < settings.limits.connections:
         log.warning("fewer clients than limits.connections", connections=places, open_files=open_files)
     process = ProxyProcess(settings)
     try:

@@ -184,6 +184,8 @@ class EnvironmentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     name: str
     """Nothing is served before an agent of this environment has said that it may be."""
+    agents: dict[str, str] = {}
+    """By tenant, that agent's id. Where none is named, whoever speaks first since the start is believed."""
     agent_check_host: str = "127.0.0.1"
     agent_check_port: int | None = None
     """Where HAProxy's agent-check is answered, if it asks this proxy itself."""
@@ -193,6 +195,12 @@ class EnvironmentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
             check_name("environment", self.name)
         except FormatError as error:
             raise ValueError(f"environment.name: {error}") from None
+        try:
+            for tenant, agent in self.agents.items():
+                check_name("tenant", tenant)
+                check_name("agent", agent)
+        except FormatError as error:
+            raise ValueError(f"environment.agents: {error}") from None
         _check_host("environment.agent_check_host", self.agent_check_host)
         if self.agent_check_port is not None:
             _check_port("environment.agent_check_port", self.agent_check_port)

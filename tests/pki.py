@@ -94,6 +94,9 @@ class Tenant:
             validity=VALIDITY,
         )
 
+    def balancer(self, balancer_id: str = "lb-1") -> Credential:
+        return pki.issue_balancer(self.root, self.name, balancer_id, valid_from=VALID_FROM, validity=VALIDITY)
+
 
 def make_tenant(name: str = "acme") -> Tenant:
     return Tenant(name, pki.make_root(name, valid_from=VALID_FROM, validity=VALIDITY))

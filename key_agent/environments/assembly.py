@@ -280,7 +280,8 @@ class Environments:
 
     def _may_lead(self) -> bool:
         own = self.peering.view.environments.get(self.peering.environment)
-        return own is not None and own.state.counts and self.peering.tampered is None
+        may_begin = own is not None and own.state.counts and not own.registry_key_exposed
+        return may_begin and self.peering.tampered is None
 
     async def _elected(self, term: int) -> None:
         """Write the new term: first what the others have."""

@@ -40,6 +40,11 @@ class IncidentKind(StrEnum):
         return self in (IncidentKind.SUSPECTED, IncidentKind.RUNTIME, IncidentKind.KEK)
 
     @property
+    def exposes_agent(self) -> bool:
+        """Whether somebody else may have the agent's registry key since: it begins no term any more."""
+        return self is IncidentKind.RUNTIME
+
+    @property
     def ends_kek(self) -> bool:
         """Whether the environment's KEK is disabled at once, and every wrap under it erased."""
         return self is IncidentKind.KEK

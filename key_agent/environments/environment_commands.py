@@ -30,7 +30,7 @@ from key_agent.registry.store import RefusedChangeError
 
 if TYPE_CHECKING:
     from key_agent.environments.assembly import Environments
-    from key_agent.environments.shared import Draft
+    from key_agent.environments.shared import Draft, Shared
 
 SPREAD_PATIENCE_S: Final = 5.0
 
@@ -124,6 +124,7 @@ class EnvironmentCommands(Commands):
             "since_ms": body.since_ms,
             "reason": body.reason,
             "incident": body.incident_id,
+            "registry_key_exposed": body.registry_key_exposed,
             "manager": manager is not None and manager[1].environment == name,
             "kek": body.kek_id,
             "own": is_own,
@@ -260,6 +261,11 @@ class EnvironmentCommands(Commands):
                 raise RefusedChangeError(
                     f"{environment} asks with another registry key than that fingerprint's",
                     "compare `key-agent env identity` there: somebody else may be asking",
+                )
+            if told.registry_key in _registry_keys(peering.view):
+                raise RefusedChangeError(
+                    f"{environment} asks with a registry key that an environment has had already",
+                    "remove registry.key in its agent's state_dir, restart it, and repeat `env join`",
                 )
             if known is not None and known.state is not EnvironmentState.RETIRED:
                 raise RefusedChangeError(
@@ -460,6 +466,11 @@ class EnvironmentCommands(Commands):
                 f"this environment is {'none of the set' if own is None else own.state}",
                 "promote one that serves",
             )
+        if own.registry_key_exposed:
+            raise RefusedChangeError(
+                "this environment's agent was breached: somebody else may have its registry key",
+                "promote another one; retire this environment, and add it anew with another registry key",
+            )
         if peering.leads:
             raise RefusedChangeError("this agent is the manager already", "`key-agent env list` shows it")
 
@@ -497,6 +508,14 @@ class EnvironmentCommands(Commands):
         peering = self._environments().peering
         await peering.changed()
         return await peering.spread(peering.others(), timeout_s=SPREAD_PATIENCE_S)
+
+
+def _registry_keys(view: "Shared") -> set[str]:
+    """All that environments have, or have had."""
+    bodies = view.environments.values()
+    return {body.registry_key for body in bodies} | {
+        former.registry_key for body in bodies for former in body.former_keys
+    }
 
 
 def joining_body(request: JoinRequest, now_ms: int) -> EnvironmentBody:

@@ -45,6 +45,10 @@ class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     epoch: _Number
     digest: _Hex
     """Of all shared rows as it has them."""
+    head: _Hex = ""
+    """The signature of the term's holder under term, epoch and digest: who has heard of that term can tell a
+    claim from a lie.
+    """
     state: _Name
     """Of its environment, as it acts on it: `healing` too when its lease is over."""
     proven_ago_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None

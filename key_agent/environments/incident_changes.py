@@ -136,6 +136,13 @@ def open_incident(
         _dispose(draft, incident_id, key_id, disposition, decided_by=opening.opened_by, now_ms=now_ms)
     if declared.kind.heals:
         _withdraw(draft, incident_id, declared.environment, f"{incident_id}: {declared.kind}", now_ms)
+    if declared.kind.exposes_agent:
+        current = draft.shared.environments[declared.environment]
+        draft.put(
+            Kind.ENVIRONMENT,
+            declared.environment,
+            msgspec.structs.replace(current, registry_key_exposed=True),
+        )
     if declared.kind.ends_kek:
         _end_kek(draft, environment, now_ms)
     return incident_id, True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from envelope.certificates import Role
 from envelope.errors import FormatError, IntegrityError
 from key_agent.environments.acknowledgements import (
     CONTAINMENT_PATH,
@@ -61,7 +62,15 @@ class IncidentParts:
         self.reaction = Reaction(agent, self._peering, self._tell_kek)
         self._peering.listen(self._changed)
         environments.routes += [
-            PeerRoute("POST", LB_ACK_PATH, self._lb_ack, members_only=False, limit_bytes=_SMALL_BYTES),
+            PeerRoute(
+                "POST",
+                LB_ACK_PATH,
+                self._lb_ack,
+                members_only=False,
+                # Not an agent: a breached one would confirm its own return.
+                roles=frozenset({Role.BALANCER}),
+                limit_bytes=_SMALL_BYTES,
+            ),
             PeerRoute("GET", CONTAINMENT_PATH, self._places, limit_bytes=0),
             PeerRoute("POST", CANARY_PATH, self._canary, limit_bytes=_SMALL_BYTES),
             PeerRoute("POST", KEK_PATH, self._kek, limit_bytes=_SMALL_BYTES),
@@ -86,9 +95,6 @@ class IncidentParts:
         self.containment.changed(before, view, self._peering.environment, self._agent.targets.links)
 
     async def _lb_ack(self, call: PeerCall) -> bytes:
-        if any(body.agent_id == call.agent_id for body in self._peering.view.environments.values()):
-            # A breached one would confirm its own return.
-            raise IntegrityError(f"{call.agent_id} is the agent of an environment, and no load balancer")
         self.load_balancers.acknowledged(
             call.agent_id, _read(call, LbAck), now_boot_s=self._agent.clock.boot_s()
         )

@@ -17,8 +17,9 @@ from typing import Final, cast
 
 import structlog
 from aiohttp import web
+from cryptography import x509
 
-from envelope.certificates import CertificateError
+from envelope.certificates import CertificateError, Role, read_identity
 from envelope.errors import SealgateError
 from key_agent.environments.peer_trust import PeerTrust
 from runtime.serve import GRACE_S, Handler, ProblemError, make_application, running
@@ -53,6 +54,8 @@ class PeerRoute:
     path: str
     handle: Callable[[PeerCall], Awaitable[bytes]]
     members_only: bool = True
+    roles: frozenset[Role] = frozenset({Role.AGENT_TLS})
+    """Whose certificates are taken. The id of a load balancer's companion is no agent's, whatever it is."""
     limit_bytes: int = MAX_BODY_BYTES
 
 
@@ -134,7 +137,7 @@ class _Door:
 
     def _caller(self, request: web.Request, route: PeerRoute) -> str:
         try:
-            caller = self._trust.identify(peer_certificate(request.transport))
+            caller = self._identified(peer_certificate(request.transport), route)
         except CertificateError as error:
             raise ProblemError(
                 403, "identity", str(error), "Show a TLS certificate of an agent of this tenant."
@@ -144,6 +147,12 @@ class _Door:
                 403, "not-a-member", f"Agent {caller} is of no environment.", "`key-agent env join` there."
             )
         return caller
+
+    def _identified(self, leaf: x509.Certificate | None, route: PeerRoute) -> str:
+        role = Role.AGENT_TLS if leaf is None else read_identity(leaf).role
+        if role not in route.roles:
+            raise CertificateError("role", f"the role {role} does not ask for this")
+        return self._trust.identify(leaf, role=role)
 
     def _refusal(self, error: SealgateError) -> Exception:
         for kind, (status, code, next_step) in self._refusals.items():

@@ -1,7 +1,7 @@
 """Which question of a peer is answered by what: the table of routes, and of refusals.
 
-1. Anybody with a TLS identity of the tenant may ask who is here, ask to join, and read the shared rows: they
-   are signed and hold no secret. lb-agents do.
+1. Any agent of the tenant may ask who is here, ask to join, and read the shared rows: they are signed and
+   hold no secret. The companions of load balancers may read them as well, and nothing else.
 2. To stand, to bring and to warn is for members; and for the manager that this environment asked to be added
    by, while it waits.
 3. An environment warns of itself alone.
@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from envelope.certificates import Role
 from envelope.errors import FormatError, IntegrityError, SealgateError
 from key_agent import metrics
 from key_agent.environments.documents import MAX_DELTA_BYTES, decode_delta, encode_delta
@@ -35,6 +36,7 @@ from key_agent.registry.database import RegistryError
 from key_agent.registry.store import RefusedChangeError
 
 _SMALL_BYTES: Final = 64 << 10
+READERS: Final = frozenset({Role.AGENT_TLS, Role.BALANCER})
 
 REFUSALS: Final[Mapping[type[SealgateError], Refusal]] = {
     StaleTermError: (409, "stale_term", "A newer manager writes: ask it for what has changed."),
@@ -64,9 +66,9 @@ class PeerRoutes:
         return (
             PeerRoute("POST", HEARTBEAT_PATH, self._heartbeat, limit_bytes=_SMALL_BYTES),
             PeerRoute("PUT", REGISTRY_PATH, self._offer, limit_bytes=MAX_DELTA_BYTES),
-            PeerRoute("GET", REGISTRY_PATH, self._since, members_only=False, limit_bytes=0),
-            PeerRoute("GET", DIGEST_PATH, self._digest, members_only=False, limit_bytes=0),
-            PeerRoute("GET", IDENTITY_PATH, self._identity, members_only=False, limit_bytes=0),
+            PeerRoute("GET", REGISTRY_PATH, self._since, members_only=False, roles=READERS, limit_bytes=0),
+            PeerRoute("GET", DIGEST_PATH, self._digest, members_only=False, roles=READERS, limit_bytes=0),
+            PeerRoute("GET", IDENTITY_PATH, self._identity, members_only=False, roles=READERS, limit_bytes=0),
             PeerRoute("POST", JOIN_PATH, self._join, members_only=False, limit_bytes=_SMALL_BYTES),
             PeerRoute("POST", NOTICE_PATH, self._notice, limit_bytes=_SMALL_BYTES),
         )
@@ -76,7 +78,7 @@ class PeerRoutes:
 
     async def _offer(self, call: PeerCall) -> bytes:
         try:
-            return msgspec.json.encode(await self._peering.offered(decode_delta(call.body)))
+            return msgspec.json.encode(await self._peering.offered(decode_delta(call.body), call.agent_id))
         except StaleTermError:
             metrics.FENCING_REJECTS.inc()
             raise

@@ -2,7 +2,8 @@
 
 1. TLS 1.3 with certificates on both sides, both from the tenant's root and with the role of an agent's TLS
    identity (envelope/certificates.py). Not the host's name but the agent's id says who it is: an address can
-   change or lie, the id stands in the certificate.
+   change or lie, the id stands in the certificate. The companion of a load balancer has a role of its own: it
+   is never taken for an agent.
 2. A client checks the server's identity inside of the handshake: if it is another agent, or a revoked one,
    nothing has been sent to it. A server checks at each request: a certificate taken back counts at once, on
    connections that are open too.
@@ -31,15 +32,22 @@ class PeerTrust:
         self._revocations = revocations
         self._clock = clock
 
-    def identify(self, leaf: x509.Certificate | None, *, agent_id: str | None = None) -> str:
-        """The id of the agent that *leaf* speaks for, which has to be *agent_id* if that is given.
+    def identify(
+        self,
+        leaf: x509.Certificate | None,
+        *,
+        agent_id: str | None = None,
+        role: Role = Role.AGENT_TLS,
+    ) -> str:
+        """The id of the agent that *leaf* speaks for, which has to be *agent_id* if that is given; or of a
+        load balancer's companion, if that is the *role*.
 
         CertificateError: whoever shows it is not to be spoken with.
         """
         if leaf is None:
             raise CertificateError("identity", "no certificate was shown")
         expected = (
-            AnyHolder(self._tenant, Role.AGENT_TLS)
+            AnyHolder(self._tenant, role)
             if agent_id is None
             else Identity(self._tenant, Role.AGENT_TLS, agent_id)
         )

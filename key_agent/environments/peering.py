@@ -5,8 +5,9 @@
    the own row is acted upon at once (standing.py).
 2. Whoever has something newer is asked for it; who leads brings what is newer to whoever has it not, as soon
    as it is written and then until it is acknowledged.
-3. A claim to be newer counts until it is shown or refuted. Rows that are not signed as they must be refute
-   it: a breached environment can stop itself, not the others.
+3. A claim to be newer counts until it is shown or refuted. A head that the known term's holder has not
+   signed refutes it at once; rows that are not signed as they must be, or are not given, refute it as well: a
+   breached environment can stop itself, not the others.
 4. The own registry is verified every VERIFY_S and whenever somebody's digest differs at the same epoch. What
    is found tampered with withdraws the environment, is told, and is replaced by what the others have.
 5. An environment may say of itself, without any manager, that it is not to be trusted (`declare`). That is
@@ -23,10 +24,17 @@ import msgspec
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from envelope.errors import SealgateError
+from envelope.errors import IntegrityError, SealgateError
 from key_agent import metrics
 from key_agent.consent import Consent, EnvironmentStanding
-from key_agent.environments.documents import Delta, EnvironmentBody, TermBody, read_registry_key
+from key_agent.environments.documents import (
+    Delta,
+    EnvironmentBody,
+    Head,
+    TermBody,
+    check_head,
+    read_registry_key,
+)
 from key_agent.environments.heartbeats import (
     Heartbeat,
     Question,
@@ -323,6 +331,11 @@ class Peering:
             # What a withdrawn environment says proves nothing; its registry is no source of anything.
             self.lease.forget(name)
             return
+        if not self._is_of_our_term(beat):
+            # A lie; or the term has two holders, and then it is all of it that tells which one holds.
+            self.lease.forget(name)
+            await self._pull_all(name)
+            return
         self.lease.heard(name, position, asked_boot_s=asked_boot_s, proven_ago_s=beat.proven_ago_s)
         if position > self.position:
             await self._pull(name)
@@ -344,6 +357,18 @@ class Peering:
             )
         except SealgateError as error:
             raise PeerError("signature", str(error)) from None
+
+    def _is_of_our_term(self, beat: Heartbeat) -> bool:
+        """False: it claims an epoch of the newest known term that this term's holder has not signed."""
+        newest = newest_term(self._view)
+        if newest is None or beat.term != newest[0]:
+            return True  # an older one, or one that has to be shown
+        head = Head(term=beat.term, epoch=beat.epoch, digest=beat.digest, signature=beat.head)
+        try:
+            check_head(self.tenant, head, read_registry_key(newest[1].registry_key))
+        except SealgateError:
+            return False
+        return True
 
     def _heard(self, name: str, beat: Heartbeat, position: Position, *, latency_s: float) -> None:
         before = self.sights.get(name)
@@ -380,32 +405,54 @@ class Peering:
             sight = self.sights[name]
             if sight.position is not None and sight.position <= self.position:
                 return  # another one has brought it meanwhile
+            await self._take_over(name, self._view.epoch)
+
+    async def _pull_all(self, name: str) -> None:
+        """As `_pull`, of another history."""
+        async with self._pulling:
+            await self._take_over(name, 0)
+
+    async def _take_over(self, name: str, epoch: int) -> None:
+        """What *name* has after *epoch*. PeerError, RegistryError."""
+        try:
+            delta = await self.peers.since(name, epoch)
             try:
-                delta = await self.peers.since(name, self._view.epoch)
-                try:
-                    await self.apply(delta)
-                except EpochGapError:
-                    await self.apply(await self.peers.since(name, 0))
-            except (StaleTermError, EpochGapError) as error:
-                self.lease.forget(name)
-                raise PeerError("claim", f"{name} has nothing newer after all: {error}") from None
-            except SealgateError as error:
-                if isinstance(error, PeerError | RegistryError):
+                await self.apply(delta)
+            except EpochGapError:
+                if epoch == 0:
                     raise
-                self.lease.forget(name)
-                log.error(  # noqa: TRY400 - expected of a breached one
-                    "rows of another environment are not as they must be", peer=name, cause=str(error)
-                )
-                self._journal.note("peer-refused", outcome="failed", peer=name, reason=str(error))
-                raise PeerError("claim", f"{name}: {error}") from None
+                await self.apply(await self.peers.since(name, 0))
+        except (StaleTermError, EpochGapError) as error:
+            self.lease.forget(name)
+            raise PeerError("claim", f"{name} has nothing newer after all: {error}") from None
+        except SealgateError as error:
+            if isinstance(error, RegistryError):
+                raise
+            self.lease.forget(name)  # what is not given is not there, however often it is claimed
+            if isinstance(error, PeerError):
+                raise
+            log.error(  # noqa: TRY400 - expected of a breached one
+                "rows of another environment are not as they must be", peer=name, cause=str(error)
+            )
+            self._journal.note("peer-refused", outcome="failed", peer=name, reason=str(error))
+            raise PeerError("claim", f"{name}: {error}") from None
 
     async def apply(self, delta: Delta) -> None:
         """Take over *delta*. StaleTermError, EpochGapError, IntegrityError, RegistryTamperedError ..."""
         await self.shared.apply(delta, now_ms=self._now_ms())
         await self.load()
 
-    async def offered(self, delta: Delta) -> Ack:
-        """A peer brings *delta*. StaleTermError and what `apply` raises but for a gap, which is an answer."""
+    async def offered(self, delta: Delta, agent_id: str) -> Ack:
+        """*agent_id*, a member's agent, brings *delta*. StaleTermError and what `apply` raises but for a gap,
+        which is an answer.
+
+        One that does not count brings nothing but a new term of its own, which has to show that it counts.
+        """
+        name = self.environment_of(agent_id)
+        body = None if name is None else self._view.environments.get(name)
+        begins = delta.signer == agent_id and delta.term > self._view.term
+        if body is not None and not begins and (not body.state.counts or name in self.notices):
+            raise IntegrityError(f"{name} is withdrawn: it brings nothing")
         try:
             await self.apply(delta)
         except EpochGapError:
@@ -450,6 +497,7 @@ class Peering:
             term=self._view.term,
             epoch=self._view.epoch,
             digest=self._view.digest,
+            head=self._view.head,
             state=self.verdict.state,
             proven_ago_s=None if proven_s == NEVER_S else max(0.0, self._clock.boot_s() - proven_s),
             challenge=question.challenge,

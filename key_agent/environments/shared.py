@@ -60,7 +60,16 @@ from key_agent.environments.mark import Mark, MarkError, MarkHolder, read_mark, 
 from key_agent.environments.projection import clear, differences, project
 from key_agent.environments.registry_key import public_text
 from key_agent.environments.states import restrictiveness
-from key_agent.environments.terms import WATCHED, Holder, Judgement, Known, Terms, judge, term_id
+from key_agent.environments.terms import (
+    WATCHED,
+    Holder,
+    Judgement,
+    Known,
+    Terms,
+    check_goes_on,
+    judge,
+    term_id,
+)
 from key_agent.errors import KeyAgentError
 from key_agent.registry.store import Registry
 from key_agent.registry.tables import shared_row, shared_seal
@@ -119,6 +128,8 @@ class Shared:
     incident_keys: Mapping[str, IncidentKeyBody] = field(default_factory=dict)
     admins: Mapping[str, AdminBody] = field(default_factory=dict)
     approvals: Mapping[str, ApprovalBody] = field(default_factory=dict)
+    head: str = ""
+    """The signature of the newest term's holder under term, epoch and digest."""
 
 
 _FIELDS: Final[Mapping[Kind, str]] = {
@@ -187,8 +198,10 @@ class _State:
     digests: dict[Key, bytes] = field(default_factory=dict)
     shared: Shared = field(default_factory=Shared)
     terms: Terms = field(default_factory=Terms)
-    head: str = ""
-    """The signature of the newest term's holder."""
+
+    def sign(self, signature: str) -> None:
+        """The head is *signature* by the newest term's holder."""
+        self.shared = _changed(self.shared, head=signature)
 
     @property
     def known(self) -> Known:
@@ -307,7 +320,7 @@ class SharedRegistry:
         ]
         shared = state.shared
         return Grounds(
-            built_on=Head(term=shared.term, epoch=shared.epoch, digest=shared.digest, signature=state.head),
+            built_on=Head(term=shared.term, epoch=shared.epoch, digest=shared.digest, signature=shared.head),
             rows=tuple(state.rows[key] for key in wanted if key in state.rows),
         )
 
@@ -328,9 +341,11 @@ class SharedRegistry:
         rows = self._signed(draft, state, term)
         after = self._after(state, rows, term=term, epoch=draft.epoch)
         shared = after.shared
-        after.head = sign_head(
-            self._key, tenant=self._tenant, term=term, epoch=shared.epoch, digest=shared.digest
-        ).signature
+        after.sign(
+            sign_head(
+                self._key, tenant=self._tenant, term=term, epoch=shared.epoch, digest=shared.digest
+            ).signature
+        )
         self._check_own(state, after)
         await self._store(
             after, rows, before=state.bodies, gone=(), now_ms=now_ms, restrictions={}, also=also
@@ -470,7 +485,11 @@ class SharedRegistry:
                 f"{len(wrong)} values are not what the signed rows say: {', '.join(wrong[:3])}"
             )
         return _State(
-            rows=rows, bodies=bodies, digests=digests, shared=shared, terms=terms, head=seal.head_signature
+            rows=rows,
+            bodies=bodies,
+            digests=digests,
+            shared=_changed(shared, head=seal.head_signature),
+            terms=terms,
         )
 
     def _check_stored_head(self, seal: Any, terms: Terms) -> None:
@@ -571,6 +590,7 @@ class SharedRegistry:
         holder = judged.terms.newest
         if holder is None or (holder.term, holder.agent) != (delta.term, delta.signer):
             raise IntegrityError(f"a delta of term {delta.term} is not its holder's")
+        check_goes_on(known, holder)
         check_head(self._tenant, delta.head, holder.key)
         for row in delta.rows:
             judged.terms.check(self._tenant, row)
@@ -578,7 +598,7 @@ class SharedRegistry:
             if self.confirm is None:
                 raise IntegrityError(f"term {judged.elected.term} was elected, and no election is known here")
             await self.confirm(judged.elected)
-        after.head = delta.signature
+        after.sign(delta.signature)
         return judged
 
     async def _lower_mark(self, after: _State) -> None:
@@ -651,7 +671,7 @@ class SharedRegistry:
                     epoch=shared.epoch,
                     digest=shared.digest,
                     signature=signature,
-                    head_signature=after.head,
+                    head_signature=shared.head,
                 )
             )
 
@@ -702,7 +722,7 @@ class SharedRegistry:
             rows=rows,
             digest=state.shared.digest,
             signer=self._registry.agent_id if holder is None else holder.agent,
-            signature=state.head,
+            signature=state.shared.head,
         )
 
 

@@ -11,7 +11,10 @@
 4. Appointed: it is the next number, and two administrators, known in the same way, have signed agent, key,
    environment, number, and the registry it goes on from (its epoch, or a later one of the same term).
    Elected: the election is asked about it; that is the caller's (`Judgement.elected`).
-5. Two promotions in a split network can have one number. Then the one that was asked for later holds, by the
+5. Whoever holds the newest term goes on writing only while its environment counts in the rows known before:
+   the last thing that is taken from it is its own withdrawal. Then another one has to follow, unless there
+   is no other one left that could.
+6. Two promotions in a split network can have one number. Then the one that was asked for later holds, by the
    moment that the administrators have signed.
 """
 
@@ -69,7 +72,7 @@ class Holder:
     digest: bytes
     """Of its row."""
     rank: tuple[int, str] = (0, "")
-    """Rule 5: the higher one holds."""
+    """Rule 6: the higher one holds."""
 
     @property
     def key(self) -> Ed25519PublicKey:
@@ -150,7 +153,7 @@ class Known:
 class Judgement:
     terms: Terms
     overruled: bool = False
-    """Another history, which ours has followed: not to be taken (rule 5)."""
+    """Another history, which ours has followed: not to be taken (rule 6)."""
     forked: bool = False
     """Another history, which has overruled ours."""
     elected: Holder | None = None
@@ -185,6 +188,19 @@ def judge(tenant: str, known: Known, rows: Iterable[SharedRow]) -> Judgement:
         if _check_begun(tenant, known, before, chain[number - 1].holder, chain[number]):
             elected = chain[number].holder
     return Judgement(terms=Terms(one.holder for one in chain), forked=forked, elected=elected)
+
+
+def check_goes_on(known: Known, holder: Holder) -> None:
+    """Rule 5. IntegrityError: what *holder*, whose term is known, writes now is not to be taken."""
+    if not known.terms.has(holder):
+        return  # a new term: `judge` has judged it
+    environments = [body for body in known.bodies.values() if isinstance(body, EnvironmentBody)]
+    withdrawn = [body for body in environments if body.agent_id == holder.agent and not body.state.counts]
+    if withdrawn and any(body.state.counts for body in environments):
+        raise IntegrityError(
+            f"{holder.agent} holds term {holder.term}, but its environment is {withdrawn[0].state}: "
+            "another one has to follow (`key-agent env promote` there)"
+        )
 
 
 def _chain(rows: Iterable[SharedRow]) -> Sequence[_Begun]:

@@ -27,7 +27,7 @@ from key_agent.environments.documents import (
     row_digest,
 )
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.terms import WATCHED, Holder, Known, Terms, judge
+from key_agent.environments.terms import WATCHED, Holder, Known, Terms, check_goes_on, judge
 
 NEVER_S: Final = float("-inf")
 _LEASE_S: Final = 300.0
@@ -100,10 +100,12 @@ class Follower:
 
     def _judged(self, delta: Delta, rows: Iterable[SharedRow], agent: str) -> Terms:
         """Whose rows these are (rule 1). IntegrityError."""
-        judged = judge(self._tenant, self._known(), rows)
+        known = self._known()
+        judged = judge(self._tenant, known, rows)
         holder = judged.terms.newest
         if judged.overruled or holder is None or (holder.term, holder.agent) != (delta.term, delta.signer):
             raise IntegrityError(f"rows of term {delta.term} that are not its holder's")
+        check_goes_on(known, holder)
         check_head(self._tenant, delta.head, holder.key)
         for row in delta.rows:
             judged.terms.check(self._tenant, row)

@@ -74,7 +74,7 @@ class LbAgent:
             agents=[agent.id for agent in settings.agents],
             manager=(manager.id, manager.registry_key),
         )
-        self._kept = _remembered(self._follower, mine.state_file)
+        self._kept = _remembered(self._follower, mine.rows_file)
         self._keeping = asyncio.Lock()
         path = mine.revocation_list_file
         self._revocations = None if path is None else Revocations(path, root)
@@ -191,7 +191,7 @@ class LbAgent:
                 return
             content = encode_delta(self._follower.everything())
             try:
-                await asyncio.to_thread(replace_file, self._settings.lb_agent.state_file, content)
+                await asyncio.to_thread(replace_file, self._settings.lb_agent.rows_file, content)
             except OSError as error:
                 log.error("what was learned cannot be kept", cause=str(error))  # noqa: TRY400 - said again
                 return

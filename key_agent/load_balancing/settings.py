@@ -89,8 +89,8 @@ class LbAgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     manager: str = ""
     """The agent that is the manager when this program begins for the first time; empty: `agents`' first.
     Who follows it has to be shown to."""
-    state_file: Path = Path("/var/lib/sealgate/lb-agent.rows")
-    """What it has learned of that, for its next life."""
+    state_file: Path | None = None
+    """What it has learned of that, for its next life; default: `lb-agent.rows` beside the key file."""
     revocation_list_file: Path | None = None
     """Of the tenant's root: agents whose certificate it takes back are not spoken to."""
     host: str = "127.0.0.1"
@@ -101,6 +101,10 @@ class LbAgentSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     stale_s: float = 15.0
     """Without a word of any agent for so long everything is down: nobody knows what was withdrawn. Without a
     majority of them the registry lease is the limit, as it is for the environments themselves."""
+
+    @property
+    def rows_file(self) -> Path:
+        return self.state_file or self.key_file.with_name("lb-agent.rows")
 
     def __post_init__(self) -> None:
         try:

@@ -30,7 +30,7 @@ from envelope.certificates import (
     read_identity,
     verify_certificate,
 )
-from proxy.environments import ForeignEnvironmentError, Word
+from proxy.environments import ForeignAgentError, ForeignEnvironmentError, Word
 from proxy.keys.receive import HostedService, Receiver, SessionRefusedError
 from proxy.tenants.model import Directory
 from runtime.audit import AuditUnavailableError
@@ -113,7 +113,7 @@ def authenticate(certificate: x509.Certificate | None, directory: Directory, *, 
         ) from None
 
 
-type Told = Callable[[str, Word], Awaitable[Word]]
+type Told = Callable[[str, str, Word], Awaitable[Word]]
 
 
 def make_push_application(
@@ -121,7 +121,7 @@ def make_push_application(
 ) -> web.Application:
     """The application to be served with `runtime.tls.ServerTls`, client certificates demanded.
 
-    *told*: puts in force what an agent says of its environment, and returns what is in force then.
+    *told*: puts in force what an agent (tenant, id) says of its environment; returns what is in force then.
     """
     api = _PushApi(receiver, clock, requests_per_s, told)
     application = make_application(client_max_size_bytes=MAX_BODY_BYTES)
@@ -233,10 +233,18 @@ class _PushApi:
         if self._told is None:
             raise _malformed("this proxy takes no word on environments")
         try:
-            in_force = await self._told(peer.tenant, word)
+            in_force = await self._told(peer.tenant, peer.name, word)
         except ForeignEnvironmentError as error:
             raise ProblemError(
                 409, "environment", f"{error}.", "Add this proxy at the agent of its own environment."
+            ) from None
+        except ForeignAgentError as error:
+            _log.warning("an agent speaks for another environment", agent=peer.name, tenant=peer.tenant)
+            raise ProblemError(
+                403,
+                "agent",
+                f"{error}.",
+                "Name the environment's agent in the proxy's settings: [environment.agents].",
             ) from None
         return web.json_response(
             msgspec.to_builtins(in_force) | {"instance": b64u_encode(self._receiver.instance)},

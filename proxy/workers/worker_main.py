@@ -170,7 +170,7 @@ class WorkerProcess:
                 receipts = await receiver.receive_relayed(envelopes)
                 return wire.Taken(tuple(receipt.code for receipt in receipts))
             case wire.Tell(tenant, word):
-                self._environments.take(tenant, word)
+                self._environments.put(tenant, word)
                 return wire.Done(tuple(plane.problems))
             case wire.Ping():
                 return wire.Done(tuple(plane.problems))

@@ -27,11 +27,13 @@ NOW_S = 1_800_000_000.0
 S3 = Identity("acme", Role.SERVICE, "s3")
 SIGNING = Identity("acme", Role.AGENT_SIGNING, "hq")
 TLS = Identity("acme", Role.AGENT_TLS, "hq")
+BALANCER = Identity("acme", Role.BALANCER, "lb-1")
 
 USAGE = {
     Role.SERVICE: key_usage(key_agreement=True),
     Role.AGENT_SIGNING: key_usage(digital_signature=True),
     Role.AGENT_TLS: key_usage(digital_signature=True),
+    Role.BALANCER: key_usage(digital_signature=True),
 }
 CLIENT_AUTH = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
 
@@ -103,7 +105,7 @@ def refusal(
     return caught.value.code
 
 
-@pytest.mark.parametrize("identity", [S3, SIGNING, TLS])
+@pytest.mark.parametrize("identity", [S3, SIGNING, TLS, BALANCER])
 def test_uri_round_trip(identity: Identity) -> None:
     assert parse_identity_uri(identity_uri(identity)) == identity
     assert str(identity) == identity_uri(identity)
@@ -113,6 +115,7 @@ def test_uris_are_those_of_the_format() -> None:
     assert identity_uri(S3) == "urn:sealgate:acme:service:s3"
     assert identity_uri(SIGNING) == "urn:sealgate:acme:agent:hq:signing"
     assert identity_uri(TLS) == "urn:sealgate:acme:agent:hq:tls"
+    assert identity_uri(BALANCER) == "urn:sealgate:acme:balancer:lb-1"
 
 
 @pytest.mark.parametrize("bad", ["", "Acme", "acme:x", "-acme", "a" * 64, "acme\n"])
@@ -136,6 +139,16 @@ def test_agent_certificates_verify(acme: Tenant) -> None:
     assert verify(acme.agent_tls().certificate, acme, TLS) == TLS
     serving = acme.agent_tls(hostnames=["agent.acme.example", "127.0.0.1"]).certificate
     assert verify(serving, acme, AnyHolder("acme", Role.AGENT_TLS)) == TLS
+
+
+def test_a_load_balancers_companion_is_no_agent(acme: Tenant) -> None:
+    certificate = acme.balancer("hq").certificate
+    assert verify(certificate, acme, AnyHolder("acme", Role.BALANCER)).name == "hq"
+    for role in (Role.AGENT_TLS, Role.AGENT_SIGNING, Role.SERVICE):
+        assert refusal(certificate, acme, AnyHolder("acme", role)) == "role"
+    assert refusal(acme.agent_tls("hq").certificate, acme, AnyHolder("acme", Role.BALANCER)) == "role"
+    without_purpose = issue(acme.root, BALANCER)
+    assert refusal(without_purpose, acme, BALANCER) == "key-usage"
 
 
 def test_fingerprint_is_sha256_of_der(acme: Tenant) -> None:

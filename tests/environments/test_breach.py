@@ -36,7 +36,7 @@ async def _load_balancer(site: EnvironmentsSite) -> Program:
     home = site.directory / "lb"
     home.mkdir()
     pki.write_certificate(site.tenant.root.certificate, home / "root.pem")
-    pki.write_credential(site.tenant.agent_tls("lb-1"), home, "tls")
+    pki.write_credential(site.tenant.balancer("lb-1"), home, "tls")
     agents = ""
     servers = ""
     for one in site.environments.values():

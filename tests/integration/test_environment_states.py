@@ -21,7 +21,10 @@ class World:
     def say(self, state: str) -> None:
         self._epoch += 1
         self.rig.environments.take(
-            self.service.owner.tenant, Word(environment="a", state=state, term=1, epoch=self._epoch)
+            self.service.owner.tenant,
+            Word(environment="a", state=state, term=1, epoch=self._epoch),
+            agent="agent-a",
+            now_boot_s=0.0,
         )
 
 

@@ -49,6 +49,7 @@ def test_a_signed_heartbeat_survives_the_wire() -> None:
         {"term": 4},
         {"epoch": 813},
         {"digest": "ac" * 32},
+        {"head": "ac" * 64},
         {"state": "healing"},
         {"proven_ago_s": 1.0},
         {"proven_ago_s": None},
@@ -61,8 +62,8 @@ def test_whatever_is_changed_is_found(change: dict[str, object]) -> None:
     with pytest.raises(IntegrityError, match="not signed"):
         check(msgspec.structs.replace(sign_heartbeat(BEAT, KEY), **change))
     assert set(Heartbeat.__struct_fields__) == {
-        "tenant", "environment", "agent", "term", "epoch", "digest", "state", "proven_ago_s", "challenge",
-        "signature",
+        "tenant", "environment", "agent", "term", "epoch", "digest", "head", "state", "proven_ago_s",
+        "challenge", "signature",
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from certs.pki import Credential
+from envelope.certificates import Role
 from envelope.errors import SealgateError
 from key_agent.environments.peer_api import (
     AT_ONCE_PER_AGENT,
@@ -135,6 +136,42 @@ async def test_an_agent_that_is_no_member_may_only_ask_what_anyone_may(
             await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
         assert refused.value.code == "not-a-member"
         assert not refused.value.is_silence
+
+
+async def test_a_load_balancers_companion_is_no_member_though_it_has_a_members_name(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    """And an agent is no companion: a breached one would confirm its own return."""
+
+    async def whose(call: PeerCall) -> bytes:
+        return msgspec.json.encode(Echoed(call.agent_id, 0))
+
+    both = frozenset({Role.AGENT_TLS, Role.BALANCER})
+    routes = (
+        PeerRoute("GET", "/v1/env/rows", whose, members_only=False, roles=both),
+        PeerRoute("POST", "/v1/env/confirm", whose, members_only=False, roles=frozenset({Role.BALANCER})),
+    )
+    agent, companion, b = make_side(acme, "a"), make_side(acme, "a-2"), make_side(acme, "b")
+    companion.files = write_credential(acme.balancer("a"), companion.directory, "balancer")
+    async with b.serving(*routes) as peer, agent.transport() as one, companion.transport() as other:
+        for allowed, transport, method, path in (
+            (True, one, "POST", "/v1/env/echo"),
+            (True, one, "GET", "/v1/env/anyone"),
+            (True, one, "GET", "/v1/env/rows"),
+            (False, one, "POST", "/v1/env/confirm"),
+            (False, other, "POST", "/v1/env/echo"),
+            (False, other, "GET", "/v1/env/anyone"),
+            (True, other, "GET", "/v1/env/rows"),
+            (True, other, "POST", "/v1/env/confirm"),
+        ):
+            body = b"" if method == "POST" else None
+            if allowed:
+                content = await transport.request(peer, method, path, body, timeout_s=10)
+                assert msgspec.json.decode(content, type=Echoed).caller == "a"
+            else:
+                with pytest.raises(PeerError) as refused:
+                    await transport.request(peer, method, path, body, timeout_s=10)
+                assert refused.value.code == "identity", path
 
 
 async def test_nothing_is_sent_to_another_agent_than_meant(

@@ -11,13 +11,14 @@ import msgspec
 import pytest
 from sqlalchemy import text
 
+from envelope.errors import IntegrityError
 from key_agent.consent import EnvironmentStanding
 from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import DECLARATION_NAME
 from key_agent.environments.peers import HEARTBEAT_PATH, REGISTRY_PATH
 from key_agent.environments.registry_lease import Position
-from key_agent.environments.shared import Draft, StaleTermError
+from key_agent.environments.shared import Draft, RegistryTamperedError, StaleTermError
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.store import RefusedChangeError
 from tests import postgres
@@ -36,6 +37,12 @@ async def site(tmp_path: Path, acme: Tenant) -> AsyncIterator[MembersSite]:
 
 def serves(member: Member) -> bool:
     return member.consent.environment is EnvironmentStanding.SERVES
+
+
+def proves(member: Member) -> bool:
+    """Whether it serves on a proof of its lease that is as good as new."""
+    left_s = member.peering.lease_left_s()
+    return serves(member) and left_s is not None and left_s > 280
 
 
 def acts_as(member: Member) -> str:
@@ -141,7 +148,7 @@ async def test_a_manager_that_was_cut_off_is_fenced_when_another_was_promoted(si
     assert a.peering.position.epoch > b.peering.position.epoch
     stale = await a.environments.shared.since(0)
     with pytest.raises(StaleTermError):
-        await c.peering.offered(stale)
+        await c.peering.offered(stale, "agent-a")
     a.reconnect()
     with pytest.raises(PeerError) as refused:
         await a.environments.peers.send_delta("c", stale)
@@ -205,8 +212,104 @@ async def test_nobody_is_stopped_by_a_claim_that_cannot_be_shown(site: MembersSi
     await site.in_step("a", "c")
     for member in site.members.values():
         member.clock.skip(301)
-    await until(lambda: serves(site["a"]) and serves(site["c"]))
+    await until(lambda: proves(site["a"]) and proves(site["c"]))
     assert site["a"].peering.position.term == 1
+
+
+def claims(b: Member, **claim: Any) -> None:
+    """From now on *b* says that this is where it stands."""
+    from key_agent.environments.heartbeats import sign_heartbeat
+
+    answer = b.peering.answer
+
+    def lie(question: Any) -> Any:
+        beat = msgspec.structs.replace(answer(question), **claim)
+        return sign_heartbeat(beat, b.environments._registry_key)
+
+    b.peering.answer = lie
+
+
+@pytest.mark.parametrize("term", [1, 900])
+async def test_nobody_is_stopped_by_a_claim_whose_rows_are_never_given(site: MembersSite, term: int) -> None:
+    """b says that it has something newer, and answers every question for it with an error."""
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+    claims(b, term=term, epoch=9000)
+
+    async def fail(epoch: int) -> Any:
+        raise RegistryTamperedError("so sorry")
+
+    b.environments.shared.since = fail  # type: ignore[method-assign]
+    await until(lambda: a.peering.sights["b"].error and c.peering.sights["b"].error)
+    for _ in range(3):  # it lasts, and not only between two of its answers
+        for member in (a, c):
+            member.clock.skip(200)
+        await until(lambda: proves(a) and proves(c))
+    assert a.peering.position.term == 1
+
+
+async def test_who_is_withdrawn_brings_nothing(site: MembersSite) -> None:
+    b, c = site["b"], site["c"]
+    await site.in_step()
+
+    def withdraw(draft: Draft) -> None:
+        body = draft.shared.environments["b"]
+        draft.put(Kind.ENVIRONMENT, "b", msgspec.structs.replace(body, state=EnvironmentState.HEALING))
+
+    await site["a"].change(withdraw)
+    await site.in_step()
+    with pytest.raises(PeerError) as refused:
+        await b.environments.peers.send_delta("c", await b.environments.shared.since(0))
+    assert refused.value.code == "not_believed"
+    assert serves(c)
+
+
+async def test_a_manager_that_is_withdrawn_takes_nothing_back(site: MembersSite) -> None:
+    """Its term goes on until another one follows; what it writes after its own withdrawal nobody takes."""
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+
+    def set_state(state: EnvironmentState) -> Any:
+        def change(draft: Draft) -> None:
+            body = draft.shared.environments["a"]
+            draft.put(Kind.ENVIRONMENT, "a", msgspec.structs.replace(body, state=state))
+
+        return change
+
+    await a.change(set_state(EnvironmentState.HEALING))
+    await site.in_step()
+    epoch = b.peering.position.epoch
+    await a.change(set_state(EnvironmentState.ACTIVE))
+    stale = await a.environments.shared.since(0)
+    for member in (b, c):
+        with pytest.raises(IntegrityError):
+            await member.peering.apply(stale)
+    assert state_of(b, "a") is state_of(c, "a") is EnvironmentState.HEALING
+    assert b.peering.position.epoch == c.peering.position.epoch == epoch
+    await site.promote(b)
+    await site.in_step()
+    assert state_of(a, "a") is EnvironmentState.HEALING
+    assert b.peering.leads
+
+
+async def test_two_managers_of_one_term_become_one_when_they_meet(site: MembersSite) -> None:
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+    a.cut_off()
+    b.cut_off()
+    await site.promote(b)
+    await b.change(renamed("a", "as b has it"))
+    c.clock.skip(1)  # c's administrators are asked a second later
+    await site.promote(c)
+    assert b.peering.leads
+    assert c.peering.leads
+    assert b.peering.position.term == c.peering.position.term == 2
+    for member in (a, b):
+        member.reconnect()
+    await site.in_step()
+    assert [member.peering.leads for member in (a, b, c)] == [False, False, True]
+    assert a.peering.view.environments["a"].region == ""
+    await until(lambda: all(map(serves, (a, b, c))))
 
 
 async def test_rows_edited_in_the_database_stop_the_environment_until_they_are_restored(

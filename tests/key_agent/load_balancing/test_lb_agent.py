@@ -9,6 +9,7 @@ from typing import override
 import msgspec
 import pytest
 
+from envelope.certificates import Role
 from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
 from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.peer_api import PeerCall, PeerRoute
@@ -64,13 +65,15 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
             acks.append((member.name, msgspec.json.decode(call.body, type=LbAck)))
             return b"{}"
 
-        member.environments.routes.append(PeerRoute("POST", LB_ACK_PATH, take, members_only=False))
+        member.environments.routes.append(
+            PeerRoute("POST", LB_ACK_PATH, take, members_only=False, roles=frozenset({Role.BALANCER}))
+        )
 
     async with members(tmp_path, tenant, "abc", prepare=prepare) as site:
         await site.unite()
         planes = [DataPlane(name) for name in "abc"]
         root_file = write_certificate(tenant.root.certificate, tmp_path / "root.pem")
-        files = write_credential(tenant.agent_tls("lb-1"), tmp_path, "lb")
+        files = write_credential(tenant.balancer("lb-1"), tmp_path, "lb")
         base = settings_for(planes, tmp_path)
         mine = msgspec.structs.replace(
             base.lb_agent, root_certificate_file=root_file, certificate_file=files[0], key_file=files[1]

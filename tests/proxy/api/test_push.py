@@ -23,7 +23,14 @@ from envelope.base64url import b64u_decode
 from envelope.certificates import fingerprint
 from envelope.errors import KeyUnavailableError
 from proxy.api import push
-from proxy.api.push import MAX_BODY_BYTES, MAX_ENVELOPES, TokenBucket, make_push_application, openapi_document
+from proxy.api.push import (
+    ENVIRONMENT_PATH,
+    MAX_BODY_BYTES,
+    MAX_ENVELOPES,
+    TokenBucket,
+    make_push_application,
+    openapi_document,
+)
 from proxy.environments import Environments, Word
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
@@ -95,6 +102,13 @@ class Client:
                 assert {"code", "detail", "next_step", "status"} <= answer.keys()
             return response.status, answer
 
+    async def say(self, state: str, *, epoch: int = 1) -> tuple[int, dict[str, Any]]:
+        """What an agent says of its environment."""
+        word = {"environment": "a", "state": state, "term": 1, "epoch": epoch}
+        async with self.session.put(ENVIRONMENT_PATH, json=word) as response:
+            answer: dict[str, Any] = await response.json(content_type=None)
+            return response.status, answer
+
     async def presence(self) -> tuple[int, dict[str, Any]]:
         async with self.session.get(PRESENCE) as response:
             answer: dict[str, Any] = await response.json(content_type=None)
@@ -140,8 +154,8 @@ async def serve(
     tls = ServerTls(certificate_file, key_file, client_roots=roots)
     environments = Environments("a", on_refused=cache.withdraw_tenant)
 
-    async def told(tenant: str, word: Word) -> Word:
-        return environments.take(tenant, word)
+    async def told(tenant: str, agent: str, word: Word) -> Word:
+        return environments.take(tenant, word, agent=agent, now_boot_s=clock.boot_s())
 
     application = make_push_application(receiver, clock=clock, requests_per_s=requests_per_s, told=told)
     try:
@@ -596,3 +610,23 @@ def _agent_certified_by(tenant: HostedTenant, claimed: str) -> Credential:
         extensions=[*extensions, (x509.SubjectAlternativeName([uri]), False)],
     )
     return Credential(key, certificate)
+
+
+async def test_one_agent_of_the_tenant_speaks_for_the_environment(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    """Neither another environment's agent nor a load balancer's companion takes a proxy out of service."""
+    async with endpoint.client(files=acme.tls_files) as client:
+        assert (await client.say("active"))[0] == 200
+    for credential, code in (
+        (acme.pki.agent_tls("agent-x"), "agent"),
+        (acme.pki.balancer("lb-1"), "certificate-role"),
+    ):
+        async with endpoint.client(credential) as client:
+            for state in ("healing", "active"):
+                status, answer = await client.say(state, epoch=2**53)
+                assert (status, answer["code"]) == (403, code)
+    assert not endpoint.environments.refuses(acme.name)
+    async with endpoint.client(files=acme.tls_files) as client:
+        assert (await client.say("healing"))[1]["state"] == "healing"
+    assert endpoint.environments.refuses(acme.name)
