@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from playwright.async_api import BrowserContext, HttpCredentials, Page, async_playwright
+from playwright.async_api import BrowserContext, Error, Page, async_playwright
 
 from proxy.tenants.model import ServiceEntry, TenantEntry
 from proxy.users.portal import make_portal
@@ -103,12 +103,10 @@ async def site(
 
 
 @contextlib.asynccontextmanager
-async def browser(
-    site: Site, *, way: str = "forward", trusts: bool = True, user: tuple[str, str] | None = None
-) -> AsyncIterator[BrowserContext]:
+async def browser(site: Site, *, way: str = "forward", trusts: bool = True) -> AsyncIterator[BrowserContext]:
     """A person's browser. *way* `direct`: one without the proxy, that trusts the application itself.
 
-    *trusts*: the authority from the portal was installed. *user*: who is typed in when the proxy asks.
+    *trusts*: the authority from the portal was installed.
     """
     home = site.directory / f"home-{len(list(site.directory.glob('home-*')))}"
     (home / "downloads").mkdir(parents=True)
@@ -118,7 +116,6 @@ async def browser(
     else:
         await _trust(home, await _authority(home, site.portal) if trusts else None)
         setting = f"--proxy-pac-url={site.portal}proxy.pac"
-    credentials = None if user is None else HttpCredentials(username=user[0], password=user[1])
     async with async_playwright() as playwright:
         context = await playwright.chromium.launch_persistent_context(
             home / "profile",
@@ -126,7 +123,6 @@ async def browser(
             args=["--no-sandbox", "--disable-quic", setting],
             env={**clean_environment(), "HOME": str(home)},
             downloads_path=home / "downloads",
-            http_credentials=credentials,
         )
         try:
             yield context
@@ -158,6 +154,37 @@ async def _run(*command: str) -> None:
     assert process.returncode == 0, output.decode(errors="replace")
 
 
+@contextlib.asynccontextmanager
+async def typing(page: Page, user: str, password: str) -> AsyncIterator[list[str]]:
+    """Who is typed in when the proxy asks; once, then the person gives up. Gives the realms that asked."""
+    chromium = await page.context.new_cdp_session(page)
+    asked: list[str] = []
+    answers: list[asyncio.Task[Any]] = []
+
+    def reply(method: str, **what: object) -> None:
+        answers.append(asyncio.create_task(chromium.send(method, what), name="a person's answer"))
+
+    def on_paused(event: dict[str, Any]) -> None:
+        reply("Fetch.continueRequest", requestId=event["requestId"])
+
+    def on_auth(event: dict[str, Any]) -> None:
+        assert event["authChallenge"]["source"] == "Proxy"
+        given = {"response": "ProvideCredentials", "username": user, "password": password}
+        asked.append(event["authChallenge"]["realm"])
+        response = given if len(asked) == 1 else {"response": "CancelAuth"}
+        reply("Fetch.continueWithAuth", requestId=event["requestId"], authChallengeResponse=response)
+
+    chromium.on("Fetch.requestPaused", on_paused)
+    chromium.on("Fetch.authRequired", on_auth)
+    await chromium.send("Fetch.enable", {"handleAuthRequests": True})
+    try:
+        yield asked
+    finally:
+        await asyncio.gather(*answers)
+        await chromium.send("Fetch.disable")
+        await chromium.detach()
+
+
 async def signed_in(context: BrowserContext, site: Site, way: str) -> Page:
     """The application's page, after its login form."""
     page = context.pages[0]
@@ -167,3 +194,25 @@ async def signed_in(context: BrowserContext, site: Site, way: str) -> Page:
     await page.wait_for_load_state()
     await page.goto(f"{site.base(way)}/")
     return page
+
+
+def let(rig: Rig, **access: object) -> None:
+    """Change who may use the proxy, and what the PAC file says."""
+    entry = rig.tenants[TENANT]
+    changed = replace(entry.access, **access)  # type: ignore[arg-type]
+    rig.tenants[TENANT] = replace(entry, access=changed)
+
+
+async def opens(page: Page, place: Site) -> str:
+    """The status the application answers with, or the browser's own error."""
+    try:
+        answer = await page.goto(f"{place.application.url}/?h")
+    except Error as error:
+        return error.message.partition("net::")[2].partition(" ")[0]
+    return str(answer.status if answer is not None else None)
+
+
+async def put(page: Page, path: str, text: str) -> int:
+    script = "([path, body]) => fetch(path, {method: 'PUT', body}).then((answer) => answer.status)"
+    status: int = await page.evaluate(script, [path, text])
+    return status
