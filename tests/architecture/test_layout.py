@@ -162,10 +162,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "one environment's keys, found again in all of them",
     ),
     "key_agent/environments/peer_routes.py": _PEERING,
-    "key_agent/load_balancing/following.py": (
-        "tests/key_agent/load_balancing/test_lb_agent.py",
-        "seen in what the lb-agent answers, with rows of real agents",
-    ),
     "key_agent/environments/peers.py": _PEERING,
     "key_agent/environments/peer_api.py": _PEERS,
     "key_agent/environments/peer_trust.py": _PEERS,

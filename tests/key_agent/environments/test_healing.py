@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from envelope.errors import IntegrityError
+from envelope.certificates import Role
 from envelope.keys import KeyState
 from key_agent.environments import healing_changes
 from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
 from key_agent.environments.approvals import Action
 from key_agent.environments.incident_changes import KEK_COMPROMISED
 from key_agent.environments.peer_api import PeerCall
+from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import UnsupportedError
 from key_agent.registry.access import RefusedChangeError
@@ -63,16 +64,17 @@ async def rejoin(site: BreachedSite, environment: str = "b", *, patience_s: floa
 
 
 async def test_an_environments_agent_is_no_load_balancer(site: BreachedSite) -> None:
+    """Its certificate is an agent's: the breached one would confirm its own return."""
     await breach(site)
     route = next(one for one in site["a"].environments.routes if one.path == LB_ACK_PATH)
-    for name, is_taken in (("lb-1", True), (site["b"].peering.view.environments["b"].agent_id, False)):
-        ack = msgspec.json.encode(LbAck(load_balancer=name, term=1 << 40, epoch=1))
-        call = PeerCall(agent_id=name, body=ack, query={})
-        if is_taken:
-            await route.handle(call)
-        else:
-            with pytest.raises(IntegrityError, match="no load balancer"):
-                await route.handle(call)
+    assert route.roles == {Role.BALANCER}
+    ack = msgspec.json.encode(LbAck(load_balancer="lb-1", term=1 << 40, epoch=1))
+    await route.handle(PeerCall(agent_id="lb-1", body=ack, query={}))
+    own = msgspec.json.encode(LbAck(load_balancer=site["b"].agent_id, term=1 << 40, epoch=1))
+    for forged in (own, ack):
+        with pytest.raises(PeerError) as refused:
+            await site["b"].environments.peers.post("a", LB_ACK_PATH, forged)
+        assert refused.value.code == "identity"
     heard = site.parts["a"].load_balancers.all(now_boot_s=site["a"].clock.boot_s())
     assert [one.name for one in heard] == ["lb-1"]
 
