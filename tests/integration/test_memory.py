@@ -52,6 +52,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     from mitmproxy.proxy.mode_specs import ProxyMode
 
     from proxy import gate
+    from proxy.limits import ClientLimits
 
     class Passing(gate.Transform):
         """Makes of a body the same body: content stays comparable, the gate's whole path is taken."""
@@ -115,8 +116,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         http3=False,
         rawtcp=False,
         websocket=False,
-        tcp_timeout=arguments.tcp_timeout,
     )
+    if not arguments.stock:
+        gate.limit(running, gate.Clients(ClientLimits(idle_s=arguments.idle_s)))
     await server.setup_servers()
     await running.running()
     await asyncio.Event().wait()
@@ -128,7 +130,7 @@ def _main() -> None:
     parser.add_argument("--origin-port", type=int, required=True)
     parser.add_argument("--ca", required=True)
     parser.add_argument("--certificate", required=True)
-    parser.add_argument("--tcp-timeout", type=int, default=600)
+    parser.add_argument("--idle-s", type=float, default=600)
     parser.add_argument("--stock", action="store_true")
     asyncio.run(_serve(parser.parse_args()))
 
@@ -631,7 +633,7 @@ def test_parallel_streams_of_a_slow_http2_client(lab: Lab) -> None:
 
 @pytest.mark.parametrize("origin", ["h1", "h2"])
 def test_a_client_that_never_grants_credit_is_cut_in_the_end(lab: Lab, origin: str) -> None:
-    proxy = lab.proxy(lab.origin(origin), tcp_timeout=2)
+    proxy = lab.proxy(lab.origin(origin), idle_s=2)
     with connected(proxy, "h2", grants=False) as peer:
         stream_id = peer.ask("GET", f"/big?size={BODY_BYTES}")
         with contextlib.suppress(OSError):
