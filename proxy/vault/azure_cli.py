@@ -8,20 +8,16 @@
 import base64
 import re
 import secrets
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from envelope.errors import FormatError
-from proxy.encryption_service.credentials import FileKeyError
-from proxy.operating import not_there, operating, parse_owner, usage_error
+from proxy.operating import operating, parse_owner
 from proxy.profiles.azure_signatures import KEY_SIZE, parse_key
-from proxy.tenants import certificates
-from proxy.tenants.certificates import CredentialError
-from proxy.tenants.vault_store import add_credential, remove_credential
-from proxy.vault.cli import STDIN, as_json, check_new_file, line_of, read_secret
+from proxy.tenants.vault_store import remove_credential
+from proxy.vault.cli import STDIN, Drawn, check_new_file, hand_over, keep, read_secret, tell_all, tell_kept
 from proxy.vault.model import Secrets
 from runtime.cli import CommandError, ExitCode
 
@@ -29,6 +25,7 @@ azure_credential_app = typer.Typer(
     no_args_is_help=True,
     help="Storage accounts' keys: what Azure clients sign with, and what leaves is signed with.",
 )
+_COMMAND: Final = "azure-credential"
 _ACCOUNT: Final = re.compile(r"[a-z0-9]{3,24}")
 
 ServiceName = Annotated[
@@ -69,63 +66,28 @@ def add(  # noqa: PLR0917 - typer calls it by name
             "3 to 24 lower-case letters and digits are",
             ExitCode.USAGE,
         )
-    check_new_file(generated_key_file)
+    check_new_file(generated_key_file, option="--write-key-file")
     its_key = _key(key_file)
     drawn = base64.b64encode(secrets.token_bytes(KEY_SIZE)).decode() if generate else None
+    kept = Secrets(client_secret=drawn or its_key, upstream_secret=None if drawn is None else its_key)
     with operating(context) as operator:
-        try:
-            entry = add_credential(
-                operator.store,
-                parse_owner(service),
-                account,
-                Secrets(
-                    client_secret=drawn or its_key, upstream_secret=its_key if drawn is not None else None
-                ),
-                actor=operator.actor,
-                not_after_s=None
-                if not_after is None
-                else not_after.replace(tzinfo=UTC).timestamp() + 24 * 3600,
-                replace=replace,
-            )
-        except FormatError as error:
-            raise usage_error(error, "see sealgate azure-credential add --help") from None
-        except FileKeyError as error:
-            raise CommandError(
-                str(error), "mend the file keys below proxy.state_dir", ExitCode.FAILED
-            ) from None
-        data: dict[str, object] = {"changed": True, "credential": as_json(service, entry)}
+        entry = keep(operator, service, account, kept, command=_COMMAND, not_after=not_after, replace=replace)
         if drawn is None:
-            operator.say(data, line_of(service, entry))
+            tell_kept(operator, service, entry)
             return
-        if generated_key_file is None:
-            data["key"] = drawn
-            operator.say(data, f"account {account}\nkey     {drawn}\n  keep it now: nobody can read it again")
-            return
-        try:
-            certificates.write_new_file(generated_key_file, drawn.encode() + b"\n", mode=0o600)
-        except CredentialError as error:
-            raise CommandError(
-                f"the key of {account} was added, but not written: {error}",
-                f"remove it by `sealgate azure-credential remove {service} {account}`, then repeat",
-                ExitCode.FAILED,
-                code="secret-not-written",
-            ) from None
-        data["key_file"] = str(generated_key_file)
-        operator.say(data, f"account {account}; the key for its clients is in {generated_key_file}")
+        hand_over(
+            operator,
+            service,
+            entry,
+            Drawn(secret=drawn, command=_COMMAND, word="key", label="account"),
+            generated_key_file,
+        )
 
 
 @azure_credential_app.command("list", epilog="Example: sealgate azure-credential list acme/blobs")
 def list_(context: typer.Context, service: ServiceName) -> None:
     """The accounts, without their keys."""
-    with operating(context, looks=True) as operator:
-        entry = operator.store.snapshot().services.get(parse_owner(service))
-        if entry is None:
-            raise not_there(f"there is no network service {service}")
-        found = [entry.credentials[name] for name in sorted(entry.credentials)]
-        operator.say(
-            {"credentials": [as_json(service, item) for item in found]},
-            "\n".join(line_of(service, item) for item in found) or "no credentials",
-        )
+    tell_all(context, service)
 
 
 @azure_credential_app.command(

@@ -6,6 +6,7 @@
 """
 
 import sys
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
@@ -14,7 +15,7 @@ import typer
 
 from envelope.errors import FormatError
 from proxy.encryption_service.credentials import FileKeyError, new_access_key
-from proxy.operating import not_there, operating, parse_owner, usage_error
+from proxy.operating import Operator, not_there, operating, parse_owner, usage_error
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
 from proxy.tenants.vault_store import add_credential, remove_credential
@@ -25,6 +26,7 @@ s3_credential_app = typer.Typer(
     no_args_is_help=True, help="Access keys of S3 clients, and what their requests are signed with upstream."
 )
 STDIN: Final = Path("-")
+_COMMAND: Final = "s3-credential"
 
 ServiceName = Annotated[
     str, typer.Argument(metavar="TENANT/SERVICE", help="A network service of profile s3.")
@@ -80,62 +82,128 @@ def add(  # noqa: PLR0917 - typer calls it by name
         )
     if [secret_file, upstream_secret_file, session_token_file].count(STDIN) > 1:
         raise CommandError("standard input holds one secret", "use files for the others", ExitCode.USAGE)
-    check_new_file(generated_secret_file)
+    check_new_file(generated_secret_file, option="--write-secret-file")
     with operating(context) as operator:
-        owner = parse_owner(service)
         drawn = new_access_key() if generate else None
         name = drawn.id if drawn is not None else access_key or ""
-        client_secret = drawn.secret if drawn is not None else read_secret(secret_file) or ""
-        try:
-            entry = add_credential(
-                operator.store,
-                owner,
-                name,
-                Secrets(
-                    client_secret=client_secret,
-                    upstream_secret=read_secret(upstream_secret_file),
-                    session_token=read_secret(session_token_file),
-                ),
-                actor=operator.actor,
-                upstream_access_key=upstream_access_key,
-                not_after_s=None
-                if not_after is None
-                else not_after.replace(tzinfo=UTC).timestamp() + 24 * 3600,
-                replace=replace,
-            )
-        except FormatError as error:
-            raise usage_error(error, "see sealgate s3-credential add --help") from None
-        except FileKeyError as error:
-            raise CommandError(
-                str(error), "mend the file keys below proxy.state_dir", ExitCode.FAILED
-            ) from None
-        data: dict[str, object] = {"changed": True, "credential": as_json(service, entry)}
+        kept = Secrets(
+            client_secret=drawn.secret if drawn is not None else read_secret(secret_file) or "",
+            upstream_secret=read_secret(upstream_secret_file),
+            session_token=read_secret(session_token_file),
+        )
+        entry = keep(
+            operator,
+            service,
+            name,
+            kept,
+            command=_COMMAND,
+            upstream_access_key=upstream_access_key,
+            not_after=not_after,
+            replace=replace,
+        )
         if drawn is None:
-            operator.say(data, line_of(service, entry))
+            tell_kept(operator, service, entry)
             return
-        if generated_secret_file is None:
-            data["secret"] = drawn.secret
-            operator.say(
-                data,
-                f"access key {drawn.id}\nsecret     {drawn.secret}\n  keep it now: nobody can read it again",
-            )
-            return
-        try:
-            certificates.write_new_file(generated_secret_file, drawn.secret.encode() + b"\n", mode=0o600)
-        except CredentialError as error:
-            raise CommandError(
-                f"{drawn.id} was added, but its secret was not written: {error}",
-                f"remove it by `sealgate s3-credential remove {service} {drawn.id}`, then repeat",
-                ExitCode.FAILED,
-                code="secret-not-written",
-            ) from None
-        data["secret_file"] = str(generated_secret_file)
-        operator.say(data, f"access key {drawn.id}; its secret is in {generated_secret_file}")
+        hand_over(
+            operator,
+            service,
+            entry,
+            Drawn(secret=drawn.secret, command=_COMMAND, word="secret", label="access key"),
+            generated_secret_file,
+        )
 
 
 @s3_credential_app.command("list", epilog="Example: sealgate s3-credential list acme/s3")
 def list_(context: typer.Context, service: ServiceName) -> None:
     """The access keys, without their secrets."""
+    tell_all(context, service)
+
+
+@s3_credential_app.command("remove", epilog="Example: sealgate s3-credential remove acme/s3 AKIA...")
+def remove(context: typer.Context, service: ServiceName, access_key: AccessKey) -> None:
+    """Requests with this access key are refused as soon as the running proxy has read the directory."""
+    with operating(context) as operator:
+        remove_credential(operator.store, parse_owner(service), access_key, actor=operator.actor)
+        operator.say({"changed": True, "removed": access_key}, f"{access_key} removed from {service}")
+
+
+# ---- for whatever commands keep credentials
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A secret that was drawn here, and the words in which its operator is told of it."""
+
+    secret: str = field(repr=False)
+    command: str
+    """As in `sealgate ...`."""
+    word: str
+    """What it is, and its name in JSON."""
+    label: str
+    """What its owner is."""
+
+
+def keep(
+    operator: Operator,
+    service: str,
+    name: str,
+    secrets: Secrets,
+    *,
+    command: str,
+    upstream_access_key: str | None = None,
+    not_after: datetime | None,
+    replace: bool,
+) -> UpstreamCredential:
+    """Add it to the vault. *not_after*: its last day. CommandError."""
+    end_s = None if not_after is None else not_after.replace(tzinfo=UTC).timestamp() + 24 * 3600
+    try:
+        return add_credential(
+            operator.store,
+            parse_owner(service),
+            name,
+            secrets,
+            actor=operator.actor,
+            upstream_access_key=upstream_access_key,
+            not_after_s=end_s,
+            replace=replace,
+        )
+    except FormatError as error:
+        raise usage_error(error, f"see sealgate {command} add --help") from None
+    except FileKeyError as error:
+        raise CommandError(str(error), "mend the file keys below proxy.state_dir", ExitCode.FAILED) from None
+
+
+def tell_kept(operator: Operator, service: str, entry: UpstreamCredential) -> None:
+    operator.say({"changed": True, "credential": as_json(service, entry)}, line_of(service, entry))
+
+
+def hand_over(
+    operator: Operator, service: str, entry: UpstreamCredential, drawn: Drawn, file: Path | None
+) -> None:
+    """Its operator gets what was drawn, once: shown, or written to the new *file*. CommandError."""
+    name = entry.access_key
+    data: dict[str, object] = {"changed": True, "credential": as_json(service, entry)}
+    if file is None:
+        data[drawn.word] = drawn.secret
+        width = max(len(drawn.label), len(drawn.word))
+        shown = f"{drawn.label:{width}} {name}\n{drawn.word:{width}} {drawn.secret}"
+        operator.say(data, f"{shown}\n  keep it now: nobody can read it again")
+        return
+    try:
+        certificates.write_new_file(file, drawn.secret.encode() + b"\n", mode=0o600)
+    except CredentialError as error:
+        raise CommandError(
+            f"{name} was added, but its {drawn.word} was not written: {error}",
+            f"remove it by `sealgate {drawn.command} remove {service} {name}`, then repeat",
+            ExitCode.FAILED,
+            code="secret-not-written",
+        ) from None
+    data[f"{drawn.word}_file"] = str(file)
+    operator.say(data, f"{drawn.label} {name}; its {drawn.word} is in {file}")
+
+
+def tell_all(context: typer.Context, service: str) -> None:
+    """What the vault has for *service*, without secrets. CommandError."""
     with operating(context, looks=True) as operator:
         entry = operator.store.snapshot().services.get(parse_owner(service))
         if entry is None:
@@ -145,14 +213,6 @@ def list_(context: typer.Context, service: ServiceName) -> None:
             {"credentials": [as_json(service, item) for item in found]},
             "\n".join(line_of(service, item) for item in found) or "no credentials",
         )
-
-
-@s3_credential_app.command("remove", epilog="Example: sealgate s3-credential remove acme/s3 AKIA...")
-def remove(context: typer.Context, service: ServiceName, access_key: AccessKey) -> None:
-    """Requests with this access key are refused as soon as the running proxy has read the directory."""
-    with operating(context) as operator:
-        remove_credential(operator.store, parse_owner(service), access_key, actor=operator.actor)
-        operator.say({"changed": True, "removed": access_key}, f"{access_key} removed from {service}")
 
 
 def read_secret(file: Path | None) -> str | None:
@@ -173,10 +233,11 @@ def read_secret(file: Path | None) -> str | None:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def check_new_file(file: Path | None) -> None:
+def check_new_file(file: Path | None, *, option: str) -> None:
+    """CommandError unless *file*, which *option* names, can be written as a new one."""
     if file is not None and (file.exists() or not file.absolute().parent.is_dir()):
         raise CommandError(
-            f"--write-secret-file {file}: exists, or its directory does not",
+            f"{option} {file}: exists, or its directory does not",
             "name a new file in an existing directory",
             ExitCode.USAGE,
         )
