@@ -23,6 +23,10 @@ from proxy.refusals import RefusedError
 _CONTAINER: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{1,61})[a-z0-9]|\$root|\$web|\$logs|\$blobchangefeed")
 
 
+_SLASHES: Final = re.compile(r"[/\\]")
+_DOTS: Final = frozenset({".", ".."})
+
+
 class Place(StrEnum):
     """What an operation is about."""
 
@@ -80,6 +84,8 @@ def read_target(target: str, *, account_in_path: bool) -> Target:
         if key in parameters:
             raise RefusedError(refusals.BAD_MESSAGE)
         parameters[key] = _decoded(value.replace("+", " "))
+    if not _DOTS.isdisjoint(_SLASHES.split(_decoded(path))):
+        raise RefusedError(refusals.BAD_MESSAGE)  # who resolves them comes to another account's blob
     segments = path.removeprefix("/").split("/")
     account = _decoded(segments.pop(0)) if account_in_path else ""
     container, blob = (_decoded(segments[0]), _decoded("/".join(segments[1:]))) if segments else ("", "")

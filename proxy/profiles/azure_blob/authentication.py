@@ -60,12 +60,14 @@ def authenticate(
     values = head.fields.all("authorization")
     if len(values) > 1:
         raise RefusedError(refusals.AUTHORIZATION_MALFORMED)
-    scheme = values[0].partition(" ")[0].lower() if values else ""
+    if not values:
+        has_token = "sig" in target.parameters and "sv" in target.parameters
+        return Authenticated(standing=Standing.TOKEN if has_token else Standing.ANONYMOUS)
+    scheme = values[0].partition(" ")[0].lower()
+    if scheme == "bearer":
+        return Authenticated(standing=Standing.TOKEN)
     if scheme == "sharedkeylite":
         raise RefusedError(refusals.SHARED_KEY_LITE)
-    if scheme != "sharedkey":
-        has_token = bool(values) or "sig" in target.parameters
-        return Authenticated(standing=Standing.TOKEN if has_token else Standing.ANONYMOUS)
     claim = parse_authorization(values[0])
     if claim is None or "sig" in target.parameters:
         raise RefusedError(refusals.AUTHORIZATION_MALFORMED)

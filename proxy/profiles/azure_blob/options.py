@@ -24,3 +24,6 @@ class AzureBlobOptions(ProfileOptions, frozen=True, kw_only=True):
     """The first segment of a path is the account, not the host's first label: Azurite, other emulators."""
     unknown_keys: UnknownKeys = UnknownKeys.UNCHANGED
     anonymous: Anonymous = Anonymous.ALLOW
+    directories: bool = False
+    """Empty blobs that the service calls directories pass (accounts with a hierarchy of names). The service
+    can then show a reader an empty directory in the place of a blob."""

@@ -185,7 +185,7 @@ class AzureBlobProfile(Profile):
     def plan_answer(
         self, request: Request, plan: Going, answer: AnswerHead, proposed: AnswerPlan
     ) -> AnswerPlan:
-        if (directory := _directory(plan, answer)) is not None:
+        if _options(request).directories and (directory := _directory(plan, answer)) is not None:
             return directory
         if isinstance(proposed, Refuse):
             return proposed
@@ -359,8 +359,9 @@ def _may_come(frame: BodyFrame) -> bool:
 
 
 def _directory(plan: Going, answer: AnswerHead) -> AnswerPlan | None:
-    """A directory of an account with a hierarchy of names: an empty blob that the service itself makes."""
-    if not isinstance(plan, Open | OpenRange | HeadSize) or not 200 <= answer.status < 300:
+    """A directory of an account with a hierarchy of names: an empty blob that the service itself makes.
+    Nobody reads a range of one: by then the object is known."""
+    if not isinstance(plan, Open | HeadSize) or answer.status != 200:
         return None
     fields = answer.fields
     is_directory = (

@@ -56,6 +56,17 @@ def test_an_account_is_one_segment() -> None:
     assert refused("/account1%2Fbox/x/y", account_in_path=True) == refusals.UNKNOWN_ROUTE
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["/box/../b2/c", "/box/a/%2e%2e/c", "/box/./c", "/box/a/..", "/box/..%2fc", "/box/a\\..\\c", "/%2e/c"],
+)
+@pytest.mark.parametrize("account_in_path", [False, True])
+def test_no_path_leads_up(target: str, account_in_path: bool) -> None:
+    assert refused(f"/acct{target}" if account_in_path else target, account_in_path=account_in_path) == (
+        refusals.BAD_MESSAGE
+    )
+
+
 @pytest.mark.parametrize("target", ["/box/%ff", "/box/b?comp=%ff", "/box/b?comp=a&COMP=b", "/box/b?a&a"])
 def test_what_could_be_read_in_two_ways(target: str) -> None:
     assert refused(target) == refusals.BAD_MESSAGE

@@ -125,6 +125,7 @@ def test_others() -> None:
     assert asked(head("GET", f"/box/b?{TOKEN}")).standing is Standing.TOKEN
     assert asked(head("GET", "/box/b", {"authorization": "Bearer x"})).standing is Standing.TOKEN
     assert asked(head("GET", "/box/b")).standing is Standing.ANONYMOUS
+    assert asked(head("GET", "/box/b?sig=x")).standing is Standing.ANONYMOUS, "no token has a signature alone"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,9 @@ def test_others() -> None:
         (head("GET", "/box/b", {"authorization": "SharedKey a"}), refusals.AUTHORIZATION_MALFORMED),
         (head("GET", "/box/b", {"authorization": "sharedkey x:y"}), refusals.AUTHORIZATION_MALFORMED),
         (signed("GET", f"/box/b?{TOKEN}"), refusals.AUTHORIZATION_MALFORMED),
+        (head("GET", "/box/b", {"authorization": "SharedKey\tacct:x"}), refusals.AUTHORIZATION_MALFORMED),
+        (head("GET", "/box/b", {"authorization": "SharedKeyLite\ta:b"}), refusals.AUTHORIZATION_MALFORMED),
+        (head("GET", "/box/b", {"authorization": "x"}), refusals.AUTHORIZATION_MALFORMED),
         (
             RequestHead(
                 method="GET",
@@ -143,7 +147,7 @@ def test_others() -> None:
             refusals.AUTHORIZATION_MALFORMED,
         ),
     ],
-    ids=["lite", "no signature", "scheme", "two ways", "twice"],
+    ids=["lite", "no signature", "scheme", "two ways", "tab", "lite by tab", "no scheme", "twice"],
 )
 def test_what_is_malformed(its: RequestHead, refusal: Refusal) -> None:
     assert refused(its) == refusal

@@ -248,12 +248,19 @@ def test_lists_are_mapped_and_errors_are_not() -> None:
 
 
 def test_directories_of_accounts_with_a_hierarchy() -> None:
-    to = route()
-    for its in (signed("GET", "/box/d"), signed("HEAD", "/box/d")):
-        for mark in ({"x-ms-meta-hdi_isfolder": "true"}, {"x-ms-resource-type": "directory"}):
-            assert isinstance(answered(its, to, {"content-length": "0", **mark}), Pass)
+    """By option alone: else the service could show any blob as an empty one."""
+    to = route(directories=True)
+    ranged = signed("GET", "/box/d", {"x-ms-range": "bytes=0-99"})
+    for mark in ({"x-ms-meta-hdi_isfolder": "true"}, {"x-ms-resource-type": "directory"}):
+        empty = {"content-length": "0", **mark}
+        for its in (signed("GET", "/box/d"), signed("HEAD", "/box/d")):
+            assert isinstance(answered(its, to, empty), Pass)
+            assert not isinstance(answered(its, to, empty, status=206), Pass)
             assert not isinstance(answered(its, to, {"content-length": "50", **mark}), Pass)
-        assert not isinstance(answered(its, to, {"content-length": "0"}), Pass)
+            assert not isinstance(answered(its, to, {"content-length": "0"}), Pass)
+            assert not isinstance(answered(its, route(), empty), Pass)
+        for status in (200, 206):  # by then the object is known
+            assert not isinstance(answered(ranged, to, empty, status=status), Pass)
 
 
 def test_sources_of_copies_are_ours_in_reverse_mode() -> None:
