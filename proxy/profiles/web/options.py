@@ -1,17 +1,21 @@
 """Options of the web profile: which requests bring content, which bring commands, which must not be asked.
 
 1. A rule is named by method, path and, if need be, a parameter of the query. The longest path wins; of equal
-   paths that with a parameter, then that with a method of its own.
-2. A path that could be spelled otherwise may be another rule's: nothing passes there in the clear, and a rule
-   that refuses holds wherever its path lies. Sealing harms nobody.
+   paths those with a parameter. Of several parameters that are asked for the strictest rule holds; of one
+   name that with a method of its own.
+2. A path is looked up as it stands and percent-decoded, rules likewise; the stricter of the two holds. A path
+   that could be spelled otherwise still (dot segments, encoded letters, slashes, percent signs, controls) may
+   be any rule's: nothing passes there in the clear, and a rule that refuses holds. Sealing harms nobody.
 3. A parameter is looked for as servers read it, percent-decoded, where it makes something refused or sealed;
    where it would let something pass in the clear it has to stand there literally.
+4. Upper and lower case differ: of an application that does not care every spelling wants its rule.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Annotated, Final, override
-from urllib.parse import unquote_plus
+from typing import Annotated, Final, NamedTuple, override
+from urllib.parse import unquote, unquote_plus
 
 from msgspec import Meta
 
@@ -27,6 +31,11 @@ class RouteRule(StrEnum):
     SEAL = "seal"  # content, as a whole
     CLEAR = "clear"  # a command (a login, a setting, JSON): it passes as it is, recorded
     REFUSE = "refuse"  # with or without a body: nothing goes on
+
+
+_BY_STRICTNESS: Final = (RouteRule.REFUSE, RouteRule.SEAL, RouteRule.CLEAR)
+# Decoded twice, or cut at a NUL, it would be another path.
+_MISREAD: Final = re.compile(r"%(?:[01][0-9a-f]|25|3b|7f)", re.IGNORECASE)
 
 
 class FieldRule(StrEnum):
@@ -71,34 +80,64 @@ class WebOptions(ProfileOptions, frozen=True, kw_only=True, forbid_unknown_field
     def rule_for(self, method: str, target: str) -> RouteRule | None:
         """The rule of a request; None: there is none."""
         path, _, query = target.partition("?")
-        found = [
-            (rule, prefix, parameter, own)
-            for name, rule in self.routes.items()
-            for own, prefix, parameter in [_taken_apart(name)]
-            if own in (method, "*") and _is_asked(query, parameter, literally=rule is RouteRule.CLEAR)
+        asked = [
+            each
+            for each in map(_taken_apart, self.routes.items())
+            if each.method in (method, "*")
+            and _is_asked(query, each.parameter, literally=each.rule is RouteRule.CLEAR)
         ]
-        if is_ambiguous(path):
-            return _strictest(rule for rule, *_ in found)
-        found = [each for each in found if lies_under(path, each[1])]
-        if not found:
-            return None
-        return max(found, key=lambda each: (len(each[1]), bool(each[2]), each[3] != "*"))[0]
+        if is_ambiguous(path) or _MISREAD.search(path):
+            return _strictest(each.rule for each in asked if each.rule is not RouteRule.CLEAR)
+        as_it_stands = _best([each for each in asked if lies_under(path, each.prefix)])
+        decoded = _best([each for each in asked if lies_under(_decoded(path), _decoded(each.prefix))])
+        readings = {as_it_stands, decoded}
+        if None in readings:
+            readings.discard(RouteRule.CLEAR)
+        return _strictest(each for each in readings if each is not None)
+
+
+class _Route(NamedTuple):
+    method: str
+    prefix: str
+    parameter: str
+    rule: RouteRule
+
+
+def _taken_apart(given: tuple[str, RouteRule]) -> _Route:
+    name, rule = given
+    method, _, rest = name.partition(" ")
+    prefix, _, parameter = rest.partition("?")
+    return _Route(method, prefix, parameter, rule)
+
+
+def _best(found: Sequence[_Route]) -> RouteRule | None:
+    """Rule 1, of routes whose path is right."""
+    if not found:
+        return None
+    rank = max((len(each.prefix), bool(each.parameter)) for each in found)
+    found = [each for each in found if (len(each.prefix), bool(each.parameter)) == rank]
+    own = {each.parameter for each in found if each.method != "*"}
+    return _strictest(each.rule for each in found if each.method != "*" or each.parameter not in own)
 
 
 def _strictest(rules: Iterable[RouteRule]) -> RouteRule | None:
     given = set(rules)
-    return next((rule for rule in (RouteRule.REFUSE, RouteRule.SEAL) if rule in given), None)
-
-
-def _taken_apart(name: str) -> tuple[str, str, str]:
-    """Method, path prefix and parameter (or nothing) of a rule's name."""
-    method, _, rest = name.partition(" ")
-    prefix, _, parameter = rest.partition("?")
-    return method, prefix, parameter
+    return next((rule for rule in _BY_STRICTNESS if rule in given), None)
 
 
 def _is_asked(query: str, parameter: str, *, literally: bool) -> bool:
     if not parameter:
         return True
-    names = [part.partition("=")[0] for part in query.replace(";", "&").split("&")]
-    return parameter in (names if literally else map(unquote_plus, names))
+    if literally:
+        return parameter in _names_in(query)
+    # Also what stands behind an encoded `&` or `;`, and PHP's `name[]`.
+    names = {unquote_plus(name) for name in _names_in(query)} | _names_in(unquote_plus(query))
+    return parameter in {re.split(r"[\[\x00]", name)[0] for name in names}
+
+
+def _names_in(query: str) -> set[str]:
+    return {part.partition("=")[0] for part in query.replace(";", "&").split("&")}
+
+
+def _decoded(path: str) -> str:
+    return unquote(path, errors="surrogateescape")

@@ -4,7 +4,7 @@
    only objects lie, the option `legacy:/PATH=strict` says so.
 2. The files of a form are sealed wherever it is sent to (forms.py). Any other body is content or a command by
    a rule of the options, or is refused.
-3. A form is never a command: a `clear` rule lets no file through.
+3. A form is never a command: a `clear` rule lets no multipart body through.
 4. An archive that is not sealed itself may be one of sealed files, which nobody would open: refused.
 """
 
@@ -159,7 +159,7 @@ class WebProfile(GenericProfile):
                 return _form(request)
             if rule is RouteRule.SEAL:
                 return super().plan(request)
-        if rule is RouteRule.CLEAR and head.method != "OPTIONS" and not _is_form(head):
+        if rule is RouteRule.CLEAR and head.method != "OPTIONS" and not _may_bring_files(head):
             return Converse(
                 edits=request.edits.also(drop=_RANGES),
                 handler=_pass_clear,
@@ -211,6 +211,11 @@ async def _pass_clear(talk: Conversation) -> Decision:
 def _is_form(head: RequestHead) -> bool:
     """Whether any reader could take the body for a form: also where several types are given."""
     return any(_FORM in value.lower() for value in head.fields.all("content-type"))
+
+
+def _may_bring_files(head: RequestHead) -> bool:
+    """Whether a reader of forms could look into the body: some take any multipart type for one."""
+    return any("multipart/" in value.lower() for value in head.fields.all("content-type"))
 
 
 def _form(request: Request) -> RequestPlan:

@@ -69,6 +69,51 @@ def test_where_a_path_is_ambiguous_nothing_is_clear(path: str) -> None:
     assert RULES.rule_for("PUT", path) is RouteRule.REFUSE, "the rule for all methods holds wherever it lies"
 
 
+@pytest.mark.parametrize("refusing", ["POST /files?put", "* /files?put"])
+@pytest.mark.parametrize("stricter", ["refuse", "seal"])
+def test_of_several_parameters_the_strictest_rule_holds(refusing: str, stricter: str) -> None:
+    for routes in (
+        {"POST /files?share": "clear", refusing: stricter},
+        {refusing: stricter, "POST /files?share": "clear"},
+    ):
+        options = WebOptions.of({"routes": routes})
+        assert options.rule_for("POST", "/files?share") is RouteRule.CLEAR
+        assert options.rule_for("POST", "/files?share&put") == stricter
+        assert options.rule_for("POST", "/files?put&share") == stricter
+
+
+@pytest.mark.parametrize(
+    ("stricter", "target"),
+    [
+        ("* /api/files:upload", "/api/files%3Aupload"),
+        ("* /api/@me", "/api/%40me"),
+        ("* /api/a+b", "/api/a%2Bb"),
+        ("* /api/a(b)", "/api/a%28b%29"),
+        ("* /api/größe", "/api/gr%C3%B6%C3%9Fe"),
+        ("* /api/u%C3%A4", "/api/u%c3%a4"),
+        ("* /api/upload", "/api/upload%00"),
+        ("* /api/upload", "/api/%2575pload"),
+        ("* /api/upload", "/api/x%3bupload"),
+        ("* /api/?up", "/api/x?a%3Bup"),
+        ("* /api/?up", "/api/x?a%26up=1"),
+        ("* /api/?up", "/api/x?up[]=1"),
+        ("* /api/?up", "/api/x?up%00"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["refuse", "seal"])
+@pytest.mark.parametrize("clear", ["POST /", "POST /api"])
+def test_no_spelling_leads_around_a_stricter_rule(stricter: str, target: str, rule: str, clear: str) -> None:
+    options = WebOptions.of({"routes": {clear: "clear", stricter: rule}})
+    assert options.rule_for("POST", target) == rule
+    assert options.rule_for("POST", "/api/other%20one") is RouteRule.CLEAR
+
+
+def test_what_only_one_reading_lets_pass_is_not_clear() -> None:
+    options = WebOptions.of({"routes": {"POST /a@b": "clear"}})
+    assert options.rule_for("POST", "/a@b") is RouteRule.CLEAR
+    assert options.rule_for("POST", "/a%40b") is None
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

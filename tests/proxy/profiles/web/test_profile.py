@@ -124,6 +124,12 @@ def test_other_bodies_go_by_rules() -> None:
     assert isinstance(plan("DELETE", *JSON, target="/api"), Converse)
 
 
+@pytest.mark.parametrize("kind", ["multipart/mixed; boundary=a", "x, Multipart/related; boundary=abcdefg"])
+def test_a_command_is_no_multipart_body(kind: str) -> None:
+    """Some readers of forms take any multipart type, and files in it."""
+    assert is_refused(plan("POST", ("Content-Type", kind), ("Content-Length", "9"), target="/api/login"))
+
+
 @pytest.mark.parametrize(
     ("method", "target"),
     [
