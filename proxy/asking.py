@@ -8,6 +8,7 @@ engine's.
 3. Each network service has connections of its own: one tenant's slow service takes none from another's.
 4. A body that fails on its way up ends without an end: the service sees a request that broke off.
 5. Idle time is limited, total time is the caller's affair.
+6. A 2xx to a body whose last piece has not gone up yet is no success: the service cannot have it.
 """
 
 import contextlib
@@ -183,7 +184,7 @@ class Asking:
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S, sock_read=IDLE_S)
         if isinstance(body, bytes) and len(body) > PIECE_BYTES:
             body = _cut(body)  # written at once it would hold everybody else up
-        content = body if body is None or isinstance(body, bytes) else _exactly(body, length or 0)
+        content = body if body is None or isinstance(body, bytes) else _Exactly(body, length or 0)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 answer = await stack.enter_async_context(
@@ -193,6 +194,9 @@ class Asking:
                 )
             except (aiohttp.ClientError, TimeoutError, EOFError, OSError, ValueError) as error:
                 raise AskingError(f"{source.service.upstream}: {type(error).__name__}") from error
+            if isinstance(content, _Exactly) and not content.has_left and 200 <= answer.status < 300:
+                answer.close()
+                raise AskingError(f"{source.service.upstream}: {answer.status} before the body had gone up")
             yield ServiceAnswer(answer)
 
     def _session(self, owner: NetworkService) -> aiohttp.ClientSession:
@@ -216,16 +220,26 @@ async def _cut(body: bytes) -> AsyncIterator[bytes]:
         yield body[at : at + PIECE_BYTES]
 
 
-async def _exactly(pieces: AsyncIterator[bytes], length_bytes: int) -> AsyncIterator[bytes]:
+class _Exactly:
     """*pieces*, if they come to *length_bytes*. The library would leave out what is too much."""
-    left = length_bytes
-    async for piece in pieces:
-        left -= len(piece)
-        if left < 0:
-            break
-        yield piece
-    if left:
-        raise AskingError("the body is not as long as was said")
+
+    def __init__(self, pieces: AsyncIterator[bytes], length_bytes: int) -> None:
+        self._pieces = pieces
+        self._left_bytes = length_bytes
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the last of it is on its way (rule 6)."""
+        return not self._left_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in self._pieces:
+            self._left_bytes -= len(piece)
+            if self._left_bytes < 0:
+                break
+            yield piece
+        if self._left_bytes:
+            raise AskingError("the body is not as long as was said")
 
 
 def host_field(service: ServiceEntry) -> str:

@@ -1,5 +1,6 @@
 """Our own requests to a service: as the client, signed, bounded, and cut where their body fails."""
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -118,6 +119,37 @@ async def test_a_body_is_as_long_as_was_said(yields: int) -> None:
         with pytest.raises(AskingError):
             async with asking.ask(source(origin.port), "PUT", body=pieces(), body_bytes=400_000) as answer:
                 await answer.read(100)
+
+
+@pytest.mark.parametrize(("status", "is_taken"), [(200, False), (201, False), (403, True), (503, True)])
+async def test_no_success_is_believed_before_the_body_has_gone_up(status: int, is_taken: bool) -> None:
+    """The service answers to the head, and reads no more."""
+
+    async def answer_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: 2\r\n\r\nok".encode())
+        await gone.wait()
+        writer.close()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield bytes(1000)
+        await gone.wait()
+        yield bytes(1000)
+
+    gone = asyncio.Event()
+    server = await asyncio.start_server(answer_at_once, "127.0.0.1", 0)
+    async with server, Asking(ssl.create_default_context()) as asking:
+        asked = source(server.sockets[0].getsockname()[1])
+        try:
+            if is_taken:
+                async with asking.ask(asked, "PUT", body=pieces(), body_bytes=2000) as answer:
+                    assert (answer.status, await answer.read(10)) == (status, b"ok")
+            else:
+                with pytest.raises(AskingError, match="before the body had gone up"):
+                    async with asking.ask(asked, "PUT", body=pieces(), body_bytes=2000):
+                        pytest.fail("a success")
+        finally:
+            gone.set()
 
 
 async def test_a_body_of_unknown_length_is_not_sent() -> None:
