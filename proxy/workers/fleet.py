@@ -148,6 +148,8 @@ class Fleet:
         self._revision = directory.revision
         known = {str(owner) for owner in directory.recipients}
         self._latest.forget(self._latest.services() - known)
+        for gone in self._words.keys() - directory.tenants.keys():
+            del self._words[gone]
         with contextlib.suppress(WorkerStuckError):  # it was told to die, and serves nobody if it wakes up
             await self._ask_all(wire.Reload(directory.revision), timeout_s=RELOAD_S)
 
@@ -228,8 +230,10 @@ class Fleet:
             await self._fill(link)
             if link.lives:
                 await link.ask(wire.Reload(self._revision), timeout_s=RELOAD_S)
-            for tenant, word in list(self._words.items()):
-                await link.ask(wire.Tell(tenant, word), timeout_s=START_S)
+            for tenant in list(self._words):
+                # As it is now: another may have come by `tell` while the one before was under way.
+                if (word := self._words.get(tenant)) is not None:
+                    await link.ask(wire.Tell(tenant, word), timeout_s=START_S)
             opened = await link.ask(wire.Open(), timeout_s=START_S)
         except BaseException:
             slot.link = None

@@ -7,7 +7,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from proxy.config import ProxySettings, PushSettings, Settings
+from proxy.environments import Environments, Word
 from proxy.keys.relay import Relayed
+from proxy.tenants.model import Directory
 from proxy.workers import wire
 from proxy.workers.fleet import LONGEST_PAUSE_S, Fleet, pause_s
 from proxy.workers.latest import MAX_ADDED
@@ -92,6 +94,56 @@ async def test_agents_are_asked_to_push_if_a_new_worker_cannot_have_all(site: Si
     await site.fleet.take(relayed("one too many", "acme/b", replaces=False))
     await site.fill(Worker())
     assert site.blind == 2
+
+
+class Starting:
+    """A link to a worker that has just started: it acts in order, and answers later."""
+
+    number, pid, lives = 0, 1, True
+    problems: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.environments = Environments("b")
+        self.told = asyncio.Event()
+
+    async def ask(self, request: wire.Request, *, timeout_s: float) -> wire.Answer:
+        if isinstance(request, wire.Tell):
+            self.environments.put(request.tenant, request.word)
+            self.told.set()
+        await asyncio.sleep(0.01)
+        return wire.Done(())
+
+    async def close(self, *, patience_s: float = 0) -> None:
+        pass
+
+
+def word(state: str, epoch: int) -> Word:
+    return Word(environment="b", state=state, term=1, epoch=epoch)
+
+
+async def test_a_worker_that_is_starting_undoes_no_withdrawal(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Starting()
+
+    async def start(_number: int) -> Starting:
+        return link
+
+    monkeypatch.setattr("proxy.workers.fleet.WorkerLink.start", start)
+    for tenant in ("one", "two"):
+        await site.fleet.tell(tenant, word("active", 5))
+    launching = asyncio.create_task(site.fleet._launch(site.fleet._slots[0]))
+    await link.told.wait()  # of the first; the second is next
+    await site.fleet.tell("two", word("healing", 6))
+    await launching
+    assert not link.environments.refuses("one")
+    assert link.environments.refuses("two")
+
+
+async def test_what_was_said_of_a_removed_tenant_is_forgotten(site: Site) -> None:
+    await site.fleet.tell("one", word("active", 5))
+    await site.fleet.apply(Directory.of(1, [], []))
+    assert not site.fleet._words
 
 
 def test_nobody_serving_is_a_reason_against_readiness_at_once(site: Site) -> None:
