@@ -190,7 +190,7 @@ class NativeObjects:
     def _rings(self, work: Work, caller: Caller, ring: str | None) -> list[NamedKey]:
         """What the caller named, or all data keys that the credential is for. KeyNotFound, AccessDenied."""
         if ring is not None:
-            return [self._calls.find(work, caller, ring)]
+            return [self._calls.describable(work, caller, ring)]
         return [key for key in self._calls.reachable(caller) if key.use is KeyUse.DATA]
 
     def _named(self, work: Work, caller: Caller, rings: Sequence[NamedKey], key_id: KeyId) -> _Tried:

@@ -302,7 +302,10 @@ def test_trials_stay_with_the_tenant_and_the_credential(native: NativeRig) -> No
     assert decrypt(native, anonymous, token=narrow) == FAILED
     assert tried(native) == 1
     assert decrypt(native, ciphertext, token=narrow) == (404, "key-version-unknown")
-    assert decrypt(native, anonymous, token=narrow, ring="orders") == (403, "access-denied")
+    for ring in ("orders", "nothing"):  # what is not for it is the same to it as what is not there
+        assert decrypt(native, anonymous, token=narrow, ring=ring) == (403, "access-denied")
+        assert decrypt(native, anonymous, token=narrow, ring=ring, key_id=key_id) == (403, "access-denied")
+        assert decrypt(native, anonymous, token=narrow, ring=ring, key_id="ab" * 16) == (403, "access-denied")
     encrypts = rig.add_bearer(DialectName.NATIVE, operations=frozenset({Op.ENCRYPT}))
     assert decrypt(native, anonymous, token=encrypts) == FAILED
     assert tried(native) == 0
