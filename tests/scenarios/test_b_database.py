@@ -20,6 +20,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine
 
+from runtime.cli import CommandError
 from tests.environments.site import EnvironmentsSite, SiteEnvironment, environments_site, until
 from tests.postgres import Cluster
 
@@ -70,7 +71,7 @@ async def position(one: SiteEnvironment) -> tuple[int, int, str]:
 async def in_step(site: EnvironmentsSite) -> bool:
     try:
         return len(set(await asyncio.gather(*(position(one) for one in site.environments.values())))) == 1
-    except Exception:  # noqa: BLE001 - one of them is just coming back
+    except (AssertionError, CommandError):  # one of them is just coming back
         return False
 
 
@@ -84,7 +85,7 @@ async def opened(site: EnvironmentsSite, *, patience_s: float) -> dict[str, Any]
                     idempotency_key="the same",
                 )
             )  # fmt: skip
-    except Exception:  # noqa: BLE001 - its database is away, or its agent: that is the point
+    except (AssertionError, CommandError, TimeoutError):  # its database is away, or its agent: the point
         return None
 
 
