@@ -4,9 +4,10 @@
    that shape, has a document type, or lists more blocks than Azure takes, is refused.
 2. In an answer a block is shown by its client's name and plaintext size. The block of the manifest is in no
    list, and neither is one of which nothing is known here: nobody could commit it.
+3. A long list takes seconds: whoever has others to serve reads it in a thread.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -22,7 +23,10 @@ MAX_BLOCKS: Final = 50_000
 MAX_LIST_BYTES: Final = 8 << 20
 """50,000 names of 88 letters with their elements are some 6 MiB."""
 MAX_ANSWER_BYTES: Final = 32 << 20
-"""50,000 committed and 100,000 other blocks."""
+"""Of MAX_SHOWN blocks."""
+MAX_SHOWN: Final = 150_001
+"""50,000 committed and 100,000 other blocks, and the manifest."""
+_SLICE_BYTES: Final = 64 << 10
 _ROOT: Final = "BlockList"
 
 
@@ -162,9 +166,19 @@ def _show(entry: Entry, show: Show) -> bool:
     return True
 
 
-def _parts(document: bytes) -> list[bytes | Entry]:
+def _parts(document: bytes) -> Iterator[bytes | Entry]:
+    rewriter, entries = XmlRewriter(_RULES), 0
     try:
-        rewriter = XmlRewriter(_RULES)
-        return [*rewriter.feed(document), *rewriter.finish()]
+        for parts in _fed(rewriter, document):
+            entries += sum(isinstance(part, Entry) for part in parts)
+            if entries > MAX_SHOWN:
+                raise RefusedError(refusals.SERVICE_ANSWER)
+            yield from parts
     except XmlError:
         raise RefusedError(refusals.SERVICE_ANSWER) from None
+
+
+def _fed(rewriter: XmlRewriter, document: bytes) -> Iterator[list[bytes | Entry]]:
+    for at in range(0, len(document), _SLICE_BYTES):
+        yield rewriter.feed(document[at : at + _SLICE_BYTES])
+    yield rewriter.finish()

@@ -11,6 +11,7 @@
    had it.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ def plan_commit(call: Call, checksums: Checksums) -> RequestPlan:
 
 async def _commit(talk: Conversation, call: Call, checksums: Checksums) -> Decision:
     checksums.check(talk.body)
-    listed = read_block_list(talk.body)
+    listed = await asyncio.to_thread(read_block_list, talk.body)
     upload = upload_of(call)
     rows = await talk.uploads.parts(upload)
     blocks = await _resolved(talk, call, listed, rows)
@@ -189,7 +190,7 @@ async def _committed(talk: Conversation, call: Call) -> dict[object, tuple[str, 
         if answer.status != 200:
             answer.leave()
             return {}
-        names = stored_names(await answer.read(MAX_ANSWER_BYTES))
+        names = await asyncio.to_thread(stored_names, await answer.read(MAX_ANSWER_BYTES))
         etag = answer.fields.sole("etag")
     if not names:
         return {}
@@ -261,7 +262,7 @@ async def _block_list(talk: Conversation, call: Call) -> Decision:
         its = Fields([(name.encode(), value.encode()) for name, value in reply.fields])
     if reply.status != 200:
         return Answer(reply=reply)
-    names = stored_names(reply.body)
+    names = await asyncio.to_thread(stored_names, reply.body)
     found = await talk.inspect(call.target.asking(without=("comp", "blocklisttype"))) if names else None
     fields = [item for item in reply.fields if item[0].lower() != "content-length"]
     if found is not None:
@@ -277,7 +278,8 @@ async def _block_list(talk: Conversation, call: Call) -> Decision:
         return Shown(stem.shown or stored_name, row.part.plain_bytes)
 
     committed = _committed_of(found, names, its.sole("etag"))
-    body = shown_block_list(
+    body = await asyncio.to_thread(
+        shown_block_list,
         reply.body,
         committed=None if committed is None else committed.get,
         uncommitted=uncommitted,

@@ -3,6 +3,7 @@
 import pytest
 
 from proxy import refusals
+from proxy.profiles.azure_blob import block_lists
 from proxy.profiles.azure_blob.block_lists import (
     MAX_BLOCKS,
     Listed,
@@ -92,3 +93,23 @@ def test_an_entry_without_a_name() -> None:
     with pytest.raises(RefusedError) as caught:
         shown_block_list(broken, committed=lambda _name: None, uncommitted=lambda _name: None)
     assert caught.value.refusal == refusals.SERVICE_ANSWER
+
+
+def _listing(blocks: int) -> bytes:
+    made = "".join(f"<Block><Name>Q{n:07}</Name><Size>{n}</Size></Block>" for n in range(blocks))
+    return f"<BlockList><CommittedBlocks>{made}</CommittedBlocks></BlockList>".encode()
+
+
+def test_a_list_of_several_slices_is_whole() -> None:
+    long = _listing(5000)
+    assert stored_names(long) == [f"Q{n:07}" for n in range(5000)]
+    assert shown_block_list(long, committed=None, uncommitted=lambda _name: None) == long
+
+
+def test_no_service_makes_us_hold_more_blocks_than_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_lists, "MAX_SHOWN", 3000)
+    assert len(stored_names(_listing(3000))) == 3000
+    for read in (stored_names, lambda it: shown_block_list(it, committed=None, uncommitted=lambda _: None)):
+        with pytest.raises(RefusedError) as caught:
+            read(_listing(3001))
+        assert caught.value.refusal == refusals.SERVICE_ANSWER
