@@ -13,9 +13,11 @@
    Elected: the election is asked about it; that is the caller's (`Judgement.elected`).
 5. Whoever holds the newest term goes on writing only while its environment counts in the rows known before:
    the last thing that is taken from it is its own withdrawal. Then another one has to follow, unless there
-   is no other one left that could.
+   is no other one left that could. Rows that it has signed since do not begin the next term either.
 6. Two promotions in a split network can have one number. Then the one that was asked for later holds, by the
-   moment that the administrators have signed.
+   moment that the administrators have signed. The other history is judged by ours: what the term that both
+   have says after ours has left it is not newer than what we know. Its holder has lost it, perhaps for a
+   reason, and still has the key.
 """
 
 import bisect
@@ -53,6 +55,8 @@ type Position = tuple[int, int]
 
 WATCHED: Final = frozenset({Kind.ENVIRONMENT, Kind.ADMIN})
 """Kinds of rows that a new term is judged by."""
+_NO_EPOCH_AFTER: Final = 2**63 - 1
+"""No epoch of a term is later."""
 
 
 def term_id(term: int) -> str:
@@ -174,10 +178,8 @@ def judge(tenant: str, known: Known, rows: Iterable[SharedRow]) -> Judgement:
     if mine is not None and forked:
         if (theirs.term, theirs.rank) <= (mine.term, mine.rank):
             return Judgement(terms=known.terms, overruled=True)
-        parting = known.terms.after(common.term)
-        assert parting is not None, "ours goes on after what both have"  # noqa: S101 - for the types
         known = Known(
-            position=(common.term, parting.start - 1),
+            position=(common.term, _NO_EPOCH_AFTER),
             terms=known.terms,
             digests=known.digests,
             bodies=known.bodies,
@@ -201,6 +203,14 @@ def check_goes_on(known: Known, holder: Holder) -> None:
             f"{holder.agent} holds term {holder.term}, but its environment is {withdrawn[0].state}: "
             "another one has to follow (`key-agent env promote` there)"
         )
+
+
+def _goes_on(known: Known, holder: Holder) -> bool:
+    try:
+        check_goes_on(known, holder)
+    except IntegrityError:
+        return False
+    return True
 
 
 def _chain(rows: Iterable[SharedRow]) -> Sequence[_Begun]:
@@ -288,6 +298,8 @@ class _Shown:
                 if (row.term, row.epoch) <= known.position or row.epoch > grounds.built_on.epoch:
                     continue  # not newer than what is known: what is known decides
                 before.check(tenant, row)
+                if not _goes_on(known, before.holder(row.term)):
+                    continue  # rule 5: who was withdrawn shows nothing any more
             self._brought[row.key] = read_body(row.kind, row.body)
 
     def environment(self, body: TermBody) -> EnvironmentBody:

@@ -104,7 +104,7 @@ class Admins:
             payload_sha256=approvals.payload_sha256(text),
             requested_by="test",
             requested_at_ms=at_ms,
-            expires_at_ms=NOW_MS + 3_600_000,
+            expires_at_ms=at_ms + 3_600_000,
             signatures={},
         )
         signed = approvals.statement(TENANT, approval, asked)

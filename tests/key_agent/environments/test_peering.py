@@ -5,10 +5,11 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import text
 
 from envelope.errors import IntegrityError
@@ -17,6 +18,7 @@ from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import DECLARATION_NAME
 from key_agent.environments.peers import HEARTBEAT_PATH, REGISTRY_PATH
+from key_agent.environments.registry_key import read_or_make_registry_key
 from key_agent.environments.registry_lease import Position
 from key_agent.environments.shared import Draft, RegistryTamperedError, StaleTermError
 from key_agent.environments.states import EnvironmentState
@@ -24,6 +26,7 @@ from key_agent.registry.store import RefusedChangeError
 from tests import postgres
 from tests.environments.members import Member, MembersSite, members
 from tests.key_agent.conftest import until
+from tests.key_agent.environments.forger import Forger
 from tests.pki import Tenant
 
 
@@ -33,6 +36,13 @@ async def site(tmp_path: Path, acme: Tenant) -> AsyncIterator[MembersSite]:
         await made.unite()
         await until(lambda: all(serves(made[name]) for name in "abc"))
         yield made
+
+
+class Breached(NamedTuple):
+    """Whose registry key somebody else has."""
+
+    name: str
+    key: Ed25519PrivateKey
 
 
 def serves(member: Member) -> bool:
@@ -290,6 +300,38 @@ async def test_a_manager_that_is_withdrawn_takes_nothing_back(site: MembersSite)
     await site.in_step()
     assert state_of(a, "a") is EnvironmentState.HEALING
     assert b.peering.leads
+
+
+@pytest.mark.parametrize("follows", ["nobody", "b"])
+async def test_a_withdrawn_manager_offers_itself_with_administrators_of_its_own(
+    site: MembersSite, follows: str
+) -> None:
+    """One that is withdrawn may offer a new term of its own; what it signed itself shows nothing."""
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+
+    def withdraw(draft: Draft) -> None:
+        body = draft.shared.environments["a"]
+        gone = msgspec.structs.replace(body, state=EnvironmentState.HEALING, registry_key_exposed=True)
+        draft.put(Kind.ENVIRONMENT, "a", gone)
+
+    await a.change(withdraw)
+    await site.in_step()
+    old = await a.environments.shared.since(0)
+    if follows == "b":
+        await site.promote(b)
+        await site.in_step()
+    forger = Forger(Breached("a", read_or_make_registry_key(a.directory)), old)
+    forger.appoint_itself(2, at_ms=a.now_ms() + 60_000)
+    for number in range(3, b.peering.position.term + 2):
+        forger.follow_itself(number, at_ms=a.now_ms() + 60_000)
+    before = {member.name: member.peering.view.digest for member in (b, c)}
+    for member in (b, c):
+        with pytest.raises(PeerError) as refused:
+            await a.environments.peers.send_delta(member.name, forger.delta())
+        assert refused.value.code == "not_believed"
+        assert member.peering.view.digest == before[member.name]
+        assert state_of(member, "a") is EnvironmentState.HEALING
 
 
 async def test_two_managers_of_one_term_become_one_when_they_meet(site: MembersSite) -> None:

@@ -20,6 +20,7 @@ from key_agent.environments.documents import (
     ApprovalBody,
     Body,
     Delta,
+    EnvironmentBody,
     Grounds,
     Kind,
     SharedRow,
@@ -27,7 +28,6 @@ from key_agent.environments.documents import (
     digest_of,
     read_body,
     row_digest,
-    sign_head,
     sign_row,
 )
 from key_agent.environments.shared import StaleTermError
@@ -35,6 +35,7 @@ from key_agent.environments.states import EnvironmentState
 from key_agent.environments.terms import Holder as TermHolder
 from key_agent.environments.terms import promotion_payload, term_id
 from key_agent.load_balancing.following import Follower
+from tests.key_agent.environments.forger import Forger, used
 from tests.key_agent.environments.registries import (
     ADMINS,
     KID,
@@ -84,64 +85,6 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield made
 
 
-class Forger:
-    """Makes what it likes of rows that it has seen, with the registry key of *holder*."""
-
-    def __init__(self, holder: Holder, seen: Delta) -> None:
-        self.holder = holder
-        self.rows = {row.key: row for row in seen.rows}
-        self.seen = seen
-        self.term, self.epoch = seen.term, seen.epoch_to
-
-    def put(self, kind: Kind, row_id: str, body: Body, *, term: int | None = None, epoch: int = 0) -> None:
-        row = sign_row(
-            self.holder.key,
-            tenant=TENANT,
-            kind=kind,
-            row_id=row_id,
-            body=body,
-            term=self.term if term is None else term,
-            epoch=epoch or self.epoch,
-            signer=f"agent-{self.holder.name}",
-        )
-        self.rows[row.key] = row
-
-    def begin(self, term: int, **more: Any) -> None:
-        """A term of its own, on the newest real head."""
-        newest = max((row for row in self.rows.values() if row.kind is Kind.TERM), key=lambda row: row.id)
-        grounds = Grounds(built_on=self.seen.head, **more)
-        self.term, self.epoch = term, self.seen.epoch_to + 1
-        body = TermBody(
-            agent=f"agent-{self.holder.name}",
-            environment=self.holder.name,
-            registry_key=self.holder.public,
-            since_ms=NOW_MS,
-            cause="by myself",
-            previous=row_digest(newest).hex(),
-            grounds=grounds,
-        )
-        self.put(Kind.TERM, term_id(term), body)
-
-    def delta(self, *, signer: str | None = None) -> Delta:
-        rows = tuple(self.rows.values())
-        digest = digest_of((row.key, row_digest(row)) for row in rows)
-        head = sign_head(self.holder.key, tenant=TENANT, term=self.term, epoch=self.epoch, digest=digest)
-        return Delta(
-            tenant=TENANT,
-            term=self.term,
-            epoch_from=0,
-            epoch_to=self.epoch,
-            rows=rows,
-            digest=digest,
-            signer=signer or f"agent-{self.holder.name}",
-            signature=head.signature,
-        )
-
-
-def used(asked: ApprovalBody) -> ApprovalBody:
-    return msgspec.structs.replace(asked, used_at_ms=NOW_MS, used_for="-")
-
-
 def watched(seen: Delta, *names: tuple[Kind, str]) -> tuple[SharedRow, ...]:
     return tuple(row for row in seen.rows if row.key in names)
 
@@ -183,7 +126,13 @@ def a_row_under_the_managers_name(forger: Forger) -> None:
 
 def itself_active_again(forger: Forger) -> None:
     forger.epoch += 1
-    forger.put(Kind.ENVIRONMENT, "b", forger.holder.environment())
+    forger.put(Kind.ENVIRONMENT, "b", _active(forger))
+
+
+def _active(forger: Forger) -> Body:
+    body = read_body(Kind.ENVIRONMENT, forger.rows[Kind.ENVIRONMENT, forger.holder.name].body)
+    assert isinstance(body, EnvironmentBody)
+    return msgspec.structs.replace(body, state=EnvironmentState.ACTIVE)
 
 
 def a_term_without_a_word_of_why(forger: Forger) -> None:
@@ -245,7 +194,7 @@ def a_term_on_an_elected_one_of_its_own(forger: Forger) -> None:
     mine = Admins("eve", "mallory")
     for kind, name, body in mine.rows():
         forger.put(kind, name, body)
-    forger.put(Kind.ENVIRONMENT, "b", forger.holder.environment())
+    forger.put(Kind.ENVIRONMENT, "b", _active(forger))
     forger.seen = forger.delta()
     approval, asked = _promotion(forger, mine, by="eve mallory")
     names = ((Kind.ENVIRONMENT, "b"), (Kind.ADMIN, "eve"), (Kind.ADMIN, "mallory"))
@@ -258,7 +207,7 @@ def another_history_of_the_first_term(forger: Forger) -> None:
     forger.rows.clear()
     forger.term, forger.epoch = 1, forger.seen.epoch_to + 5
     first = TermBody(
-        agent="agent-b", environment="b", registry_key=forger.holder.public, since_ms=NOW_MS, cause="env init"
+        agent="agent-b", environment="b", registry_key=forger.public, since_ms=NOW_MS, cause="env init"
     )
     forger.put(Kind.TERM, term_id(1), first, epoch=1)
     for row in old.values():
@@ -270,7 +219,7 @@ def _promotion(forger: Forger, admins: Admins, *, by: str = "ann bob") -> tuple[
     payload = promotion_payload(
         agent="agent-b",
         environment="b",
-        registry_key=forger.holder.public,
+        registry_key=forger.public,
         term=forger.seen.term,
         epoch=forger.seen.epoch_to,
         digest=forger.seen.digest,
@@ -471,6 +420,54 @@ async def test_who_was_the_manager_once_rewrites_nothing(site: Site) -> None:
         with pytest.raises(IntegrityError):
             companion.take(make(), agent="agent-a", asked_boot_s=0)
     assert (await site.c.shared.snapshot()).digest == before.digest
+
+
+@pytest.mark.parametrize(
+    ("state", "follows", "why"),
+    [
+        ("healing", False, "no term can begin"),
+        ("healing", True, "no term can begin"),
+        ("retired", True, "no term can begin"),
+        ("active", True, "0 of 2 signatures"),
+    ],
+)
+async def test_a_former_manager_begins_nothing_with_administrators_of_its_own(
+    site: Site, state: str, follows: bool, why: str
+) -> None:
+    """In an epoch that it adds to its old term it is sound again. That term is over, or it may not go on."""
+    if state != "active":
+        await site.set_state(site.a, HEALING, registry_key_exposed=True)
+    await site.a.write((Kind.DEK, KID, key("a", COMPROMISED)))
+    await site.share(site.a)
+    old = await site.a.shared.since(0)
+    if follows:
+        await site.b.promote(ADMINS)
+    if state == "retired":
+        retired = site.a.environment(state=EnvironmentState.RETIRED, registry_key_exposed=True)
+        await site.b.write((Kind.ENVIRONMENT, "a", retired), term=2)
+    await site.share(site.b, site.c)
+    seen = await site.b.shared.since(0)
+
+    def takeover(terms: int) -> Delta:
+        """Approved of later than all that the real administrators have signed."""
+        forger = Forger(site.a, old)
+        forger.appoint_itself(2, at_ms=NOW_MS + 1)
+        for number in range(3, 2 + terms):
+            forger.follow_itself(number, at_ms=NOW_MS + number)
+        return forger.delta()
+
+    for terms in (1, 2):
+        companion = follower(site)
+        companion.take(seen, agent="agent-b", asked_boot_s=0)
+        for member in (site.b, site.c):
+            with pytest.raises(IntegrityError, match=why):
+                await member.take(takeover(terms))
+            now = await member.shared.snapshot()
+            assert (now.digest, now.deks[KID].state) == (seen.digest, COMPROMISED)
+            await member.shared.verify()
+        with pytest.raises(IntegrityError, match=why):
+            companion.take(takeover(terms), agent="agent-a", asked_boot_s=0)
+        assert companion.position == (seen.term, seen.epoch_to)
 
 
 async def test_a_restart_of_the_companion_brings_no_former_manager_back(site: Site) -> None:
