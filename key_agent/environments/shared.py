@@ -3,7 +3,8 @@
 1. One agent writes, the manager; each write is one transaction and the next epoch. The others apply deltas,
    each in one transaction, in the order of epochs; what leaves a gap is refused and asked for again.
 2. A term that is lower than one seen writes nothing (StaleTermError). A higher one may have another history:
-   then its rows replace ours whole, but a key that was more restricted in ours stays so.
+   then its rows replace ours whole, but a key that was more restricted in ours stays so, and one that ours
+   has used is deactivated while the other has not used it yet.
 3. Every row bears the signature of whoever held its term, and the whole two: the head (digest and position),
    signed by the newest term's holder, and a seal, the same signed by this agent, both written in the same
    transaction. The mark (mark.py) says outside of the database how far it was.
@@ -11,7 +12,7 @@
    RegistryTamperedError, and nothing of it is served before it was replaced by what another agent has.
 5. Whether a new term is believed terms.py judges, by the rows that were here before it.
 6. The wraps of a destroyed key are erased where its end is shown to be meant: it was never used, or two
-   administrators have signed it. Without that it is destroyed in name; nothing is lost.
+   administrators have signed it. Without that it is destroyed in name; nothing is lost (endings.py).
 """
 
 import asyncio
@@ -55,7 +56,7 @@ from key_agent.environments.documents import (
     sign_head,
     sign_row,
 )
-from key_agent.environments.endings import may_erase
+from key_agent.environments.endings import check_kept, may_erase
 from key_agent.environments.mark import Mark, MarkError, MarkHolder, read_mark, write_mark
 from key_agent.environments.projection import clear, differences, project
 from key_agent.environments.registry_key import public_text
@@ -348,7 +349,13 @@ class SharedRegistry:
         )
         self._check_own(state, after)
         await self._store(
-            after, rows, before=state.bodies, gone=(), now_ms=now_ms, restrictions={}, also=also
+            after,
+            rows,
+            before=state.bodies,
+            gone=(),
+            now_ms=now_ms,
+            restrictions=self._still_restricted(after),
+            also=also,
         )
         return self._delta(after, draft.epoch - 1)
 
@@ -393,6 +400,7 @@ class SharedRegistry:
             await self._check(delta, state.known, after)
             if after.shared.digest != delta.digest:
                 raise EpochGapError(shared.epoch)  # another history up to here
+            check_kept(state.bodies, after.bodies, changed=[row.key for row in delta.rows])
             restrictions = self._still_restricted(after)
             await self._store(
                 after,
@@ -568,6 +576,8 @@ class SharedRegistry:
         judged = await self._check(delta, known, after)
         if judged.forked:
             await self._lower_mark(after)
+        elif not _leaves(judged.terms, state):
+            check_kept(state.bodies, after.bodies)
         restrictions = self._restrictions_between(state, after)
         gone = [key for key in state.rows if key not in after.rows]
         await self._store(
@@ -638,8 +648,9 @@ class SharedRegistry:
     ) -> None:
         written, removed, shared = list(rows), list(gone), after.shared
 
+        was = _restricted(before, {} if self._mark is None else self._mark.restrictions)
         ended = {
-            row.id: (cast("DekBody | None", before.get(row.key)), cast("DekBody", after.bodies[row.key]))
+            row.id: (cast("DekBody | None", was.get(row.key)), cast("DekBody", after.bodies[row.key]))
             for row in written
             if row.kind is Kind.DEK
         }
@@ -780,14 +791,26 @@ def _restricted(bodies: Mapping[Key, Body], restrictions: Mapping[str, KeyState]
     return changed
 
 
+def _leaves(terms: Terms, ours: _State) -> bool:
+    """Whether a term among *terms*, which follow ours, began before the end of *ours*: another history."""
+    following = terms.after(ours.shared.term)
+    return following is not None and following.start <= ours.shared.epoch
+
+
 def _still(restrictions: Mapping[str, KeyState], after: _State) -> dict[str, KeyState]:
     """Those that the rows of now do not say themselves."""
     kept: dict[str, KeyState] = {}
     for key_id, state in restrictions.items():
         body = after.bodies.get((Kind.DEK, key_id))
+        if not isinstance(body, DekBody):
+            if state is not KeyState.PRE_ACTIVE:
+                kept[key_id] = state  # should it come back, it has been used
+            continue
         taken_away = restrictiveness(state) > restrictiveness(KeyState.DEACTIVATED)
-        if taken_away and isinstance(body, DekBody) and restrictiveness(body.state) < restrictiveness(state):
+        if taken_away and restrictiveness(body.state) < restrictiveness(state):
             kept[key_id] = state
+        elif body.state is KeyState.PRE_ACTIVE and state is not KeyState.PRE_ACTIVE:
+            kept[key_id] = KeyState.DEACTIVATED  # it has sealed: its wraps are not those of an unused key
     return kept
 
 

@@ -1,5 +1,6 @@
 """A key's wraps are erased when its end is meant; a row that says DESTROYED erases nothing by itself."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -7,12 +8,31 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from envelope.errors import IntegrityError
 from envelope.keys import KeyState
 from key_agent.environments import approvals
 from key_agent.environments.approvals import Action
-from key_agent.environments.documents import AdminBody, AdminState, ApprovalBody, Kind
+from key_agent.environments.documents import (
+    AdminBody,
+    AdminState,
+    ApprovalBody,
+    DekBody,
+    Kind,
+    ServiceBody,
+)
 from key_agent.environments.endings import may_erase
-from tests.key_agent.environments.registries import ADMINS, KID, NOW_MS, TENANT, Holder, key, registry_of
+from tests.key_agent.environments.forger import Forger
+from tests.key_agent.environments.registries import (
+    ADMINS,
+    KID,
+    NEXT_KID,
+    NOW_MS,
+    SERVICE,
+    TENANT,
+    Holder,
+    key,
+    registry_of,
+)
 
 DESTROYED = KeyState.DESTROYED
 ADMIN_BODIES = {name: body for _, name, body in ADMINS.rows() if isinstance(body, AdminBody)}
@@ -103,6 +123,109 @@ def test_what_administrators_signed_counts_when_one_of_them_has_left() -> None:
     ended = {KID: (key("a"), key("a", DESTROYED))}
     left = ADMIN_BODIES | {"ann": msgspec.structs.replace(ADMIN_BODIES["ann"], state=AdminState.REMOVED)}
     assert may_erase(TENANT, ended, dict([approval(KID)]), left) == {KID}
+
+
+USED = key("a", activated_at_ms=NOW_MS)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (key("a"), key("a", KeyState.PRE_ACTIVE)),
+        (key("a", KeyState.COMPROMISED), key("a", KeyState.PRE_ACTIVE)),
+        (key("a", DESTROYED), key("a", KeyState.PRE_ACTIVE)),
+        (USED, msgspec.structs.replace(USED, state=KeyState.PRE_ACTIVE)),
+        (USED, key("a")),
+        (USED, key("a", DESTROYED)),
+    ],
+    ids=["active", "compromised", "destroyed", "with-its-time", "time-cleared", "time-cleared-at-its-end"],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["delta", "everything"])
+async def test_a_manager_alone_does_not_make_a_used_key_an_unused_one(
+    pair: tuple[Holder, Holder], was: DekBody, now: DekBody, whole: bool
+) -> None:
+    """Its next word would be that the key is destroyed, and the wraps of an unused key go with it."""
+    a, b = pair
+    await b.take(await a.write((Kind.DEK, KID, was), (Kind.SERVICE, SERVICE, ServiceBody(removed=True))))
+    before = await b.shared.snapshot()
+    delta = await a.write((Kind.DEK, KID, now))
+    with pytest.raises(IntegrityError, match="as if never used"):
+        await b.take(await a.shared.since(0) if whole else delta)
+    await a.write((Kind.DEK, KID, key("a", DESTROYED)))
+    with contextlib.suppress(IntegrityError):
+        await b.take(await a.shared.since(0))
+    assert await wraps(b) == 1
+    assert (await b.shared.snapshot()).epoch >= before.epoch
+    await b.shared.verify()
+
+
+async def test_a_manager_alone_leaves_no_row_out(pair: tuple[Holder, Holder]) -> None:
+    """A key that was gone could come back as one that was never used."""
+    a, b = pair
+    forger = Forger(a, await a.shared.since(0))
+    forger.epoch += 1
+    forger.put(Kind.SERVICE, SERVICE, ServiceBody(removed=True))
+    del forger.rows[Kind.DEK, KID]
+    with pytest.raises(IntegrityError, match="is gone"):
+        await b.take(forger.delta())
+    assert (await b.shared.snapshot()).deks[KID].state is KeyState.ACTIVE
+    # Neither does the next one, in a term that begins where this one ended.
+    await b.promote(ADMINS)
+    follower = Forger(b, await b.shared.since(0))
+    del follower.rows[Kind.DEK, KID]
+    with pytest.raises(IntegrityError, match="is gone"):
+        await a.take(follower.delta())
+    assert (await a.shared.snapshot()).deks[KID].state is KeyState.ACTIVE
+
+
+async def test_what_the_losing_half_of_a_split_has_sealed_with_is_not_erased_by_the_other(
+    pair: tuple[Holder, Holder], tmp_path: Path
+) -> None:
+    """c, promoted later, has never seen the key in use, and gives it up."""
+    a, b = pair
+    async with registry_of(tmp_path, "c") as c:
+        coming = (Kind.DEK, NEXT_KID, key("a", KeyState.PRE_ACTIVE, 2))
+        await b.take(await a.write((Kind.ENVIRONMENT, "c", c.environment()), coming))
+        await b.sql("UPDATE dek_wrap SET dek_id = :kid", kid=NEXT_KID)
+        c.shared.pin("agent-a", a.public)
+        await c.take(await a.shared.since(0))
+        for holder, at_ms in ((b, NOW_MS), (c, NOW_MS + 1)):
+            signed = ADMINS.promotion(holder, await holder.shared.snapshot(), at_ms=at_ms)
+            await holder.shared.begin_term(2, cause="-", now_ms=NOW_MS + 2, approval=signed)
+        used = key("a", KeyState.ACTIVE, 2, activated_at_ms=NOW_MS)
+        await b.write((Kind.DEK, KID, key("a", KeyState.DEACTIVATED)), (Kind.DEK, NEXT_KID, used), term=2)
+        await b.take(await c.shared.since(0))
+        found = await b.sql("SELECT state FROM dek WHERE id = :kid", kid=NEXT_KID)
+        assert [row[0] for row in found] == ["deactivated"]  # it opens what it has sealed
+        await b.shared.verify()
+        given_up = (Kind.DEK, NEXT_KID, key("a", DESTROYED, 2))
+        view = await b.take(await c.write(given_up, term=2))
+        assert view.deks[NEXT_KID].state is DESTROYED
+        assert await wraps(b) == 1
+        await b.shared.verify()
+
+
+async def test_a_key_that_another_history_left_out_does_not_come_back_as_an_unused_one(
+    pair: tuple[Holder, Holder], tmp_path: Path
+) -> None:
+    """c's term goes on from before the key was made; then c, breached, invents it anew and destroys it."""
+    a, b = pair
+    async with registry_of(tmp_path, "c") as c:
+        await b.take(await a.write((Kind.ENVIRONMENT, "c", c.environment())))
+        c.shared.pin("agent-a", a.public)
+        await c.take(await a.shared.since(0))
+        used = (Kind.DEK, NEXT_KID, key("a", KeyState.DEACTIVATED, 2, activated_at_ms=NOW_MS))
+        await b.take(await a.write(used))
+        await b.sql("UPDATE dek_wrap SET dek_id = :kid", kid=NEXT_KID)
+        await c.promote(ADMINS)
+        await c.write((Kind.SERVICE, SERVICE, ServiceBody(rotate_after_days=9)), term=2)
+        view = await b.take(await c.shared.since(0))
+        assert NEXT_KID not in view.deks
+        await b.shared.verify()
+        for state in (KeyState.PRE_ACTIVE, DESTROYED):
+            await b.take(await c.write((Kind.DEK, NEXT_KID, key("a", state, 2)), term=2))
+            await b.shared.verify()
+        assert await wraps(b) == 1
 
 
 def test_a_key_that_was_never_active_goes_with_its_wraps() -> None:
