@@ -7,6 +7,8 @@
    asked from here.
 4. They are of now as long as the environments that are not withdrawn say so: more than half of those whose
    agents are asked, or half of them with the manager's. One agent alone keeps nothing alive.
+5. Of two histories of one term, which two promotions in a split network make, the one may count that is
+   shorter: older rows are late only if the head that they lead to is by whoever holds the term here.
 """
 
 from collections.abc import Iterable
@@ -75,7 +77,10 @@ class Follower:
             raise IntegrityError(f"rows of {delta.tenant} instead of {self._tenant}")
         check_shape(delta)
         if (delta.term, delta.epoch_to) < self.position:
-            return False
+            if self._is_late(delta):
+                return False
+            if delta.epoch_from:
+                raise FormatError("another history of this term")
         if (delta.term, delta.epoch_to) == self.position:
             if delta.digest == self._digest:
                 self._heard(agent, asked_boot_s)
@@ -96,6 +101,17 @@ class Follower:
         self._head, self._digest = delta.signature, delta.digest
         self.term, self.epoch = delta.term, delta.epoch_to
         self._heard(agent, asked_boot_s)
+        return True
+
+    def _is_late(self, delta: Delta) -> bool:
+        """Whether these older rows are of the history that was followed, as far as they show it (rule 5)."""
+        holder = self._terms.newest
+        if holder is None or delta.term < holder.term:
+            return True
+        try:
+            check_head(self._tenant, delta.head, holder.key)
+        except IntegrityError:
+            return False
         return True
 
     def _judged(self, delta: Delta, rows: Iterable[SharedRow], agent: str) -> Terms:
@@ -171,7 +187,9 @@ class Follower:
 
     def anchor(self) -> tuple[int, frozenset[bytes]]:
         """Changes with whatever decides whom to believe next."""
-        return self.term, frozenset(self._known().digests.values())
+        holder = self._terms.newest
+        held = () if holder is None else (holder.digest,)
+        return self.term, frozenset((*held, *self._known().digests.values()))
 
     def everything(self) -> Delta:
         """What was taken, as an agent would give it. FormatError: nothing was."""
