@@ -54,6 +54,7 @@ class MarkHolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             term=self.term,
             start=self.start,
             agent=self.agent,
+            environment="",
             registry_key=self.registry_key,
             digest=bytes.fromhex(self.digest),
             rank=self.rank,

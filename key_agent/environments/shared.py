@@ -369,6 +369,7 @@ class SharedRegistry:
             raise StaleTermError(f"term {after.shared.term} is not this agent's")
         if state.terms.newest is not None:
             judge(self._tenant, state.known, after.rows.values())
+            check_goes_on(state.known, holder)
 
     async def apply(self, delta: Delta, *, now_ms: int) -> None:
         """Take *delta* over (rule 1, 2). Nothing of it holds unless all of it does.

@@ -11,7 +11,8 @@
 4. Appointed: it is the next number, and two administrators, known in the same way, have signed agent, key,
    environment, number, and the registry it goes on from (its epoch, or a later one of the same term).
    Elected: the election is asked about it; that is the caller's (`Judgement.elected`).
-5. Whoever holds the newest term goes on writing only while its environment counts in the rows known before:
+5. Whoever holds the newest term goes on writing only while the environment that the term's row names counts
+   in the rows known before (its agent may have had another one, that was retired):
    the last thing that is taken from it is its own withdrawal. Then another one has to follow, unless there
    is no other one left that could. Rows that it has signed since do not begin the next term either.
 6. Two promotions in a split network can have one number. Then the one that was asked for later holds, by the
@@ -72,6 +73,8 @@ class Holder:
     start: int
     """The epoch that it began with."""
     agent: str
+    environment: str
+    """Its agent's; "": not known."""
     registry_key: str
     digest: bytes
     """Of its row."""
@@ -196,11 +199,12 @@ def check_goes_on(known: Known, holder: Holder) -> None:
     """Rule 5. IntegrityError: what *holder*, whose term is known, writes now is not to be taken."""
     if not known.terms.has(holder):
         return  # a new term: `judge` has judged it
-    environments = [body for body in known.bodies.values() if isinstance(body, EnvironmentBody)]
-    withdrawn = [body for body in environments if body.agent_id == holder.agent and not body.state.counts]
-    if withdrawn and any(body.state.counts for body in environments):
+    environments = {body.name: body for body in known.bodies.values() if isinstance(body, EnvironmentBody)}
+    # By its name: an agent may have had another environment before, that was retired.
+    its = environments.get(holder.environment)
+    if its is not None and not its.state.counts and any(body.state.counts for body in environments.values()):
         raise IntegrityError(
-            f"{holder.agent} holds term {holder.term}, but its environment is {withdrawn[0].state}: "
+            f"{holder.agent} holds term {holder.term}, but its environment is {its.state}: "
             "another one has to follow (`key-agent env promote` there)"
         )
 
@@ -230,6 +234,7 @@ def _chain(rows: Iterable[SharedRow]) -> Sequence[_Begun]:
             term=row.term,
             start=row.epoch,
             agent=body.agent,
+            environment=body.environment,
             registry_key=body.registry_key,
             digest=digest,
             rank=_rank(body.grounds),

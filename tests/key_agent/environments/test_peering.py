@@ -275,7 +275,7 @@ async def test_who_is_withdrawn_brings_nothing(site: MembersSite) -> None:
 
 
 async def test_a_manager_that_is_withdrawn_takes_nothing_back(site: MembersSite) -> None:
-    """Its term goes on until another one follows; what it writes after its own withdrawal nobody takes."""
+    """Its term goes on until another one follows. It writes nothing itself; what is forged nobody takes."""
     a, b, c = (site[name] for name in "abc")
     await site.in_step()
 
@@ -286,14 +286,20 @@ async def test_a_manager_that_is_withdrawn_takes_nothing_back(site: MembersSite)
 
         return change
 
+    sound = a.peering.view.environments["a"]
     await a.change(set_state(EnvironmentState.HEALING))
     await site.in_step()
     epoch = b.peering.position.epoch
-    await a.change(set_state(EnvironmentState.ACTIVE))
-    stale = await a.environments.shared.since(0)
-    for member in (b, c):
+    with pytest.raises(IntegrityError):
+        await a.change(set_state(EnvironmentState.ACTIVE))
+    forger = Forger(
+        Breached("a", read_or_make_registry_key(a.directory)), await a.environments.shared.since(0)
+    )
+    forger.epoch += 1
+    forger.put(Kind.ENVIRONMENT, "a", sound)
+    for member in (a, b, c):
         with pytest.raises(IntegrityError):
-            await member.peering.apply(stale)
+            await member.peering.apply(forger.delta())
     assert state_of(b, "a") is state_of(c, "a") is EnvironmentState.HEALING
     assert b.peering.position.epoch == c.peering.position.epoch == epoch
     await site.promote(b)

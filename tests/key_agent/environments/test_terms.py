@@ -435,9 +435,9 @@ async def test_a_former_manager_begins_nothing_with_administrators_of_its_own(
     site: Site, state: str, follows: bool, why: str
 ) -> None:
     """In an epoch that it adds to its old term it is sound again. That term is over, or it may not go on."""
+    await site.a.write((Kind.DEK, KID, key("a", COMPROMISED)))
     if state != "active":
         await site.set_state(site.a, HEALING, registry_key_exposed=True)
-    await site.a.write((Kind.DEK, KID, key("a", COMPROMISED)))
     await site.share(site.a)
     old = await site.a.shared.since(0)
     if follows:
@@ -468,6 +468,33 @@ async def test_a_former_manager_begins_nothing_with_administrators_of_its_own(
         with pytest.raises(IntegrityError, match=why):
             companion.take(takeover(terms), agent="agent-a", asked_boot_s=0)
         assert companion.position == (seen.term, seen.epoch_to)
+
+
+async def test_an_agent_whose_former_environment_was_retired_leads_in_another(
+    site: Site, tmp_path: Path
+) -> None:
+    """As docs/environments.md has it after a breach of the agent; both bear the same agent's name."""
+    async with registry_of(tmp_path, "old") as old:
+        retired = old.environment(
+            agent_id="agent-b", state=EnvironmentState.RETIRED, registry_key_exposed=True
+        )
+        await site.a.write((Kind.ENVIRONMENT, "old", retired))
+    await site.share(site.a)
+    await site.b.promote(ADMINS)
+    await site.share(site.b)
+    await site.b.write((Kind.DEK, KID, key("a", COMPROMISED)), term=2)
+    companion = follower(site)
+    companion.take(await site.a.shared.since(0), agent="agent-a", asked_boot_s=0)
+    companion.take(await site.b.shared.since(0), agent="agent-b", asked_boot_s=0)
+    assert companion.position == (2, (await site.b.shared.snapshot()).epoch)
+    await site.share(site.b)
+    for member in (site.a, site.c):
+        assert (await member.shared.snapshot()).deks[KID].state is COMPROMISED
+    # Its present one counts as every other's: withdrawn, it writes no more, and notices that itself.
+    await site.b.write((Kind.ENVIRONMENT, "b", site.b.environment(state=HEALING)), term=2)
+    with pytest.raises(IntegrityError, match="another one has to follow"):
+        await site.b.write((Kind.ENVIRONMENT, "b", site.b.environment()), term=2)
+    assert (await site.b.shared.snapshot()).environments["b"].state is HEALING
 
 
 async def test_a_restart_of_the_companion_brings_no_former_manager_back(site: Site) -> None:
