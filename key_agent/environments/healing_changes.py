@@ -5,7 +5,8 @@
 2. It is admitted only after the load balancers have confirmed that healing is over (healing.py asks them),
    and active in one epoch with everything proven there; whatever fails on the way is `healing` again.
 3. A compromised key opens nothing. For a time two persons may let it open objects by way of a rescue, so that
-   they can be read and sealed anew; it never seals.
+   they can be read and sealed anew; it never seals. A signing key opens nothing: with it a rescue would bring
+   back only trust in signatures that anybody may have made.
 4. Its end is destruction, by two persons: when a re-encryption has found nothing left that it sealed, or when
    what is left is given up by its name.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from envelope.keys import TRANSITIONS as KEY_TRANSITIONS
-from envelope.keys import KeyState
+from envelope.keys import KeyState, KeyUse
 from key_agent.environments.approvals import Action, payload_text
 from key_agent.environments.breaches import TRANSITIONS, IncidentEvent, IncidentKind, IncidentState
 from key_agent.environments.documents import EnvironmentBody, IncidentBody, KekBody, Kind
@@ -286,6 +287,11 @@ def rescue(
             raise RefusedChangeError(
                 f"key {key_id} is none that {incident_id} has compromised",
                 f"`key-agent incident scope {incident_id}`",
+            )
+        if dek.use is not KeyUse.DATA:
+            raise RefusedChangeError(
+                f"key {key_id} signs: nothing tells its owner's signatures from those of whoever took it",
+                "leave it out, in an approval of its own",
             )
     if all(shared.deks[key_id].rescue_approval == approval_id for key_id in key_ids):
         return False

@@ -9,11 +9,12 @@
    name. So a breach of one key stops no service.
 4. Only what has a verified wrap here can be presented; what has none is not asked about.
 5. A compromised key that two administrators have let rescue objects opens, until that ends; it never seals.
+   A signing key stays compromised whatever its row says: deactivated, its signatures would count again.
 """
 
 from collections.abc import Mapping, Sequence
 
-from envelope.keys import KeyState
+from envelope.keys import KeyState, KeyUse
 from key_agent.environments.documents import EncryptPolicy
 from key_agent.environments.shared import Shared
 from key_agent.registry.model import HeldKey
@@ -45,6 +46,7 @@ def rescued(shared: Shared, states: Mapping[str, KeyState], *, now_ms: int) -> M
             state is KeyState.COMPROMISED
             and body is not None
             and body.state is KeyState.COMPROMISED
+            and body.use is KeyUse.DATA
             and now_ms < (body.rescue_until_ms or 0)
         ):
             found[key_id] = KeyState.DEACTIVATED

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from envelope.keys import KeyState
+from envelope.keys import KeyState, KeyUse
 from key_agent.environments import healing_changes as healing
 from key_agent.environments import incident_changes as changes
 from key_agent.environments.approvals import Action, ApprovalError
@@ -293,6 +293,18 @@ def test_only_what_the_incident_compromised_is_rescued(world: World) -> None:
     for key in (world.dek["s3-b"], "00" * 16):
         with pytest.raises(RefusedChangeError, match="none that"):
             rescue(world, [key], "a-1", world.now_ms + 1000)
+
+
+def test_a_signing_key_is_not_rescued(world: World) -> None:
+    """Whoever took it has signed with it. Two persons who have signed a list do not change that."""
+    signing = world.dek["box-a"]
+    world.rows.deks[signing] = msgspec.structs.replace(world.rows.deks[signing], use=KeyUse.SIGN)
+    breach(world)
+    keys, until_ms = [world.dek["s3-a"], signing], world.now_ms + 1000
+    approval = world.approve(Action.KEY_RESCUE, "inc-1", healing.rescue_payload(keys, until_ms))
+    with pytest.raises(RefusedChangeError, match="signs"):
+        rescue(world, keys, approval, until_ms)
+    assert world.rows.deks[keys[0]].rescue_until_ms is None
 
 
 # The end of keys.

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from envelope.keys import KeyState
+from envelope.keys import KeyState, KeyUse
 from key_agent.environments.documents import EncryptPolicy, ServiceBody, TenantBody
 from key_agent.environments.presented import present, rescued
 from key_agent.environments.shared import Shared
@@ -85,4 +85,14 @@ def test_a_word_that_was_overruled_rescues_nothing() -> None:
     world = World()
     rows, key_id = world.rows, world.dek["s3-a"]
     rows.deks[key_id] = msgspec.structs.replace(rows.deks[key_id], rescue_until_ms=100)
+    assert rescued(rows, {key_id: C}, now_ms=1) == {key_id: C}
+
+
+def test_a_signing_key_is_not_presented_as_rescued() -> None:
+    """A row that says so was not written by a manager that is sound."""
+    world = World()
+    rows, key_id = world.rows, world.dek["s3-a"]
+    rows.deks[key_id] = msgspec.structs.replace(
+        rows.deks[key_id], state=C, use=KeyUse.SIGN, rescue_until_ms=100
+    )
     assert rescued(rows, {key_id: C}, now_ms=1) == {key_id: C}
