@@ -209,10 +209,19 @@ class Elected(Leadership):
         return True
 
     async def confirm(self, holder: Holder) -> None:
-        """Rule 5. IntegrityError: it was not elected. EtcdError: nobody can tell."""
-        held = await self._client.read(self._key)
-        if held is None or held.create_revision != holder.term:
-            held = await self._client.read(self._key, revision=holder.term)
+        """Rule 5. IntegrityError: it was not elected. EtcdError: nobody can tell.
+
+        Within `keep_alive_s` in all: the shared registry waits, and so does everybody who reads there.
+        """
+        try:
+            async with asyncio.timeout(self._settings.keep_alive_s):
+                held = await self._client.read(self._key)
+                if held is None or held.create_revision != holder.term:
+                    held = await self._client.read(self._key, revision=holder.term)
+        except TimeoutError:
+            raise EtcdError(
+                f"etcd: its members took more than {self._settings.keep_alive_s:g} s together"
+            ) from None
         if held is None or held.create_revision != holder.term or _maker(held.value) != holder.agent:
             raise IntegrityError(f"etcd has not given term {holder.term} to {holder.agent}")
 

@@ -10,6 +10,7 @@ import pytest
 
 from key_agent.environments.etcd import EtcdClient, EtcdError, EtcdSettings
 from key_agent.environments.leadership import MARGIN_S, Appointed, Candidate, Elected
+from key_agent.environments.terms import Holder
 from runtime.clock import SystemClock
 from tests.environments.fault_proxy import Fault, FaultProxy
 from tests.etcd_cluster import EtcdCluster
@@ -179,6 +180,29 @@ async def test_what_a_frozen_process_believed_is_over_when_it_goes_on(etcd: Etcd
         await until(a.term)
         clock.stopped_s += LEASE_S - MARGIN_S
         assert a.term() is None  # before anything else of it has run
+
+
+async def test_a_silent_etcd_keeps_whoever_asks_about_a_term_no_longer_than_its_bound() -> None:
+    """The shared registry is locked meanwhile; each member alone may take as long as all may together."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            await reader.read(-1)
+
+    asked = Holder(term=9, start=1, agent="agent-a", environment="a", registry_key="", digest=b"")
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [
+            await stack.enter_async_context(await asyncio.start_server(silent, "127.0.0.1", 0))
+            for _ in range(3)
+        ]
+        agent = Agent(
+            "b",
+            tuple(f"http://127.0.0.1:{one.sockets[0].getsockname()[1]}" for one in servers),
+            SystemClock(),
+        )
+        async with agent.client:
+            with pytest.raises(EtcdError, match=r"more than 0.5 s together"):
+                await agent.leadership.confirm(asked)
 
 
 async def test_an_etcd_that_answers_nonsense_gives_nobody_a_term() -> None:
