@@ -5,7 +5,8 @@
 2. It is written after each commit and before anything that rests on it leaves. A database that is newer than
    the mark is what a crash between the two leaves: its own seal has to be right then (shared.py).
 3. It also names who holds the newest term, and the digests of the rows that the next one would be judged by
-   (terms.py): when the rows are not to be believed, these say whose rows may take their place.
+   (terms.py), and whether that holder was withdrawn: when the rows are not to be believed, these say whose
+   rows may take their place.
 4. Where a manager's history was overruled by another manager's, keys that were more restricted in it stay so
    (`restrictions`) until the rows of the new one say it too.
 """
@@ -72,6 +73,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Of the newest term."""
     rows: dict[Annotated[str, msgspec.Meta(max_length=200)], Hex] = {}
     """`kind id` -> digest, of environments and administrators."""
+    withdrawn: bool | msgspec.UnsetType = msgspec.UNSET
+    """Of *holder*: what it writes next is not to be taken (terms.py, rule 5). Not there: it may go on."""
     signature: Hex = ""
 
     @property
@@ -82,7 +85,7 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             kind, _, row_id = name.partition(" ")
             digests[Kind(kind), row_id] = bytes.fromhex(digest)
         terms = Terms(() if self.holder is None else (self.holder.held,))
-        return Known(position=self.position, terms=terms, digests=digests)
+        return Known(position=self.position, terms=terms, digests=digests, withdrawn=self.withdrawn is True)
 
     @property
     def position(self) -> tuple[int, int]:

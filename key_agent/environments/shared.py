@@ -17,7 +17,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
@@ -68,6 +68,7 @@ from key_agent.environments.terms import (
     Known,
     Terms,
     check_goes_on,
+    goes_on,
     judge,
     term_id,
 )
@@ -429,6 +430,11 @@ class SharedRegistry:
             rows = await self._registry.transact(_read_rows)
             # What these rows say counts for nothing: anybody may have written it. The mark knows better.
             known = Known() if mark is None else mark.known
+            if mark is not None and (delta.term, delta.epoch_to, delta.digest) == (
+                *mark.position,
+                mark.digest,
+            ):
+                known = replace(known, withdrawn=False)  # what was here itself, the withdrawal last
             await self._replace(_State(rows=rows), known, delta, now_ms)
 
     async def since(self, epoch: int) -> Delta:
@@ -699,6 +705,7 @@ class SharedRegistry:
     async def _write_mark(self, shared: Shared, restrictions: Mapping[str, KeyState], state: _State) -> None:
         """RegistryTamperedError: where it cannot be written, what was stored cannot be proven later."""
         holder = state.terms.newest
+        is_over = holder is not None and not goes_on(state.known, holder)
         await self._keep_mark(
             Mark(
                 tenant=self._tenant,
@@ -709,6 +716,7 @@ class SharedRegistry:
                 restrictions=dict(restrictions),
                 holder=None if holder is None else MarkHolder.of(holder),
                 rows={f"{key[0]} {key[1]}": digest.hex() for key, digest in state.known.digests.items()},
+                withdrawn=True if is_over else msgspec.UNSET,
             )
         )
 

@@ -154,6 +154,8 @@ class Known:
     """Of these rows, where they are to be believed."""
     pins: Mapping[str, str] = field(default_factory=dict)
     """Registry keys by agent, of who may hold a term for somebody who knows no rows yet."""
+    withdrawn: bool = False
+    """All that is known of the environment of the newest term's holder, where there are no bodies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +201,9 @@ def check_goes_on(known: Known, holder: Holder) -> None:
     """Rule 5. IntegrityError: what *holder*, whose term is known, writes now is not to be taken."""
     if not known.terms.has(holder):
         return  # a new term: `judge` has judged it
+    newest = known.terms.newest
+    if known.withdrawn and newest is not None and newest.digest == holder.digest:
+        raise IntegrityError(f"{holder.agent} holds term {holder.term}, but is known as withdrawn")
     environments = {body.name: body for body in known.bodies.values() if isinstance(body, EnvironmentBody)}
     # By its name: an agent may have had another environment before, that was retired.
     its = environments.get(holder.environment)
@@ -209,7 +214,8 @@ def check_goes_on(known: Known, holder: Holder) -> None:
         )
 
 
-def _goes_on(known: Known, holder: Holder) -> bool:
+def goes_on(known: Known, holder: Holder) -> bool:
+    """`check_goes_on`, as a word."""
     try:
         check_goes_on(known, holder)
     except IntegrityError:
@@ -303,7 +309,7 @@ class _Shown:
                 if (row.term, row.epoch) <= known.position or row.epoch > grounds.built_on.epoch:
                     continue  # not newer than what is known: what is known decides
                 before.check(tenant, row)
-                if not _goes_on(known, before.holder(row.term)):
+                if not goes_on(known, before.holder(row.term)):
                     continue  # rule 5: who was withdrawn shows nothing any more
             self._brought[row.key] = read_body(row.kind, row.body)
 

@@ -621,3 +621,31 @@ async def test_a_restored_registry_believes_whom_the_mark_knows(site: Site) -> N
     await site.c.shared.restore(await site.b.shared.since(0), now_ms=NOW_MS)
     await site.c.shared.verify()
     assert (await site.c.shared.snapshot()).term == 2
+
+
+@pytest.mark.parametrize("begins", [False, True])
+async def test_a_restored_registry_does_not_believe_a_manager_that_it_knew_as_withdrawn(
+    site: Site, begins: bool
+) -> None:
+    """The rows that said so are gone from c's database; a, breached, is the first to offer some."""
+    assert b"withdrawn" not in site.c.mark.read_bytes()  # as marks were before they could say it
+    await site.set_state(site.a, HEALING)
+    await site.share(site.a)
+    real = await site.a.shared.since(0)
+    await site.c.sql("DELETE FROM shared_row")
+    forger = Forger(site.a, real)
+    if begins:
+        forger.appoint_itself(2)
+    else:
+        forger.epoch += 1
+        forger.put(Kind.ENVIRONMENT, "a", site.a.environment())
+    with pytest.raises(IntegrityError):
+        await site.c.shared.restore(forger.delta(), now_ms=NOW_MS)
+    # What was there may be there again, and whoever follows brings more.
+    await site.c.shared.restore(await site.b.shared.since(0), now_ms=NOW_MS)
+    assert (await site.c.shared.snapshot()).environments["a"].state is HEALING
+    await site.b.promote(ADMINS)
+    await site.c.sql("DELETE FROM shared_row")
+    await site.c.shared.restore(await site.b.shared.since(0), now_ms=NOW_MS)
+    await site.c.shared.verify()
+    assert (await site.c.shared.snapshot()).term == 2
