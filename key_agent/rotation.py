@@ -126,6 +126,8 @@ class RotationLoop:
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._open: tuple[Rotation, ...] = ()
+        self._patient: tuple[Rotation, ...] = ()
+        """Those of them that wait for somebody."""
         self._looked_at_s: float | None = None
         self._not_before_s = 0.0
         """On the boot clock, as these:"""
@@ -241,9 +243,10 @@ class RotationLoop:
 
     def _next_look_s(self) -> float:
         """Until the first phase runs out, a minute at most."""
-        left_s = map(self._left_s, self._open)
-        # One that is over and still open has a problem: a minute is soon enough for that.
-        return min([LOOK_S, *(some_s + 0.001 for some_s in left_s if some_s > 0)])
+        # One that was over when it was looked at has a problem, or is carried on: a minute is soon enough. One
+        # that has run out since is looked at again at once.
+        left_s = map(self._left_s, self._patient)
+        return min([LOOK_S, *(some_s + 0.001 if some_s > 0 else 0.0 for some_s in left_s)])
 
     def _now_ms(self) -> int:
         return int(self._clock.wall_s() * 1000)
@@ -256,6 +259,7 @@ class RotationLoop:
         self._ends_s = {phase: ends_s for phase, ends_s in self._ends_s.items() if phase in phases}
         decided = self._decided(self._open)
         self._note_waiting(decided)
+        self._patient = tuple(rotation for rotation, decision in decided if decision.step is Step.WAIT)
         to_activate = [(r, d.waiting_for) for r, d in decided if d.step is Step.ACTIVATE]
         to_finish = [(r, d.waiting_for) for r, d in decided if d.step is Step.FINISH]
         activated = await self._activate(to_activate)

@@ -13,6 +13,7 @@ import asyncio
 import heapq
 import itertools
 import time
+from collections.abc import Coroutine
 
 # 2027-01-15; inside the validity of every certificate of tests/pki.py.
 WALL_S = 1_800_000_000.0
@@ -34,12 +35,16 @@ class ManualClock:
     def wall_s(self) -> float:
         return self._wall_s
 
-    async def sleep(self, delay_s: float) -> None:
-        if delay_s <= 0:
+    def sleep(self, delay_s: float) -> Coroutine[None, None, None]:
+        """Until *delay_s* after this call: not after the moment in which a task begins to wait for it."""
+        return self._sleep_until(self._boot_s + delay_s) if delay_s > 0 else asyncio.sleep(0)
+
+    async def _sleep_until(self, deadline_s: float) -> None:
+        if deadline_s <= self._boot_s:
             await asyncio.sleep(0)
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._sleepers, (self._boot_s + delay_s, next(self._order), future))
+        heapq.heappush(self._sleepers, (deadline_s, next(self._order), future))
         await future
 
     @property
