@@ -243,8 +243,8 @@ class RotationLoop:
 
     def _next_look_s(self) -> float:
         """Until the first phase runs out, a minute at most."""
-        # One that was over when it was looked at has a problem, or is carried on: a minute is soon enough. One
-        # that has run out since is looked at again at once.
+        # One that was over when it was looked at has a problem, or is carried on: a minute is soon enough.
+        # One that has run out since is looked at again at once.
         left_s = map(self._left_s, self._patient)
         return min([LOOK_S, *(some_s + 0.001 if some_s > 0 else 0.0 for some_s in left_s)])
 
