@@ -5,7 +5,9 @@
 3. What is collected is decided in `request` and `response`, and leaves as what was approved there, or not.
 4. Every use of a key is in the audit log before a byte it changes moves on; if it cannot be, it is not used.
 5. A connection is the tenant's at whose listener it came in; if that becomes another's, it is no one's. Who
-   uses a forward proxy is asked before anything else, and again when the directory has changed.
+   uses a forward proxy is asked before anything else, and again when the directory has changed. Each request
+   outside of a tunnel is judged by what it shows itself: a proxy in front may send several users' requests
+   on one connection. It stays one tenant's all the same: the connections to services are that tenant's.
 6. It holds no policy: where to is routing.py's, what may be the planner's and the profiles', how it is
    carried out exchange.py's.
 """
@@ -61,7 +63,7 @@ class _Client:
     holder: Holder | None
     """Whose the listener was when the client came, then whose the client is; None: nobody's yet."""
     identity: Identity | None = None
-    """None: not asked yet, for want of a request."""
+    """Of the request that came last, or of the CONNECT; None: not asked yet, for want of a request."""
     checked: tuple[int, float] = (0, 0.0)
     """The directory's revision and the time when the identity was last found to hold."""
     certificates: tuple[x509.Certificate, ...] = ()
@@ -201,6 +203,8 @@ class SealgateAddon:
     async def http_connect(self, flow: HTTPFlow) -> None:
         host, port = flow.request.host, flow.request.port
         client = self._client_of(flow)
+        if client.connected is not None:
+            raise RefusedError(refusals.BAD_MESSAGE)  # it is a tunnel already
         identity = self._identified(client, Fields(flow.request.headers.fields))
         self._refuse_healing(identity)
         spec = flow.client_conn.proxy_mode.full_spec
@@ -289,12 +293,14 @@ class SealgateAddon:
             raise RefusedError(refusals.ENV_HEALING)
 
     def _identified(self, client: _Client, fields: Fields) -> Identity:
-        """Whose user the client is. RefusedError if that cannot be told, or not any more."""
+        """Whose user asks. RefusedError if that cannot be told, or it is another tenant's than before."""
         listener = self._listener(client.connection)
         if listener is None:
             raise RefusedError(refusals.UNMANAGED_HOST)
-        if client.identity is not None:
-            return client.identity
+        before = client.identity
+        if before is not None and (listener.service is not None or client.connected is not None):
+            return before
+        now_s = self._clock.wall_s()
         found = identify(
             {entry.tenant: entry.access for entry in listener.tenants},
             Shown(
@@ -304,9 +310,12 @@ class SealgateAddon:
                 authorization=tuple(fields.all("proxy-authorization")),
             ),
             self._routing().directory.users,
-            now_s=self._clock.wall_s(),
+            now_s=now_s,
         )
+        if before is not None and found.tenant != before.tenant:
+            raise RefusedError(refusals.USER_MISMATCH)
         client.identity, client.holder = found, listener.holder(found.tenant)
+        client.checked = (self._routing().directory.revision, now_s)
         return found
 
     # ---- answers

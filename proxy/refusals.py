@@ -146,8 +146,8 @@ USER_NETWORK: Final = _refusal(
 USER_MISMATCH: Final = _refusal(
     403,
     "user-mismatch",
-    "Client certificate and proxy credentials belong to different tenants.",
-    "Use both of one tenant.",
+    "Client certificate and proxy credentials, or two requests of one connection, are of different tenants.",
+    "Use those of one tenant, and a connection of its own for each tenant.",
 )
 
 TOO_MANY: Final = _refusal(
@@ -347,6 +347,26 @@ UPLOADS_UNAVAILABLE: Final = _refusal(
     "The database that remembers uploads in parts cannot be used, so nothing was acknowledged.",
     _ADMIN + ": see the log.",
     retry_after_s=10,
+)
+UPLOAD_LOST: Final = _refusal(
+    410,  # clients begin a new upload then
+    "upload-lost",
+    "Nothing is known of this upload, or it cannot be gone on with: its state is lost, another key is active,"
+    " or other content came for a place that was sealed.",
+    "Start the upload over.",
+)
+UPLOAD_BUSY: Final = _refusal(
+    503,
+    "upload-busy",
+    "Another request of this upload is being served.",
+    "Ask where the upload is, and go on there.",
+    retry_after_s=1,
+)
+CONTENT_CODING: Final = _refusal(
+    501,
+    "content-coding",
+    "The service undoes this coding when it serves the object, and what it stores is not coded but sealed.",
+    "Upload without a Content-Encoding, or name the coding in the object's name.",
 )
 CONTENT_TOO_LARGE: Final = _refusal(
     400,

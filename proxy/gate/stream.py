@@ -76,6 +76,10 @@ from proxy.refusals import Refusal, RefusedError
 LINGER_S: Final = 5.0
 """How long a client may go on sending an upload that was refused, so that it comes to read the answer."""
 
+_LAST: Final = (refusals.BAD_MESSAGE, refusals.USER_MISMATCH)
+"""Their answer ends an HTTP/1 connection. Others may see the end of a bad message elsewhere: what follows it
+is nobody's request. A proxy in front that pools its connections opens another one for another tenant."""
+
 type Commands = Generator[commands.Command, Any, None]
 
 log = logging.getLogger(__name__)
@@ -748,8 +752,7 @@ class GuardedStream(http.HttpStream):
             yield from self._cut_client()
         else:
             flow.response = _response_for(told, permit(flow).shape)
-            # Others may see the end of a bad message elsewhere: what follows it is nobody's request.
-            yield from self._answer(flow.response, is_last=told is refusals.BAD_MESSAGE)
+            yield from self._answer(flow.response, is_last=told in _LAST)
         yield from self._retire()
         if not self._error_hooked:
             self._error_hooked = True
