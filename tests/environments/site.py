@@ -31,7 +31,7 @@ from typing import Any, Final
 import aiohttp
 
 from certs import pki as dev_pki
-from envelope.keys import NetworkService
+from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
 from key_agent import api
 from proxy.encryption_service.credentials import new_bearer
 from proxy.encryption_service.model import DialectName
@@ -154,11 +154,14 @@ class SiteProxy:
             return bool((await self.health("/livez"))[0])
         return False
 
-    def host(self, tenant: pki.Tenant, service: str) -> Path:
+    def host(
+        self, tenant: pki.Tenant, service: str, *, use: str = "data", algorithm: str | None = None
+    ) -> Path:
         """Have it host *service*; the file of the certificate to tell the agent."""
         owner = NetworkService(TENANT, service)
         entries = ServiceStore(self.store)
-        csr = entries.add_key(owner, actor="test")
+        signs = None if algorithm is None else SigningAlgorithm(algorithm)
+        csr = entries.add_key(owner, use=KeyUse(use), algorithm=signs, actor="test")
         signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
         self.store.import_certificate(owner, signed, actor="test")
         file = pki.write_certificate(signed, self.config.parent / f"{service}.pem")
@@ -221,10 +224,10 @@ class SiteEnvironment:
         assert answer is not None, "the agent does not run"
         return answer
 
-    async def add_service(self, service: str, proxy: SiteProxy, tenant: pki.Tenant, **more: object) -> None:
+    async def add_service(self, service: str, proxy: SiteProxy, tenant: pki.Tenant, **more: str) -> None:
         """Have *proxy* host *service*, and its agent know it. The agent runs."""
         known = proxy.certificate_files.get(service)
-        file = known or proxy.host(tenant, service)
+        file = known or proxy.host(tenant, service, **more)
         await self.ask(
             "service_add", service=service, proxy=proxy.name, certificate_pem=file.read_text(), **more
         )
@@ -294,7 +297,7 @@ class EnvironmentsSite:
         rows = (await seen_by.ask("env_list"))["environments"]
         return any(row["environment"] == name and row["state"] == "active" for row in rows)
 
-    async def add_service(self, service: str, **more: object) -> None:
+    async def add_service(self, service: str, **more: str) -> None:
         """Provision *service* at every proxy of every environment: keys are made, wrapped and pushed.
 
         *more*: `use` and `algorithm`, for signing keys. The agents run.
