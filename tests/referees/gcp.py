@@ -1,6 +1,10 @@
 """gcp-storage-emulator: Google's JSON API with resumable uploads, by a third party; HAProxy in front for TLS.
 
-It checks no credentials and few digests: it judges that Google's client gets along, not that it is refused.
+1. It checks no credentials and few digests: it judges that Google's client gets along, not that it is
+   refused. Of its own, and not Google's: no preconditions, no update by PUT, no DELETE of a session,
+   `Range: bytes=0-0` for a session that has nothing, `http` in mediaLink. strict_gcs.py judges those.
+2. It believes that it speaks HTTP in the clear: HAProxy mends the scheme of a session's Location, without
+   which no client could go on by TLS.
 """
 
 import asyncio
@@ -10,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.ports import free_port
-from tests.referees.tls_front import clean_environment, ended, listening, tls_front
+from tests.referees.tls_front import clean_environment, ended, http_front, listening
 
 EMULATOR = Path(__file__).parents[2] / ".venv-referees" / "bin" / "gcp-storage-emulator"
 BUCKET = "referee-bucket"
@@ -50,7 +54,10 @@ async def gcp_storage(directory: Path, certificate_file: Path, key_file: Path) -
         )  # fmt: skip
         try:
             await listening(plain_port, process)
-            async with tls_front(directory, certificate_file, key_file, backend_port=plain_port) as port:
+            rules = [r"http-response replace-header Location ^http://(.*)$ https://\1"]
+            async with http_front(
+                directory, certificate_file, key_file, backend_port=plain_port, rules=rules
+            ) as port:
                 yield GcpStorage(port, home, log)
         finally:
             await ended(process)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from tests.ports import free_port
@@ -18,14 +18,21 @@ async def tls_front(
     """The port of 127.0.0.1 at which *backend_port* can be reached by TLS (HTTP/1.1)."""
     port = free_port()
     settings = _write_settings(directory, certificate_file, key_file, port, backend_port)
-    process = await asyncio.create_subprocess_exec(
-        HAPROXY, "-db", "-q", "-f", str(settings), stderr=asyncio.subprocess.DEVNULL
-    )
-    try:
-        await listening(port, process)
+    async with _running(settings, port):
         yield port
-    finally:
-        await ended(process)
+
+
+@contextlib.asynccontextmanager
+async def http_front(
+    directory: Path, certificate_file: Path, key_file: Path, *, backend_port: int, rules: Sequence[str]
+) -> AsyncIterator[int]:
+    """The same as HTTP, with HAProxy's own *rules* for what passes."""
+    port = free_port()
+    settings = _write_settings(
+        directory, certificate_file, key_file, port, backend_port, mode="http", rules=rules
+    )
+    async with _running(settings, port):
+        yield port
 
 
 @contextlib.asynccontextmanager
@@ -34,13 +41,22 @@ async def host_front(
 ) -> AsyncIterator[int]:
     """The same before a referee that speaks TLS: requests reach it with *host* in their Host field."""
     port = free_port()
-    settings = _write_settings(directory, certificate_file, key_file, port, backend_port, host=host)
+    rule = f"http-request set-header Host {host}"
+    settings = _write_settings(
+        directory, certificate_file, key_file, port, backend_port, mode="http", rules=[rule], tls=True
+    )
+    async with _running(settings, port):
+        yield port
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: Path, port: int) -> AsyncIterator[None]:
     process = await asyncio.create_subprocess_exec(
         HAPROXY, "-db", "-q", "-f", str(settings), stderr=asyncio.subprocess.DEVNULL
     )
     try:
         await listening(port, process)
-        yield port
+        yield
     finally:
         await ended(process)
 
@@ -52,15 +68,15 @@ def _write_settings(
     port: int,
     backend_port: int,
     *,
-    host: str | None = None,
+    mode: str = "tcp",
+    rules: Sequence[str] = (),
+    tls: bool = False,
 ) -> Path:
     pair = directory / f"front-{port}.pem"
     pair.touch(mode=0o600)
     pair.write_bytes(certificate_file.read_bytes() + key_file.read_bytes())
     settings = directory / f"front-{port}.cfg"
-    mode, rule, tls = "tcp", "", ""
-    if host is not None:
-        mode, rule, tls = "http", f"http-request set-header Host {host}", "ssl verify none"
+    lines = "\n    ".join(rules)
     settings.write_text(
         f"""\
 global
@@ -73,8 +89,8 @@ defaults
     timeout server 120s
 listen tls
     bind 127.0.0.1:{port} ssl crt {pair} alpn http/1.1
-    {rule}
-    server referee 127.0.0.1:{backend_port} {tls}
+    {lines}
+    server referee 127.0.0.1:{backend_port} {"ssl verify none" if tls else ""}
 """,
         encoding="ascii",
     )
