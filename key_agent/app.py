@@ -255,7 +255,12 @@ async def opened(
             following = Following(agent, others.peering)
             others.tasks.append(("following", following.run))
             others.telling = telling = Telling.of(
-                others.peering, transport=transport, targets=agent.targets, journal=journal, clock=clock
+                others.peering,
+                consent=agent.consent,
+                transport=transport,
+                targets=agent.targets,
+                journal=journal,
+                clock=clock,
             )
             others.tasks.append(("telling", telling.run))
             others.key_parts = keys = KeyParts(agent, others)

@@ -6,7 +6,8 @@
    log or terminal but cut and printable.
 3. A kept connection that has died is replaced at once, and the request sent again: every request of the
    protocol can be repeated.
-4. The own certificate's files are read again when they change.
+4. The own certificate's files are read again when they change. With another revocation list every connection
+   is made anew: who is on the list would go on answering on one that is open.
 """
 
 import asyncio
@@ -65,7 +66,7 @@ class PeerTransport:
     def __init__(self, *, trust: PeerTrust, certificate_file: Path, key_file: Path) -> None:
         self._trust = trust
         self._files = (certificate_file, key_file)
-        self._version: tuple[int, ...] = ()
+        self._version: tuple[object, ...] = ()
         self._clients: dict[PeerAddress, aiohttp.ClientSession] = {}
 
     async def request(
@@ -136,7 +137,7 @@ class PeerTransport:
             raise PeerError("unreachable", f"{peer.agent_id} at {peer.url}: {_reason(error)}") from error
 
     async def _client(self, peer: PeerAddress) -> aiohttp.ClientSession:
-        version = _version(*self._files)
+        version = (*_version(*self._files), *self._trust.standing())
         if version != self._version:
             await self.close()
             self._version = version

@@ -57,6 +57,12 @@ class PeerTrust:
             self._revocations.check((leaf, self._root), now_s=now_s)
         return found.name
 
+    def standing(self) -> tuple[object, ...]:
+        """Differs when who was believed may not be believed any more: open connections are of no use then."""
+        if self._revocations is None:
+            return ()
+        return self._revocations.standing(now_s=self._clock.wall_s())
+
     def client_context(self, certificate_file: Path, key_file: Path, *, agent_id: str) -> ssl.SSLContext:
         """For connections to *agent_id* alone. OSError, ValueError if an own file is no good."""
         trust = self

@@ -5,6 +5,9 @@
 2. It has been told once it is in force there. Who cannot be told is tried again; its keys end by themselves.
 3. A proxy that restarted has forgotten it. Every RESTATE_S the word is said again, which costs a kilobyte.
 4. An environment by itself, without shared rows, tells nobody anything.
+5. One that is active while its KEK cannot be used (an HSM that hangs, a refused login, a revoked KEK) says
+   that it is draining, so load balancers send callers to the others. Its proxies go on with the keys that
+   they have, as long as those are valid and not taken back.
 """
 
 import asyncio
@@ -14,6 +17,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
 
+from key_agent.consent import Consent, Standing
+from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentWord, PushError, Transport
@@ -23,6 +28,7 @@ from runtime.clock import Clock
 
 if TYPE_CHECKING:
     from key_agent.environments.peering import Peering
+    from key_agent.environments.standing import Verdict
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +37,8 @@ TIMEOUT_S: Final = 5.0
 CONCURRENT: Final = 128
 _FIRST_RETRY_S: Final = 0.25
 _MAX_RETRY_S: Final = 5.0
+_USABLE: Final = frozenset({Standing.CONSENTED, Standing.UNPROVEN})
+"""What is known of the KEK while there is no reason to go elsewhere (rule 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +76,33 @@ class Telling:
 
     @classmethod
     def of(
-        cls, peering: "Peering", *, transport: Transport, targets: Targets, journal: Journal, clock: Clock
+        cls,
+        peering: "Peering",
+        *,
+        consent: Consent,
+        transport: Transport,
+        targets: Targets,
+        journal: Journal,
+        clock: Clock,
     ) -> "Telling":
-        """What *peering*'s verdict says, from now on."""
+        """What *peering*'s verdict and the KEK's standing say, from now on."""
 
         def word() -> EnvironmentWord | None:
             if not peering.is_united:
                 return None
-            verdict, position = peering.verdict, peering.position
+            position = peering.position
+            state, reason = said(peering.verdict, consent.standing)
             return EnvironmentWord(
                 environment=peering.environment,
-                state=verdict.state,
-                reason=None if verdict.reason is None else verdict.reason[:500],
+                state=state,
+                reason=None if reason is None else reason[:500],
                 term=position.term,
                 epoch=position.epoch,
             )
 
         telling = cls(transport=transport, targets=targets, journal=journal, clock=clock, word=word)
         peering.listen(lambda _view: telling.wake())
+        consent.listen(lambda _change: telling.wake())
         return telling
 
     @property
@@ -157,3 +174,10 @@ class Telling:
             else:
                 log.warning("a proxy does not know what its environment is", proxy=name, cause=error)
         self._wake.set()
+
+
+def said(verdict: "Verdict", kek: Standing) -> tuple[str, str | None]:
+    """State and reason that the proxies are told (rule 5)."""
+    if verdict.state == EnvironmentState.ACTIVE and kek not in _USABLE:
+        return EnvironmentState.DRAINING, f"its KEK cannot be used now: {kek}"
+    return verdict.state, verdict.reason

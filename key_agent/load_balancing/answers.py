@@ -5,6 +5,8 @@
 2. Unknown is down: a server nobody configured, an environment that stands in no row, rows that are old, a
    server that does not answer.
 3. A weight is never 0: for HAProxy that would be another word for drain.
+4. A server that drains by its own word alone, since its HSM is silent, has keys for some minutes. While
+   another one is up it drains; the last one goes on.
 """
 
 from collections.abc import Mapping
@@ -28,9 +30,16 @@ class Report:
 
 
 def answer(
-    state: EnvironmentState | None, report: Report | None, *, is_fresh: bool, weight: int = FULL_WEIGHT
+    state: EnvironmentState | None,
+    report: Report | None,
+    *,
+    is_fresh: bool,
+    weight: int = FULL_WEIGHT,
+    is_last: bool = False,
 ) -> str:
-    """One line. *state*: of the environment, by the newest rows; *is_fresh*: whether they are of now."""
+    """One line. *state*: of the environment, by the newest rows; *is_fresh*: whether they are of now.
+    *is_last*: no other server is up (rule 4).
+    """
     if not is_fresh or state is None:
         return "down #unknown\n"
     match state:
@@ -39,13 +48,28 @@ def answer(
                 return "down #silent\n"
             if not report.serves:
                 return f"down #{_word(report.state)}\n"
-            if EnvironmentState.DRAINING in (state, report.state):
+            if state is EnvironmentState.DRAINING or (drains_by_itself(state, report) and not is_last):
                 return "drain\n"
             return f"up ready {min(max(weight, MIN_WEIGHT), FULL_WEIGHT)}%\n"
         case EnvironmentState.PROVISIONING | EnvironmentState.JOINING | EnvironmentState.RETIRED:
             return "maint\n"
         case _:
             return f"down #{state}\n"
+
+
+def is_up(line: str) -> bool:
+    """Whether HAProxy sends requests after this answer."""
+    return line.startswith("up ")
+
+
+def drains_by_itself(state: EnvironmentState | None, report: Report | None) -> bool:
+    """Whether the server's own word is that it drains, and the rows do not ask for it."""
+    return (
+        state is EnvironmentState.ACTIVE
+        and report is not None
+        and report.serves
+        and report.state == EnvironmentState.DRAINING
+    )
 
 
 def _word(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`key-agent lb config`, `key-agent lb watchdog`, `key-agent lb-agent`: what runs beside HAProxy.
+"""`key-agent lb config`, `lb watchdog`, `lb status`, `key-agent lb-agent`: what runs beside HAProxy.
 
 They have a settings file of their own and need no key agent on their machine.
 """
@@ -9,8 +9,9 @@ import subprocess
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Never
+from typing import Annotated, Any, Final, Never
 
+import msgspec
 import structlog
 import typer
 from cryptography import x509
@@ -18,8 +19,9 @@ from cryptography import x509
 from key_agent.load_balancing import settings as lb_settings
 from key_agent.load_balancing.haproxy_config import haproxy_config
 from key_agent.load_balancing.lb_agent import LbAgent, StateFileError, watch
+from key_agent.load_balancing.sights import STATUS_QUESTION, LbStatus
 from runtime import lifecycle, observe
-from runtime.cli import CommandError, ExitCode
+from runtime.cli import CommandError, ExitCode, Options
 from runtime.clock import SystemClock
 from runtime.settings import SettingsError
 
@@ -30,6 +32,8 @@ SettingsFile = Annotated[
     Path, typer.Option("--lb-config", help="The companion's settings (docs/environments.md).")
 ]
 _DEFAULT = Path("/etc/sealgate/lb-agent.toml")
+_STATUS_S: Final = 5.0
+_MAX_STATUS_BYTES: Final = 4 << 20
 
 
 @lb_app.command("config", epilog="Example: key-agent lb config --check > /etc/haproxy/haproxy.cfg")
@@ -72,6 +76,48 @@ def watchdog(lb_config: SettingsFile = _DEFAULT) -> None:
         )
 
     lifecycle.run(main)
+
+
+@lb_app.command("status", epilog="Example: key-agent lb status")
+def status(context: typer.Context, lb_config: SettingsFile = _DEFAULT) -> None:
+    """What the lb-agent that runs here answers, whom it believes, and why not."""
+    mine = _settings(lb_config).lb_agent
+    try:
+        found = msgspec.json.decode(asyncio.run(_ask(mine.host, mine.port)), type=LbStatus)
+    except (OSError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
+        raise CommandError(
+            f"the lb-agent at {mine.host}:{mine.port} does not answer ({type(error).__name__})",
+            f"start it: key-agent lb-agent --lb-config {lb_config}",
+            ExitCode.UNAVAILABLE,
+        ) from None
+    options: Options[Any] = context.obj
+    options.emit(msgspec.to_builtins(found), lambda: _status_lines(found))
+
+
+async def _ask(host: str, port: int) -> bytes:
+    async with asyncio.timeout(_STATUS_S):
+        reader, writer = await asyncio.open_connection(host, port, limit=_MAX_STATUS_BYTES)
+        try:
+            writer.write(f"{STATUS_QUESTION}\n".encode())
+            return await reader.readline()
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+
+def _status_lines(found: LbStatus) -> str:
+    lines = [
+        f"{found.load_balancer}: term {found.term}, epoch {found.epoch}"
+        + ("" if found.stale is None else f"; EVERY SERVER IS DOWN: {found.stale}")
+    ]
+    for agent in found.agents:
+        cause = "" if agent.cause is None else f": {agent.cause}"
+        ago = "never heard" if agent.heard_s is None else f"heard {agent.heard_s:g} s ago"
+        lines.append(f"agent {agent.agent}  {agent.word}{cause} ({ago})")
+    for one in found.servers:
+        rows, own = one.state or "in no row", one.says or "silent"
+        lines.append(f"server {one.server}  {one.answer}  ({one.environment}: {rows}; itself: {own})")
+    return "\n".join(lines)
 
 
 def lb_agent(lb_config: SettingsFile = _DEFAULT) -> None:

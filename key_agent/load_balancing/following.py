@@ -11,7 +11,7 @@
    shorter: older rows are late only if the head that they lead to is by whoever holds the term here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from envelope.errors import FormatError, IntegrityError
@@ -159,6 +159,11 @@ class Follower:
         body = self._bodies.get((Kind.TENANT, self._tenant))
         return float(body.registry_lease_s) if isinstance(body, TenantBody) else _LEASE_S
 
+    @property
+    def heard(self) -> Mapping[str, float]:
+        """By agent: when it was asked last that answered with these rows."""
+        return self._heard_boot_s
+
     def heard_boot_s(self) -> float:
         """When any agent was asked last that answered with these rows."""
         return max(self._heard_boot_s.values(), default=NEVER_S)
@@ -211,7 +216,9 @@ class Follower:
         """Begin with what `everything` gave in an earlier life. IntegrityError, FormatError: damaged."""
         terms = Terms.of(delta.rows)
         holder = terms.newest
-        if delta.tenant != self._tenant or delta.epoch_from or holder is None:
+        if delta.tenant != self._tenant:
+            raise FormatError(f"it is of tenant {delta.tenant}, and this is a companion of {self._tenant}")
+        if delta.epoch_from or holder is None:
             raise FormatError("not what this program has written")
         if digest_of((row.key, row_digest(row)) for row in delta.rows) != delta.digest:
             raise IntegrityError("the rows are not all that their digest is of")

@@ -5,6 +5,7 @@
    acknowledgement is sent only after every later check will be answered by the new state.
 3. Nothing here decides anything: states are the signed rows', answers answers.py's.
 4. Whom it believes is kept in a file: a restart does not bring back a manager that was followed by another.
+5. Whom it does not believe, and why, stands in the log and in the answer to STATUS_QUESTION (sights.py).
 """
 
 import asyncio
@@ -25,9 +26,25 @@ from key_agent.environments.documents import decode_delta, encode_delta
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peers import REGISTRY_PATH
-from key_agent.load_balancing.answers import FULL_WEIGHT, Report, answer, smoothed, weights
-from key_agent.load_balancing.following import Follower
+from key_agent.load_balancing.answers import (
+    FULL_WEIGHT,
+    Report,
+    answer,
+    drains_by_itself,
+    is_up,
+    smoothed,
+    weights,
+)
+from key_agent.load_balancing.following import NEVER_S, Follower
 from key_agent.load_balancing.settings import AgentAddress, Rule, Server, Settings, manager_of
+from key_agent.load_balancing.sights import (
+    STATUS_QUESTION,
+    AgentSight,
+    AgentSights,
+    LbStatus,
+    ServerSight,
+    Word,
+)
 from key_agent.push.revocations import Revocations
 from runtime.clock import Clock
 from runtime.files import replace_file
@@ -86,6 +103,8 @@ class LbAgent:
         self._reports: dict[str, tuple[Report, float]] = {}
         self._latencies_s: dict[str, float] = {}
         self._lines: dict[str, str] = {}
+        self._sights = AgentSights(agent.id for agent in settings.agents)
+        self._stale: str | None = None
         self._acked: dict[str, tuple[int, int]] = {}
         self.port = 0
 
@@ -124,24 +143,81 @@ class LbAgent:
             async with asyncio.timeout(_CHECK_S):
                 line = await reader.readuntil(b"\n")
                 name = line[:_MAX_NAME_BYTES].decode("ascii").strip()
-                writer.write(self.line(name).encode("ascii"))
+                if name == STATUS_QUESTION:
+                    writer.write(msgspec.json.encode(self.status()) + b"\n")
+                else:
+                    writer.write(self.line(name).encode("ascii"))
                 await writer.drain()
         writer.close()
 
     def line(self, name: str) -> str:
         """What is answered for the server *name* at this moment."""
         server = next((one for one in self._settings.servers if one.name == name), None)
-        state = None if server is None else self._follower.state_of(server.environment)
-        made = answer(state, self._report(name), is_fresh=self._is_fresh(), weight=self._weight(name))
+        made = self._answer(name, server)
         if self._lines.get(name) != made and server is not None:
             log.info("answers HAProxy", server=name, answer=made.strip())
             self._lines[name] = made
         return made
 
-    def _is_fresh(self) -> bool:
+    def _answer(self, name: str, server: Server | None) -> str:
+        state = None if server is None else self._follower.state_of(server.environment)
+        report, stale = self._report(name), self.stale()
+        if stale != self._stale:
+            self._stale = stale
+            log.log(logging.INFO if stale is None else logging.ERROR, "what the rows say of now", stale=stale)
+        is_last = drains_by_itself(state, report) and not any(
+            is_up(
+                answer(
+                    self._follower.state_of(one.environment), self._report(one.name), is_fresh=stale is None
+                )
+            )
+            for one in self._settings.servers
+            if one.name != name
+        )
+        return answer(state, report, is_fresh=stale is None, weight=self._weight(name), is_last=is_last)
+
+    def stale(self) -> str | None:
+        """Why the rows are not of now; None: they are."""
         now_s, follower = self._clock.boot_s(), self._follower
-        is_heard = now_s - follower.heard_boot_s() <= self._settings.lb_agent.stale_s
-        return is_heard and now_s - follower.proven_boot_s() <= follower.lease_s
+        heard_s, proven_s = follower.heard_boot_s(), follower.proven_boot_s()
+        if heard_s == NEVER_S:
+            return "no agent's rows were believed since this program began"
+        if now_s - heard_s > self._settings.lb_agent.stale_s:
+            return f"no agent has answered with these rows for {self._settings.lb_agent.stale_s:g} s"
+        if now_s - proven_s > follower.lease_s:
+            return f"no majority of the environments was heard for {follower.lease_s:g} s"
+        return None
+
+    def status(self) -> LbStatus:
+        """All of it, for people."""
+        now_s = self._clock.boot_s()
+        term, epoch = self._follower.position
+        heard = self._follower.heard
+        return LbStatus(
+            load_balancer=self._settings.lb_agent.id,
+            term=term,
+            epoch=epoch,
+            stale=self.stale(),
+            agents=tuple(
+                AgentSight(
+                    agent=agent.id,
+                    word=self._sights.word(agent.id)[0],
+                    cause=self._sights.word(agent.id)[1],
+                    heard_s=round(now_s - heard[agent.id], 1) if agent.id in heard else None,
+                )
+                for agent in self._settings.agents
+            ),
+            servers=tuple(
+                ServerSight(
+                    server=one.name,
+                    environment=one.environment,
+                    state=self._follower.state_of(one.environment),
+                    says=None if (report := self._report(one.name)) is None else report.state,
+                    answer=self.line(one.name).strip(),
+                )
+                for one in self._settings.servers
+            ),
+        )
 
     def _report(self, name: str) -> Report | None:
         report, at_s = self._reports.get(name, (None, 0.0))
@@ -160,7 +236,7 @@ class LbAgent:
     # ---- looking
 
     async def _follow(self, agent: AgentAddress) -> NoReturn:
-        address, everything, was_reached = PeerAddress(agent.url, agent.id), False, True
+        address, everything = PeerAddress(agent.url, agent.id), False
         while True:
             began_s = self._clock.boot_s()
             epoch = 0 if everything else self._follower.needs()
@@ -171,16 +247,15 @@ class LbAgent:
                 delta = decode_delta(content)
                 self._follower.take(delta, agent=agent.id, asked_boot_s=began_s)
                 await self._keep()
-                was_reached, everything = True, False
+                everything = False
+                self._sights.note(agent.id, Word.BELIEVED)
             except PeerError as error:
-                if was_reached:
-                    log.warning("an agent is not reached", agent=agent.id, cause=str(error))
-                was_reached = False
+                self._sights.note(agent.id, Word.UNREACHED, str(error))
             except (FormatError, IntegrityError) as error:
                 if not everything:
                     everything = True  # another history: all of it
                     continue
-                log.warning("an agent's rows are not believed", agent=agent.id, cause=str(error))
+                self._sights.note(agent.id, Word.DOUBTED, str(error))
             await self._clock.sleep(self._settings.lb_agent.poll_s)
 
     async def _keep(self) -> None:
@@ -224,7 +299,7 @@ class LbAgent:
         while True:
             position, now_s = self._follower.position, self._clock.boot_s()
             is_new = self._acked.get(agent.id) != position
-            if position > (0, 0) and (is_new or now_s - last_s >= _ACK_S) and self._is_fresh():
+            if position > (0, 0) and (is_new or now_s - last_s >= _ACK_S) and self.stale() is None:
                 ack = LbAck(
                     load_balancer=self._settings.lb_agent.id,
                     term=position[0],

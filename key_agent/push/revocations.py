@@ -73,6 +73,11 @@ class Revocations:
         ends = [crl.next_update_utc for crl in self._lists.by_issuer.values() if crl.next_update_utc]
         return min(ends, default=None)
 
+    def standing(self, *, now_s: float) -> tuple[object, ...]:
+        """Differs when `check` may answer otherwise than before: other lists, or one that has ended."""
+        end = self.next_update()
+        return (self._lists.version, end is not None and datetime.fromtimestamp(now_s, UTC) > end)
+
     def check(self, chain: Sequence[x509.Certificate], *, now_s: float) -> None:
         """CertificateError "revoked" or "revocation-list" if one of *chain* (leaf first, root last) is not
         to be believed. The chain itself has been verified.

@@ -291,6 +291,39 @@ async def test_a_revoked_server_is_not_spoken_to(acme: Tenant, make_side: Callab
         assert refused.value.code == "tls"
 
 
+async def test_a_server_that_is_taken_back_is_not_spoken_to_on_an_open_connection(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    file = a.directory / "crl.pem"
+    file.write_bytes(_revocation_list(acme.root, a.clock))
+    a.revocations = Revocations(file, acme.root.certificate)
+    async with b.serving() as peer, a.transport() as transport:
+        await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        a.clock.shift(1)
+        file.write_bytes(_revocation_list(acme.root, a.clock, b.credential.certificate))
+        assert a.revocations.refresh()
+        for _ in range(2):
+            with pytest.raises(PeerError, match="revoked") as refused:
+                await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+            assert refused.value.code == "tls"
+
+
+async def test_when_the_revocation_list_has_ended_nobody_is_spoken_to(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    file = a.directory / "crl.pem"
+    file.write_bytes(_revocation_list(acme.root, a.clock))
+    a.revocations = Revocations(file, acme.root.certificate)
+    async with b.serving() as peer, a.transport() as transport:
+        await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        a.clock.shift(3601)
+        with pytest.raises(PeerError, match="ended") as refused:
+            await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
+        assert refused.value.code == "tls"
+
+
 async def test_refusals_keep_their_code(acme: Tenant, make_side: Callable[..., Side]) -> None:
     a, b = make_side(acme, "a"), make_side(acme, "b")
     async with b.serving() as peer, a.transport() as transport:

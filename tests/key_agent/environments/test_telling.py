@@ -6,7 +6,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import override
 
-from key_agent.environments.telling import RESTATE_S, Telling
+import pytest
+
+from key_agent.consent import EnvironmentStanding, Standing
+from key_agent.environments.standing import Verdict
+from key_agent.environments.telling import RESTATE_S, Telling, said
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentWord
@@ -105,3 +109,26 @@ async def test_one_that_is_away_is_told_when_it_is_back(tmp_path: Path) -> None:
         )
         away.down = False
         await until(lambda: site.all_act_on(1), timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    ("state", "kek", "expected"),
+    [
+        ("active", Standing.CONSENTED, "active"),
+        ("active", Standing.UNPROVEN, "active"),
+        ("active", Standing.SILENT, "draining"),
+        ("active", Standing.LOGIN_REFUSED, "draining"),
+        ("active", Standing.REVOKED, "draining"),
+        ("active", Standing.SUSPENDED, "draining"),
+        ("draining", Standing.SILENT, "draining"),
+        ("healing", Standing.SILENT, "healing"),
+        ("rejoining", Standing.REVOKED, "rejoining"),
+    ],
+)
+def test_an_active_environment_whose_kek_cannot_be_used_drains(
+    state: str, kek: Standing, expected: str
+) -> None:
+    verdict = Verdict(EnvironmentStanding.SERVES, state, "said before")
+    told, reason = said(verdict, kek)
+    assert told == expected
+    assert reason == ("said before" if told == state else f"its KEK cannot be used now: {kek}")

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from key_agent.environments.states import EnvironmentState
-from key_agent.load_balancing.answers import Report, answer, smoothed, weights
+from key_agent.load_balancing.answers import Report, answer, is_up, smoothed, weights
 
 ACTIVE = EnvironmentState.ACTIVE
 SERVES = Report(serves=True, state="active", latency_s=0.001)
@@ -37,6 +37,21 @@ def test_the_worst_of_both(state: EnvironmentState | None, report: Report | None
     line = answer(state, report, is_fresh=True)
     assert line == expected + "\n"
     assert _ALLOWED.fullmatch(line)
+
+
+def test_the_last_one_whose_hsm_is_silent_goes_on() -> None:
+    """Nobody else is up, and it has keys. What the rows drain or withdraw is no last one."""
+    silent = Report(serves=True, state="draining", latency_s=1)
+    assert answer(ACTIVE, silent, is_fresh=True) == "drain\n"
+    assert answer(ACTIVE, silent, is_fresh=True, is_last=True) == "up ready 100%\n"
+    assert answer(EnvironmentState.DRAINING, silent, is_fresh=True, is_last=True) == "drain\n"
+    assert answer(EnvironmentState.HEALING, silent, is_fresh=True, is_last=True) == "down #healing\n"
+    assert answer(ACTIVE, silent, is_fresh=False, is_last=True) == "down #unknown\n"
+    gone = Report(serves=False, state="draining", latency_s=1)
+    assert answer(ACTIVE, gone, is_fresh=True, is_last=True) == "down #draining\n"
+    assert answer(ACTIVE, None, is_fresh=True, is_last=True) == "down #silent\n"
+    assert not is_up("drain\n")
+    assert is_up(answer(ACTIVE, SERVES, is_fresh=True))
 
 
 @pytest.mark.parametrize("state", [None, *EnvironmentState])

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import override
 
 import msgspec
 import pytest
+from cryptography import x509
 
 from envelope.certificates import Role
 from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
@@ -18,6 +20,7 @@ from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.haproxy_config import haproxy_config
 from key_agent.load_balancing.lb_agent import LbAgent, watch
 from key_agent.load_balancing.settings import AgentAddress, Settings
+from key_agent.load_balancing.sights import LbStatus, Word
 from runtime.clock import SystemClock
 from tests.environments.members import Member, MembersSite, members
 from tests.key_agent.conftest import until
@@ -29,6 +32,7 @@ from tests.key_agent.load_balancing.balanced import (
     settings_for,
     until_answers,
 )
+from tests.key_agent.push.revocation_lists import make_list, write_lists
 from tests.pki import make_tenant, write_certificate, write_credential
 from tests.ports import free_port
 
@@ -155,10 +159,102 @@ async def test_rows_that_nobody_signed_move_nothing(world: World, tmp_path: Path
     )
     task = asyncio.create_task(doubting.run())
     await until(lambda: world.says("a") == "up ready 100%")
-    await asyncio.sleep(1)
+    await until(lambda: {one.word for one in doubting.status().agents} == {Word.DOUBTED})
     assert doubting.line("a") == "down #unknown\n"
+    told = doubting.status()
+    assert told.stale == "no agent's rows were believed since this program began"
+    assert all(one.cause and one.heard_s is None for one in told.agents)
+    assert {one.answer for one in told.servers} == {"down #unknown"}
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_who_asks_is_told_whom_it_believes(world: World) -> None:
+    """By the port that HAProxy asks; `key-agent lb status` shows the same."""
+    await until(lambda: world.says("a") == "up ready 100%")
+    await world.site["b"].stop()
+    world.planes["c"].serves, world.planes["c"].state = False, "healing"
+
+    async def told() -> LbStatus:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.agent.port)
+        writer.write(b"?status\n")
+        line = await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+        return msgspec.json.decode(line, type=LbStatus)
+
+    found = await told()
+    async with asyncio.timeout(30):
+        while found.agents[1].word is not Word.UNREACHED or found.servers[2].says != "healing":
+            found = await told()
+    assert found.agents[0].word is Word.BELIEVED
+    assert found.stale is None
+    assert found.epoch == world.site["a"].peering.view.epoch
+    assert [one.answer for one in found.servers] == ["up ready 100%", "up ready 100%", "down #healing"]
+    assert found.agents[1].cause is not None
+    assert found.agents[1].heard_s is not None, "it was heard before"
+
+
+async def test_an_hsm_that_is_silent_drains_its_environment_but_not_the_last_one(world: World) -> None:
+    await until(lambda: world.says("a") == "up ready 100%")
+    world.planes["a"].state = "draining"
+    await until(lambda: world.says("a") == "drain")
+    assert world.says("b") == "up ready 100%"
+    for name in "bc":
+        world.planes[name].state = "draining"
+    await until(lambda: {world.says(name) for name in "abc"} == {"up ready 100%"})
+    world.planes["b"].state = "active"
+    await until(lambda: [world.says(name) for name in "abc"] == ["drain", "up ready 100%", "drain"])
+
+
+async def test_an_agent_that_the_root_has_taken_back_is_not_believed(world: World, tmp_path: Path) -> None:
+    """B's certificate is listed while a connection to it is open; then the list itself is too old."""
+    tenant, site = world.site.tenant, world.site
+    listed = tmp_path / "crl.pem"
+    now = datetime.now(UTC) - timedelta(seconds=20)
+    write_lists(listed, make_list(tenant.root, last_update=now, days=1))
+    clock = _Hasty()
+    mine = msgspec.structs.replace(
+        world.settings.lb_agent, port=0, state_file=tmp_path / "other.rows", revocation_list_file=listed
+    )
+    companion = LbAgent(
+        msgspec.structs.replace(world.settings, lb_agent=mine),
+        root=tenant.root.certificate,
+        clock=clock,
+    )
+    task = asyncio.create_task(companion.run())
+    try:
+        await until(lambda: companion.line("a") == "up ready 100%\n", timeout_s=30)
+        await until(lambda: {one.word for one in companion.status().agents} == {Word.BELIEVED}, timeout_s=30)
+        revoked = x509.load_pem_x509_certificate(site["b"].files[0].read_bytes())
+        write_lists(listed, make_list(tenant.root, [revoked], last_update=now + timedelta(seconds=1), days=1))
+        await until(lambda: companion.status().agents[1].word is Word.UNREACHED, timeout_s=30)
+        assert "revoked" in str(companion.status().agents[1].cause)
+        assert companion.status().agents[0].word is Word.BELIEVED
+        clock.ahead_s = 2 * 86400.0
+        await until(lambda: "ended" in str(companion.status().agents[0].cause), timeout_s=30)
+        assert companion.line("a") == "down #unknown\n"
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class _Hasty(SystemClock):
+    """Wakes early; its wall clock can be ahead."""
+
+    ahead_s = 0.0
+
+    @override
+    def wall_s(self) -> float:
+        return super().wall_s() + self.ahead_s
+
+    @override
+    def boot_s(self) -> float:
+        return super().boot_s() + self.ahead_s
+
+    @override
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(min(delay_s, 0.1))
 
 
 async def test_a_breach_is_invisible_to_callers(world: World, tmp_path: Path) -> None:
