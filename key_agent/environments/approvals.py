@@ -154,16 +154,23 @@ def check_granted(
     check_open(approval_id, asked, now_ms=now_ms)
     signed = statement(tenant, approval_id, asked)
     found: dict[str, str] = {}
+    strangers: list[str] = []
     for name, signature in sorted(asked.signatures.items()):
         admin = admins.get(name)
         if admin is None or admin.state is not AdminState.ACTIVE:
-            continue  # removed since: their word counts no more
+            strangers.append(name)  # removed since, or not known yet: their word does not count
+            continue
         check_signature(admin, signed, signature)
         found.setdefault(admin.public_key, name)
     if len(found) < REQUIRED:
+        also = (
+            f"; {', '.join(strangers)}: no administrator by the rows that this environment has"
+            if strangers
+            else ""
+        )
         raise ApprovalError(
             "too-few",
-            f"approval {approval_id} has {len(found)} of {REQUIRED} signatures",
+            f"approval {approval_id} has {len(found)} of {REQUIRED} signatures{also}",
             f"`key-agent approval sign {approval_id}` by another administrator",
         )
     return tuple(sorted(found.values()))

@@ -72,7 +72,9 @@ class CuttableTransport(PeerTransport):
         super().__init__(trust=trust, certificate_file=certificate_file, key_file=key_file)
         self.unreachable: set[str] = set()
         self.silent: set[str] = set()
-        """Agents that take every request and never answer."""
+        """Agents that take every request and never answer, but within the time that is waited for them."""
+        self.hanging: set[str] = set()
+        """Agents of which nothing comes back, neither an answer nor the end of the wait for it."""
         self.calls: list[tuple[str, str, str]] = []
         """Agent, method, path of every request."""
 
@@ -81,6 +83,8 @@ class CuttableTransport(PeerTransport):
         self, peer: PeerAddress, method: str, path: str, body: bytes | None = None, **more: Any
     ) -> bytes:
         self.calls.append((peer.agent_id, method, path))
+        if peer.agent_id in self.hanging:
+            await asyncio.Event().wait()
         if peer.agent_id in self.silent:
             await asyncio.sleep(more["timeout_s"])
             raise PeerError("timeout", f"{peer.agent_id}: silent by the test")
@@ -158,7 +162,11 @@ class Member:
         )
         self.environments = Environments(
             settings=EnvironmentsSettings(
-                host="127.0.0.1", port=self.port, heartbeat_s=HEARTBEAT_S, request_timeout_s=3, etcd=etcd
+                host="127.0.0.1",
+                port=self.port,
+                heartbeat_s=self.site.heartbeat_s,
+                request_timeout_s=3,
+                etcd=etcd,
             ),
             registry=self.registry,
             shared=await SharedRegistry.open(self.registry, key=key, state_dir=self.directory),
@@ -237,6 +245,7 @@ class MembersSite:
         self._urls = urls
         self.source = FakeKeySource()
         self.members: dict[str, Member] = {}
+        self.heartbeat_s = HEARTBEAT_S
         self.prepare: Callable[[Member], None] = lambda member: None
         """Called in each life of a member before it answers anybody."""
         self.admins: dict[str, Ed25519PrivateKey] = {
@@ -252,12 +261,15 @@ class MembersSite:
         return f"sqlite:///{member.directory / 'registry.db'}"
 
     async def unite(self) -> None:
-        """The first begins, the others join; all are active in the end. Two administrators are known."""
+        """The first begins, the others join; all are active in the end, and in step. Two administrators are
+        known to all of them: who is cut off from now on can be promoted.
+        """
         first, *others = self.members.values()
         await first.commands.env_init(url=first.url)
         for other in others:
             await self.join(first, other)
         await first.change(self._add_admins)
+        await self.in_step()
 
     async def join(self, first: Member, other: Member) -> None:
         fingerprint = str((await first.commands.env_identity())["fingerprint"])
@@ -295,7 +307,7 @@ class MembersSite:
         promotion = await member.commands.env_promotion()
         return dict(await member.commands.env_promote(**self.sign(promotion)))
 
-    async def in_step(self, *names: str, timeout_s: float = 10) -> float:
+    async def in_step(self, *names: str, timeout_s: float = 30) -> float:
         """Seconds until these, or all, have the same rows, and each believes so of itself."""
         chosen = [self[name] for name in names] or list(self.members.values())
         began_s = time.monotonic()
@@ -314,12 +326,14 @@ async def members(
     *,
     urls: Callable[[str], str] | None = None,
     prepare: Callable[[Member], None] | None = None,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[MembersSite]:
     """Agents of the environments *names* (a letter each), started; each the only one until `unite`.
 
     *urls*: the database of each; default SQLite.
     """
     site = MembersSite(directory, tenant, urls)
+    site.heartbeat_s = heartbeat_s
     site.prepare = prepare or site.prepare
     try:
         for name in names:

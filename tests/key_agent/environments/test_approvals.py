@@ -115,6 +115,7 @@ def test_the_word_of_somebody_removed_or_never_known_counts_for_nothing() -> Non
         with pytest.raises(ApprovalError) as caught:
             granted(body, admins=admins)
         assert caught.value.code == "too-few"
+        assert "1 of 2 signatures; bob: no administrator" in str(caught.value)  # else nobody could tell why
 
 
 CHANGES: dict[str, Callable[[ApprovalBody], ApprovalBody]] = {
