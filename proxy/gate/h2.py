@@ -36,6 +36,8 @@ from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import http
 from mitmproxy.proxy.layers.http import _base, _events, _http2, _http_h2
 
+from proxy.gate import frames
+
 STREAM_WINDOW_BYTES: Final = 1 << 20
 HIGH_WATER_BYTES: Final = 256 * 1024
 MAX_CONCURRENT_STREAMS: Final = 100
@@ -69,7 +71,7 @@ class ReleaseCredit(events.Event):
     """Sent down to an HTTP/2 connection that withholds credit: its destination may have room now."""
 
 
-class _JoiningState(_http_h2.BufferedH2Connection):
+class _JoiningState(frames.FrugalState):
     """Hands on what arrives together as one piece: frames hold 16 KiB, and each would take the whole way."""
 
     @override

@@ -12,7 +12,8 @@ than they have to be):
 4. A response is of HTTP/1, its status has three digits, and it has as many fields as a request may have. Its
    folded lines are unfolded, as a proxy must (RFC 9112, 5.2); other control characters refuse it. Lines may
    end in LF there: old servers send it, and nobody stands between them and us.
-5. What comes by HTTP/2 is parsed by then; its values have no control characters either.
+5. What comes by HTTP/2 is parsed by then; its values have no control characters either, and there are no more
+   fields than on HTTP/1.
 """
 
 import re
@@ -81,6 +82,11 @@ def names_one_host(request: Request) -> bool:
 def has_controls(headers: Headers) -> bool:
     """Whether a value has control characters besides HTAB."""
     return any(_CONTROL.search(value) for _, value in headers.fields)
+
+
+def is_sound(headers: Headers) -> bool:
+    """Rule 5."""
+    return len(headers.fields) <= MAX_FIELDS and not has_controls(headers)
 
 
 def unfold(response: Response) -> bool:

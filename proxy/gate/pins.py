@@ -26,7 +26,7 @@ from mitmproxy.proxy import commands, context, layer, mode_servers, server, tunn
 from mitmproxy.proxy.layers import http, modes, tls
 from mitmproxy.proxy.layers.http import _base, _events, _http1, _http2, _http_h2, _upstream_proxy
 
-from proxy.gate import h2, hello, levers
+from proxy.gate import frames, h2, hello, levers
 from proxy.gate.pinned import TABLE, VERSIONS
 
 # What the gate itself replaces, subclasses, or whose order of events its rules lean on.
@@ -103,8 +103,11 @@ class UnknownEngineError(Exception):
 
 
 def pinned() -> dict[str, Any]:
-    """Name -> object of everything that is pinned, those of `h2`, `hello` and `levers` included."""
-    return {_name_of(thing): thing for thing in (*PINNED, *h2.PINNED, *hello.PINNED, *levers.PINNED)}
+    """Name -> object of everything that is pinned, those of the modules beside this one included."""
+    return {
+        _name_of(thing): thing
+        for thing in (*PINNED, *frames.PINNED, *h2.PINNED, *hello.PINNED, *levers.PINNED)
+    }
 
 
 def check_versions() -> None:

@@ -417,8 +417,8 @@ class GuardedStream(http.HttpStream):
         self._check_error()
         if self.context.client.alpn != b"h2" and request.http_version not in ("HTTP/1.1", "HTTP/1.0"):
             raise _VetoError(refusals.BAD_MESSAGE, "HTTP version")
-        if self.context.client.alpn == b"h2" and heads.has_controls(request.headers):
-            raise _VetoError(refusals.BAD_MESSAGE, "control characters")
+        if self.context.client.alpn == b"h2" and not heads.is_sound(request.headers):
+            raise _VetoError(refusals.BAD_MESSAGE, "control characters, or too many fields")
         if self.flow.response is not None:
             if request.stream:
                 raise _VetoError(refusals.INTERNAL, "a response and a streamed request")
