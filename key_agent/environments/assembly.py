@@ -21,7 +21,7 @@ from key_agent.environments.etcd import EtcdClient
 from key_agent.environments.founding import FIRST_TERM, founding_rows, kek_body
 from key_agent.environments.leadership import Appointed, Candidate, Elected, Leadership
 from key_agent.environments.membership import Membership
-from key_agent.environments.peer_api import PeerRoute, listening, make_api
+from key_agent.environments.peer_api import PeerRoute, keep_current, listening, make_api
 from key_agent.environments.peer_routes import REFUSALS, PeerRoutes
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
@@ -195,6 +195,10 @@ class Environments:
                 tasks: list[asyncio.Task[object]] = [
                     group.create_task(self.peering.run(), name="environments:peering"),
                     group.create_task(self.membership.run(), name="environments:membership"),
+                    group.create_task(
+                        keep_current(tls, *self._tls_files, client_roots=[self._root], clock=self._clock),
+                        name="environments:certificate",
+                    ),
                     *(group.create_task(run(), name=f"environments:{name}") for name, run in self.tasks),
                 ]
                 try:

@@ -5,6 +5,7 @@
 2. A handshake, a body and a request each have their time; a peer has so many requests at once, and all
    together so many: one environment that hangs or floods takes nothing from the others.
 3. A refusal is a problem document with a stable code; what it tells can be seen by whoever is a member.
+4. A renewed certificate is shown to every connection a second after its files changed, without a restart.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, cast
+from pathlib import Path
+from typing import Final, NoReturn, cast
 
 import structlog
 from aiohttp import web
@@ -21,9 +23,11 @@ from cryptography import x509
 
 from envelope.certificates import CertificateError, Role, read_identity
 from envelope.errors import SealgateError
+from key_agent.environments.peer_transport import version_of
 from key_agent.environments.peer_trust import PeerTrust
+from runtime.clock import Clock
 from runtime.serve import GRACE_S, Handler, ProblemError, make_application, running
-from runtime.tls import peer_certificate
+from runtime.tls import ServerTls, TlsError, peer_certificate
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +38,7 @@ HANDSHAKE_TIMEOUT_S: Final = 5.0
 AT_ONCE_PER_AGENT: Final = 8
 AT_ONCE: Final = 64
 _BUSY_RETRY_S: Final = 1
+LOOK_AT_FILES_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,3 +204,19 @@ async def listening(
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
+
+
+async def keep_current(
+    tls: ServerTls, *files: Path, client_roots: Sequence[x509.Certificate], clock: Clock
+) -> NoReturn:
+    """Rule 4: have *tls* read its *files* again when they changed. What cannot be used is logged, and the old
+    goes on: the two files of a renewal are not written in one moment."""
+    looked_at: tuple[int, ...] | None = None
+    while True:
+        if (version := version_of(*files)) != looked_at:
+            looked_at = version
+            try:
+                tls.renew(client_roots=client_roots)
+            except TlsError as error:
+                log.error("peers are shown the old certificate", error=str(error))  # noqa: TRY400 - expected
+        await clock.sleep(LOOK_AT_FILES_S)

@@ -137,7 +137,7 @@ class PeerTransport:
             raise PeerError("unreachable", f"{peer.agent_id} at {peer.url}: {_reason(error)}") from error
 
     async def _client(self, peer: PeerAddress) -> aiohttp.ClientSession:
-        version = (*_version(*self._files), *self._trust.standing())
+        version = (*version_of(*self._files), *self._trust.standing())
         if version != self._version:
             await self.close()
             self._version = version
@@ -206,7 +206,7 @@ def _reason(error: BaseException) -> str:
     return printable(str(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__))
 
 
-def _version(*files: Path) -> tuple[int, ...]:
+def version_of(*files: Path) -> tuple[int, ...]:
     """Tells these contents of *files* from others. A missing one is found when it is read."""
     found: list[int] = []
     for file in files:

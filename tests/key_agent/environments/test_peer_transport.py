@@ -20,16 +20,18 @@ from envelope.certificates import Role
 from envelope.errors import SealgateError
 from key_agent.environments.peer_api import (
     AT_ONCE_PER_AGENT,
+    LOOK_AT_FILES_S,
     PeerCall,
     PeerRoute,
     Refusal,
+    keep_current,
     listening,
     make_api,
 )
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.push.revocations import Revocations
-from runtime.tls import server_context
+from runtime.tls import ServerTls, server_context
 from tests.environments.fault_proxy import Fault, FaultProxy
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, write_certificate, write_credential
@@ -457,3 +459,39 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
         write_certificate(acme.root.certificate, a.files[0])  # not the key's
         with pytest.raises(PeerError, match="own certificate"):
             await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=10)
+
+
+async def test_peers_are_shown_a_renewed_certificate_without_a_restart(
+    acme: Tenant, make_side: Callable[..., Side]
+) -> None:
+    a, b = (
+        make_side(acme, "a"),
+        make_side(acme, "b", serves=False),
+    )  # cannot be a TLS server: no purpose of one
+    roots = [acme.root.certificate]
+    tls = ServerTls(*b.files, client_roots=roots)
+    api = make_api([], trust=b.trust, is_member="a".__eq__, refusals={})
+
+    async def refusal() -> PeerError:
+        async with a.transport() as transport:
+            with pytest.raises(PeerError) as refused:
+                await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=30)
+        return refused.value
+
+    async with listening(api, host="127.0.0.1", port=0, ssl_context=tls.context) as port:
+        peer = PeerAddress(f"https://127.0.0.1:{port}", "b")
+        following = asyncio.create_task(keep_current(tls, *b.files, client_roots=roots, clock=b.clock))
+        try:
+            await b.clock.wait_for_sleepers(1)
+            assert (await refusal()).code == "tls"
+            for file in b.files:
+                file.unlink()
+            write_credential(acme.agent_tls("b", hostnames=["localhost"]), b.directory, "tls")
+            await b.clock.advance(LOOK_AT_FILES_S)
+            assert (await refusal()).code == "not-found"
+            write_certificate(acme.root.certificate, b.files[0])  # not the key's: the old goes on
+            await b.clock.advance(LOOK_AT_FILES_S)
+            assert (await refusal()).code == "not-found"
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
