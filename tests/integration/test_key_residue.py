@@ -14,23 +14,19 @@ import contextlib
 import os
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
-from io import FileIO
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from envelope.derive import ekm_binding, object_key
+from envelope.derive import ekm_binding
 from envelope.keys import KeyId
+from tests.integration.key_residue import Known, children_of, in_files, in_memory, spellings
 from tests.integration.whole_site import OWNER, Reference, Site, until, whole_site
 
 INTERVAL_S: Final = 5
 VALIDITY_S: Final = 10
-PIECE_BYTES: Final = 1 << 24
-TORN_BYTES: Final = 256
-"""Pieces of a mapping overlap by so much: longer than any spelling."""
 
 
 @pytest.fixture
@@ -39,98 +35,23 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield made
 
 
-# --- what is searched ---
-
-
-def spellings(secret: bytes) -> set[bytes]:
-    """Text and bytes that tell *secret*, or half of it; as JSON in a JWS has it, too: encoded twice."""
-    once = [
-        secret,
-        secret[:16],
-        secret[16:],
-        secret.hex().encode(),
-        secret.hex().upper().encode(),
-        *_in_base64(secret),
-    ]
-    written = base64.urlsafe_b64encode(secret).rstrip(b"=")
-    return {*once, *_in_base64(written)}
-
-
-def _in_base64(secret: bytes) -> Iterator[bytes]:
-    """What base64 of a text with *secret* in it contains, wherever in the text it begins."""
-    for lead in range(3):
-        encoded = base64.b64encode(bytes(lead) + secret)
-        # Without the characters that what stands before and behind has a part in.
-        inner = encoded[(0, 2, 3)[lead] : (lead + len(secret)) * 8 // 6]
-        yield inner
-        yield inner.translate(bytes.maketrans(b"+/", b"-_"))
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """One key of the service, as nobody but this test may know it."""
-
-    needles: dict[str, set[bytes]] = field(repr=False)
-
-    @classmethod
-    def learn(cls, site: Site, kek: dict[str, str]) -> "Known":
-        """Open the active key's wrap in the HSM, by a process that runs no code of Sealgate's."""
-        file = f"file:{site.registry_file}?mode=ro"
-        with contextlib.closing(sqlite3.connect(file, uri=True)) as registry:
-            [(kid, wrapped)] = registry.execute(
-                "SELECT dek.id, wrapped FROM dek JOIN dek_wrap ON dek_id = dek.id "
-                "WHERE dek.state = 'active' AND kek_id = ?",
-                (kek["id"],),
-            )
-        key_id = KeyId.parse(kid)
-        binding = ekm_binding(OWNER, key_id, kek_id=kek["id"], environment_id="main")
-        opened = site.hsm.run(
-            "unwrap-gcm",
-            Reference(kek["label"], bytes.fromhex(kek["object_id"])),
-            arguments={"wrapped": wrapped.hex(), "binding": binding.hex()},
+def learn(site: Site, kek: dict[str, str]) -> Known:
+    """Open the active key's wrap in the HSM, by a process that runs no code of Sealgate's."""
+    file = f"file:{site.registry_file}?mode=ro"
+    with contextlib.closing(sqlite3.connect(file, uri=True)) as registry:
+        [(kid, wrapped)] = registry.execute(
+            "SELECT dek.id, wrapped FROM dek JOIN dek_wrap ON dek_id = dek.id "
+            "WHERE dek.state = 'active' AND kek_id = ?",
+            (kek["id"],),
         )
-        material = bytes.fromhex(opened)
-        return cls({"KM": spellings(material), "object key": spellings(object_key(material, OWNER, key_id))})
-
-    def seen_in(self, piece: bytes) -> set[str]:
-        return {name for name, told in self.needles.items() if any(needle in piece for needle in told)}
-
-
-def memory_of(pid: int) -> Iterator[bytes]:
-    """Every writable mapping of the process, a piece at a time. It has ended: nothing."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        mappings = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-            for line in mappings:
-                if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) [r-]w", line):
-                    yield from _pieces(memory, int(found[1], 16), int(found[2], 16))
-
-
-def _pieces(memory: FileIO, at: int, stop: int) -> Iterator[bytes]:
-    while at < stop:
-        size = min(PIECE_BYTES, stop - at)
-        try:
-            memory.seek(at)
-            yield memory.read(size)
-        except (OSError, ValueError, OverflowError):
-            return  # unmapped meanwhile, or one of the kernel's own
-        at += size if at + size == stop else size - TORN_BYTES
-
-
-def in_memory(pid: int, known: Known) -> set[str]:
-    return set().union(*map(known.seen_in, memory_of(pid)))
-
-
-def in_files(directory: Path, known: Known) -> dict[str, set[str]]:
-    found = {}
-    for path in directory.rglob("*"):
-        if path.is_file() and (seen := known.seen_in(path.read_bytes())):
-            found[str(path.relative_to(directory))] = seen
-    return found
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    key_id = KeyId.parse(kid)
+    binding = ekm_binding(OWNER, key_id, kek_id=kek["id"], environment_id="main")
+    opened = site.hsm.run(
+        "unwrap-gcm",
+        Reference(kek["label"], bytes.fromhex(kek["object_id"])),
+        arguments={"wrapped": wrapped.hex(), "binding": binding.hex()},
+    )
+    return Known.of(bytes.fromhex(opened), OWNER, key_id)
 
 
 def leaves_no_core(pid: int) -> bool:
@@ -158,7 +79,7 @@ async def test_key_material_is_nowhere_after_its_end(site: Site) -> None:
             """The key seals and opens; the scan finds it where it has to be, and only there."""
             await until(uploaded)
             assert await near.serves("/a", plain)
-            known = await asyncio.to_thread(Known.learn, site, kek)
+            known = await asyncio.to_thread(learn, site, kek)
             assert in_memory(proxy.pid, known) == {"KM", "object key"}, "the scan finds what is there"
             return known
 
