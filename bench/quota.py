@@ -9,7 +9,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,14 +20,15 @@ _ROOT: Final = Path("/sys/fs/cgroup")
 
 
 @contextlib.contextmanager
-def limited(pid: int, share: float) -> Iterator[None]:
-    """Give process *pid*, with all its threads, *share* of one core at most until the block ends.
+def limited(pids: Sequence[int], share: float) -> Iterator[None]:
+    """Give *pids*, with all their threads, *share* of one core at most, together, until the block ends.
 
-    Processes that it starts meanwhile share that with it. BenchError: this machine gives us no groups.
+    Processes that they start meanwhile share that with them. BenchError: this machine gives us no groups.
     """
-    group, root = _make_group(f"sealgate-bench-{os.getpid()}-{pid}", round(share * PERIOD_US))
+    group, root = _make_group(f"sealgate-bench-{os.getpid()}-{pids[0]}", round(share * PERIOD_US))
     try:
-        _write(group / "cgroup.procs", str(pid))
+        for pid in pids:
+            _write(group / "cgroup.procs", str(pid))
         yield
     finally:
         for left in (group / "cgroup.procs").read_text().split():
