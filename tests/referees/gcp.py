@@ -39,6 +39,13 @@ class GcpStorage:
             if path.is_file()
         ]
 
+    def contents(self, bucket: str) -> dict[str, bytes]:
+        """Every object of a bucket as it is stored."""
+        below = self.directory / ".cloudstorage" / bucket
+        return {
+            str(path.relative_to(below)): path.read_bytes() for path in below.rglob("*") if path.is_file()
+        }
+
 
 @contextlib.asynccontextmanager
 async def gcp_storage(directory: Path, certificate_file: Path, key_file: Path) -> AsyncIterator[GcpStorage]:

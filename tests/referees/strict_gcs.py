@@ -96,6 +96,10 @@ class StrictGcs:
             for name, stored in sorted(objects.items())
         ]
 
+    def contents(self, bucket: str) -> dict[str, bytes]:
+        """Every object of a bucket as it is stored."""
+        return {name: stored.data for name, stored in self.buckets.bucket(bucket).items()}
+
     def held(self) -> bytes:
         """What sessions have received that have not ended."""
         return b"".join(bytes(session.held) for session in self.sessions.values())
@@ -161,9 +165,10 @@ class StrictGcs:
             return self._made(
                 bucket, query.get("name", resource.get("name")), body, resource, request=request
             )
-        if how != "resumable" or "upload_id" in query:
+        if how != "resumable":
             raise web.HTTPMethodNotAllowed("POST", ["PUT"])
-        return await self._start(request, bucket)
+        # Go's clients post chunks.
+        return await (self._put_session if "upload_id" in query else self._start)(request, bucket)
 
     def _made(
         self,
@@ -401,6 +406,8 @@ def _document(body: bytes) -> dict[str, Any]:
         document = json.loads(body or b"{}")
     except ValueError:
         raise FaultError(400, "Parse Error") from None
+    if document is None:  # Go's clients write it for nothing
+        return {}
     if not isinstance(document, dict):
         raise FaultError(400, "Parse Error")
     return document

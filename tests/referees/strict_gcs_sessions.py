@@ -98,8 +98,10 @@ class Taking:
         return self.place.start > len(self.session.held) and self.at == self.place.start
 
     def feed(self, piece: bytes, *, limit_bytes: int) -> None:
-        """FaultError(400, 413) for more than was said, or than there is room for."""
+        """FaultError(400, 413, 503) for what cannot be taken: more than was said, no room, no place."""
         session, place = self.session, self.place
+        if self.at > len(session.held):  # another request took part of it back meanwhile
+            raise FaultError(503, "Backend Error")
         known = max(0, min(len(session.held) - self.at, len(piece)))
         if session.held[self.at : self.at + known] != piece[:known]:
             session.trouble.append(f"other bytes at {self.at}")
