@@ -311,6 +311,8 @@ class Operations(KeyCommands, BackupCommands, IncidentCommands, PolicyCommands):
             kid = None if new_key is None else str(new_key.key_id)
             hosts = hosts_of(agent.targets, {owner})
             if manager is not None and agent.is_running:
+                # Its key seals once the proxies that host it have it, and this one has not been told yet.
+                agent.refresh.at_once([proxy])
                 await self._keys_arrive(owner)
             await agent.journal.record("service-add", service=str(owner), proxy=proxy, kid=kid)
             return {

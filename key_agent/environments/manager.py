@@ -370,10 +370,16 @@ class Manager:
         is_open = any(body.state is KeyState.PRE_ACTIVE for body in view.deks.values()) or any(
             changes.may_enter(body) for body in view.environments.values()
         )
-        return _SOON_S if is_open else LOOK_S
+        return _SOON_S if is_open or self._a_command_runs else LOOK_S
+
+    @property
+    def _a_command_runs(self) -> bool:
+        """It makes the keys that it needs and may wait until they seal: it is not waited for in turn."""
+        return self._one_at_a_time.locked()
 
     async def _make_first(self) -> None:
-        if wanted := changes.first_keys(self._peering.view):
+        wanted = changes.first_keys(self._peering.view)
+        if wanted and not self._a_command_runs:
             async with self._one_at_a_time:
                 await self._make(wanted, generator=None)
 
@@ -387,6 +393,8 @@ class Manager:
             now_ms=self._now_ms(),
             limit=MAX_SCHEDULED,
         )
+        if wanted and self._a_command_runs:
+            return
         if wanted:
             async with self._one_at_a_time:
                 await self._make(wanted, generator=None)

@@ -55,6 +55,15 @@ async def test_each_environment_owns_a_key_that_all_of_them_open(site: KeySite) 
     assert {body.generator_environment for body in site["a"].deks.values()} == {"a"}
 
 
+async def test_a_command_that_waits_for_its_keys_is_not_waited_for(site: KeySite) -> None:
+    """`service add` holds the commands' lock until a key seals; what makes it seal must not need that lock."""
+    manager = site["a"].manager
+    async with manager._one_at_a_time:
+        await manager.ensure_service(MAIL, KeyUse.DATA, None)
+        await site.keys_active(MAIL)
+    assert len(states(site["a"], MAIL)) == 3, "made once"
+
+
 async def test_the_six_fields_of_patent_b_are_in_each_database(site: KeySite) -> None:
     keys = await site.keys_active()
     for name in "abc":
