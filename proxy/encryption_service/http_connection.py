@@ -11,7 +11,8 @@
    reset: its chunked end is never sent.
 5. Who was told that it asks too much (429) has its next request looked at PAUSE_S later: a client that goes
    on at once would cost, refused, nearly what it costs served.
-6. Stopping: answers under way are sent with `Connection: close`; idle connections are closed.
+6. Of a body that does not come at once it is asked whose it is before any of it is kept (`kept_bodies`).
+7. Stopping: answers under way are sent with `Connection: close`; idle connections are closed.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from envelope.errors import SealgateError
 from proxy.encryption_service.call import Answer, Call, Peer, StreamingAnswer
 from proxy.encryption_service.dialects.dialect import Dialect, Trouble
 from proxy.encryption_service.http_messages import Head, MalformedError, RequestReader, answer_head
+from proxy.encryption_service.kept_bodies import STRANGER, KeptBodies
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.settings import HttpLimits
 
@@ -59,10 +61,6 @@ class BodyCutError(SealgateError):
         self.trouble = trouble
 
 
-MAX_KEPT_BYTES: Final = 256 << 20
-"""Of all incomplete bodies of a listener: whose they are nobody knows yet. What comes at once is not kept."""
-
-
 class Waiting(Enum):
     """What a connection waits for, and by that how long."""
 
@@ -87,8 +85,7 @@ class Site:
     now_s: float = 0.0
     date: str = ""
     stopping: bool = False
-    max_kept_bytes: int = MAX_KEPT_BYTES
-    kept_bytes: int = 0
+    kept: KeptBodies = field(default_factory=KeptBodies)
     connections: set["HttpConnection"] = field(default_factory=set)
     longest_s: Mapping[Waiting, float] = field(init=False)
     _prefixes: dict[_Prefix, bytes] = field(default_factory=dict)
@@ -193,6 +190,7 @@ class HttpConnection(asyncio.Protocol):
         "_dropped",
         "_ending",
         "_head",
+        "_holder",
         "_kept",
         "_loop",
         "_pausing",
@@ -228,7 +226,8 @@ class HttpConnection(asyncio.Protocol):
         self._scheduled = False  # more requests are here, and others' turn first
         self._ending = False  # nothing more is read as a request
         self._dropped = 0
-        self._kept = 0  # bytes of an incomplete body, counted in the site's `kept_bytes`
+        self._kept = 0  # bytes of an incomplete body, counted in the site's `kept`
+        self._holder: str | None = None  # whose that body is, once it was asked
         self._began_s = 0.0
         self._body_since_s = 0.0
         self._waiting = Waiting.HEAD
@@ -410,6 +409,8 @@ class HttpConnection(asyncio.Protocol):
         if self._reader.in_body:
             self._body_since_s = self._site.now_s
             if head.expects_continue and not self._reader.buffered_bytes:
+                if self._is_strangers(dialect, head):
+                    return True
                 self._write(_CONTINUE)
         if streams:
             self._stream = BodyStream(self)
@@ -426,8 +427,9 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(Trouble.TOO_LARGE, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large(dialect))
             return True
         if body is None:
-            self._keep(self._reader.body_bytes)
-            if self._site.kept_bytes > self._site.max_kept_bytes:
+            if self._is_strangers(dialect, head):
+                return True
+            if not self._keep(self._reader.body_bytes):
                 self._refuse(
                     Trouble.OVERLOAD, HTTPStatus.SERVICE_UNAVAILABLE, "too many bodies are on their way"
                 )
@@ -437,9 +439,23 @@ class HttpConnection(asyncio.Protocol):
         self._call(dialect, self._described(head, body))
         return True
 
-    def _keep(self, count: int) -> None:
-        self._site.kept_bytes += count - self._kept
-        self._kept = count
+    def _is_strangers(self, dialect: Dialect, head: Head) -> bool:
+        """Whether the body that is awaited is nobody's: then the call is answered, by its head alone."""
+        if self._holder is None:
+            call = self._described(head)
+            tenant = dialect.tenant_of(call)
+            if tenant == STRANGER:
+                self._call(dialect, call)
+                return True
+            self._holder = tenant or STRANGER
+        return False
+
+    def _keep(self, count: int) -> bool:
+        """Account for *count* bytes of the body. False: this is too much."""
+        if count == self._kept:
+            return True
+        more, self._kept = count - self._kept, count
+        return self._site.kept.add(self._holder or STRANGER, more)
 
     def _described(self, head: Head, body: bytes = b"", stream: BodyStream | None = None) -> Call:
         return Call(
@@ -585,7 +601,8 @@ class HttpConnection(asyncio.Protocol):
     def _done(self, *, close: bool) -> None:
         """The answer is out: on to the next request, or to the end."""
         unread = self._reader.in_body or self._reader.buffered_bytes > 0
-        self._head = self._dialect = self._stream = None
+        self._keep(0)
+        self._head = self._dialect = self._stream = self._holder = None
         self._began_s = 0.0
         if not close:
             return

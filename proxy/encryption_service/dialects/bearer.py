@@ -16,7 +16,13 @@ from envelope.keys import KeyId
 from proxy.encryption_service.access import Access, Caller
 from proxy.encryption_service.call import Call
 from proxy.encryption_service.core import Core, Ticket
-from proxy.encryption_service.errors import AccessDenied, KeyNotFound, NotRecorded, ServiceError
+from proxy.encryption_service.errors import (
+    AccessDenied,
+    KeyNotFound,
+    NotAuthenticated,
+    NotRecorded,
+    ServiceError,
+)
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory
 from proxy.encryption_service.recording import Entry, Outcome, error_code
@@ -102,6 +108,13 @@ class BearerCalls:
         work.caller = caller
         self._limiter.admit(caller.tenant, caller.credential_id, 1 + len(call.body) // BYTES_PER_UNIT)
         return caller
+
+    def tenant_of(self, token: str, call: Call) -> str:
+        """Whose *token* it is; empty: nobody's. As `authenticate` would find, and nothing else."""
+        try:
+            return self._access.bearer(token, dialect=self._dialect, peer=call.peer).tenant
+        except NotAuthenticated:
+            return ""
 
     def admit_batch(self, work: Work, items: int) -> None:
         """QuotaExceeded. The call itself has paid for one."""

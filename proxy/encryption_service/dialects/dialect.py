@@ -50,6 +50,15 @@ class Dialect(ABC):
         *detail* is for the other side's log: public, one line, no secret.
         """
 
+    def tenant_of(self, call: Call) -> str | None:
+        """Whose caller sends *call*, of which the head alone is here; empty: nobody's, as `handle` will say.
+
+        None: the head does not tell. A dialect whose bodies may be long has to be able to tell. Nothing is
+        recorded and no quota taken by this.
+        """
+        del call
+        return None
+
     def wants_stream(self, method: str, path: str) -> bool:
         """Whether this call's body is to be handed over as `Call.body_stream`, beyond `max_body_bytes`."""
         del method, path

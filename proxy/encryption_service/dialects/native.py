@@ -160,6 +160,13 @@ class NativeDialect(Dialect):
         return method == "POST" and found is not None and found["call"] in _STREAMS and not found["batch"]
 
     @override
+    def tenant_of(self, call: Call) -> str:
+        try:
+            return self._calls.tenant_of(_token_of(call), call)
+        except DuplicateHeaderError:
+            return ""
+
+    @override
     def handle(self, call: Call) -> Answer | Awaitable[Answer | StreamingAnswer]:
         if call.body_stream is not None:
             return self._stream(call)
@@ -249,12 +256,11 @@ class NativeDialect(Dialect):
     def _authenticated(self, call: Call, work: Work) -> Caller:
         """NotAuthenticated, QuotaExceeded."""
         try:
-            authorization = call.header("authorization")
+            token = _token_of(call)
             work.client_request_id = call.header("x-request-id") or ""
         except DuplicateHeaderError as error:
             raise RefusedError(MALFORMED, f"{error}.") from None
-        scheme, _, token = (authorization or "").partition(" ")
-        return self._calls.authenticate(work, token.strip() if scheme.lower() == "bearer" else "", call)
+        return self._calls.authenticate(work, token, call)
 
     def _one(self, caller: Caller, work: Work, name: str, what: str, body: bytes) -> Answer:
         read = _read(self._readers[what], body)
@@ -462,6 +468,12 @@ class NativeDialect(Dialect):
         return StreamingAnswer(
             status=200, chunks=Pieces(pieces, stack.pop_all()), content_type=SEALED_TYPE, headers=HEADERS
         )
+
+
+def _token_of(call: Call) -> str:
+    """Empty if there is none. DuplicateHeaderError."""
+    scheme, _, token = (call.header("authorization") or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def _read(reader: Reader[Any], body: bytes) -> Any:

@@ -125,6 +125,13 @@ class TransitDialect(Dialect):
             return self._refused(error, work)
 
     @override
+    def tenant_of(self, call: Call) -> str:
+        try:
+            return self._calls.tenant_of(token_of(headers_of(call)), call)
+        except DuplicateHeaderError:
+            return ""
+
+    @override
     def refuse(self, trouble: Trouble, call: Call | None, detail: str = "") -> Answer:
         match trouble:
             case Trouble.NOT_FOUND:

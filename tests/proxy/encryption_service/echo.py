@@ -28,6 +28,14 @@ class Echo(Dialect):
         self.received = 0
         self.sent = 0
         self.failure: BaseException | None = None
+        self.tenants: dict[str, str] | None = None
+        """By the token of a call; None: heads do not tell."""
+        self.asked = 0
+
+    @override
+    def tenant_of(self, call: Call) -> str | None:
+        self.asked += 1
+        return None if self.tenants is None else self.tenants.get(call.header("token") or "", "")
 
     @override
     def claims(self, path: str) -> bool:

@@ -6,8 +6,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.encryption_service.http_connection import IN_A_ROW, PAUSE_S, READ_AHEAD_BYTES, BodyCutError
+from proxy.encryption_service.http_connection import (
+    IN_A_ROW,
+    LINGER_BYTES,
+    PAUSE_S,
+    READ_AHEAD_BYTES,
+    BodyCutError,
+)
 from proxy.encryption_service.http_server import TICK_S, ServiceServer
+from proxy.encryption_service.kept_bodies import KeptBodies
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
 from proxy.encryption_service.settings import EncryptionServiceSettings, HttpLimits, ListenSettings
@@ -437,3 +444,101 @@ async def test_connections_leave_nothing_behind() -> None:
         listener = server.listeners[0]
         await until(lambda: not listener.site.connections and not listener._places)
         assert not listener._per_peer
+
+
+# ---- bodies of strangers
+
+
+def begun(path: str, length: int, *, headers: str = "", sent: int = 100) -> bytes:
+    """A request of which *sent* bytes of its body are here."""
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {length}\r\n\r\n".encode() + bytes(
+        sent
+    )
+
+
+async def test_a_stranger_is_answered_by_the_head_alone() -> None:
+    echo = Echo()
+    echo.tenants = {"a": "acme"}
+    async with serve(echo) as (port, server):
+        stranger = await Client.connect(port)
+        await stranger.send(begun("/e/echo", 90_000))
+        reply = await stranger.reply()
+        assert (reply.status, reply.body, reply.headers["connection"]) == (200, b"", "close")
+        assert await stranger.ended() == b""
+        assert server.listeners[0].site.kept.total_bytes == 0
+        assert [call.body for call in echo.calls] == [b""]
+        # It is the same with chunks, and nobody is asked to go on.
+        for headers in ("Transfer-Encoding: chunked\r\n", "Expect: 100-continue\r\nContent-Length: 9\r\n"):
+            other = await Client.connect(port)
+            await other.send(f"POST /e/echo HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
+            assert (await other.reply()).status == 200
+            assert await other.ended() == b""
+
+
+async def test_whose_a_body_is_is_asked_once_and_only_if_it_is_waited_for() -> None:
+    echo = Echo()
+    echo.tenants = {"a": "acme"}
+    async with serve(echo) as (port, server):
+        client = await Client.connect(port)
+        assert (await client.ask("/e/echo", b"whole")).body == b"whole"
+        assert echo.asked == 0
+        for _ in range(2):  # each request is asked about for itself
+            await client.send(begun("/e/echo", 90_000, headers="token: a\r\n"))
+            await until(lambda: server.listeners[0].site.kept.total_bytes == 100)
+            for _ in range(10):
+                await client.send(bytes(8_990))
+            reply = await client.reply()
+            assert (reply.status, len(reply.body)) == (200, 90_000)
+            assert server.listeners[0].site.kept.total_bytes == 0
+        assert echo.asked == 2
+        await client.send(begun("/e/echo", 90_000))
+        assert (await client.reply()).body == b"", "what was known of the request before does not count"
+
+
+async def test_a_known_caller_is_told_to_go_on() -> None:
+    echo = Echo()
+    echo.tenants = {"a": "acme"}
+    async with serve(echo) as (port, _):
+        client = await Client.connect(port)
+        await client.send(begun("/e/echo", 5, headers="token: a\r\nExpect: 100-continue\r\n", sent=0))
+        assert (await client.reply()).status == 100
+        await client.send(b"hello")
+        assert (await client.reply()).body == b"hello"
+
+
+async def test_a_tenant_does_not_take_the_place_of_others_nor_do_strangers() -> None:
+    echo, other = Echo(), Echo(DialectName.XKS, "/x/")
+    echo.tenants = {"a": "acme", "b": "globex"}
+    async with serve(echo, other) as (port, server):
+        site = server.listeners[0].site
+        site.kept = KeptBodies(max_tenant_bytes=50_000, max_strangers_bytes=10_000)
+        acme, more, globex, stranger = [await Client.connect(port) for _ in range(4)]
+        await acme.send(begun("/e/echo", 90_000, headers="token: a\r\n", sent=50_000))
+        await until(lambda: site.kept.total_bytes == 50_000)
+        await more.send(begun("/e/echo", 90_000, headers="token: a\r\n"))
+        assert (await more.reply()).status == 503
+        await stranger.send(begun("/x/echo", 90_000, sent=10_001))
+        assert (await stranger.reply()).status == 503
+        await globex.send(begun("/e/echo", 200, headers="token: b\r\n"))
+        await until(lambda: site.kept.total_bytes == 50_100)
+        await globex.send(bytes(100))
+        assert (await globex.reply()).status == 200
+        acme.close()
+        await until(lambda: site.kept.total_bytes == 0)
+
+
+async def test_what_is_still_sent_after_a_refusal_is_dropped_up_to_a_bound() -> None:
+    echo = Echo()
+    echo.tenants = {}
+
+    async def sent_on(client: Client) -> None:
+        for _ in range(64):
+            await client.send(bytes(LINGER_BYTES))
+
+    async with serve(echo) as (port, _):
+        stranger = await Client.connect(port)
+        await stranger.send(begun("/e/echo", 90_000))
+        assert (await stranger.reply()).status == 200
+        with pytest.raises(ConnectionError):
+            await sent_on(stranger)
+        assert [call.body for call in echo.calls] == [b""]

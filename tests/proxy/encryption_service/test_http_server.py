@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from certs.pki import Credential, certify, name
 from envelope.certificates import key_usage
 from proxy.encryption_service.http_server import TICK_S, ServiceServer
+from proxy.encryption_service.kept_bodies import KeptBodies
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
 from proxy.encryption_service.settings import EncryptionServiceSettings, HttpLimits, ListenSettings
@@ -276,18 +277,18 @@ async def test_a_burst_from_one_peer_gets_no_more_places_than_its_own(pki: Pki) 
 async def test_bodies_of_strangers_are_bounded_all_together() -> None:
     async with serve(plain()) as server:
         site = server.listeners[0].site
-        site.max_kept_bytes = 100_000
+        site.kept = KeptBodies(max_strangers_bytes=100_000)
         half = b"POST /e/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n" + bytes(60_000)
         first, second = [await Client.connect(server.listeners[0].port) for _ in range(2)]
         await first.send(half)
-        await until(lambda: site.kept_bytes == 60_000)
+        await until(lambda: site.kept.total_bytes == 60_000)
         await second.send(half)
         assert (await second.reply()).status == 503
         assert (await (await Client.connect(server.listeners[0].port)).ask("/e/echo")).status == 200
         await first.send(bytes(30_000))
         assert (await first.reply()).status == 200
         second.close()
-        await until(lambda: site.kept_bytes == 0)
+        await until(lambda: site.kept.total_bytes == 0)
 
 
 def test_on_the_loop_of_the_program_an_open_connection_keeps_its_place(pki: Pki) -> None:

@@ -22,7 +22,9 @@ from proxy.encryption_service.dialects.native import NativeDialect
 from proxy.encryption_service.dialects.native_errors import PROBLEM_JSON
 from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectName, Op
+from tests.proxy.encryption_service.echo import Client
 from tests.proxy.encryption_service.service_rig import PEER, ServiceRig
+from tests.proxy.encryption_service.serving import serving
 
 HELLO = base64.b64encode(b"hello").decode()
 AAD = base64.b64encode(b"invoice 7").decode()
@@ -449,3 +451,32 @@ def test_whatever_comes_is_answered_in_shape(native: NativeRig, call: Call, is_k
     assert answer.body.count(b"\n") == 1
     assert isinstance(json.loads(answer.body), dict)
     assert answer.status < 500
+
+
+async def test_nothing_of_a_strangers_body_is_read(tmp_path: Path) -> None:
+    """Of 32 MiB a part has come: who is not known is told so by then, who is known is waited for."""
+    native = NativeRig(tmp_path)
+    try:
+        async with serving([native.dialect]) as url:
+            port = int(url.rpartition(":")[2])
+            for token, path in (("wrong", "keys/orders/encrypt"), ("wrong", "keys/orders/seal"), ("", "x")):
+                stranger = await Client.connect(port)
+                await stranger.send(part(f"/sealgate/v1/{path}", token, "Expect: 100-continue\r\n"))
+                assert (await stranger.reply()).status == 401
+                assert await stranger.ended() == b""
+            stranger = await Client.connect(port)
+            await stranger.send(part("/sealgate/v1/keys/orders/encrypt", "wrong") + bytes(1000))
+            assert (await stranger.reply()).status == 401
+            known = await Client.connect(port)
+            await known.send(
+                part("/sealgate/v1/keys/orders/encrypt", native.token, "Expect: 100-continue\r\n")
+            )
+            assert (await known.reply()).status == 100
+    finally:
+        Client.close_all()
+        native.rig.close()
+
+
+def part(path: str, token: str, headers: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n{headers}"
+    return f"{head}Content-Length: {32 << 20}\r\n\r\n".encode()

@@ -19,7 +19,9 @@ from proxy.encryption_service.dialects.dialect import Trouble
 from proxy.encryption_service.dialects.transit import TransitDialect
 from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectName, Op, TransitMount, TransitSettings
+from tests.proxy.encryption_service.echo import Client
 from tests.proxy.encryption_service.service_rig import PEER, ServiceRig
+from tests.proxy.encryption_service.serving import serving
 
 HELLO = base64.b64encode(b"hello").decode()
 
@@ -539,3 +541,26 @@ def test_whatever_comes_is_answered_in_shape(transit: TransitRig, call: Call, is
     if answer.body:
         assert isinstance(json.loads(answer.body), dict)
     assert answer.status != 500
+
+
+async def test_nothing_of_a_strangers_body_is_read(transit: TransitRig) -> None:
+    """Of 32 MiB a part has come: who is not known is told so by then, who is known is waited for."""
+
+    def part(path: str, token: str, headers: str = "Expect: 100-continue\r\n") -> bytes:
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nX-Vault-Token: {token}\r\n{headers}"
+        return f"{head}Content-Length: {32 << 20}\r\n\r\n".encode()
+
+    async with serving([transit.dialect]) as url:
+        port = int(url.rpartition(":")[2])
+        try:
+            for begun, status in (
+                (part("transit/encrypt/orders", "wrong"), 403),
+                (part("transit/encrypt/orders", "wrong", "") + bytes(1000), 403),
+                (part("transit/encrypt/orders", "a\r\nX-Vault-Token: b"), 400),
+                (part("transit/encrypt/orders", transit.token), 100),
+            ):
+                client = await Client.connect(port)
+                await client.send(begun)
+                assert (await client.reply()).status == status
+        finally:
+            Client.close_all()
