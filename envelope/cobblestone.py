@@ -6,6 +6,8 @@
    sealed and opened as they come, and a cut on a record boundary is noticed.
 2. The commitment is compared, in constant time, before any chunk is opened.
 3. No salt is ever taken from a caller: a salt used twice under one key gives two messages the same nonces.
+   It is drawn at random, or made of key, context and the content's digest: then the same content gives the
+   same message, and another content another salt, whatever its caller has forgotten or mixed up.
 4. Nothing leaves an opener before its tag was verified. `decrypt_into` leaves unverified plaintext in its
    target when it raises, so that target is overwritten and dropped.
 5. What has failed stays failed, `finalize` included, and forgets its keys.
@@ -13,6 +15,7 @@
    length. The shape (`update`, `finalize`) is that of `cryptography.cobblestone`, which can take over later.
 """
 
+import hashlib
 import hmac
 import os
 from abc import ABC, abstractmethod
@@ -37,7 +40,9 @@ RECORD_SIZE: Final = CHUNK_SIZE + TAG_SIZE
 CHUNK_LIMIT: Final = 2**38
 """Chunk numbers are below this, so a message has at most 2^52 - 1 bytes."""
 
+DIGEST_SIZE: Final = 32
 _LABEL: Final = b"c2sp.org/chunked-encryption@v1+AEAD_AES_256_GCM\x00"
+_SYNTHETIC_LABEL: Final = b"sealgate/v1 synthetic salt\x00"
 _INVALID: Final = "damaged, incomplete, or sealed for someone else"
 """The one message of every authentication failure: which check failed is nobody's business (threat 17)."""
 
@@ -63,13 +68,17 @@ class MessageKeys:
 
 def derive_message_keys(key: Buffer, salt: bytes, context: bytes) -> MessageKeys:
     """Step 1 and 2 of docs/format.md 2.2. MisuseError for a key that is not 32 bytes or was wiped."""
+    okm = HKDFExpand(SHA512(), 76, _LABEL + salt + context).derive(_usable(key))
+    return MessageKeys(AESGCM(okm[:32]), int.from_bytes(okm[32:44]), okm[44:76])
+
+
+def _usable(key: Buffer) -> memoryview:
     view = memoryview(key)
     if view.nbytes != KEY_SIZE:
         raise MisuseError(f"a message key has {KEY_SIZE} bytes, not {view.nbytes}")
     if not any(view):
         raise MisuseError("the message key is all zero: it was wiped")
-    okm = HKDFExpand(SHA512(), 76, _LABEL + salt + context).derive(view)
-    return MessageKeys(AESGCM(okm[:32]), int.from_bytes(okm[32:44]), okm[44:76])
+    return view
 
 
 def unlock(keys: Sequence[Buffer], context: bytes, head: Buffer) -> MessageKeys:
@@ -175,10 +184,16 @@ class MessageSealer(_Chunks):
     """Seals one message under *key*, bound to *context*; *lead* is put in front of it, in the clear.
 
     *key*: 32 bytes, MisuseError otherwise. `update` and `finalize` raise FormatError beyond 2^52 - 1 bytes.
+    *content_sha256*: of the whole content, which has to be known before; then the salt is synthetic
+    (docs/format.md 2.4), and `finalize` raises MisuseError if something else was sealed.
     """
 
-    def __init__(self, key: Buffer, context: bytes, *, lead: bytes = b"") -> None:
-        salt = _fresh_salt()
+    def __init__(
+        self, key: Buffer, context: bytes, *, lead: bytes = b"", content_sha256: bytes | None = None
+    ) -> None:
+        salt = _fresh_salt() if content_sha256 is None else _synthetic_salt(key, context, content_sha256)
+        self._expected = content_sha256
+        self._sha256 = None if content_sha256 is None else hashlib.sha256()
         keys = derive_message_keys(key, salt, context)
         super().__init__(keys, stage_size=CHUNK_SIZE, number=0)
         self.commitment: Final = keys.commitment
@@ -187,6 +202,8 @@ class MessageSealer(_Chunks):
 
     @override
     def _update(self, piece: memoryview) -> bytearray:
+        if self._sha256 is not None:
+            self._sha256.update(piece)
         stage, staged = self._stage, self._staged
         count, rest = divmod(staged + len(piece), CHUNK_SIZE)
         lead, put, took = self._lead, len(self._lead), 0
@@ -218,6 +235,8 @@ class MessageSealer(_Chunks):
 
     @override
     def _finalize(self) -> bytes:
+        if self._sha256 is not None and self._sha256.digest() != self._expected:
+            raise MisuseError("what was sealed is not the content whose digest was given")
         keys, number = self._take(1)
         nonce = (keys.base_nonce ^ number).to_bytes(12)
         lead, self._lead = self._lead, b""
@@ -319,5 +338,13 @@ def _refuse() -> Never:
 
 
 def _fresh_salt() -> bytes:
-    """The only source of salts. tests/vectors/make.py replaces it to get fixed bytes; nothing else may."""
+    """The only source of random salts. tests/vectors/make.py replaces it to get fixed ones; nothing else may."""
     return os.urandom(SALT_SIZE)
+
+
+def _synthetic_salt(key: Buffer, context: bytes, content_sha256: bytes) -> bytes:
+    """A function of key, context and content that nobody without the key can tell from a random one."""
+    if len(content_sha256) != DIGEST_SIZE:
+        raise MisuseError(f"a SHA-256 has {DIGEST_SIZE} bytes, not {len(content_sha256)}")
+    info = _SYNTHETIC_LABEL + content_sha256 + context
+    return HKDFExpand(SHA512(), SALT_SIZE, info).derive(_usable(key))

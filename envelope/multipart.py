@@ -2,8 +2,8 @@
 
     composite = part message 1 ‖ ... ‖ part message n ‖ manifest message ‖ trailer (16)
 
-1. A part is an object of its own with a fresh salt, bound to (upload, part number); a part sent again is a
-   new message. Nothing is ever sealed "at an offset".
+1. A part is an object of its own with a salt of its own, bound to (upload, part number); a part sent again is
+   a new message, or the same one byte by byte (synthetic salts). Nothing is ever sealed "at an offset".
 2. The manifest, sealed last, lists every part with number, stored length and commitment: what was dropped,
    moved, superseded or taken from another upload does not fit it.
 3. A reader needs the trailer and the manifest first, then the parts in any stretch. Lengths must add up
@@ -142,25 +142,41 @@ class Ending:
 
 
 def part_sealer(
-    object_key: Buffer, owner: NetworkService, key_id: KeyId, *, upload: bytes, number: int
+    object_key: Buffer,
+    owner: NetworkService,
+    key_id: KeyId,
+    *,
+    upload: bytes,
+    number: int,
+    content_sha256: bytes | None = None,
 ) -> Sealer:
     """A sealer for part *number* of the upload *upload* (an upload reference). Its `commitment` goes in the
-    manifest.
+    manifest. *content_sha256* as in `Sealer`.
 
     MisuseError or FormatError for arguments that do not fit.
     """
-    return Sealer(object_key, owner, key_id, bind=Bind.PART, name=_part_name(upload, number))
+    name = _part_name(upload, number)
+    return Sealer(object_key, owner, key_id, bind=Bind.PART, name=name, content_sha256=content_sha256)
 
 
 def seal_ending(
-    object_key: Buffer, owner: NetworkService, key_id: KeyId, manifest: Manifest, *, name: bytes = b""
+    object_key: Buffer,
+    owner: NetworkService,
+    key_id: KeyId,
+    manifest: Manifest,
+    *,
+    name: bytes = b"",
+    is_synthetic: bool = False,
 ) -> bytes:
     """Manifest message and trailer: what is uploaded as, or behind, the last part.
 
-    *name*: the object's name where policy binds names, else empty.
+    *name*: the object's name where policy binds names, else empty. *is_synthetic*: the same manifest gives
+    the same bytes.
     """
-    sealer = Sealer(object_key, owner, key_id, bind=Bind.MANIFEST, name=name)
-    message = sealer.update(manifest.encode())
+    plain = manifest.encode()
+    digest = hashlib.sha256(plain).digest() if is_synthetic else None
+    sealer = Sealer(object_key, owner, key_id, bind=Bind.MANIFEST, name=name, content_sha256=digest)
+    message = sealer.update(plain)
     message += sealer.finalize()
     return bytes(message) + len(message).to_bytes(8) + TRAILER_MAGIC
 

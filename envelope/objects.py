@@ -183,6 +183,7 @@ class Sealer(MessageSealer):
 
     *object_key*: K_obj, 32 bytes (`derive.object_key`). *name* is what *bind* says, empty for Bind.NOTHING.
     MisuseError for a key or name that does not fit; FormatError from `update` beyond 2^52 - 1 bytes.
+    *content_sha256* as in `MessageSealer`: the same content of the same name gives the same bytes.
     """
 
     def __init__(
@@ -193,10 +194,12 @@ class Sealer(MessageSealer):
         *,
         bind: Bind = Bind.NOTHING,
         name: bytes = b"",
+        content_sha256: bytes | None = None,
     ) -> None:
         self.header: Final = Header(key_id, bind)
         raw = self.header.encode()
-        super().__init__(object_key, _context(raw, owner, _checked(bind, name)), lead=raw)
+        context = _context(raw, owner, _checked(bind, name))
+        super().__init__(object_key, context, lead=raw, content_sha256=content_sha256)
 
 
 class Opener(ChunkOpener):

@@ -42,12 +42,13 @@ class Crc32:
 class _ReflectedCrc:
     """A CRC whose register shifts right, begins with all ones and is inverted at the end."""
 
-    def __init__(self, polynomial: int, size: int) -> None:
-        """*polynomial*: bit-reversed, without its highest term. *size*: bytes of the value."""
+    def __init__(self, polynomial: int, size: int, before: bytes | None = None) -> None:
+        """*polynomial*: bit-reversed, without its highest term. *size*: bytes of the value. *before*: the
+        value of what stands before what will come."""
         self._polynomial = polynomial
         self._size = size
         self._ones = (1 << 8 * size) - 1
-        self._value = self._ones
+        self._value = self._ones if before is None else int.from_bytes(before) ^ self._ones
 
     def update(self, data: bytes | bytearray | memoryview, /) -> None:
         view = memoryview(data)
@@ -82,10 +83,10 @@ class _ReflectedCrc:
 
 
 class Crc32C(_ReflectedCrc):
-    """CRC-32C (Castagnoli, RFC 3720 12.1), 4 bytes."""
+    """CRC-32C (Castagnoli, RFC 3720 12.1), 4 bytes. *before*: its value of what stands before the rest."""
 
-    def __init__(self) -> None:
-        super().__init__(0x82F63B78, 4)
+    def __init__(self, before: bytes | None = None) -> None:
+        super().__init__(0x82F63B78, 4, before)
 
 
 class Crc64Nvme(_ReflectedCrc):

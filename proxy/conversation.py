@@ -292,8 +292,8 @@ class ServiceConversation(Conversation):
         read = self._read(replace(self._source, target=target))
         return await self._reading.size_of(read, etag=etag, stored_bytes=stored_bytes)
 
+    @override
     def opening_key(self, header: Header) -> DataKey:
-        """The key that an object names, its use recorded. KeyUnavailableError, AuditUnavailableError."""
         key = self._keys.opening_key(self._trail.owner, header.key_id)
         self._trail.use("object-open", key, size_bytes=None)
         return key

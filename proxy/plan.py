@@ -13,7 +13,7 @@ from enum import Enum, StrEnum
 from typing import Final, Protocol, override
 
 from envelope.multipart import Manifest
-from envelope.objects import Sealer
+from envelope.objects import Header, Sealer
 from proxy import refusals
 from proxy.asking import ServiceAnswer, Signer
 from proxy.keys.cache import DataKey
@@ -263,6 +263,10 @@ class Conversation(ABC):
     @abstractmethod
     async def sealing_key(self, *, size_bytes: int | None = None, target: str | None = None) -> DataKey:
         """The active key, its use recorded. RefusedError, AuditUnavailableError."""
+
+    @abstractmethod
+    def opening_key(self, header: Header) -> DataKey:
+        """The key that *header* names, its use recorded. KeyUnavailableError, AuditUnavailableError."""
 
     @abstractmethod
     async def sealing(

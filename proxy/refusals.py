@@ -351,8 +351,8 @@ UPLOADS_UNAVAILABLE: Final = _refusal(
 UPLOAD_LOST: Final = _refusal(
     410,  # clients begin a new upload then
     "upload-lost",
-    "Nothing is known of this upload, or it cannot be gone on with: its state is lost, another key is active,"
-    " or other content came for a place that was sealed.",
+    "Nothing is known of this upload, or it cannot be gone on with: its state is lost, or other"
+    " content came for a place of which the service may have a piece.",
     "Start the upload over.",
 )
 UPLOAD_BUSY: Final = _refusal(
@@ -449,6 +449,27 @@ SPOOL_FULL: Final = _refusal(
     "There is no room to hold this upload until it can be sent.",
     "Try again later, or send a Content-Length.",
     retry_after_s=10,
+)
+SPOOL_SHARE: Final = _refusal(
+    503,
+    "spool-share",
+    "This tenant's uploads fill its part of the room for uploads that have to be held.",
+    "Try again later, or send a Content-Length.",
+    retry_after_s=10,
+)
+MEMORY_FULL: Final = _refusal(
+    503,
+    "memory-full",
+    "There is no room to read this body: too many bodies that have to be read first are on their way.",
+    "Try again.",
+    retry_after_s=2,
+)
+MEMORY_SHARE: Final = _refusal(
+    503,
+    "memory-share",
+    "This tenant's bodies that have to be read first fill its part of the room for them.",
+    "Try again.",
+    retry_after_s=2,
 )
 AUDIT_UNAVAILABLE: Final = _refusal(
     503,

@@ -6,24 +6,38 @@
    which of them counts, the client says when it completes, and the service, which knows the last one only.
 3. Nothing here opens anything. Lengths and commitments stand in the object's manifest too; what is held of
    small parts are sealed bytes; digests of plaintext are sealed by whoever gives them.
-4. All of it is bounded: parts of an upload, bytes held for an upload and for a network service; uploads that
+4. Of an upload by offset the giver's own state is kept, sealed bytes and counts; it changes only from the
+   version that was read, so that two requests at once cannot both go on from one place.
+5. All of it is bounded: parts of an upload, bytes held for an upload and for a network service; uploads that
    nothing happened to for `KEEP_S` are forgotten, and what is held for one after `KEEP_HELD_S`.
 """
 
 import asyncio
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
 import structlog
-from sqlalchemy import ColumnElement, Connection, Engine, Table, bindparam, delete, func, insert, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Table,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
 
 from envelope.errors import SealgateError
 from envelope.keys import NetworkService
 from envelope.multipart import Part
-from proxy.tenants.tables import upload_completion, upload_held, upload_part
+from proxy.tenants.tables import upload_completion, upload_held, upload_part, upload_session
 from runtime.clock import Clock
 from runtime.database import make_engine, read_only, transaction
 
@@ -43,6 +57,11 @@ MAX_TAGS: Final = 4
 """Of one part number: the last ones."""
 MAX_ROWS: Final = 100_000
 """Of one upload: Azure holds so many blocks of a blob."""
+MAX_SESSION_BYTES: Final = 256 * 1024 * 1024
+"""Of one network service: the states of its uploads by offset."""
+IDLE_S: Final = 3600.0
+"""Where no room is left, those that nothing happened to for so long make place, the oldest first."""
+_VERSION_BITS: Final = 62
 _BUSY_TIMEOUT_S: Final = 10.0
 
 _log = structlog.get_logger(__name__)
@@ -87,6 +106,14 @@ class Completion:
     is_joined: bool
     """That part begins with the client's last part."""
     is_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An upload by offset, as it was read. `version`: drawn anew with each change, none comes again."""
+
+    version: int
+    state: bytes = field(repr=False)
 
 
 class UploadStore:
@@ -309,6 +336,72 @@ class UploadStore:
         for table in (upload_held, upload_part):
             connection.execute(delete(table).where(_of(table, upload)))
 
+    # ---- uploads by offset
+
+    async def session(self, upload: Upload) -> Session | None:
+        """None: nothing is known of it."""
+
+        def read(connection: Connection) -> Session | None:
+            row = connection.execute(select(upload_session).where(_of(upload_session, upload))).first()
+            return None if row is None else Session(row.version, bytes(row.state))
+
+        return await self._in_thread(lambda: self._read(read))
+
+    async def begin_session(self, upload: Upload, state: bytes) -> None:
+        """A new one, in place of whatever was known by its name. UploadsFullError."""
+
+        def change(connection: Connection) -> None:
+            connection.execute(delete(upload_session).where(_of(upload_session, upload)))
+            self._make_room(connection, upload.owner, len(state))
+            values = {"state": state, "state_bytes": len(state), "at_ms": self._now_ms()}
+            version = secrets.randbits(_VERSION_BITS)
+            connection.execute(insert(upload_session).values(**_columns(upload), version=version, **values))
+
+        await self._in_thread(lambda: self._change(change))
+
+    async def change_session(self, upload: Upload, read: Session, state: bytes) -> Session | None:
+        """*state* in place of what was *read*; None if it has changed since, or is gone. UploadsFullError."""
+
+        def change(connection: Connection) -> Session | None:
+            self._make_room(connection, upload.owner, len(state) - len(read.state))
+            version = secrets.randbits(_VERSION_BITS)
+            changed = connection.execute(
+                update(upload_session)
+                .where(_of(upload_session, upload), upload_session.c.version == read.version)
+                .values(version=version, state=state, state_bytes=len(state), at_ms=self._now_ms())
+            )
+            return Session(version, state) if changed.rowcount == 1 else None
+
+        return await self._in_thread(lambda: self._change(change))
+
+    async def forget_session(self, upload: Upload, read: Session | None = None) -> bool:
+        """It is no more: cancelled, or cannot be gone on with. False: it has changed since it was *read*, and
+        stays, or nothing was known of it."""
+
+        def change(connection: Connection) -> bool:
+            its = _of(upload_session, upload)
+            if read is not None:
+                its &= upload_session.c.version == read.version
+            return connection.execute(delete(upload_session).where(its)).rowcount == 1
+
+        return await self._in_thread(lambda: self._change(change))
+
+    def _make_room(self, connection: Connection, owner: NetworkService, more_bytes: int) -> None:
+        of_service = (upload_session.c.tenant_id == owner.tenant, upload_session.c.service == owner.service)
+        total = select(func.coalesce(func.sum(upload_session.c.state_bytes), 0)).where(*of_service)
+        surplus = connection.execute(total).scalar_one() + more_bytes - MAX_SESSION_BYTES
+        if more_bytes <= 0 or surplus <= 0:
+            return
+        idle = upload_session.c.at_ms < self._now_ms() - round(IDLE_S * 1000)
+        oldest = select(upload_session).where(*of_service, idle).order_by(upload_session.c.at_ms)
+        for row in connection.execute(oldest).all():
+            gone = Upload(owner, bytes(row.upload_ref))
+            connection.execute(delete(upload_session).where(_of(upload_session, gone)))
+            surplus -= row.state_bytes
+            if surplus <= 0:
+                return
+        raise UploadsFullError(f"{owner} has too many uploads by offset at once")
+
     # ---- time
 
     async def keep_swept(self) -> NoReturn:
@@ -340,7 +433,9 @@ class UploadStore:
             connection.execute(delete(upload_completion).where(ended, done))
             old_ones = upload_completion.c.at_ms < now_ms - round(KEEP_S * 1000)
             connection.execute(delete(upload_completion).where(old_ones))
-            return len(gone)
+            left = upload_session.c.at_ms < now_ms - round(KEEP_S * 1000)
+            sessions = connection.execute(delete(upload_session).where(left))
+            return len(gone) + sessions.rowcount
 
         return await self._in_thread(lambda: self._change(change))
 

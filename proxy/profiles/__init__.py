@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from proxy.profiles.azure_blob.profile import AzureBlobProfile
+from proxy.profiles.gcs.profile import GcsProfile
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Profile
 from proxy.profiles.s3.profile import S3Profile
@@ -17,7 +18,14 @@ __all__ = ["PROFILES", "Profile", "UnknownProfileError", "profile_named"]
 
 PROFILES: Final[Mapping[str, Profile]] = {
     profile.name: profile
-    for profile in (AzureBlobProfile(), GenericProfile(), S3Profile(), WebDavProfile(), WebProfile())
+    for profile in (
+        AzureBlobProfile(),
+        GcsProfile(),
+        GenericProfile(),
+        S3Profile(),
+        WebDavProfile(),
+        WebProfile(),
+    )
 }
 
 

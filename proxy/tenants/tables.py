@@ -87,7 +87,7 @@ network_service = Table(
     Column("profile", String(63)),
     Column("legacy", String(16)),
     Column("reverse_listen", String(64), unique=True),
-    Column("reverse_names", Text),  # host names in reverse mode, a space between; null: any
+    Column("reverse_names", Text),  # host names in reverse mode, a space between; null: its own
     Column("profile_options", Text),  # JSON object, in the profile's own words
     Column("certificate_der", LargeBinary),
     # The key of that certificate; while there is none, the key of the first CSR.
@@ -199,6 +199,19 @@ upload_completion = Table(
     Column("final_number", BigInteger, nullable=False),
     Column("is_joined", Boolean, nullable=False),
     Column("is_done", Boolean, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+)
+
+# Uploads by offset: what was sealed of them, and how far (proxy/uploads.py).
+upload_session = Table(
+    "upload_session",
+    metadata,
+    Column("tenant_id", String(63), primary_key=True),
+    Column("service", String(63), primary_key=True),
+    Column("upload_ref", LargeBinary(16), primary_key=True),
+    Column("version", BigInteger, nullable=False),  # drawn anew with each change
+    Column("state", LargeBinary, nullable=False),
+    Column("state_bytes", BigInteger, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
 )
 

@@ -86,3 +86,12 @@ def test_sizes_are_what_the_table_says() -> None:
     assert {name: len(checksum(name, b"x")) for name in CHECKSUMS} == {
         name: size for name, (_make, size) in CHECKSUMS.items()
     }
+
+
+@given(data=st.binary(max_size=3000), cut=st.integers(min_value=0, max_value=3000))
+def test_a_crc_goes_on_behind_what_is_known(data: bytes, cut: int) -> None:
+    before = Crc32C()
+    before.update(data[:cut])
+    behind = Crc32C(before.digest())
+    behind.update(data[cut:])
+    assert behind.digest() == checksum("crc32c", data)

@@ -233,3 +233,62 @@ async def test_a_database_that_cannot_be_used_is_told(tmp_path: Path, place: Pla
             await store.add_part(UPLOAD, kept(1, "a"))
         with pytest.raises(UploadsUnavailableError):
             await store.parts(UPLOAD)
+
+
+# ---- uploads by offset
+
+
+async def test_a_session_changes_only_from_what_was_read(place: Place, store: UploadStore) -> None:
+    assert await store.session(UPLOAD) is None
+    await store.begin_session(UPLOAD, b"one")
+    first = await store.session(UPLOAD)
+    assert first is not None
+    second = await store.change_session(UPLOAD, first, b"two")
+    assert second is not None
+    assert await store.change_session(UPLOAD, first, b"three") is None
+    assert not await store.forget_session(UPLOAD, first)
+    found = await store.session(UPLOAD)
+    assert found == second
+    assert found.state == b"two"
+    assert b"two" not in repr(found).encode()
+    # Begun again by the same name: what was read of the former one is worth nothing.
+    await store.begin_session(UPLOAD, b"new")
+    assert await store.change_session(UPLOAD, second, b"four") is None
+    async with UploadStore.open(place.url, clock=place.clock) as other:
+        seen = await other.session(UPLOAD)
+        assert seen is not None
+        assert seen.state == b"new"
+        assert await other.forget_session(UPLOAD, seen)
+    assert await store.session(UPLOAD) is None
+    assert not await store.forget_session(UPLOAD)
+
+
+async def test_of_many_changes_at_once_one_is_made(store: UploadStore) -> None:
+    await store.begin_session(UPLOAD, b"one")
+    read = await store.session(UPLOAD)
+    assert read is not None
+    made = await asyncio.gather(*(store.change_session(UPLOAD, read, bytes([n])) for n in range(8)))
+    (winner,) = [session for session in made if session is not None]
+    assert await store.session(UPLOAD) == winner
+
+
+async def test_sessions_are_bounded_and_forgotten(
+    place: Place, store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MAX_SESSION_BYTES", 100)
+    old, new = (Upload(DRIVE, upload_ref(name)) for name in ("old", "new"))
+    await store.begin_session(old, b"x" * 60)
+    with pytest.raises(UploadsFullError):
+        await store.begin_session(new, b"x" * 60)
+    await store.begin_session(Upload(NetworkService("tenant-b", "drive"), upload_ref("old")), b"x" * 60)
+    await place.clock.advance(uploads.IDLE_S + 1)
+    await store.begin_session(new, b"x" * 60)
+    assert await store.session(old) is None, "nothing had happened to it for an hour"
+    read = await store.session(new)
+    assert read is not None
+    with pytest.raises(UploadsFullError):
+        await store.change_session(new, read, b"x" * 101)
+    assert await store.change_session(new, read, b"") is not None
+    await place.clock.advance(KEEP_S + 1)
+    assert await store.sweep() == 2
+    assert await store.session(new) is None

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from runtime.database import migration_config
 
-HEAD: Final = "0005"
+HEAD: Final = "0006"
 """The newest version; a test compares it with the scripts."""
 _LOCK: Final = 0x5EA16A7E  # any number that no other application locks in this database
 
