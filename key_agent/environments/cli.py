@@ -362,4 +362,6 @@ def _environment_text(row: Any, epoch: int) -> str:
         text += f"; acts as {row['acts']}"
     if row["declared"]:
         text += f"; says of itself: {row['declared']}"
+    if row["lacks"]:
+        text += f"\n  its keys: {row['lacks']}"
     return text

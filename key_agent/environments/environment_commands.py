@@ -26,6 +26,7 @@ from key_agent.environments.registry_lease import NEVER_S
 from key_agent.environments.standing import lease_s_of
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.environments.terms import check_promotion, promotion_payload
+from key_agent.environments.wrapping import HAVE_KEYS
 from key_agent.registry.store import RefusedChangeError
 
 if TYPE_CHECKING:
@@ -136,10 +137,25 @@ class EnvironmentCommands(Commands):
             "latency_ms": None
             if is_own or sight is None or sight.latency_s is None
             else round(sight.latency_s * 1000, 1),
+            "lacks": self._lacks(name, body),
             "declared": None if notice is None else notice.reason,
             "load_balancer_name": body.load_balancer_name,
             "address": body.address,
         }
+
+    def _lacks(self, name: str, body: EnvironmentBody) -> str | None:
+        """What keeps it from having every key, as far as this agent is the manager and has looked."""
+        environments = self._environments()
+        parts = environments.key_parts
+        if parts is None or not environments.peering.leads or body.state not in HAVE_KEYS:
+            return None
+        standing = parts.manager.standings.get(name)
+        if standing is None or (standing.error is None and not standing.failed):
+            return None
+        if standing.error is not None:
+            return standing.error
+        key_id, why = min(standing.failed.items())
+        return f"{len(standing.failed)} missing: {key_id}: {why}"
 
     # Membership.
 

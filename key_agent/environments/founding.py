@@ -2,14 +2,16 @@
 
 1. Nothing changes but where it stands: the same services, rings, keys and states. Its keys belong to it.
 2. Only what has a place among several is taken: a rotation that is under way ends first.
+3. Every live key can be had by the others: one under a lost KEK would keep each of them `joining` for ever.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, select
 
 from envelope.base64url import b64u_encode
-from envelope.keys import KeyState, KeyUse
+from envelope.keys import KeyState, KeyUse, NetworkService
 from key_agent.environments.documents import (
     Body,
     DekBody,
@@ -21,6 +23,7 @@ from key_agent.environments.documents import (
     TenantBody,
     TermBody,
 )
+from key_agent.environments.key_changes import LIVE
 from key_agent.environments.peers import JoinRequest
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.terms import term_id
@@ -28,6 +31,7 @@ from key_agent.registry.access import PURPOSE, RefusedChangeError
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import RotationPhase
 from key_agent.registry.tables import dek, key_ring, key_rotation, network_service
+from key_agent.registry.wrap_rows import sound_wraps
 
 _USES = {purpose: use for use, purpose in PURPOSE.items()}
 FIRST_TERM = 1
@@ -51,7 +55,7 @@ def kek_body(row: KekRow, environment: str) -> KekBody:
 def founding_rows(
     c: Connection, *, request: JoinRequest, lease_s: int, now_ms: int
 ) -> list[tuple[Kind, str, Body]]:
-    """All rows of the first epoch. RefusedChangeError while a rotation is under way."""
+    """All rows of the first epoch. RefusedChangeError: a rotation is under way; rule 3."""
     told = request.introduction
     name = told.environment
     is_open = key_rotation.c.phase.in_((RotationPhase.DISTRIBUTING, RotationPhase.ACTIVATED))
@@ -79,6 +83,7 @@ def founding_rows(
     rows += [(Kind.SERVICE, row.id, _service(row)) for row in c.execute(select(network_service))]
     rings = {row.id: row for row in c.execute(select(key_ring))}
     keys = list(c.execute(select(dek).order_by(dek.c.ring_id, dek.c.version)))
+    _check_wraps(c, keys, rings, request.kek_id)
     algorithms = {row.ring_id: row.alg for row in keys if row.alg is not None}
     rows += [
         (
@@ -92,6 +97,19 @@ def founding_rows(
     ]
     rows += [(Kind.DEK, row.id, _dek(row, rings[row.ring_id], name)) for row in keys]
     return rows
+
+
+def _check_wraps(c: Connection, keys: Iterable[Any], rings: Mapping[str, Any], kek_id: str) -> None:
+    sound = sound_wraps(c, kek_id)
+    lost = [row for row in keys if KeyState(row.state) in LIVE and row.id not in sound]
+    if lost:
+        first = NetworkService.parse(rings[lost[0].ring_id].network_service_id)
+        raise RefusedChangeError(
+            f"{len(lost)} keys have no sound wrap under today's KEK, so no other environment could have "
+            f"them: {lost[0].id} of {first} is the first",
+            "if their KEK can come back into the HSM: `key-agent reinstate --restore`; else give up each: "
+            f"`key-agent key destroy {first.service} {lost[0].id}`; then repeat the command",
+        )
 
 
 def first_environment(request: JoinRequest, now_ms: int) -> EnvironmentBody:

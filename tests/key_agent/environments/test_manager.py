@@ -3,17 +3,21 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from envelope.keys import KeyState, KeyUse, NetworkService
+from key_agent.environments.cli import environments_text
 from key_agent.environments.documents import EncryptPolicy, Kind
 from key_agent.environments.manager import LOOK_S
 from key_agent.environments.peers import WRAPS_PATH
 from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
+from key_agent.registry.model import Proxy
 from key_agent.registry.store import RefusedChangeError
+from key_agent.sources.source import NewKey
 from tests.environments.key_site import FILES, MAIL, KeyMember, KeySite, key_site, states
 from tests.key_agent.conftest import until
 from tests.pki import Tenant
@@ -329,3 +333,51 @@ async def test_a_fourth_environment_serves_only_with_every_key(tmp_path: Path, a
             if body is not None and body.state is EnvironmentState.ACTIVE:
                 assert all(key in view.deks for key in keys.values())
         assert any(path == WRAPS_PATH for _, _, path in site["a"].transport.calls)
+
+
+async def test_nobody_begins_a_set_with_keys_that_no_other_environment_could_have(
+    tmp_path: Path, acme: Tenant
+) -> None:
+    async with key_site(tmp_path, acme, "a") as site:
+        a = site["a"]
+        (key,) = await a.source.generate(await a.kek(), [NewKey(owner=FILES, use=KeyUse.DATA)])
+        await a.registry.add_proxy(Proxy(id="p", url="https://p:1", ca_pem="-"), now_ms=a.now_ms())
+        await a.registry.add_service(FILES, proxy_id="p", certificate_pem="-", key=key, now_ms=a.now_ms())
+        await a.sql("DELETE FROM dek_wrap")  # as good as under a KEK that was lost
+        with pytest.raises(RefusedChangeError, match="no other environment could have them") as refused:
+            await a.commands.env_init(url=a.url)
+        assert f"key destroy files {key.key_id}" in str(refused.value.next_step)
+        assert not a.peering.is_united
+        await a.sql("UPDATE dek SET state = 'destroyed'")
+        await a.commands.env_init(url=a.url)
+        assert a.peering.is_united
+
+
+async def test_the_list_says_what_keeps_an_environment_from_having_every_key(
+    tmp_path: Path, acme: Tenant
+) -> None:
+    async with key_site(tmp_path, acme, "ab") as site:
+        a, b = site["a"], site["b"]
+        site.members.pop("b")
+        a.environments.key_parts = a.site_parts
+        await site.unite()
+        await a.manager.ensure_service(FILES, KeyUse.DATA, None)
+        lost = (await site.keys_active())["a"]
+        site.members["b"] = b
+        await a.sql("DELETE FROM dek_wrap")
+        joining = asyncio.create_task(site.join(a, b))
+
+        async def row() -> Any:
+            listed: Any = await a.commands.env_list()
+            return next((one for one in listed["environments"] if one["environment"] == "b"), None)
+
+        try:
+            async with asyncio.timeout(60):
+                while (found := await row()) is None or found["lacks"] is None:  # noqa: ASYNC110 - as it polls
+                    await asyncio.sleep(0.05)
+        finally:
+            joining.cancel()
+            await asyncio.wait([joining])
+        assert found["state"] == EnvironmentState.JOINING
+        assert f"1 missing: {lost}: " in found["lacks"]
+        assert f"its keys: 1 missing: {lost}" in environments_text(await a.commands.env_list())
