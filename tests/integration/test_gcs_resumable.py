@@ -23,7 +23,7 @@ import pytest
 
 from envelope.keys import KeyId, KeyMaterial, KeyState
 from runtime.clock import SystemClock
-from tests.integration.gcs_site import THROUGH, WAYS, Site, Way, started, strict_site
+from tests.integration.gcs_site import THROUGH, WAYS, Site, Way, program, started, strict_site
 from tests.integration.proxy_rig import Answer, proxy
 from tests.referees.comparison import MAGIC, opened
 from tests.referees.strict_gcs import Fault, FaultKind, StrictGcs
@@ -262,6 +262,22 @@ async def test_a_service_that_fails_again_and_again(tmp_path: Path) -> None:
         assert plain_of(place) == {"a": BODY}
 
 
+async def test_googles_client_gets_over_failures_as_directly(tmp_path: Path) -> None:
+    """By its own retries: it asks where the upload is, or sends the chunk again as it was."""
+    file = made(tmp_path / "source") / "file"
+    file.write_bytes(BODY)
+    async with strict_site(tmp_path) as place:
+        for way in WAYS:
+            faults = [Fault(kind, after_bytes=G + 5) for kind in FaultKind]
+            place.server.faults.extend([*faults, Fault(FaultKind.ERROR, after_bytes=7, status=502)])
+            spec = place.ways[way].spec(bucket=BOX, name=way, file=str(file), chunk_bytes=2 * G)
+            assert await program("gcs_retrying.py", spec) == [len(BODY), CRC32C], way
+            assert not place.server.faults
+            await is_there(place.ways[way], way)
+        assert place.server.trouble == []
+        assert plain_of(place) == dict.fromkeys(THROUGH, BODY)
+
+
 async def test_other_bytes_never_follow_on_what_may_have_left(tmp_path: Path) -> None:
     """Half of a chunk is with the service. The same goes on there; of another nothing leaves."""
     other = random_body(len(BODY))
@@ -467,6 +483,28 @@ async def test_a_database_that_is_away(tmp_path: Path) -> None:
             assert (answer.status, answer.code) == (503, "uploads-unavailable")
         assert [one for one in place.server.asked[asked:] if one.body_bytes] == []
         assert (await way.put(BOX, "whole", BODY)).status == 200, "needs none"
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["same", "other"])
+async def test_a_database_that_was_brought_back(tmp_path: Path, is_same: bool) -> None:
+    """What it does not remember is at the service: nothing is put behind that, and it is no object."""
+    async with strict_site(tmp_path) as place:
+        way = place.ways["forward"]
+        upload = await Upload.begin(way, "a")
+        assert held(await upload.chunk(0, G)) == G
+        with contextlib.closing(sqlite3.connect(tmp_path / "uploads" / "directory.db")) as database:
+            rows = database.execute("SELECT * FROM upload_session").fetchall()
+            assert held(await upload.chunk(G, 3 * G)) == 3 * G
+            with database:
+                database.execute("DELETE FROM upload_session")
+                marks = ", ".join("?" * len(rows[0]))
+                database.executemany(f"INSERT INTO upload_session VALUES ({marks})", rows)
+        asked = len(place.server.asked)
+        answer = await upload.chunk(G, 3 * G, body=BODY if is_same else random_body(len(BODY)))
+        assert (answer.status, answer.code) == (410, "upload-lost")
+        assert [one for one in place.server.asked[asked:] if one.body_bytes] == []
+        assert place.server.trouble == []
+        assert place.server.stored() == []
 
 
 async def test_one_chunk_sent_by_several_at_once(tmp_path: Path) -> None:
