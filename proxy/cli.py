@@ -43,6 +43,7 @@ from proxy.refusals import Refusal
 from proxy.tenants import certificates
 from proxy.tenants.certificates import KeyType
 from proxy.tenants.model import (
+    ANY_NAME,
     Directory,
     LegacyPolicy,
     Listen,
@@ -323,11 +324,18 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
         typer.Option(
             "--reverse-name",
             metavar="HOST",
-            help="Only by this name (or *.domain) in reverse mode; repeatable.",
+            help="In reverse mode by this name (or *.domain) and no other one; repeatable.",
         ),
     ] = None,
     any_reverse_name: Annotated[
-        bool, typer.Option("--any-reverse-name", help="By whatever name in reverse mode.")
+        bool,
+        typer.Option("--any-reverse-name", help="By whatever name in reverse mode."),
+    ] = False,
+    own_reverse_names: Annotated[
+        bool,
+        typer.Option(
+            "--own-reverse-names", help="As at first: by the names of the service and of the listener."
+        ),
     ] = False,
     option: OptionChanges = None,
 ) -> None:
@@ -344,9 +352,11 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
         if reverse_listen is not None or no_reverse:
             _exclusive("--reverse-listen", reverse_listen is not None, "--no-reverse", no_reverse)
             changes["reverse_listen"] = _listen(reverse_listen)
-        if reverse_name is not None or any_reverse_name:
+        if reverse_name is not None or any_reverse_name or own_reverse_names:
             _exclusive("--reverse-name", reverse_name is not None, "--any-reverse-name", any_reverse_name)
-            changes["reverse_names"] = _rules(reverse_name)
+            _exclusive("--reverse-name", reverse_name is not None, "--own-reverse-names", own_reverse_names)
+            _exclusive("--any-reverse-name", any_reverse_name, "--own-reverse-names", own_reverse_names)
+            changes["reverse_names"] = {ANY_NAME} if any_reverse_name else _rules(reverse_name)
         if option is not None or profile is not None:
             changes["profile_options"] = lambda entry: _profile_options(
                 profile or entry.profile, entry.profile_options, option

@@ -131,7 +131,12 @@ class Engine:
             raise MisuseError("the engine is running, or was not prepared")
         self._master = running = master.Master(options.Options(), asyncio.get_running_loop())
         self._server = proxyserver.Proxyserver()  # type: ignore[no-untyped-call]
-        tls = TenantTls(self._authority_of, http2=self._settings.http2, outer_of=self._outer_context)
+        tls = TenantTls(
+            self._authority_of,
+            http2=self._settings.http2,
+            outer_of=self._outer_context,
+            is_served=self._is_served,
+        )
         running.addons.add(  # type: ignore[no-untyped-call]
             core.Core(), self._server, next_layer.NextLayer(), tls, self._addon
         )
@@ -231,12 +236,21 @@ class Engine:
 
     def _authority_of(self, client: connection.Client) -> InterceptionCa:
         listener = self._listener_of(client)
-        if listener.service is not None and not listener.service.is_served_as(_name_of(client)):
-            raise InterceptionError("the service is not served by this name")
         try:
             return self._authorities[listener.tenant(self._addon.tenant_of(client)).tenant]
         except (KeyError, refusals.RefusedError):
             raise InterceptionError("it is not known whose client this is") from None
+
+    def _is_served(self, client: connection.Client) -> bool:
+        """Whether a certificate is shown for the name that *client* asks for."""
+        service, routing = self._listener_of(client).service, self._addon.routing
+        if service is None:
+            return True  # what CONNECT asked for has been checked
+        try:
+            name = None if client.sni is None else normal_host(client.sni)
+        except FormatError:
+            return False
+        return routing is not None and routing.is_served_as(service, name)
 
     def _outer_context(self, client: connection.Client, name: str) -> SSL.Context:
         """Of TLS to this proxy itself: whose user the client is will be asked inside."""
@@ -320,14 +334,6 @@ def _muted(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = False
-
-
-def _name_of(client: connection.Client) -> str | None:
-    """The TLS server name the client asked for, in its normal form."""
-    try:
-        return None if client.sni is None else normal_host(client.sni)
-    except FormatError:
-        return None
 
 
 def _mode(spec: str) -> mode_specs.ProxyMode:

@@ -229,7 +229,8 @@ class TenantTls(tlsconfig.TlsConfig):
     """mitmproxy's TLS addon with our certificates and rules in place of its own.
 
     *ca_of*: the CA for this client's connections; *outer_of*: the context of TLS to the proxy itself, which
-    is asked for by name. If one raises, the connection fails.
+    is asked for by name. If one raises, the connection fails. *is_served*: whether a client's server name is
+    one to answer to; if not, the client is told so by TLS's alert `unrecognized_name` (`gate.hello`).
     """
 
     name = "tlsconfig"
@@ -240,10 +241,12 @@ class TenantTls(tlsconfig.TlsConfig):
         *,
         http2: bool,
         outer_of: Callable[[connection.Client, str], SSL.Context] | None = None,
+        is_served: Callable[[connection.Client], bool] | None = None,
     ) -> None:
         self._ca_of = ca_of
         self._outer_of = outer_of
         self._http2 = http2
+        self._is_served = is_served
         self._handshakes: dict[str, Handshake] = {}
         """By the id of the connection to a service."""
 
@@ -270,7 +273,8 @@ class TenantTls(tlsconfig.TlsConfig):
             tls_start.ssl_conn = None
             raise
 
-    def _client_connection(self, tls_start: tls.TlsData) -> SSL.Connection:
+    def _client_connection(self, tls_start: tls.TlsData) -> SSL.Connection | None:
+        """None: there is no certificate for the name that is asked for."""
         client, server = tls_start.context.client, tls_start.context.server
         if tls_start.is_dtls or tls_start.conn is not client:
             raise InterceptionError("only TLS over TCP is answered")
@@ -283,6 +287,8 @@ class TenantTls(tlsconfig.TlsConfig):
         name = client.sni or meant[0]
         if to_proxy_itself and self._outer_of is not None:
             context = self._outer_of(client, name)
+        elif self._is_served is not None and not self._is_served(client):
+            return None
         else:
             context = self._ca_of(client).context_for(name, http2=self._http2 and not to_proxy_itself)
         answering = SSL.Connection(context)

@@ -54,6 +54,11 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return False
 
     @property
+    def reverse_hosts(self) -> tuple[str, ...]:
+        """Names of this proxy that reverse mode serves: they, and one label before each of them."""
+        return ()
+
+    @property
     def has_pages(self) -> bool:
         """Whether what is read may be a page of the service's, which was never an object of ours, where
         `legacy` says nothing of its path. What begins like an object is opened all the same."""

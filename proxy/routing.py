@@ -3,8 +3,9 @@
 1. The listener decides the tenant, before anything the client says is looked at. Where tenants share one,
    the client's proofs do (proxy/users/identification.py), and every question here names that tenant.
 2. In forward mode CONNECT host, TLS server name, Host and request target name one host, or nothing goes on.
-3. In reverse mode the listener decides the service too; the names the client uses are its own affair. Where
-   the service is served by certain names only, the TLS handshake with another ends (engine.py).
+3. In reverse mode the listener decides the service too. It is served by its own names and the listener's, or
+   by those that are listed for it; the TLS handshake with another ends (engine.py). What names stand in the
+   request is then the client's own affair.
 4. What is tunnelled unread is on the tenant's list by CONNECT host and server name, and no managed host.
 5. A connection is opened to an address of this picture only, whatever led to it: names below a service's own
    lead to the service itself.
@@ -199,6 +200,26 @@ class Routing:
         stored = options.policy_for(wanted.target)
         pages = options.has_pages and stored is None
         return Route(service=service, mode=mode, options=options, stored=stored, pages=pages)
+
+    def is_served_as(self, service: ServiceEntry, host: str | None) -> bool:
+        """Whether clients of its reverse listener may call it *host* (normal form; None: by no name).
+
+        Who asks for no name is shown the certificate of the address that the connection was made to.
+        """
+        if service.reverse_names:
+            return service.is_named(host)
+        options, listen = self._options.get(service.owner), service.reverse_listen
+        if host is None:
+            return True
+        if options is None or listen is None:
+            return False
+        own = service.upstream.host
+        above = (*options.reverse_hosts, own) if options.has_subdomains else options.reverse_hosts
+        return (
+            host in {own, listen.host, *options.reverse_hosts}
+            or (host == "localhost" and listen.is_loopback)
+            or host.partition(".")[2] in above
+        )
 
     def profile(self, service: ServiceEntry) -> Profile:
         """Of a service that `route` has led to."""

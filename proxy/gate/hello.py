@@ -7,8 +7,11 @@ records, slowly, would stop everybody else. Here:
 1. A ClientHello has at most MAX_HELLO_BYTES, records' headers included. OpenSSL's own limit is 128 KiB, what
    browsers send, post-quantum keys included, 2 KiB.
 2. Each byte is looked at once. mitmproxy is given the ClientHello when it is whole, or found to be none.
+3. A client for whose server name the addon has no context, and has not failed either, is told so by the
+   alert `unrecognized_name` (RFC 6066, 3); mitmproxy just closes.
 """
 
+import logging
 import struct
 import weakref
 from collections.abc import Generator
@@ -19,8 +22,12 @@ from mitmproxy.proxy import commands
 from mitmproxy.proxy.layers import tls
 
 MAX_HELLO_BYTES: Final = 64 * 1024
+UNRECOGNIZED_NAME: Final = b"\x15\x03\x03\x00\x02\x02\x70"
+"""An alert in a record of its own: fatal, 112."""
 _RECORD_HEAD: Final = 5
 _MESSAGE_HEAD: Final = 4
+
+log = logging.getLogger(__name__)
 
 type Answer = Generator[commands.Command, Any, tuple[bool, str | None]]
 
@@ -79,7 +86,28 @@ def receive_handshake_data(self: tls.ClientTLSLayer, data: bytes) -> Answer:
     self.recv_buffer.extend(data)
     if hello.is_decided(self.recv_buffer):
         _hellos.pop(self, None)
-        return (yield from _stock_receive(self, b""))
+        return (yield from _told(self, _stock_receive(self, b"")))
     if len(self.recv_buffer) > MAX_HELLO_BYTES:
         return False, f"a ClientHello of more than {MAX_HELLO_BYTES} bytes"
     return False, None
+
+
+def _told(self: tls.ClientTLSLayer, stock: Answer) -> Answer:
+    """Rule 3."""
+    reply: Any = None
+    has_asked = False
+    while True:
+        try:
+            command = stock.send(reply)
+        except StopIteration as stopped:
+            answer: tuple[bool, str | None] = stopped.value
+            return answer
+        has_asked |= isinstance(command, tls.TlsStartClientHook)
+        is_refused = has_asked and self.tls is None
+        if is_refused and isinstance(command, commands.Log):
+            log.info("refused a client: its server name is not one that is served")
+            reply = None
+            continue
+        if is_refused and isinstance(command, commands.CloseConnection) and command.connection is self.conn:
+            yield commands.SendData(self.conn, UNRECOGNIZED_NAME)
+        reply = yield command

@@ -42,6 +42,7 @@ from proxy.encryption_service.model import NamedKey
 from proxy.tenants import certificates, migrations, service_rows
 from proxy.tenants.certificates import CredentialError, KeyType
 from proxy.tenants.model import (
+    ANY_NAME,
     CertificateFiles,
     Directory,
     LegacyPolicy,
@@ -467,14 +468,17 @@ class DirectoryStore:
 
         *profile_options* makes of the service as it stands all its options, checked by the profile.
 
-        *reverse_names*: host names (or `*.domain`) that clients of the reverse listener may use; none: any.
+        *reverse_names*: host names (or `*.domain`, or ANY_NAME) that clients of the reverse listener may use;
+        none: those of the service and the listener.
 
         ChangeRefusedError as for `add_service`.
         """
         names = (
             None
             if reverse_names is None
-            else sorted({TunnelRule.parse(name).pattern for name in reverse_names})
+            else sorted(
+                {name if name == ANY_NAME else TunnelRule.parse(name).pattern for name in reverse_names}
+            )
         )
 
         def change(connection: Connection, before: Directory) -> Draft:

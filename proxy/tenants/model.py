@@ -182,6 +182,10 @@ class CertificateFiles:
     key_file: Path
 
 
+ANY_NAME: Final = "*"
+"""Among the names of a reverse listener: it answers to whatever it is called."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceEntry:
     """One network service. Without `certificate` nothing can be pushed to it, so it refuses all."""
@@ -194,15 +198,16 @@ class ServiceEntry:
     certificate: x509.Certificate | None
     key_file: Path
     reverse_names: frozenset[str] = frozenset()
-    """Host names that clients of the reverse listener may use; empty: any."""
+    """Host names that clients of the reverse listener may use, or ANY_NAME; empty: those of the service and
+    of the listener (`Routing.is_served_as`)."""
     profile_options: Mapping[str, object] = field(default_factory=dict)
     """What the profile is told of this service, JSON-able, in the profile's own words (docs/profiles.md)."""
     credentials: Mapping[str, UpstreamCredential] = field(default_factory=dict)
     """By access key id: what requests to it are signed with anew (docs/profiles-s3.md)."""
 
-    def is_served_as(self, host: str | None) -> bool:
-        """Whether clients of the reverse listener may call it *host* (normal form; None: by no name)."""
-        if not self.reverse_names:
+    def is_named(self, host: str | None) -> bool:
+        """Whether `reverse_names` lists *host* (normal form; None: the client asks for no name)."""
+        if ANY_NAME in self.reverse_names:
             return True
         return host is not None and any(TunnelRule(name).matches(host) for name in self.reverse_names)
 

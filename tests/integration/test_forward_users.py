@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.tenants.model import ServiceEntry
+from proxy.tenants.model import ANY_NAME, ServiceEntry
 from proxy.users.model import Proof, UserAccess, parse_networks
 from tests import pki
 from tests.integration.proxy_rig import Answer, Origin, Rig, curl, proxy, webdav
@@ -184,21 +184,41 @@ async def test_client_certificates(world: World, tmp_path: Path) -> None:
     assert crossed.exit_code != 0, "two tenants in one request"
 
 
-async def test_a_reverse_listener_answers_to_its_names_only(world: World) -> None:
+UNRECOGNIZED = "unrecognized name"
+"""As OpenSSL calls the alert 112."""
+
+
+async def put_to(world: World, entry: ServiceEntry, name: str) -> Answer:
+    assert entry.reverse_listen is not None
+    port, ca_file = entry.reverse_listen.port, world.rig.tenants["acme"].interception_ca.certificate_file
+    return await curl(
+        "--cacert", str(ca_file), "--resolve", f"{name}:{port}:127.0.0.1",
+        "-T", "-", f"https://{name}:{port}/file", body=PLAIN,
+    )  # fmt: skip
+
+
+async def test_a_reverse_listener_answers_to_the_names_that_are_listed(world: World) -> None:
     entry = dataclasses.replace(world.acme, reverse_names=frozenset({"files.acme.example"}))
     world.rig.services[entry.owner] = entry
     await world.start()
-    assert entry.reverse_listen is not None
-    ca_file = world.rig.tenants["acme"].interception_ca.certificate_file
-
-    async def put(name: str, *arguments: str) -> Answer:
-        port = entry.reverse_listen.port if entry.reverse_listen is not None else 0
-        return await curl(
-            "--cacert", str(ca_file), "--resolve", f"{name}:{port}:127.0.0.1", *arguments,
-            "-T", "-", f"https://{name}:{port}/file", body=PLAIN,
-        )  # fmt: skip
-
-    assert (await put("other.example")).exit_code == 35, "no certificate is made for it"
+    for name in ("other.example", "localhost"):
+        refused = await put_to(world, entry, name)
+        assert (refused.exit_code, UNRECOGNIZED in refused.error) == (35, True), (
+            "no certificate is made for it"
+        )
     assert (await world.rig.ask(entry, "/file")).exit_code == 35, "nor without a name"
     assert world.origin.names() == []
-    assert (await put("files.acme.example")).status == 201
+    assert (await put_to(world, entry, "files.acme.example")).status == 201
+
+
+async def test_a_reverse_listener_answers_to_its_own_names_at_first(world: World) -> None:
+    await world.start()
+    refused = await put_to(world, world.acme, "bank.example")
+    assert (refused.exit_code, UNRECOGNIZED in refused.error) == (35, True)
+    assert world.origin.names() == []
+    assert (await world.rig.ask(world.acme, "/file", "-T", "-", body=PLAIN)).status == 201
+    assert (await put_to(world, world.acme, "localhost")).status in {201, 204}
+    named = dataclasses.replace(world.acme, reverse_names=frozenset({ANY_NAME}))
+    world.rig.services[named.owner] = named
+    await world.rig.engine.apply(world.rig.picture())
+    assert (await put_to(world, named, "bank.example")).status in {201, 204}

@@ -174,6 +174,13 @@ def test_updates_and_removals(site: Installation, acme: Tenant, root: str, tmp_p
     assert answer["service"]["legacy"] == "migrate"
     assert answer["service"]["reverse_listen"] == "[::1]:9443"
     assert answer["service"]["state"] == "provisioned"
+    for words, names in (
+        (("--reverse-name", "files.acme.example"), ["files.acme.example"]),
+        (("--any-reverse-name",), ["*"]),
+        (("--own-reverse-names",), []),
+    ):
+        answer = site.ask("service", "update", "acme/drive", *words)
+        assert answer["service"]["reverse_names"] == names
     csr = site.path / "new.csr"
     site.ask("service", "renew", "acme/drive", "--csr", str(csr), "--key-type", "rsa-2048")
     answer = site.ask("service", "import-cert", "acme/drive", str(sign(acme, csr)))

@@ -12,6 +12,7 @@ from proxy.plan import Mode, Route
 from proxy.refusals import Refusal, RefusedError
 from proxy.routing import Routing, Wanted, managed_hosts
 from proxy.tenants.model import (
+    ANY_NAME,
     CertificateFiles,
     Directory,
     LegacyPolicy,
@@ -313,3 +314,45 @@ def test_hosts_for_a_pac_file(buckets: Routing) -> None:
         "*.eu.s3.example", "*.s3.example", "eu.s3.example", "files.example", "plain.example", "s3.example",
     ]  # fmt: skip
     assert managed_hosts(buckets.directory, "beta") == []
+
+
+@pytest.mark.parametrize(
+    ("host", "is_served"),
+    [
+        (None, True),
+        ("files.example", True),
+        ("localhost", True),
+        ("b.files.example", False),
+        ("xfiles.example", False),
+        ("example", False),
+        ("bank.example", False),
+    ],
+)
+def test_a_reverse_listener_has_its_own_names(routing: Routing, host: str | None, is_served: bool) -> None:
+    entry = routing.directory.services[NetworkService.parse("acme/files")]
+    assert routing.is_served_as(entry, host) is is_served
+    assert routing.is_served_as(replace(entry, reverse_names=frozenset({ANY_NAME})), host)
+    listed = replace(entry, reverse_names=frozenset({"bank.example"}))
+    assert routing.is_served_as(listed, host) is (host == "bank.example")
+
+
+def test_a_reverse_listener_has_the_name_that_it_listens_at_and_no_other_loopback_name() -> None:
+    named = service("acme/named", "https://files.example", Listen("localhost", 8003))
+    elsewhere = service("acme/elsewhere", "https://other.example", Listen("10.0.0.5", 8003))
+    routing = Routing(Directory.of(1, [tenant("acme", Listen("127.0.0.1", 8001))], [named, elsewhere]))
+    assert routing.is_served_as(named, "localhost")
+    assert not routing.is_served_as(elsewhere, "localhost")
+    assert routing.is_served_as(elsewhere, "10.0.0.5")
+
+
+def test_names_of_buckets_are_names_of_their_service() -> None:
+    s3 = replace(
+        service("acme/s3", "https://s3.example", Listen("10.0.0.5", 8003)),
+        profile="s3",
+        profile_options={"hosts": ["s3.corp.example"]},
+    )
+    routing = Routing(Directory.of(1, [tenant("acme", Listen("127.0.0.1", 8001))], [s3]))
+    for host in ("s3.example", "b.s3.example", "s3.corp.example", "b.s3.corp.example"):
+        assert routing.is_served_as(s3, host)
+    for host in ("a.b.s3.example", "corp.example", "b.corp.example"):
+        assert not routing.is_served_as(s3, host)

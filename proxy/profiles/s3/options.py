@@ -53,6 +53,11 @@ class S3Options(ProfileOptions, frozen=True, kw_only=True):
     def has_subdomains(self) -> bool:
         return self.virtual_hosts
 
+    @property
+    @override
+    def reverse_hosts(self) -> tuple[str, ...]:
+        return self.hosts
+
 
 def options_of(request: Request) -> S3Options:
     """Of the service that *request* goes to."""

@@ -8,6 +8,7 @@ import pytest
 from envelope.errors import FormatError
 from envelope.keys import NetworkService
 from proxy.tenants.model import (
+    ANY_NAME,
     CertificateFiles,
     Directory,
     LegacyPolicy,
@@ -154,7 +155,8 @@ def test_names_in_reverse_mode() -> None:
         reverse_names=frozenset({"files.acme.example", "*.s3.acme.example"}),
     )
     for host in ("files.acme.example", "bucket.s3.acme.example"):
-        assert entry.is_served_as(host)
+        assert entry.is_named(host)
     for other in (None, "other.example", "s3.acme.example", "xfiles.acme.example"):
-        assert not entry.is_served_as(other)
-    assert dataclasses.replace(entry, reverse_names=frozenset()).is_served_as(None)
+        assert not entry.is_named(other)
+        assert not dataclasses.replace(entry, reverse_names=frozenset()).is_named(other)
+        assert dataclasses.replace(entry, reverse_names=frozenset({ANY_NAME})).is_named(other)
