@@ -27,6 +27,7 @@ from envelope.errors import SealgateError
 from proxy import refusals
 from proxy.asking import host_field
 from proxy.bodies import refusal_for
+from proxy.collecting import Collecting
 from proxy.environments import Environments
 from proxy.exchange import ClientBody, Exchange, Exchanges, ended, exchange_of, source_of
 from proxy.gate.permit import Collect, permit
@@ -118,10 +119,13 @@ class SealgateAddon:
         wait_s: float,
         uploads: UploadStore | None = None,
         spools: Spools | None = None,
+        collecting: Collecting | None = None,
         clock: Clock | None = None,
         environments: Environments | None = None,
     ) -> None:
-        self._exchanges = Exchanges(keys, prefetch, uploads=uploads, wait_s=wait_s, spools=spools)
+        self._exchanges = Exchanges(
+            keys, prefetch, uploads=uploads, wait_s=wait_s, spools=spools, collecting=collecting
+        )
         self._recorder = Recorder(audit, metrics)
         self._metrics = metrics
         self._clock = clock or SystemClock()
@@ -436,11 +440,13 @@ class SealgateAddon:
         return self.routing.listeners.get(client.proxy_mode.full_spec) if self.routing is not None else None
 
     def _end(self, flow: HTTPFlow, outcome: str) -> None:
+        if (exchange := exchange_of(flow)) is not None:
+            exchange.let_go()
         client = self._clients.get(flow.client_conn.id)
         if client is not None and client.flows.pop(flow.id, None) is not None:
             self._metrics.active.dec()
         if flow.request.method != "CONNECT":
-            self._count(flow, exchange_of(flow), outcome)
+            self._count(flow, exchange, outcome)
 
     def _count(self, flow: HTTPFlow, exchange: Exchange | None, outcome: str) -> None:
         if _COUNTED in flow.metadata:

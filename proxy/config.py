@@ -122,6 +122,9 @@ class KeySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
 
 
+LONGEST_COLLECTED_BYTES: Final = 16 << 20
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     http2: bool = True
     """HTTP/2 towards clients."""
@@ -136,12 +139,22 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     spool_bytes: int = 1 << 30
     """Sealed bytes that may wait on this process's disk, all uploads together: where a service has to be told
     a length that the client does not say. In nameless files in `proxy.state_dir`."""
+    collected_bytes: int = 256 << 20
+    """Bodies that this process reads into memory before they go on (lists, documents), all together."""
+    tenant_share: float = 0.5
+    """The part of `spool_bytes`, and of `collected_bytes`, that one tenant may hold."""
     levers: bool = True
     """The performance patches of the gate; off to find out whether one is at fault."""
 
     def __post_init__(self) -> None:
         _check_range("engine.drain_s", self.drain_s, 0, 600)
         _check_range("engine.spool_bytes", self.spool_bytes, 1 << 20, 1 << 50)
+        _check_range("engine.collected_bytes", self.collected_bytes, 32 << 20, 1 << 50)
+        _check_range("engine.tenant_share", self.tenant_share, 0.01, 1)
+        if self.collected_bytes * self.tenant_share < LONGEST_COLLECTED_BYTES:
+            raise ValueError(
+                "engine.collected_bytes * engine.tenant_share must be 16 MiB at least, one long body"
+            )
         if (self.proxy_certificate_file is None) != (self.proxy_key_file is None):
             raise ValueError("engine.proxy_certificate_file and engine.proxy_key_file come together")
 

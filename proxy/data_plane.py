@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from envelope.errors import MisuseError
 from proxy.addon import SealgateAddon
+from proxy.collecting import Collecting
 from proxy.config import Settings, database_url
 from proxy.encryption_service.service import EncryptionService
 from proxy.engine import Engine, upstream_trust
@@ -91,7 +92,14 @@ class DataPlane:
             audit=self._audit,
             prefetch=prefetch,
             uploads=self._uploads,
-            spools=Spools(limit_bytes=settings.engine.spool_bytes, directory=settings.proxy.state_dir),
+            spools=Spools(
+                limit_bytes=settings.engine.spool_bytes,
+                share=settings.engine.tenant_share,
+                directory=settings.proxy.state_dir,
+            ),
+            collecting=Collecting(
+                limit_bytes=settings.engine.collected_bytes, share=settings.engine.tenant_share
+            ),
             metrics=ProxyMetrics(self._registry),
             wait_s=settings.keys.wait_s,
             clock=clock,

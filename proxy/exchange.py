@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 from mitmproxy.http import Headers, HTTPFlow, Message, Response
@@ -18,6 +18,7 @@ from envelope.objects import has_magic
 from proxy import refusals
 from proxy.asking import Outgoing, Source
 from proxy.bodies import NoBody, ReshapeBody, SealBody, refusal_for, sealing_key
+from proxy.collecting import Collecting, CountedBody
 from proxy.conversation import OF_ONE_CONNECTION, ServiceConversation, opened_by
 from proxy.gate.permit import CLEAR, Collect, Grant, Transform, permit
 from proxy.keys.cache import DataKey, KeyCache
@@ -89,6 +90,12 @@ class Exchange:
     came: tuple[tuple[bytes, bytes], ...] = ()
     """The header fields as they came (Host is ours by then)."""
     conversation: ServiceConversation | None = None
+    collected: list[CountedBody] = field(default_factory=list)
+
+    def let_go(self) -> None:
+        """The flow is over: what was collected does not count any more."""
+        for body in self.collected:
+            body.let_go()
 
     @property
     def owner(self) -> NetworkService:
@@ -115,6 +122,7 @@ class Exchanges:
         uploads: UploadStore | None,
         wait_s: float,
         spools: Spools | None = None,
+        collecting: Collecting | None = None,
     ) -> None:
         self._keys = keys
         self._prefetch = prefetch
@@ -122,6 +130,7 @@ class Exchanges:
         self._uploads = uploads
         self._wait_s = wait_s
         self._spools = spools or Spools()
+        self._collecting = collecting or Collecting()
 
     # ---- requests
 
@@ -140,15 +149,15 @@ class Exchanges:
                 self._answer(flow, exchange, plan.reply)
                 return None
             case PassBody():
-                return Collect(plan.limit_bytes)
+                return self._collect(exchange, plan.limit_bytes)
             case Converse() if plan.spool is not None:
                 body = await self._sealing(flow, exchange, plan.spool)
                 if isinstance(body, SealOrPassBody):
                     raise RefusedError(refusals.INTERNAL)
                 bodies.append(body)
-                return SpoolingBody(plan.limit_bytes, body, self._spools.open())
+                return SpoolingBody(plan.limit_bytes, body, self._spools.open(exchange.owner.tenant))
             case Converse():
-                return Collect(plan.limit_bytes)
+                return self._collect(exchange, plan.limit_bytes)
             case Seal() | Reshape():
                 body = await self._sealing(flow, exchange, plan)
                 bodies.append(body)
@@ -159,6 +168,13 @@ class Exchanges:
                 return _bodiless(request, plan, await self._range(exchange, plan))
             case Forward() | Open() | LegacyRange() | HeadSize() | Unopened():
                 return _bodiless(request, plan, plan.edits)
+
+    def _collect(
+        self, exchange: Exchange, limit_bytes: int, *, too_large: Refusal = refusals.TOO_LARGE
+    ) -> Collect:
+        body = self._collecting.collect(exchange.owner.tenant, limit_bytes, too_large=too_large)
+        exchange.collected.append(body)
+        return body
 
     async def decide(self, flow: HTTPFlow, exchange: Exchange, collected: Collect) -> None:
         """The body has been collected: what goes on in its place, or the answer."""
@@ -302,7 +318,7 @@ class Exchanges:
         read = self._read(exchange)
         if answer.status == 412 and _may_restart(going, read):
             exchange.restarts = True
-            return Collect(_RESTART_BYTES, too_large=refusals.UPSTREAM_CHANGED)
+            return self._collect(exchange, _RESTART_BYTES, too_large=refusals.UPSTREAM_CHANGED)
         plan = plan_answer(
             going,
             answer,
@@ -366,7 +382,7 @@ class Exchanges:
             case MapWhole() as mapping:
                 exchange.whole = mapping
                 _edit(response.headers, edits)
-                return Collect(mapping.limit_bytes, too_large=refusals.SERVICE_ANSWER)
+                return self._collect(exchange, mapping.limit_bytes, too_large=refusals.SERVICE_ANSWER)
             case None:
                 passes = plan.may_be_sealed or not has_body
                 granted = CLEAR if passes else self._reading.not_sealed(self._read(exchange), answer)

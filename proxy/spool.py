@@ -2,7 +2,8 @@
 
 1. Ciphertext only: what is written here was sealed before. Names, keys, plaintext never are.
 2. Files have no name: an unlinked file ends with the process, whatever ends it.
-3. All spools of a process together hold at most `limit_bytes`; who comes too late is told to come again.
+3. All spools of a process together hold at most `limit_bytes`, those of a tenant its share of that; who comes
+   too late is told to come again (shares.py).
 4. A little is held in memory, so that small uploads touch no disk.
 """
 
@@ -17,6 +18,7 @@ from typing import Final, Self
 from envelope.errors import MisuseError
 from proxy import refusals
 from proxy.refusals import RefusedError
+from proxy.shares import DEFAULT_SHARE, Shares
 
 MEMORY_BYTES: Final = 256 * 1024
 PIECE_BYTES: Final = 256 * 1024
@@ -26,30 +28,36 @@ LIMIT_BYTES: Final = 1024 * 1024 * 1024
 class Spools:
     """All spools of a process. *directory* None: the system's own for temporary files."""
 
-    def __init__(self, *, limit_bytes: int = LIMIT_BYTES, directory: Path | None = None) -> None:
-        self._limit_bytes = limit_bytes
+    def __init__(
+        self,
+        *,
+        limit_bytes: int = LIMIT_BYTES,
+        share: float = DEFAULT_SHARE,
+        directory: Path | None = None,
+    ) -> None:
+        self._shares = Shares(
+            limit_bytes=limit_bytes,
+            share=share,
+            full=refusals.SPOOL_FULL,
+            share_full=refusals.SPOOL_SHARE,
+        )
         self._directory = directory
-        self.held_bytes = 0
 
-    def open(self) -> "Spool":
-        """An empty spool; whoever opens it closes it."""
-        return Spool(self, self._directory)
+    @property
+    def held_bytes(self) -> int:
+        return self._shares.held_bytes
 
-    def take(self, size_bytes: int) -> None:
-        """RefusedError(SPOOL_FULL) if there is no room."""
-        if self.held_bytes + size_bytes > self._limit_bytes:
-            raise RefusedError(refusals.SPOOL_FULL)
-        self.held_bytes += size_bytes
-
-    def give_back(self, size_bytes: int) -> None:
-        self.held_bytes -= size_bytes
+    def open(self, tenant: str) -> "Spool":
+        """An empty spool for *tenant*; whoever opens it closes it."""
+        return Spool(self._shares, tenant, self._directory)
 
 
 class Spool:
     """Written once, read as often as wanted. Use as `with`, or close it."""
 
-    def __init__(self, spools: Spools, directory: Path | None) -> None:
-        self._spools = spools
+    def __init__(self, shares: Shares, tenant: str, directory: Path | None) -> None:
+        self._shares = shares
+        self._tenant = tenant
         self._directory = directory
         self._memory = bytearray()
         self._file: int | None = None
@@ -75,17 +83,17 @@ class Spool:
         if self._is_closed:
             return
         self._is_closed = True
-        self._spools.give_back(self.size_bytes)
+        self._shares.give_back(self._tenant, self.size_bytes)
         self._memory = bytearray()
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def write(self, piece: bytes | bytearray | memoryview) -> None:
-        """Append. RefusedError(SPOOL_FULL) if there is no room, on the disk either."""
+        """Append. RefusedError(SPOOL_FULL, SPOOL_SHARE) if there is no room, on the disk either."""
         if self._is_closed:
             raise MisuseError("the spool is closed")
-        self._spools.take(len(piece))
+        self._shares.take(self._tenant, len(piece))
         self.size_bytes += len(piece)
         try:
             if self._file is None and len(self._memory) + len(piece) <= MEMORY_BYTES:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 
@@ -19,6 +20,7 @@ from envelope.derive import object_key
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.objects import Opener
 from proxy.addon import SealgateAddon
+from proxy.collecting import Collecting
 from proxy.config import EngineSettings
 from proxy.engine import Engine, upstream_trust
 from proxy.environments import Environments
@@ -27,6 +29,7 @@ from proxy.limits import ClientLimits
 from proxy.metrics import ProxyMetrics
 from proxy.prefetch import Prefetch
 from proxy.profiles import PROFILES, Profile
+from proxy.spool import Spools
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import (
     CertificateFiles,
@@ -42,6 +45,7 @@ from proxy.users.model import Password, UserEntry
 from runtime.audit import AuditLog
 from runtime.clock import SystemClock
 from tests import pki
+from tests.children import output_of
 from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -196,39 +200,57 @@ class Rig:
         return await curl(*arguments, *self.curl_arguments(service, mode, path), body=body, output=output)
 
 
+_HEAD: Final = b"\n--curl-head--\n"
+
+
 async def curl(
     *arguments: str, body: bytes | None = None, timeout_s: float = 60, output: str = "-"
 ) -> Answer:
-    marker = b"\n--curl-head--\n"
+    return await (await begin_curl(*arguments, timeout_s=timeout_s, output=output)).answer(body)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request of curl that is under way."""
+
+    process: asyncio.subprocess.Process
+
+    async def answer(self, body: bytes | None = None, *, begun: bytes = b"") -> Answer:
+        """*begun*: what the caller has read of its output."""
+        out, error = await output_of(self.process, body)
+        content, _, tail = (begun + out).rpartition(_HEAD)
+        first, _, rest = tail.decode().partition("\n")
+        status, _, version = first.partition(" ")
+        return Answer(
+            status=int(status),
+            headers=_headers(rest),
+            body=content,
+            exit_code=self.process.returncode or 0,
+            version=version,
+            error=error.decode(),
+        )
+
+
+async def begin_curl(*arguments: str, timeout_s: float = 60, output: str = "-") -> Running:
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
-    process = await asyncio.create_subprocess_exec(
-        "curl",
-        "--silent",
-        "--show-error",
-        "--output",
-        output,
-        "--max-time",
-        str(timeout_s),
-        "--write-out",
-        marker.decode() + "%{http_code} %{http_version}\n%{header_json}",
-        "--suppress-connect-headers",
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment,
-    )
-    out, error = await process.communicate(body)
-    content, _, tail = out.rpartition(marker)
-    first, _, rest = tail.decode().partition("\n")
-    status, _, version = first.partition(" ")
-    return Answer(
-        status=int(status),
-        headers=_headers(rest),
-        body=content,
-        exit_code=process.returncode or 0,
-        version=version,
-        error=error.decode(),
+    return Running(
+        await asyncio.create_subprocess_exec(
+            "curl",
+            "--silent",
+            "--show-error",
+            "--output",
+            output,
+            "--max-time",
+            str(timeout_s),
+            "--write-out",
+            _HEAD.decode() + "%{http_code} %{http_version}\n%{header_json}",
+            "--suppress-connect-headers",
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+        )
     )
 
 
@@ -296,6 +318,8 @@ async def proxy(
     profiles: Mapping[str, Profile] = PROFILES,
     database_dir: Path | None = None,
     limits: ClientLimits | None = None,
+    spools: Spools | None = None,
+    collecting: Collecting | None = None,
 ) -> AsyncIterator[Rig]:
     """A stopped engine with all round it: provision, then `await rig.engine.start(rig.picture())`.
 
@@ -328,6 +352,8 @@ async def proxy(
             metrics=metrics,
             wait_s=wait_s,
             uploads=uploads,
+            spools=spools,
+            collecting=collecting,
             environments=environments,
         )
         engine = Engine(engine_settings, addon, clock, limits=limits, profiles=profiles)

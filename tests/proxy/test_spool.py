@@ -21,7 +21,7 @@ async def whole(spool: Spool) -> bytes:
 async def test_what_was_written_is_read_as_often_as_wanted(tmp_path: Path, size: int, step: int) -> None:
     spools = Spools(directory=tmp_path)
     content = os.urandom(size)
-    with spools.open() as spool:
+    with spools.open("acme") as spool:
         for at in range(0, size, step):
             spool.write(content[at : at + step])
         assert spool.size_bytes == spools.held_bytes == size
@@ -34,8 +34,8 @@ async def test_what_was_written_is_read_as_often_as_wanted(tmp_path: Path, size:
 
 
 def test_all_together_are_bounded() -> None:
-    spools = Spools(limit_bytes=1000)
-    first, second = spools.open(), spools.open()
+    spools = Spools(limit_bytes=1000, share=1)
+    first, second = spools.open("acme"), spools.open("globex")
     first.write(bytes(600))
     with pytest.raises(RefusedError) as caught:
         second.write(bytes(401))
@@ -46,16 +46,31 @@ def test_all_together_are_bounded() -> None:
     assert spools.held_bytes == 400
     second.write(bytes(600))
     second.close()
-    forgotten = spools.open()
+    forgotten = spools.open("acme")
     forgotten.write(bytes(1000))
     del forgotten
+    assert spools.held_bytes == 0
+
+
+def test_a_tenant_has_its_part() -> None:
+    spools = Spools(limit_bytes=1000, share=0.5)
+    with spools.open("acme") as first, spools.open("acme") as second, spools.open("globex") as other:
+        first.write(bytes(400))
+        with pytest.raises(RefusedError) as caught:
+            second.write(bytes(101))
+        assert caught.value.refusal is refusals.SPOOL_SHARE
+        second.write(bytes(100))
+        other.write(bytes(500))
+        with spools.open("initech") as late, pytest.raises(RefusedError) as caught:
+            late.write(b"x")
+        assert caught.value.refusal is refusals.SPOOL_FULL
     assert spools.held_bytes == 0
 
 
 def test_a_full_disk_is_a_refusal(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     spools = Spools(directory=tmp_path)
-    with spools.open() as spool:
+    with spools.open("acme") as spool:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MEMORY_BYTES, hard))
         try:
             with pytest.raises(RefusedError) as caught:
@@ -67,12 +82,12 @@ def test_a_full_disk_is_a_refusal(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_not_there_is_a_refusal(tmp_path: Path) -> None:
-    with Spools(directory=tmp_path / "absent").open() as spool, pytest.raises(RefusedError):
+    with Spools(directory=tmp_path / "absent").open("acme") as spool, pytest.raises(RefusedError):
         spool.write(bytes(2 * MEMORY_BYTES))
 
 
 def test_what_was_not_written_is_not_read() -> None:
-    spool = Spools().open()
+    spool = Spools().open("acme")
     spool.write(b"abc")
     for start, stop in ((0, 4), (-1, 2), (2, 1)):
         with pytest.raises(MisuseError):
