@@ -365,6 +365,15 @@ def changing() -> None:
     step("rename", lambda: resource(box.rename_blob(box.blob(name), "renamed")))
     del contents[name]
     step("renamed", lambda: [later("renamed"), read("renamed"), box.blob(name).exists()])
+    target = box.blob("rewritten anew")
+    target.metadata, target.content_type = {"only": "this"}, "text/anew"
+    kept("rewritten anew", bodies["written"][-1])
+    step("rewrite anew", lambda: rewritten(target, box.blob("written")))
+    step("rewritten anew", lambda: [later("rewritten anew"), read("rewritten anew")])
+    moved = box.blob("copy of written")
+    moved.reload()
+    step("class", lambda: moved.update_storage_class("NEARLINE") and None)
+    step("of another class", lambda: [later("copy of written"), read("copy of written")])
     if STRICT:
         step("update", lambda: updated("written"))
         step("patch if other", lambda: box.blob("written").patch(if_metageneration_match=77))
