@@ -19,6 +19,7 @@ from proxy.tenants.model import ServiceEntry, TenantEntry
 from proxy.users.portal import make_portal
 from runtime.serve import serving
 from tests import pki
+from tests.children import output_of
 from tests.integration.proxy_rig import Rig, proxy
 from tests.referees.comparison import opened
 from tests.referees.copyparty import ROUTES, Copyparty, copyparty
@@ -150,7 +151,7 @@ async def _run(*command: str) -> None:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=clean_environment()
     )
-    output, _ = await process.communicate()
+    output, _ = await output_of(process)
     assert process.returncode == 0, output.decode(errors="replace")
 
 

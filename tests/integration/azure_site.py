@@ -23,6 +23,7 @@ from proxy.profiles.azure_signatures import authorization, parse_key
 from proxy.tenants.model import LegacyPolicy, ServiceEntry
 from proxy.vault.model import Secrets, UpstreamCredential
 from tests import pki
+from tests.children import output_of
 from tests.integration.proxy_rig import Answer, Rig, curl, proxy
 from tests.referees.azurite import Azurite, azurite
 from tests.referees.swift import BIN
@@ -108,7 +109,7 @@ async def program(name: str, spec: Mapping[str, object]) -> Any:
         stderr=asyncio.subprocess.PIPE,
         env=clean_environment(),
     )
-    out, errors = await process.communicate(json.dumps(spec).encode())
+    out, errors = await output_of(process, json.dumps(spec).encode())
     assert process.returncode == 0, errors.decode()[-3000:]
     return json.loads(out)
 

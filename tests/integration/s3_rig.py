@@ -21,6 +21,7 @@ import msgspec
 from proxy.tenants.model import LegacyPolicy, ServiceEntry
 from proxy.vault.model import Secrets, UpstreamCredential
 from tests import pki
+from tests.children import output_of
 from tests.integration.proxy_rig import REPOSITORY, Rig, proxy
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
@@ -107,7 +108,7 @@ class Site:
             stderr=asyncio.subprocess.PIPE,
             env={**clean_environment(), "AWS_EC2_METADATA_DISABLED": "true"},
         )
-        out, error = await process.communicate(json.dumps(spec).encode())
+        out, error = await output_of(process, json.dumps(spec).encode())
         assert process.returncode == 0, error.decode()[-2000:]
         answers: list[Any] = json.loads(out)
         return answers

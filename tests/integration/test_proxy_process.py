@@ -23,6 +23,7 @@ from proxy.tenants.model import Listen, Upstream
 from runtime.clock import SystemClock
 from runtime.tls import client_context
 from tests import pki
+from tests.children import output_of
 from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, webdav
 from tests.ports import free_port
 
@@ -265,7 +266,7 @@ async def test_what_the_operator_must_mend_ends_the_process_with_cause_and_next_
         sys.executable, "-c", PROGRAM, str(installation.config),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=REPOSITORY,
     )  # fmt: skip
-    out, _ = await process.communicate()
+    out, _ = await output_of(process)
     assert process.returncode != 0
     assert b"CommandError" in out
     assert b"absent.pem" in out

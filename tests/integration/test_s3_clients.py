@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.children import output_of
 from tests.integration.s3_site import Site, Way, site
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
@@ -32,7 +33,7 @@ async def run(*command: str | Path, environment: dict[str, str], stdin: bytes | 
         stderr=asyncio.subprocess.PIPE,
         env={**clean_environment(), **environment},
     )
-    out, errors = await process.communicate(stdin)
+    out, errors = await output_of(process, stdin)
     assert process.returncode == 0, errors.decode()[-3000:] + out.decode(errors="replace")[-1000:]
     return out
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.children import output_of
 from tests.integration.s3_site import HOST, Way, site
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
@@ -48,7 +49,7 @@ async def run(*command: str | Path, environment: dict[str, str], cwd: Path) -> s
         env={**clean_environment(), **environment, "HOME": str(cwd)},
         cwd=cwd,
     )
-    out, _ = await process.communicate()
+    out, _ = await output_of(process)
     return f"{process.returncode} {out.decode(errors='replace')}"
 
 
@@ -172,7 +173,7 @@ async def rclone(way: Way, work: Path, canary: bytes) -> list[Any]:
     process = await asyncio.create_subprocess_exec(
         *cat, stdout=asyncio.subprocess.PIPE, env={**clean_environment(), **environment}, cwd=work
     )
-    piece, _ = await process.communicate()
+    piece, _ = await output_of(process)
     large = (work / "in" / "sub" / "large.bin").read_bytes()
     told += [
         piece == large[5 * MIB - 4 : 5 * MIB + 5],

@@ -21,6 +21,7 @@ import pytest
 from aiohttp import web
 
 from tests import pki
+from tests.children import output_of
 from tests.integration.proxy_rig import proxy
 from tests.integration.s3_site import HOST, Site, Way, provisioned, site
 from tests.ports import free_port
@@ -66,7 +67,7 @@ async def boto3(way: Way, code: str, **given: Any) -> Any:
         stderr=asyncio.subprocess.PIPE,
         env={**clean_environment(), **way.environment},
     )
-    out, errors = await process.communicate(json.dumps(given).encode())
+    out, errors = await output_of(process, json.dumps(given).encode())
     assert process.returncode == 0, errors.decode()[-3000:]
     return json.loads(out)
 

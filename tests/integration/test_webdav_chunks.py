@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import output_of
 from tests.integration.proxy_rig import Answer
 from tests.integration.webdav_site import THROUGH, DavSite, dav_site
 from tests.referees.nextcloud_emulator import DAV, USER, Nextcloud, nextcloud
@@ -271,7 +272,7 @@ async def test_rclone_uploads_in_chunks(tmp_path: Path, way: str) -> None:
                 env=clean_environment(),
             )
             async with asyncio.timeout(100):
-                _, log = await process.communicate()
+                _, log = await output_of(process)
             assert process.returncode == 0, log.decode()
             return log.decode()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from proxy.tenants.model import LegacyPolicy
+from tests.children import output_of
 from tests.integration.proxy_rig import Answer
 from tests.integration.webdav_site import THROUGH, WAYS, DavSite, StartServer, dav_site
 from tests.referees.apache import apache
@@ -185,7 +186,7 @@ async def _rclone(site: DavSite[DavServer], way: str, *arguments: str) -> tuple[
         env=clean_environment(),
     )
     async with asyncio.timeout(60):
-        out, log = await process.communicate()
+        out, log = await output_of(process)
     return process.returncode or 0, out.decode(), log.decode()
 
 

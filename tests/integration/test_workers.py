@@ -18,6 +18,7 @@ from proxy import config
 from proxy.tenants.service_store import ServiceStore
 from runtime.audit import read_chain
 from runtime.settings import SettingsError
+from tests.children import output_of
 from tests.integration.service_site import OWNER, PROGRAM, REPOSITORY, Site
 from tests.integration.test_proxy_process import Installation, installation, running
 
@@ -191,7 +192,7 @@ async def test_what_a_worker_cannot_do_ends_the_process_with_cause_and_next_step
             sys.executable, "-c", PROGRAM, str(site.config),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=REPOSITORY,
         )  # fmt: skip
-        out, _ = await process.communicate()
+        out, _ = await output_of(process)
     assert process.returncode != 0
     assert b"CommandError" in out
     assert str(site.port).encode() in out

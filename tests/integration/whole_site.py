@@ -24,6 +24,7 @@ from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
 from runtime.clock import SystemClock
 from tests import pki
+from tests.children import output_of
 from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, webdav
 from tests.ports import free_port
 from tests.softhsm import SoftHsm
@@ -167,7 +168,7 @@ class Site:
             str(BIN / "key-agent"), "--config", str(self.agent_config), "--json", *words,
             env=os.environ | self.hsm.environment, stdout=asyncio.subprocess.PIPE, cwd=REPOSITORY,
         )  # fmt: skip
-        out, _ = await process.communicate()
+        out, _ = await output_of(process)
         assert process.returncode == 0, (words, out.decode())
         return json.loads(out)
 

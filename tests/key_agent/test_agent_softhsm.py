@@ -26,6 +26,7 @@ from envelope.material import Signer
 from envelope.objects import Opener, Sealer
 from runtime.clock import SystemClock
 from runtime.tls import server_context
+from tests.children import output_of
 from tests.fakes.proxies import FakeProxy, FakeProxyServer
 from tests.pki import Tenant, issue_server, make_server_ca, write_certificate, write_credential
 from tests.softhsm import SoftHsm
@@ -57,7 +58,7 @@ class Site:
     async def command(self, *words: str, exit_code: int = 0) -> Any:
         """Run a command to its end; its JSON."""
         process = await self.start(*words)
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        out, err = await asyncio.wait_for(output_of(process), 60)
         assert process.returncode == exit_code, (words, process.returncode, out.decode(), err.decode())
         return json.loads(out) if out else json.loads(err.splitlines()[-1])["error"]
 
@@ -440,7 +441,7 @@ async def test_kill_9_during_restore_loses_no_key_and_the_same_command_goes_on(s
         if any(old_kek["id"] in keks for keks in wraps):
             assert await asyncio.to_thread(site.hsm.run, "count", _reference(old_kek)) == 1
     finished = await site.start("reinstate", "--restore", "--yes")
-    await finished.communicate()
+    await output_of(finished)
     assert finished.returncode in {0, 3}, "done now, or nothing was left to do"
     assert await asyncio.to_thread(site.hsm.run, "count", _reference(old_kek)) == 0
     async with site.running():
@@ -471,7 +472,7 @@ async def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(site: Site
         agent.kill()
         await agent.wait()
         # Nobody runs now: the command finds the lock free and does it itself, was cut off, or had its answer.
-        await asyncio.wait_for(adding.communicate(), 60)
+        await asyncio.wait_for(output_of(adding), 60)
         for service, held in site.proxy.held.items():
             acknowledged.setdefault(str(service), set()).update(str(key.key_id) for key in held.claims.keys)
         listed = await site.command("service", "list")

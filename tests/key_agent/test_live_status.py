@@ -20,6 +20,7 @@ import pytest
 
 from key_agent import live_status
 from key_agent.live_status import Line, Mark, table
+from tests.children import output_of
 from tests.fakes.clock import ManualClock
 from tests.softhsm import SoftHsm
 
@@ -352,6 +353,6 @@ async def test_as_lines_of_json(agent: tuple[list[str], dict[str, str]]) -> None
         *command, "status", "--watch", env=environment, stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    _, error = await refused.communicate()
+    _, error = await output_of(refused)
     assert refused.returncode == 2
     assert b"--json" in error

@@ -21,6 +21,7 @@ from envelope.objects import CHUNK_SIZE, Bind, Opener, sealed_length
 from proxy.encryption_service.call import Answer, Call, StreamingAnswer
 from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectName, Op
+from tests.children import output_of
 from tests.proxy.encryption_service.dialects.test_native import NativeRig
 from tests.proxy.encryption_service.service_rig import PEER
 from tests.proxy.encryption_service.serving import serving
@@ -316,7 +317,7 @@ async def test_curl_seals_and_opens_files(served: Served, tmp_path: Path) -> Non
             "--output", str(target), served.url + path,
         )  # fmt: skip
         process = await asyncio.create_subprocess_exec(curl, *words, stdout=asyncio.subprocess.PIPE)
-        output, _ = await process.communicate()
+        output, _ = await output_of(process)
         assert process.returncode == 0, output
 
     await run_curl(plain, sealed, SEAL)

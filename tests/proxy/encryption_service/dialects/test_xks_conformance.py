@@ -29,6 +29,7 @@ from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
 from proxy.encryption_service.settings import EncryptionServiceSettings, ListenSettings
 from runtime.clock import SystemClock
+from tests.children import output_of
 from tests.pki import issue_server, make_server_ca, write_certificate, write_credential
 from tests.proxy.encryption_service.aws_signer import Credentials
 from tests.proxy.encryption_service.dialects.xks_rig import (
@@ -79,7 +80,7 @@ class Curl:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         config = f'user = "{signer.access_key_id}:{signer.secret}"\n'  # not in the process list
-        output, _errors = await running.communicate(config.encode())
+        output, _errors = await output_of(running, config.encode())
         if not output:
             assert running.returncode
             return NO_ANSWER
