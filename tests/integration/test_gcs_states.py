@@ -20,6 +20,7 @@ from tests.referees.strict_gcs import StrictGcs
 
 PLAIN = os.urandom(40_000)
 BOX = "referee-bucket"
+G = 256 * 1024
 UPLOAD = f"/upload/storage/v1/b/{BOX}/o"
 OBJECTS = f"/storage/v1/b/{BOX}/o"
 RELATED = {"content-type": "multipart/related; boundary=b"}
@@ -243,3 +244,37 @@ async def test_what_is_sealed_already_is_sealed_again(tmp_path: Path) -> None:
             assert sealed not in stored
             assert (await way.get(BOX, name)).body == sealed
             assert await sizes(way, name) == (str(len(sealed)), str(len(sealed)))
+
+
+async def test_sizes_whatever_became_of_the_mark(tmp_path: Path) -> None:
+    """No client sets it, or sees it. Who sets it at the service is believed by metadata, and nowhere else."""
+    body = os.urandom(2 * G + 5)
+    async with strict_site(tmp_path) as site:
+        way, direct = site.ways["forward"], site.ways["direct"]
+        mine = json.dumps({"metadata": {"sealgate-size": "7", "x": "y"}}).encode()
+        session = await way.ask("POST", f"{UPLOAD}?uploadType=resumable&name=long", JSON, mine)
+        done = session
+        for at in (0, G, 2 * G):
+            stop = min(at + G, len(body))
+            said = {"content-range": f"bytes {at}-{stop - 1}/{len(body) if stop == len(body) else '*'}"}
+            done = await way.ask("PUT", session.headers["location"], said, body[at:stop])
+        assert done.status == 200
+        await way.ask("POST", f"{UPLOAD}?uploadType=multipart&name=short", RELATED, related(mine))
+        for name, plain in (("long", body), ("short", PLAIN)):
+            for _ in ("as it was written", "as a client changed it"):
+                resource = json.loads((await way.ask("GET", place(BOX, name))).body)
+                assert resource["metadata"] == {"x": "y"}, name
+                assert await sizes(way, name) == (str(len(plain)), str(len(plain))), name
+                assert (await way.ask("PATCH", place(BOX, name), JSON, mine)).status == 200
+            answer = await way.get(BOX, name)
+            assert answer.body == plain
+            assert not [field for field in answer.headers if "sealgate" in field]
+        assert "sealgate-size" not in site.server.buckets.find(BOX, "short", {}).resource["metadata"]
+        for mark, seen in (("7", "7"), ("?", str(len(body))), (str(10**12), str(len(body)))):
+            document = json.dumps({"metadata": {"sealgate-size": mark}}).encode()
+            assert (await direct.ask("PATCH", place(BOX, "long"), JSON, document)).status == 200
+            assert await sizes(way, "long") == (seen, seen)
+            assert (await way.get(BOX, "long")).body == body
+            assert (await way.ask("HEAD", f"{place(BOX, 'long')}?alt=media")).headers[
+                "content-length"
+            ] == str(len(body))
