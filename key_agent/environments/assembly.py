@@ -27,6 +27,7 @@ from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTr
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peering import Peering, newest_term
 from key_agent.environments.peers import Introduction, JoinRequest, Peers
+from key_agent.environments.proofs import Proofs
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
 from key_agent.environments.shared import Draft, SharedRegistry
 from key_agent.environments.transport_key import transport_files
@@ -72,6 +73,7 @@ class Environments:
         self._root = root
         self.state_dir = state_dir
         self._clock = clock
+        self.proofs = Proofs(clock)
         self._registry_key = read_or_make_registry_key(state_dir)
         self.peers = Peers(transport, address=self._address, timeout_s=settings.request_timeout_s)
         self.peering = Peering(

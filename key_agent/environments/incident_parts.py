@@ -59,7 +59,7 @@ class IncidentParts:
             journal=agent.journal,
             clock=agent.clock,
         )
-        self.reaction = Reaction(agent, self._peering, self._tell_kek)
+        self.reaction = Reaction(agent, self._peering, environments.proofs, self._tell_kek)
         self._peering.listen(self._changed)
         environments.routes += [
             PeerRoute(

@@ -28,6 +28,7 @@ class KeyParts:
             peering=self._peering,
             registry=agent.registry,
             source=agent.source,
+            proofs=environments.proofs,
             transport_key_file=environments.state_dir / KEY_NAME,
             links=self._links,
             push=self._push,

@@ -9,9 +9,10 @@
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from itertools import batched
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, delete, func, insert, select, update
+from sqlalchemy import Column, Connection, Row, Table, bindparam, delete, insert, select, update
 
 from envelope.keys import KeyState, NetworkService
 from key_agent.environments.documents import (
@@ -30,13 +31,14 @@ from key_agent.registry.tables import (
     environment,
     key_ring,
     network_service,
-    push_sequence,
     service_proxy,
     tenant,
 )
+from key_agent.registry.wrap_rows import highest_sequences
 
 type Rows = Mapping[tuple[Kind, str], Body]
 
+_AT_ONCE: Final = 500
 _OVERRULED: Final = 1_000_000_000
 _UNSHARED: Final = frozenset({"created_at_ms", "updated_at_ms", "after_sequence"})
 
@@ -46,22 +48,23 @@ def project(c: Connection, changed: Rows, *, tenant_id: str, now_ms: int, may_er
     by_kind: dict[Kind, dict[str, Any]] = {}
     for (kind, row_id), body in changed.items():
         by_kind.setdefault(kind, {})[row_id] = body
-    for row_id, environment_body in by_kind.get(Kind.ENVIRONMENT, {}).items():
-        _put(c, environment, row_id, _environment(environment_body), now_ms)
+    environments: dict[str, EnvironmentBody] = by_kind.get(Kind.ENVIRONMENT, {})
+    _put(c, environment, {row_id: _environment(body) for row_id, body in environments.items()}, now_ms)
     for row_id, tenant_body in by_kind.get(Kind.TENANT, {}).items():
         if row_id == tenant_id and _exists(c, environment, tenant_body.home_environment):
-            _put(c, tenant, row_id, _tenant(tenant_body), now_ms)
-    for row_id, service_body in by_kind.get(Kind.SERVICE, {}).items():
-        _put(c, network_service, row_id, _service(row_id, service_body), now_ms)
+            _put(c, tenant, {row_id: _tenant(tenant_body)}, now_ms)
+    services: dict[str, ServiceBody] = by_kind.get(Kind.SERVICE, {})
+    _put(c, network_service, {row_id: _service(row_id, body) for row_id, body in services.items()}, now_ms)
+    for row_id, service_body in services.items():
         if service_body.removed:
             # Its places are this environment's own: with the service they end here too.
             place = service_proxy.c.network_service_id == row_id
             c.execute(update(service_proxy).where(place).values(withdrawn=True, updated_at_ms=now_ms))
-    for row_id, ring_body in by_kind.get(Kind.RING, {}).items():
-        _put(c, key_ring, row_id, _ring(ring_body), now_ms)
+    rings: dict[str, RingBody] = by_kind.get(Kind.RING, {})
+    _put(c, key_ring, {row_id: _ring(body) for row_id, body in rings.items()}, now_ms)
     keys: dict[str, DekBody] = by_kind.get(Kind.DEK, {})
-    for row_id, key in sorted(keys.items(), key=lambda item: (_is_active(item[1]), item[1].version, item[0])):
-        _put_key(c, row_id, key, now_ms)
+    _put_keys(c, keys, now_ms)
+    for row_id, key in keys.items():
         if key.state is KeyState.DESTROYED and row_id in may_erase:
             c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == row_id))
 
@@ -145,34 +148,96 @@ def _exists(c: Connection, table: Table, row_id: str) -> bool:
     return c.execute(select(table.c.id).where(table.c.id == row_id)).first() is not None
 
 
-def _put(c: Connection, table: Table, row_id: str, values: Mapping[str, object], now_ms: int) -> None:
-    changed = c.execute(update(table).where(table.c.id == row_id).values(**values, updated_at_ms=now_ms))
-    if changed.rowcount == 0:
-        c.execute(insert(table).values(id=row_id, **values, created_at_ms=now_ms, updated_at_ms=now_ms))
-
-
-def _put_key(c: Connection, row_id: str, key: DekBody, now_ms: int) -> None:
-    values = _key(key)
-    if key.predecessor is not None and not _exists(c, dek, key.predecessor):
-        values["predecessor_id"] = None
-    # Proxies know of this state once they acknowledge an envelope with a higher sequence than any so far.
-    values["after_sequence"] = int(
-        c.scalar(
-            select(func.max(push_sequence.c.sequence)).where(
-                push_sequence.c.network_service_id == key.service
-            )
-        )
-        or 0
+def _put(c: Connection, table: Table, rows: Mapping[str, Mapping[str, object]], now_ms: int) -> None:
+    """By id; all of *rows* have the same columns."""
+    there = {row_id for (row_id,) in _select(c, rows, table.c.id, table.c.id)}
+    known = {row_id: values for row_id, values in rows.items() if row_id in there}
+    _update(c, table, known, now_ms)
+    _insert(
+        c,
+        table,
+        {
+            row_id: {**values, "created_at_ms": now_ms}
+            for row_id, values in rows.items()
+            if row_id not in there
+        },
+        now_ms,
     )
-    before = c.scalar(select(dek.c.state).where(dek.c.id == row_id))
-    if before == key.state:
-        del values["after_sequence"]
-    if before is None:
+
+
+def _put_keys(c: Connection, keys: Mapping[str, DekBody], now_ms: int) -> None:
+    """Rule 2: keys that are active come after all that are not."""
+    states = {row.id: row.state for row in _select(c, keys, dek.c.id, dek.c.id, dek.c.state)}
+    predecessors = {key.predecessor for key in keys.values() if key.predecessor is not None}
+    there = {row_id for (row_id,) in _select(c, predecessors, dek.c.id, dek.c.id)}
+    # Proxies know of this state once they acknowledge an envelope with a higher sequence than any so far.
+    sequences = highest_sequences(c, {key.service for key in keys.values()})
+    for is_active in (False, True):
+        some = {row_id: key for row_id, key in _by_version(keys) if _is_active(key) is is_active}
+        values = {row_id: _key(key) for row_id, key in some.items()}
+        for row_id, key in some.items():
+            if key.predecessor not in there:
+                values[row_id]["predecessor_id"] = None  # below, if it comes with these
+            if states.get(row_id) != key.state:
+                values[row_id]["after_sequence"] = sequences[key.service]
+        same = {row_id: values[row_id] for row_id, key in some.items() if states.get(row_id) == key.state}
+        changed = {row_id: values[row_id] for row_id in some if row_id in states and row_id not in same}
+        new = {
+            row_id: values[row_id] | {"created_at_ms": key.created_at_ms}
+            for row_id, key in some.items()
+            if row_id not in states
+        }
+        _update(c, dek, same, now_ms)
+        _update(c, dek, changed, now_ms)
+        _insert(c, dek, new, now_ms)
+    late = {
+        row_id: {"predecessor_id": key.predecessor}
+        for row_id, key in keys.items()
+        if key.predecessor not in there and key.predecessor in keys
+    }
+    _update(c, dek, late, now_ms)
+
+
+def _by_version(keys: Mapping[str, DekBody]) -> list[tuple[str, DekBody]]:
+    return sorted(keys.items(), key=lambda item: (item[1].version, item[0]))
+
+
+def _select(c: Connection, wanted: Iterable[str], at: Column[Any], *columns: Column[Any]) -> list[Row[Any]]:
+    """*columns* where *at* is one of *wanted*."""
+    return [
+        row
+        for some in batched(sorted(wanted), _AT_ONCE)
+        for row in c.execute(select(*columns).where(at.in_(some)))
+    ]
+
+
+def _update(c: Connection, table: Table, rows: Mapping[str, Mapping[str, object]], now_ms: int) -> None:
+    """All of *rows* have the same columns."""
+    if not rows:
+        return
+    columns = [*next(iter(rows.values())), "updated_at_ms"]
+    statement = (
+        update(table)
+        .where(table.c.id == bindparam("b_id"))
+        .values({column: bindparam(f"b_{column}") for column in columns})
+    )
+    c.execute(
+        statement,
+        [
+            {"b_id": row_id, "b_updated_at_ms": now_ms}
+            | {f"b_{name}": value for name, value in values.items()}
+            for row_id, values in rows.items()
+        ],
+    )
+
+
+def _insert(c: Connection, table: Table, rows: Mapping[str, Mapping[str, object]], now_ms: int) -> None:
+    """All of *rows* have the same columns."""
+    if rows:
         c.execute(
-            insert(dek).values(id=row_id, **values, created_at_ms=key.created_at_ms, updated_at_ms=now_ms)
+            insert(table),
+            [{"id": row_id, "updated_at_ms": now_ms, **values} for row_id, values in rows.items()],
         )
-    else:
-        c.execute(update(dek).where(dek.c.id == row_id).values(**values, updated_at_ms=now_ms))
 
 
 def _is_active(key: DekBody) -> bool:

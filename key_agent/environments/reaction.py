@@ -23,6 +23,7 @@ from key_agent.environments.healing import Canary
 from key_agent.environments.healing_changes import KekAnnouncement
 from key_agent.environments.incident_changes import KEK_COMPROMISED
 from key_agent.environments.peering import Peering
+from key_agent.environments.proofs import Proofs
 from key_agent.environments.shared import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import UnsupportedError
@@ -31,7 +32,6 @@ from key_agent.refresh import next_delay, wait_until
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import KekState
-from key_agent.rotation import unopenable
 from key_agent.sources.source import Kek
 
 if TYPE_CHECKING:
@@ -50,11 +50,16 @@ def next_rescue_end_ms(view: Shared, *, after_ms: int) -> int | None:
 
 class Reaction:
     def __init__(
-        self, agent: "Agent", peering: Peering, tell: Callable[[KekAnnouncement], Awaitable[None]]
+        self,
+        agent: "Agent",
+        peering: Peering,
+        proofs: Proofs,
+        tell: Callable[[KekAnnouncement], Awaitable[None]],
     ) -> None:
         """*tell*: has the manager write the KEK into the rows, wherever it is; SealgateError."""
         self._agent = agent
         self._peering = peering
+        self._proofs = proofs
         self._tell = tell
         self._wake = asyncio.Event()
         self._disabled: set[str] = set()
@@ -200,7 +205,7 @@ class Reaction:
         )
 
     async def canary(self) -> Canary:
-        """This environment proves itself: its KEK and every wrap under it, opened now."""
+        """This environment proves itself: its KEK now, and every wrap under it, opened lately (proofs.py)."""
         agent, view = self._agent, self._peering.view
         row = await agent.registry.current_kek()
         if row is None or row.kek is None or row.state.is_withdrawn:
@@ -212,7 +217,7 @@ class Reaction:
         keys = await agent.registry.wrapped_keys(kek_id)
         wanted = [key for key in keys if str(key.key_id) in view.deks]
         wrong = [key for key in wanted if key.kcv.hex() != view.deks[str(key.key_id)].kcv]
-        failed = await unopenable(agent.source, row.kek, wanted)
+        failed = await self._proofs.unopenable(agent.source, row.kek, wanted)
         bad = {str(key.key_id) for key in wrong} | {str(key_id) for key_id in failed}
         problems = [f"key {key_id}: {why}" for key_id, why in failed.items()]
         problems += [f"key {key.key_id}: another key has its place" for key in wrong]

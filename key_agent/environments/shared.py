@@ -16,15 +16,16 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import batched
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
@@ -79,6 +80,11 @@ from key_agent.registry.tables import shared_row, shared_seal
 _SEAL_DOMAIN: Final = b"sealgate/v1 registry seal\0"
 _ONE: Final = 1
 _BATCH: Final = 500
+_UPDATE_ROW: Final = (
+    update(shared_row)
+    .where(shared_row.c.kind == bindparam("b_kind"), shared_row.c.id == bindparam("b_id"))
+    .values({name: bindparam(f"b_{name}") for name in ("term", "epoch", "signer", "body", "signature")})
+)
 
 type Key = tuple[Kind, str]
 type Confirm = Callable[[Holder], Awaitable[None]]
@@ -666,9 +672,8 @@ class SharedRegistry:
         def work(c: Connection) -> None:
             for key in removed:
                 c.execute(delete(shared_row).where(shared_row.c.kind == key[0], shared_row.c.id == key[1]))
-            for at in range(0, len(written), _BATCH):
-                for row in written[at : at + _BATCH]:
-                    _write_row(c, row)
+            for some in batched(written, _BATCH):
+                _write_rows(c, some)
             clear(c, removed, now_ms=now_ms)
             changed = {row.key: after.bodies[row.key] for row in written}
             project(
@@ -842,14 +847,27 @@ def _read_rows(c: Connection) -> dict[Key, SharedRow]:
     return rows
 
 
-def _write_row(c: Connection, row: SharedRow) -> None:
-    place = (shared_row.c.kind == row.kind) & (shared_row.c.id == row.id)
-    values = {
+def _write_rows(c: Connection, rows: Sequence[SharedRow]) -> None:
+    there: set[Key] = set()
+    for kind in {row.kind for row in rows}:
+        ids = [row.id for row in rows if row.kind is kind]
+        query = select(shared_row.c.id).where(shared_row.c.kind == kind, shared_row.c.id.in_(ids))
+        there |= {(kind, row_id) for row_id in c.scalars(query)}
+    if known := [row for row in rows if row.key in there]:
+        c.execute(
+            _UPDATE_ROW, [{f"b_{name}": value for name, value in _columns(row).items()} for row in known]
+        )
+    if new := [row for row in rows if row.key not in there]:
+        c.execute(insert(shared_row), [_columns(row) for row in new])
+
+
+def _columns(row: SharedRow) -> dict[str, object]:
+    return {
+        "kind": row.kind.value,
+        "id": row.id,
         "term": row.term,
         "epoch": row.epoch,
         "signer": row.signer,
         "body": row.body,
         "signature": row.signature,
     }
-    if c.execute(update(shared_row).where(place).values(values)).rowcount == 0:
-        c.execute(insert(shared_row).values(kind=row.kind.value, id=row.id, **values))

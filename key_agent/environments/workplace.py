@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 from key_agent.environments.peer_api import PeerRoute
 from key_agent.environments.peering import Peering
+from key_agent.environments.proofs import Proofs
 
 
 class Workplace(Protocol):
     peering: Peering
+    proofs: Proofs
     state_dir: Path
     routes: list[PeerRoute]
     """What peers may ask; to be filled before it is open."""

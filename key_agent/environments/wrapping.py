@@ -27,6 +27,7 @@ from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import Peering, newest_term
 from key_agent.environments.peers import WRAPS_PATH
+from key_agent.environments.proofs import Proofs
 from key_agent.environments.shared import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
@@ -34,7 +35,6 @@ from key_agent.registry.model import UNSERVED_MS, Link
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
 from key_agent.registry.wrap_rows import after_sequences, sound_wraps, store_wraps
-from key_agent.rotation import unopenable
 from key_agent.sources.source import (
     Arrival,
     Destination,
@@ -56,6 +56,8 @@ BATCH: Final = 500
 """Keys in one request to an HSM and to a peer."""
 PATIENCE_S: Final = 60.0
 """For one batch: an HSM may take 10 s, and restart its worker once."""
+PROVEN_AT_ONCE: Final = 2000
+"""Keys that a peer has to have opened in one request: within PATIENCE_S, by an HSM that opens 40 a second."""
 HAVE_KEYS: Final = frozenset(
     {
         EnvironmentState.JOINING,
@@ -106,7 +108,7 @@ NOTHING_STORED: Final = Stored(verified=(), failed={})
 
 
 class Look(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which of *keys* has no sound wrap under that KEK? With *prove* the HSM opens all of them."""
+    """Which of *keys* has no sound wrap under that KEK? With *prove* the HSM opens them (proofs.py)."""
 
     kek_id: Name
     keys: Kids
@@ -162,6 +164,7 @@ class Wraps:
         peering: Peering,
         registry: Registry,
         source: KeySource,
+        proofs: Proofs,
         transport_key_file: Path,
         links: Callable[[Collection[NetworkService]], Collection[Link]],
         push: Callable[[Collection[NetworkService]], None],
@@ -175,6 +178,7 @@ class Wraps:
         self._peering = peering
         self._registry = registry
         self._source = source
+        self._proofs = proofs
         self._transport_key_file = transport_key_file
         self._links = links
         self._push = push
@@ -229,6 +233,7 @@ class Wraps:
             if not some:
                 continue
             made = await self._source.import_keys(kek, some, transport_key_file=self._transport_key_file)
+            self._proofs.opened(made.keys)
             failed |= {str(key_id): why for key_id, why in made.failed_keys.items()}
             stored = await self._keep(made.keys, route)
             verified += stored
@@ -256,9 +261,8 @@ class Wraps:
             held = [
                 key for key in await self._registry.wrapped_keys(look.kek_id) if str(key.key_id) in wanted
             ]
-            for some in batched(held, BATCH):
-                failed = await unopenable(self._source, row.kek, some)
-                missing |= {str(key_id): why for key_id, why in failed.items()}
+            failed = await self._proofs.unopenable(self._source, row.kek, held)
+            missing |= {str(key_id): why for key_id, why in failed.items()}
         return missing
 
     async def waiting(self, key_ids: Collection[str]) -> dict[str, str]:
@@ -393,8 +397,12 @@ class Wraps:
         """PeerError."""
         if environment == self._peering.environment:
             return await self.missing(look)
-        found = (await self._ask(environment, LOOK_PATH, look, Missing)).missing
-        return {key_id: why for key_id, why in found.items() if key_id in look.keys}
+        missing: dict[str, str] = {}
+        for keys in batched(look.keys, PROVEN_AT_ONCE) if look.prove else (look.keys,):
+            some = msgspec.structs.replace(look, keys=keys)
+            found = (await self._ask(environment, LOOK_PATH, some, Missing)).missing
+            missing |= {key_id: found[key_id] for key_id in keys if key_id in found}
+        return missing
 
     async def ask_waiting(self, environment: str, key_ids: Collection[str]) -> dict[str, str]:
         """PeerError."""

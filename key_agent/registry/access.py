@@ -9,7 +9,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import Any, Final
 
@@ -350,22 +350,33 @@ def insert_wrap(
 
     *route*: `kms` where this environment's HSM made the key or the wrap for itself.
     """
+    insert_wraps(c, [key], now_ms, state=state, route=route)
+
+
+def insert_wraps(
+    c: Connection, keys: Iterable[WrappedKey], now_ms: int, *, state: str = VERIFIED, route: str = "kms"
+) -> None:
+    """As `insert_wrap`, of many at once; one at least."""
     c.execute(
-        insert(dek_wrap).values(
-            dek_id=str(key.key_id),
-            kek_id=key.kek_id,
-            format=EKM_FORMAT,
-            route=route,
-            wrap_alg=key.method,
-            wrapped=key.wrapped,
-            wrapped_sha256=sha256(key.wrapped).digest(),
-            token_serial=key.token_serial,
-            state=state,
-            made_at_ms=key.created_at_ms,
-            verified_at_ms=now_ms if state == VERIFIED else 0,
-            created_at_ms=now_ms,
-            updated_at_ms=now_ms,
-        )
+        insert(dek_wrap),
+        [
+            {
+                "dek_id": str(key.key_id),
+                "kek_id": key.kek_id,
+                "format": EKM_FORMAT,
+                "route": route,
+                "wrap_alg": key.method,
+                "wrapped": key.wrapped,
+                "wrapped_sha256": sha256(key.wrapped).digest(),
+                "token_serial": key.token_serial,
+                "state": state,
+                "made_at_ms": key.created_at_ms,
+                "verified_at_ms": now_ms if state == VERIFIED else 0,
+                "created_at_ms": now_ms,
+                "updated_at_ms": now_ms,
+            }
+            for key in keys
+        ],
     )
 
 

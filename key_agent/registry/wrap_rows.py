@@ -7,15 +7,21 @@
 """
 
 from collections.abc import Collection, Sequence
+from itertools import batched
+from typing import Final
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, bindparam, delete, func, select, update
 
 from envelope.keys import KeyState
-from key_agent.registry.access import VERIFIED, insert_wrap, is_sound
+from key_agent.registry.access import VERIFIED, insert_wraps, is_sound
 from key_agent.registry.tables import dek, dek_wrap, key_ring, push_sequence
 from key_agent.sources.source import WrappedKey
 
 _AT_ONCE = 500
+_GONE: Final = delete(dek_wrap).where(
+    dek_wrap.c.dek_id == bindparam("b_id"), dek_wrap.c.kek_id == bindparam("b_kek")
+)
+_AFTER: Final = update(dek).where(dek.c.id == bindparam("b_id")).values(after_sequence=bindparam("b_after"))
 
 
 def store_wraps(c: Connection, keys: Sequence[WrappedKey], *, route: str, now_ms: int) -> list[str]:
@@ -32,29 +38,35 @@ def store_wraps(c: Connection, keys: Sequence[WrappedKey], *, route: str, now_ms
             .where(dek.c.id.in_(names))
         )
     }
-    sequences: dict[str, int] = {}
-    stored = []
-    for key in keys:
-        row = known.get(str(key.key_id))
-        if row is None or row.state == KeyState.DESTROYED or bytes(row.kcv) != key.kcv:
-            continue
-        if row.network_service_id != str(key.owner):
-            continue
-        c.execute(delete(dek_wrap).where(dek_wrap.c.dek_id == row.id, dek_wrap.c.kek_id == key.kek_id))
-        insert_wrap(c, key, now_ms, route=route)
-        owner = str(key.owner)
-        if owner not in sequences:
-            sequences[owner] = _highest_sequence(c, owner)
-        c.execute(update(dek).where(dek.c.id == row.id).values(after_sequence=sequences[owner]))
-        stored.append(row.id)
-    return stored
+    stored = {
+        name: key
+        for name, key in zip(names, keys, strict=True)
+        if (row := known.get(name)) is not None
+        and row.state != KeyState.DESTROYED
+        and bytes(row.kcv) == key.kcv
+        and row.network_service_id == str(key.owner)
+    }
+    if stored:
+        sequences = highest_sequences(c, {str(key.owner) for key in stored.values()})
+        c.execute(_GONE, [{"b_id": name, "b_kek": key.kek_id} for name, key in stored.items()])
+        insert_wraps(c, stored.values(), now_ms, route=route)
+        c.execute(
+            _AFTER, [{"b_id": name, "b_after": sequences[str(key.owner)]} for name, key in stored.items()]
+        )
+    return list(stored)
 
 
-def _highest_sequence(c: Connection, owner: str) -> int:
-    found = c.scalar(
-        select(func.max(push_sequence.c.sequence)).where(push_sequence.c.network_service_id == owner)
-    )
-    return int(found or 0)
+def highest_sequences(c: Connection, services: Collection[str]) -> dict[str, int]:
+    """The highest sequence that was reserved for each of these network services; 0 for none."""
+    found = dict.fromkeys(services, 0)
+    for some in batched(sorted(found), _AT_ONCE):
+        query = (
+            select(push_sequence.c.network_service_id, func.max(push_sequence.c.sequence))
+            .where(push_sequence.c.network_service_id.in_(some))
+            .group_by(push_sequence.c.network_service_id)
+        )
+        found |= {name: int(highest) for name, highest in c.execute(query)}
+    return found
 
 
 def sound_wraps(c: Connection, kek_id: str) -> set[str]:
@@ -66,12 +78,11 @@ def sound_wraps(c: Connection, kek_id: str) -> set[str]:
 def after_sequences(c: Connection, key_ids: Collection[str]) -> dict[str, tuple[str, int]]:
     """For each key: its network service, and the sequence that its proxies have to have passed."""
     found: dict[str, tuple[str, int]] = {}
-    wanted = sorted(key_ids)
-    for at in range(0, len(wanted), _AT_ONCE):
+    for some in batched(sorted(key_ids), _AT_ONCE):
         query = (
             select(dek.c.id, dek.c.after_sequence, key_ring.c.network_service_id)
             .join(key_ring, key_ring.c.id == dek.c.ring_id)
-            .where(dek.c.id.in_(wanted[at : at + _AT_ONCE]))
+            .where(dek.c.id.in_(some))
         )
         found |= {row.id: (row.network_service_id, row.after_sequence) for row in c.execute(query)}
     return found

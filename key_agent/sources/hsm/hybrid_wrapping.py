@@ -84,8 +84,14 @@ class HybridWrapping(Wrapping):
             raise WrongBindingError(str(error)) from None
 
     def vouch(self, kek: KekObjects, sealed: bytes, binding: bytes) -> bytes:
-        """*sealed*, whose material was compared, as a wrapped key: with our HMAC."""
-        return authenticated(kek, sealed, binding, self._mac_mechanism)
+        """*sealed*, whose material was compared, as a wrapped key: with our HMAC, which the HSM finds right.
+
+        The private key is not used once more: these very bytes have just been opened by it, and nothing but
+        the HMAC is new. WrongBindingError if the HSM does not make the same one twice.
+        """
+        wrapped = authenticated(kek, sealed, binding, self._mac_mechanism)
+        verified(kek, wrapped, binding, self._mac_mechanism)
+        return wrapped
 
     @abstractmethod
     def _content_key(self, kek: KekObjects, sealed: bytes, binding: bytes) -> bytes:

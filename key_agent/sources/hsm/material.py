@@ -293,7 +293,7 @@ class _Importer:
             wipe(material)
 
     def _admit(self, row: WrappedKey, parcel: Parcel) -> WrappedKey:
-        """A parcel that is a wrap already, but for our HMAC."""
+        """A parcel that is a wrap already, but for our HMAC: the KEK opens it, once (`vouch` says why)."""
         if not isinstance(self._wrapping, HybridWrapping):
             raise WrappedKeyError(f"is sealed to a public key, which a KEK of method {row.method} has not")
         session = self._token.session(serial=self._kek.token_serial)
@@ -305,13 +305,7 @@ class _Importer:
             self._check(material, row)
         finally:
             wipe(material)
-        wrapped = self._wrapping.vouch(self._key, parcel.sealed, binding)
-        again = self._wrapping.open(session, self._key, wrapped, binding)
-        try:
-            self._check(again, row)
-        finally:
-            wipe(again)
-        return replace(row, wrapped=wrapped)
+        return replace(row, wrapped=self._wrapping.vouch(self._key, parcel.sealed, binding))
 
     def _check(self, material: bytes, row: WrappedKey) -> None:
         if row.use is KeyUse.DATA and len(material) != KEY_MATERIAL_SIZE:

@@ -10,7 +10,7 @@ import pytest
 
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
-from key_agent.environments.documents import Kind
+from key_agent.environments.documents import DekBody, Kind
 from key_agent.environments.shared import Draft, EpochGapError, Shared, StaleTermError
 from tests import postgres
 from tests.key_agent.environments.registries import (
@@ -85,6 +85,46 @@ async def test_what_one_has_written_the_other_has(pair: tuple[Holder, Holder]) -
             (KID, "deactivated", None, "a"),
             (NEXT_KID, "active", KID, "a"),
         ]
+
+
+async def test_whoever_comes_while_a_key_is_followed_by_another_has_both(
+    pair: tuple[Holder, Holder], tmp_path: Path
+) -> None:
+    """The new one is written first, since it is not active; the old one is there at the end all the same."""
+    a, _ = pair
+    coming = key("a", KeyState.PRE_ACTIVE, 2, predecessor=KID)
+    await a.write((Kind.DEK, NEXT_KID, coming))
+    async with registry_of(tmp_path, "c") as c:
+        c.shared.pin("agent-a", a.public)
+        await c.take(await a.shared.since(0))
+        await c.shared.verify()
+        rows = await c.sql("SELECT id, state, predecessor_id FROM dek ORDER BY version")
+        assert [tuple(row) for row in rows] == [(KID, "active", None), (NEXT_KID, "pre-active", KID)]
+
+
+async def test_many_rows_are_one_epoch_as_well(pair: tuple[Holder, Holder]) -> None:
+    """More than go to the database at once: new ones, then half of them changed together with new ones."""
+    a, b = pair
+
+    def many(numbers: range, state: KeyState) -> list[tuple[Kind, str, DekBody]]:
+        return [
+            (
+                Kind.DEK,
+                f"{number:032x}",
+                msgspec.structs.replace(key("a", state, number), owner_environment="b"),
+            )
+            for number in numbers
+        ]
+
+    await b.take(await a.write(*many(range(100, 1300), KeyState.PRE_ACTIVE)))
+    await b.take(await a.write(*many(range(700, 1900), KeyState.DEACTIVATED)))
+    for holder in (a, b):
+        await holder.shared.verify()
+        rows = await holder.sql(
+            "SELECT state, count(*) FROM dek WHERE version >= 100 GROUP BY state ORDER BY 1"
+        )
+        assert [tuple(row) for row in rows] == [("deactivated", 1200), ("pre-active", 600)]
+    assert (await tables(a))["dek"] == (await tables(b))["dek"]
 
 
 async def test_it_is_the_same_after_it_was_opened_again(pair: tuple[Holder, Holder], tmp_path: Path) -> None:
