@@ -30,6 +30,8 @@ class Journal:
         self._audit = audit
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit")
         self._waiting: deque[_Event] = deque()
+        self._is_called = False
+        """The thread has been told of what waits, and has not looked yet: a thousand events are one call."""
         self._failure: str | None = None
 
     @property
@@ -60,10 +62,17 @@ class Journal:
     def _submit(self, action: str, outcome: str, fields: dict[str, Value]) -> "Future[None]":
         written: Future[None] = Future()
         self._waiting.append((action, outcome, fields, written))
-        self._writer.submit(self._write_waiting)
+        if not self._is_called:
+            self._is_called = True
+            try:
+                self._writer.submit(self._write_waiting)
+            except RuntimeError:  # closed: this one says so, and so does the next
+                self._is_called = False
+                raise
         return written
 
     def _write_waiting(self) -> None:
+        self._is_called = False  # first: what is put there from now on may not be seen by this call
         events = [self._waiting.popleft() for _ in range(len(self._waiting))]
         # Whoever gave up before the first byte was written gets no event.
         events = [event for event in events if event[3].set_running_or_notify_cancel()]

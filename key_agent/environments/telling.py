@@ -173,7 +173,8 @@ class Telling:
                 self._journal.note("environment-told", proxy=name, state=word.state, epoch=word.epoch)
             else:
                 log.warning("a proxy does not know what its environment is", proxy=name, cause=error)
-        self._wake.set()
+        if error is not None or word != self._word():
+            self._wake.set()  # else all thousand answers would have the loop look at all thousand proxies
 
 
 def said(verdict: "Verdict", kek: Standing) -> tuple[str, str | None]:
