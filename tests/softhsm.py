@@ -272,6 +272,49 @@ def _do_attributes(request: dict[str, Any]) -> dict[str, bool]:
     return {name: bool(found.get(Attribute[name])) for name in names}
 
 
+def _do_origin(request: dict[str, Any]) -> dict[str, bool]:
+    """Whether it was made in the token, and was at no time otherwise than hidden."""
+    from pkcs11 import Attribute
+
+    [key] = _keys(_session(request), request)
+    return {name: bool(key[Attribute[name]]) for name in ("LOCAL", "ALWAYS_SENSITIVE", "NEVER_EXTRACTABLE")}
+
+
+def _do_export(request: dict[str, Any]) -> dict[str, str]:
+    """Try to get the key's value out by each way that PKCS#11 has; which error refused it, or "got out"."""
+    from collections.abc import Callable
+
+    from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, PKCS11Error
+
+    session = _session(request)
+    [key] = _keys(session, request)
+    wrapping = session.generate_key(
+        KeyType.AES, 256, store=False, capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP
+    )
+    value = Attribute.PRIVATE_EXPONENT if key.key_type is KeyType.RSA else Attribute.VALUE
+    assert key.object_class in {ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY}
+
+    def set_to(attribute: Any, wanted: bool) -> None:
+        key[attribute] = wanted
+
+    ways: dict[str, Callable[[], object]] = {
+        "read": lambda: key[value],
+        "wrap": lambda: wrapping.wrap_key(key, mechanism=Mechanism.AES_KEY_WRAP_PAD),
+        "make extractable": lambda: set_to(Attribute.EXTRACTABLE, True),
+        "make readable": lambda: set_to(Attribute.SENSITIVE, False),
+        "copy extractable": lambda: key.copy({Attribute.EXTRACTABLE: True}),
+        "copy readable": lambda: key.copy({Attribute.SENSITIVE: False}),
+    }
+    found = {}
+    for name, way in ways.items():
+        try:
+            way()
+            found[name] = "got out"
+        except PKCS11Error as error:
+            found[name] = type(error).__name__
+    return found
+
+
 def _do_serials(request: dict[str, Any]) -> list[str]:
     """Of the tokens with that label."""
     from key_agent.sources.hsm.module import load_module
