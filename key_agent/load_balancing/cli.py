@@ -18,8 +18,9 @@ from cryptography import x509
 
 from key_agent.load_balancing import settings as lb_settings
 from key_agent.load_balancing.haproxy_config import haproxy_config
-from key_agent.load_balancing.lb_agent import LbAgent, StateFileError, watch
+from key_agent.load_balancing.lb_agent import LbAgent, StateFileError
 from key_agent.load_balancing.sights import STATUS_QUESTION, LbStatus
+from key_agent.load_balancing.watchdog import Watchdog
 from runtime import lifecycle, observe
 from runtime.cli import CommandError, ExitCode, Options
 from runtime.clock import SystemClock
@@ -66,13 +67,13 @@ def watchdog(lb_config: SettingsFile = _DEFAULT) -> None:
     async def main(stop: asyncio.Event) -> None:
         await _until(
             stop,
-            watch(
+            Watchdog(
                 host=mine.host,
                 port=mine.port,
                 servers=[server.name for server in chosen.servers],
-                socket_path=str(path),
+                socket_path=path,
                 clock=SystemClock(),
-            ),
+            ).run(),
         )
 
     lifecycle.run(main)

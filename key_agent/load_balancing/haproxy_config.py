@@ -57,7 +57,9 @@ def _global(front: FrontendSettings) -> str:
     lines += [f"  tune.bufsize {BUFFER_BYTES}", "  log stderr format raw local0 notice"]
     lines.append("  ssl-default-bind-options ssl-min-ver TLSv1.2")
     if front.stats_socket is not None:
-        lines.append(f"  stats socket {front.stats_socket} mode 600 level admin")
+        group = front.stats_socket_group
+        mode = f"mode 660 group {group}" if group else "mode 600"
+        lines.append(f"  stats socket {front.stats_socket} {mode} level admin")
     return "\n".join([*lines, ""])
 
 

@@ -11,7 +11,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -327,39 +327,3 @@ def _remembered(follower: Follower, file: Path) -> tuple[int, frozenset[bytes]] 
     except (FormatError, IntegrityError) as error:
         raise StateFileError(f"{file}: {error}") from None
     return follower.anchor()
-
-
-async def watch(
-    *, host: str, port: int, servers: Sequence[str], socket_path: str, clock: Clock, every_s: float = 0.5
-) -> NoReturn:
-    """The watchdog: while the lb-agent does not answer, every server is down by HAProxy's own socket.
-
-    HAProxy itself leaves a server as it was when its agent is silent; the next `up` of the agent undoes this.
-    """
-    silent = 0
-    while True:
-        try:
-            async with asyncio.timeout(_CHECK_S):
-                reader, writer = await asyncio.open_connection(host, port)
-                writer.write(f"{servers[0]}\n".encode())
-                answered = bool(await reader.read(64))
-                writer.close()
-        except (OSError, TimeoutError):
-            answered = False
-        silent = 0 if answered else silent + 1
-        if silent >= 2:
-            if silent == 2:
-                logging.getLogger(__name__).error("the lb-agent is silent: every server is set down")
-            for name in servers:
-                await _command(socket_path, f"set server any/{name} agent down")
-        await clock.sleep(every_s)
-
-
-async def _command(socket_path: str, text: str) -> None:
-    with contextlib.suppress(OSError, TimeoutError):
-        async with asyncio.timeout(_CHECK_S):
-            reader, writer = await asyncio.open_unix_connection(socket_path)
-            writer.write(text.encode() + b"\n")
-            await writer.drain()
-            await reader.read()
-            writer.close()

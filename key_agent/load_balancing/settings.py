@@ -139,6 +139,8 @@ class FrontendSettings(_Section, frozen=True, kw_only=True, forbid_unknown_field
     agent_inter_ms: int = 500
     stats_socket: Path | None = None
     """For the watchdog: level admin."""
+    stats_socket_group: str = ""
+    """Who may use it besides its owner, the user that starts HAProxy; without it nobody else."""
 
     def __post_init__(self) -> None:
         match = _ADDRESS.fullmatch(self.bind.replace("*", "0.0.0.0"))
@@ -146,6 +148,8 @@ class FrontendSettings(_Section, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"frontend.bind is host:port, not {self.bind!r}")
         if not 50 <= self.agent_inter_ms <= 10_000:
             raise ValueError("frontend.agent_inter_ms must be between 50 and 10000")
+        if not re.fullmatch(r"(?:[a-z_][a-z0-9_-]{0,31})?", self.stats_socket_group):
+            raise ValueError(f"frontend.stats_socket_group: not a group: {self.stats_socket_group!r}")
         for network in self.trusted_networks:
             if not re.fullmatch(r"[0-9a-fA-F.:]{2,45}(?:/[0-9]{1,3})?", network):
                 raise ValueError(f"frontend.trusted_networks: not a network: {network!r}")

@@ -1,7 +1,6 @@
 """The lb-agent between real agents (their peering and their signed rows), real servers and a real HAProxy."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.haproxy_config import haproxy_config
-from key_agent.load_balancing.lb_agent import LbAgent, watch
+from key_agent.load_balancing.lb_agent import LbAgent
 from key_agent.load_balancing.settings import AgentAddress, Settings
 from key_agent.load_balancing.sights import LbStatus, Word
 from runtime.clock import SystemClock
@@ -34,7 +33,6 @@ from tests.key_agent.load_balancing.balanced import (
 )
 from tests.key_agent.push.revocation_lists import make_list, write_lists
 from tests.pki import make_tenant, write_certificate, write_credential
-from tests.ports import free_port
 
 
 class World:
@@ -284,32 +282,3 @@ async def test_a_breach_is_invisible_to_callers(world: World, tmp_path: Path) ->
         assert {status for status, _ in results} == {200}
         # What was answered already when the change was made may still arrive.
         assert "a" not in {who for _, who in results[mark + 16 :]}
-
-
-async def test_the_watchdog_acts_when_the_lb_agent_is_gone(world: World, tmp_path: Path) -> None:
-    """B-52: HAProxy leaves a server as it was when its agent is silent; the watchdog does not."""
-    settings, mine = world.settings, world.settings.lb_agent
-    async with (
-        haproxy_running(haproxy_config(settings), tmp_path),
-        Caller(settings.frontend.bind) as caller,
-    ):
-        await until_answers(caller, {"a", "b", "c"})
-        servers = [server.name for server in settings.servers]
-        dog = asyncio.create_task(
-            watch(
-                host=mine.host,
-                port=free_port(),
-                servers=servers,
-                socket_path=str(settings.frontend.stats_socket),
-                clock=SystemClock(),
-                every_s=0.1,
-            )
-        )
-        seen: set[str] = set()
-        async with asyncio.timeout(20):
-            while "503" not in seen:
-                seen |= set(await caller.count(6))
-        dog.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await dog
-        await until_answers(caller, {"a", "b", "c"})  # the next `up` undoes it
