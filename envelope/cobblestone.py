@@ -42,7 +42,7 @@ CHUNK_LIMIT: Final = 2**38
 
 DIGEST_SIZE: Final = 32
 _LABEL: Final = b"c2sp.org/chunked-encryption@v1+AEAD_AES_256_GCM\x00"
-_SYNTHETIC_LABEL: Final = b"sealgate/v1 synthetic salt\x00"
+_SYNTHETIC_LABEL: Final = b"sealgate/v1 synthetic salt" + b"\x00"
 _INVALID: Final = "damaged, incomplete, or sealed for someone else"
 """The one message of every authentication failure: which check failed is nobody's business (threat 17)."""
 
@@ -338,7 +338,7 @@ def _refuse() -> Never:
 
 
 def _fresh_salt() -> bytes:
-    """The only source of random salts. tests/vectors/make.py replaces it to get fixed ones; nothing else may."""
+    """The only source of random salts. Only tests/vectors/make.py may replace it, to get fixed bytes."""
     return os.urandom(SALT_SIZE)
 
 

@@ -9,17 +9,16 @@
 4. Memory is bounded by `Limits`, whatever comes, in whatever pieces.
 """
 
-import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
 from typing import Final, NoReturn
 
 from proxy import refusals
-from proxy.refusals import Refusal, RefusedError
+from proxy.profiles.entry_mapping import EntryMapper, Question
+from proxy.refusals import Refusal
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _SPACES: Final = re.compile(rb"[ \t\r\n]*")
@@ -29,8 +28,6 @@ _BEHIND_SCALAR: Final = re.compile(rb"[^-+.0-9A-Za-z]")
 _SCALAR: Final = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _BEGINS_SCALAR: Final = frozenset(b"-0123456789tfn")
 _CLOSES: Final = {ord("{"): ord("}"), ord("["): ord("]")}
-_WAITING: Final = 8
-"""Elements of one answer that are looked into at the same time."""
 
 
 class JsonError(Exception):
@@ -340,12 +337,13 @@ class JsonListRewriter:
         self._is_dead = False
         return out
 
-    def finish(self) -> None:
-        """The document has ended."""
+    def finish(self) -> list["bytes | JsonObject"]:
+        """The document has ended; nothing was left."""
         is_over = self._at is _At.END and not self._held and not self._is_dead
         self._is_dead = True
         if not is_over:
             raise JsonError("ends too early")
+        return []
 
     def _step(self, passing: bytearray) -> list[JsonObject] | None:
         """One token further. None: more must come first."""
@@ -438,71 +436,11 @@ class JsonListRewriter:
         return [element]
 
 
-type Question = Callable[[], Awaitable[None]]
-"""What has to be found out before an element can go on; it makes the edits itself."""
 type Judge = Callable[[JsonObject], Question | None]
 
 
-class JsonListMapper:
-    """A `plan.BodyMapper`: the document goes through, *judge* edits each element of its list *name*.
-
-    Where it returns a question, the answer waits for it; up to `_WAITING` are asked at the same time. A
-    document that cannot be rewritten, and whatever *judge* or a question raises, refuses the answer
-    (*refusal* for JsonError); what has left by then stays without an end.
-    """
+class JsonListMapper(EntryMapper[JsonObject]):
+    """A `plan.BodyMapper`: the document goes through, *judge* edits each element of its list *name*."""
 
     def __init__(self, name: str, judge: Judge, *, refusal: Refusal = refusals.SERVICE_ANSWER) -> None:
-        self._rewriter = JsonListRewriter(name)
-        self._judge = judge
-        self._refusal = refusal
-        self._queue: list[bytes | JsonObject] = []
-        self._questions: list[Question] = []
-
-    @property
-    def pending(self) -> bool:
-        return bool(self._questions)
-
-    def feed(self, piece: bytes) -> bytes:
-        try:
-            for part in self._rewriter.feed(piece):
-                if isinstance(part, JsonObject) and (question := self._judge(part)) is not None:
-                    self._questions.append(question)
-                self._queue.append(part)
-        except JsonError as error:
-            raise RefusedError(self._refusal) from error
-        return b"" if self._questions else self._rendered()
-
-    def finish(self) -> bytes:
-        """No element is found complete here: its brace was there when it came."""
-        try:
-            self._rewriter.finish()
-        except JsonError as error:
-            raise RefusedError(self._refusal) from error
-        if self._questions:
-            raise RefusedError(refusals.INTERNAL)
-        return self._rendered()
-
-    def _rendered(self) -> bytes:
-        queue, self._queue = self._queue, []
-        return b"".join(part.render() if isinstance(part, JsonObject) else part for part in queue)
-
-    async def settle(self) -> None:
-        questions, self._questions = iter(self._questions), []
-        try:
-            while batch := list(islice(questions, _WAITING)):
-                async with asyncio.TaskGroup() as group:
-                    for question in batch:
-                        group.create_task(_asked(question), name="json-element")
-        except* RefusedError as errors:
-            raise _first(errors) from None
-
-
-async def _asked(question: Question) -> None:
-    await question()
-
-
-def _first(group: BaseExceptionGroup[RefusedError]) -> RefusedError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, RefusedError) else RefusedError(refusals.INTERNAL)
+        super().__init__(JsonListRewriter(name), JsonObject, judge, error=JsonError, refusal=refusal)

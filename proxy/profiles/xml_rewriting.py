@@ -10,15 +10,14 @@
    not complete again with every piece; sent byte by byte it would be read a hundred thousand times.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Final
 from xml.parsers import expat
 
 from proxy import refusals
-from proxy.refusals import Refusal, RefusedError
+from proxy.profiles.entry_mapping import EntryMapper, Question
+from proxy.refusals import Refusal
 
 type Name = tuple[str | None, str]
 """Namespace and local name. Namespace "": in none; None: in whatever, for dialects that disagree on it."""
@@ -28,8 +27,6 @@ _SEPARATOR: Final = "\x1f"
 """Between namespace and local name, as expat hands them over. It can stand in neither."""
 _SLICE_BYTES: Final = 64 * 1024
 _ENCODINGS: Final = frozenset({"utf-8", "us-ascii", "ascii"})
-_WAITING: Final = 8
-"""Entries of one answer that are looked into at the same time."""
 
 
 class XmlError(Exception):
@@ -444,80 +441,13 @@ def rewrite(body: bytes, rules: Iterable[EntryRule], judge: Callable[[Entry], No
     return bytes(out)
 
 
-type Question = Callable[[], Awaitable[None]]
-"""What has to be found out before an entry can go on; it makes the replacements itself."""
 type Judge = Callable[[Entry], Question | None]
 
 
-class XmlMapper:
-    """A `plan.BodyMapper`: the document goes through, *judge* makes the replacements in each entry.
-
-    Where it returns a question, the answer waits for it; up to `_WAITING` are asked at the same time. A
-    document that cannot be rewritten, and whatever *judge* or a question raises, refuses the answer
-    (*refusal* for XmlError); what has left by then stays without an end.
-    """
+class XmlMapper(EntryMapper[Entry]):
+    """A `plan.BodyMapper`: the document goes through, *judge* makes the replacements in each entry."""
 
     def __init__(
         self, rules: Iterable[EntryRule], judge: Judge, *, refusal: Refusal = refusals.SERVICE_ANSWER
     ) -> None:
-        self._rewriter = XmlRewriter(rules)
-        self._judge = judge
-        self._refusal = refusal
-        self._queue: list[bytes | Entry] = []
-        self._questions: list[Question] = []
-
-    @property
-    def pending(self) -> bool:
-        return bool(self._questions)
-
-    def feed(self, piece: bytes) -> bytes:
-        return self._through(lambda: self._rewriter.feed(piece))
-
-    def finish(self) -> bytes:
-        """No entry is found complete here: its end tag was parsed when it came."""
-        made = self._through(self._rewriter.finish)
-        if self._questions:
-            raise RefusedError(refusals.INTERNAL)
-        return made
-
-    def _through(self, step: Callable[[], list[bytes | Entry]]) -> bytes:
-        try:
-            for part in step():
-                if isinstance(part, Entry) and (question := self._judge(part)) is not None:
-                    self._questions.append(question)
-                self._queue.append(part)
-            return b"" if self._questions else self._rendered()
-        except XmlError as error:
-            raise RefusedError(self._refusal) from error
-
-    def _rendered(self) -> bytes:
-        queue, self._queue = self._queue, []
-        return b"".join(part.render() if isinstance(part, Entry) else part for part in queue)
-
-    async def settle(self) -> None:
-        questions, self._questions = iter(self._questions), []
-        try:
-            while batch := list(islice(questions, _WAITING)):
-                async with asyncio.TaskGroup() as group:
-                    for question in batch:
-                        group.create_task(_asked(question), name="xml-entry")
-        except* XmlError as errors:
-            raise RefusedError(self._refusal) from errors
-        except* RefusedError as errors:
-            raise _first(errors) from None
-
-
-async def _asked(question: Question) -> None:
-    await question()
-
-
-def _first(group: BaseExceptionGroup[RefusedError]) -> RefusedError:
-    return next(_leaves(group))
-
-
-def _leaves(group: BaseExceptionGroup[RefusedError]) -> Iterator[RefusedError]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
+        super().__init__(XmlRewriter(rules), Entry, judge, error=XmlError, refusal=refusal)

@@ -127,6 +127,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "proxy/profiles/azure_blob/properties.py": _AZURE_BLOCKS,
     "proxy/profiles/azure_blob/uploading.py": _AZURE_BLOCKS,
+    "proxy/profiles/entry_mapping.py": (
+        "tests/proxy/profiles/test_xml_rewriting.py",
+        "the same for XML and JSON, and seen in both",
+    ),
     "proxy/profiles/gcs/chunks.py": _GCS_UPLOADS,
     "proxy/profiles/gcs/next_parts.py": _GCS_UPLOADS,
     "proxy/profiles/gcs/sessions.py": _GCS_UPLOADS,

@@ -17,7 +17,7 @@ def _source(name: str) -> str:
     return (ROOT / "envelope" / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["derive.py", "objects.py", "fields.py"])
+@pytest.mark.parametrize("name", ["cobblestone.py", "derive.py", "objects.py", "fields.py"])
 def test_labels(name: str) -> None:
     labels = set(re.findall(r'b"(sealgate/v1[^"]*)"', _source(name)))
     assert labels
@@ -25,7 +25,8 @@ def test_labels(name: str) -> None:
 
 
 def test_labels_of_the_document_are_in_the_code() -> None:
-    code = "".join(_source(name) for name in ("derive.py", "objects.py", "fields.py", "broker.py"))
+    sources = ("cobblestone.py", "derive.py", "objects.py", "fields.py", "broker.py")
+    code = "".join(map(_source, sources))
     assert {
         label for label in re.findall(r"[`\"](sealgate/v1 [^`\"]+)[`\"]", DOCUMENT) if label not in code
     } == set()

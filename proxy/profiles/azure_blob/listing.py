@@ -23,7 +23,8 @@ from proxy.profiles.azure_blob.addressing import Target
 from proxy.profiles.azure_blob.block_names import marked_size
 from proxy.profiles.azure_blob.copying import source_at_client
 from proxy.profiles.azure_blob.routes import is_block_blob, is_of_token
-from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, Question, XmlMapper
+from proxy.profiles.entry_mapping import Question
+from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, XmlMapper
 
 _MAX_SIZE_DIGITS: Final = 16
 

@@ -74,8 +74,9 @@ class Digests:
 class Uploaded:
     """What is known of content that has just been uploaded."""
 
-    plain_bytes: int
     digests: Digests
+    plain_bytes: int | None = None
+    """None: as it is stored tells."""
 
 
 class Tally:

@@ -47,7 +47,7 @@ from proxy.plan import (
     Seal,
 )
 from proxy.profiles.gcs import multipart, resumable
-from proxy.profiles.gcs.digests import Digests, Tally
+from proxy.profiles.gcs.digests import Digests, Tally, Uploaded
 from proxy.profiles.gcs.errors import CONTENT_TYPE, error_document
 from proxy.profiles.gcs.resources import METADATA_LIMIT_BYTES, Resources, edited, edited_rewrite
 from proxy.profiles.gcs.routes import Kind, Operation, metadata_target, operation_of
@@ -292,7 +292,8 @@ async def _map(asked: Asked, talk: Conversation, answer: AnswerHead, body: bytes
         return Reply(status=answer.status, body=body)
     if asked.kind is Kind.REWRITE:
         return Reply(status=answer.status, body=await edited_rewrite(body, talk))
-    known = None if asked.tally is None else asked.tally.uploaded
+    # Its size by arithmetic: the upload may have been a sealed object already (option `sealed_upload`).
+    known = None if asked.tally is None else Uploaded(digests=asked.tally.digests)
     return Reply(status=answer.status, body=await edited(body, talk, known=known))
 
 

@@ -20,11 +20,12 @@ from proxy import refusals
 from proxy.message import Fields, digest_fields
 from proxy.plan import Conversation, Mode, Reply, Request
 from proxy.profile_options import StoredPolicy
+from proxy.profiles.entry_mapping import Question
 from proxy.profiles.gcs.digests import OF_RESOURCES, Uploaded
 from proxy.profiles.gcs.routes import content_target, operation_of
 from proxy.profiles.gcs.selections import Selection
 from proxy.profiles.gcs.told import MARK, marked_size
-from proxy.profiles.json_rewriting import JsonError, JsonObject, Question
+from proxy.profiles.json_rewriting import JsonError, JsonObject
 from proxy.refusals import RefusedError
 
 HELD_LIMIT_BYTES: Final = 1024 * 1024 * 1024

@@ -61,7 +61,7 @@ def plan(request: Request, operation: Operation) -> RequestPlan:
     """Of START, SESSION and CANCEL. RefusedError."""
     if operation.kind is Kind.START:
         return Converse(
-            edits=request.edits.also(drop=(TOTAL,)),
+            edits=request.edits.also(drop=(TOTAL, _NO_308)),
             handler=lambda talk: start(talk, operation),
             limit_bytes=METADATA_LIMIT_BYTES,
         )

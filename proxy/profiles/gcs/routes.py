@@ -119,8 +119,11 @@ def _parameters(query: str) -> dict[str, str]:
     except ValueError:
         raise RefusedError(refusals.BAD_MESSAGE) from None
     names = [name for name, _ in pairs]
-    if ";" in query or any(names.count(name) > 1 for name in _SOLE):
-        raise RefusedError(refusals.BAD_MESSAGE)
+    folded = [name.lower() for name in names]
+    if ";" in query or any(
+        folded.count(name.lower()) > names.count(name) or names.count(name) > 1 for name in _SOLE
+    ):
+        raise RefusedError(refusals.BAD_MESSAGE)  # twice, or in other letters: who knows which one counts
     if not _REFUSED_PARAMETERS.isdisjoint(names):
         raise RefusedError(refusals.UNKNOWN_ROUTE)
     return dict(pairs)

@@ -17,10 +17,11 @@ from envelope.errors import FormatError
 from envelope.objects import plain_length
 from proxy.plan import BodyMapper, Conversation
 from proxy.profile_options import StoredPolicy
+from proxy.profiles.entry_mapping import Question
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.addressing import Address
 from proxy.profiles.s3.routes import Operation
-from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, Question, XmlMapper
+from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, XmlMapper
 
 _MAX_SIZE_DIGITS: Final = 16
 

@@ -16,9 +16,10 @@ from envelope.objects import plain_length, sealed_length
 from proxy import refusals
 from proxy.plan import Conversation, Request
 from proxy.profile_options import StoredPolicy
+from proxy.profiles.entry_mapping import Question
 from proxy.profiles.webdav.addresses import Addresses
 from proxy.profiles.webdav.chunk_names import FUTURE_FILE, upload_path
-from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, Path, Question, XmlMapper, rewrite
+from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, Path, XmlMapper, rewrite
 from proxy.refusals import RefusedError
 
 DAV: Final = "DAV:"

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from proxy import refusals
+from proxy.profiles.entry_mapping import Question
 from proxy.profiles.json_rewriting import (
     JsonError,
     JsonListMapper,
     JsonListRewriter,
     JsonObject,
     Limits,
-    Question,
 )
 from proxy.refusals import RefusedError
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import refusals
+from proxy.profiles.entry_mapping import Question
 from proxy.profiles.xml_rewriting import (
     Entry,
     EntryRule,
     Limits,
-    Question,
     XmlError,
     XmlMapper,
     XmlRewriter,

@@ -121,4 +121,4 @@ async def test_sources_of_copies_in_reverse_mode() -> None:
 @pytest.mark.parametrize("body", ["<Blob><Name>x</Name>", "</Blobs>", "<!DOCTYPE x>"])
 async def test_a_list_that_is_none(body: str) -> None:
     with pytest.raises(RefusedError):
-        await asyncio.wait_for(shown(Asked({}), body), 10)
+        await asyncio.wait_for(shown(Asked({}), body), 30)

@@ -115,6 +115,8 @@ def test_what_could_be_read_in_two_ways() -> None:
         "name=a&name=b",
         "alt=media;alt=json",
         "upload_id=a&upload_id=b",
+        "uploadtype=resumable",
+        "uploadType=media&UPLOADTYPE=resumable",
     ):
         assert refused("POST", f"{UP}/b/box/o?{query}") is refusals.BAD_MESSAGE, query
     for name in ("x_http_method_override", "x_http_method", "x_method_override"):
