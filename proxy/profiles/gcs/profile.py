@@ -146,6 +146,10 @@ class GcsProfile(Profile):
             why="a chunk is a sealed message: one that the service has begun to take cannot become another",
         ),
         Limitation(
+            what="Sizes in metadata and lists of resumable uploads whose entry was removed past the proxy",
+            why="they are found by sealgate-size in the object's metadata; downloads tell the right one",
+        ),
+        Limitation(
             what="componentCount, sizes in bills, quotas, inventories and notifications",
             why="they are of what is stored: 88 bytes and 16 per 16 KiB more than the content",
         ),
