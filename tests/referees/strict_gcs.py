@@ -6,7 +6,8 @@ uploads (strict_gcs_sessions.py); it is no referee of anything else.
 
 1. Nothing but this API is answered: other paths, methods and protocols are 404 or 405, and noted.
 2. Faults happen when the test says so: one `Fault` for the next body that comes to a session.
-3. Memory is bounded: `limit_bytes` for all that is stored, and for each session.
+3. JSON comes coded to whom it may, as Google's does.
+4. Memory is bounded: `limit_bytes` for all that is stored, and for each session.
 
 https://cloud.google.com/storage/docs/json_api/v1
 """
@@ -121,10 +122,13 @@ class StrictGcs:
         except web.HTTPException as error:
             self.trouble.append(f"{request.method} {path}: {error.status}")
             raise
-        fields = request.query.get("fields")
-        if isinstance(answer, web.Response) and fields and not is_media and answer.status == 200:
-            chosen = selected(json.loads(answer.body or b"{}"), fields)  # type: ignore[arg-type]
-            return web.json_response(chosen)
+        if not isinstance(answer, web.Response) or is_media or answer.content_type != "application/json":
+            return answer
+        if (fields := request.query.get("fields")) and answer.status == 200:
+            answer = web.json_response(selected(json.loads(answer.text or "{}"), fields))
+        if "gzip" in request.headers.get("Accept-Encoding", ""):
+            answer.enable_compression(web.ContentCoding.gzip)
+            answer.headers["Vary"] = "Accept-Encoding"
         return answer
 
     async def _route(self, request: web.Request, path: str) -> web.StreamResponse:
