@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench import agent, core, environments, levers, proxies, results, s3, service, webdav
+from bench import agent, core, environments, key_sets, levers, proxies, results, s3, service, webdav
 from bench.machine import BenchError
 
 type Rows = list[dict[str, Any]]
@@ -42,6 +42,7 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (agent.NAMES, _as_json(agent.run)),
     (environments.NAMES, _as_json(environments.run)),
     (environments.PROXIES_NAMES, _as_json(environments.proxies)),
+    (key_sets.NAMES, _as_json(key_sets.run)),
 ]
 
 
