@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from typer.testing import CliRunner
 
 from key_agent import config
+from key_agent.cli import program as program_of_the_agent
+from runtime.cli import CommandError
 from tests import pki
 
 UNITS: Final = Path(__file__).parents[2] / "deploy/systemd"
@@ -53,6 +56,26 @@ def test_the_units_are_hardened(unit: str) -> None:
     assert service["ExecStart"][0].endswith(" run")
     assert service["ExecStartPre"][0].startswith(program)
     assert service["ExecStartPre"][0].endswith(" --check-config")
+
+
+@pytest.mark.parametrize(
+    ("unit", "command"), [("sealgate-lb-agent", "lb-agent"), ("sealgate-lb-watchdog", "lb watchdog")]
+)
+def test_the_units_beside_haproxy_are_hardened_and_name_commands_that_exist(unit: str, command: str) -> None:
+    service = read(UNITS / f"{unit}.service")
+    wanted = HARDENING.keys() - {
+        "LimitMEMLOCK",
+        "MemorySwapMax",
+        "StateDirectoryMode",
+    }  # no key material here
+    assert {name: service[name] for name in wanted} == {name: [HARDENING[name]] for name in wanted}
+    assert service["User"] == ["sealgate-lb"]
+    program, *words = service["ExecStart"][0].split()
+    assert program == "/opt/sealgate/bin/key-agent"
+    assert words == [*command.split(), "--lb-config", "/etc/sealgate/lb-agent.toml"]
+    error = CliRunner().invoke(program_of_the_agent, [*words[:-1], str(UNITS / "gone.toml")]).exception
+    assert isinstance(error, CommandError)  # the command and its option are there, the settings are not
+    assert "gone.toml" in str(error)
 
 
 def test_the_pin_as_a_credential_reaches_the_settings(tmp_path: Path) -> None:
