@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from envelope.objects import HEADER_SIZE, MAGIC, PREFIX_SIZE, Header
+from envelope.objects import HEADER_SIZE, MAGIC, PREFIX_SIZE, Header, plain_length
 from proxy import refusals
 from proxy.checksums import Crc32C
 from proxy.plan import Mode, Reply
@@ -269,6 +269,20 @@ async def test_the_place_of_a_piece_of_one_part_is_never_anothers(world: World) 
     reply = await send(world, 0, len(CONTENT), len(CONTENT))
     assert reply.status == 200
     assert world.opened(world.stored) == CONTENT
+
+
+async def test_an_end_that_the_service_has_a_piece_of_is_sent_again_as_it_was(world: World) -> None:
+    """The last granule that it keeps lies within the manifest."""
+    plain = CONTENT[: plain_length(2 * GRANULE_BYTES - 90)]
+    await world.begin()
+    world.service.faults = ["cut 999999999"]
+    with pytest.raises(UpstreamFailed):
+        await send(world, 0, len(plain), len(plain))
+    name = world.session.rpartition("upload_id=")[2]
+    assert len(world.service.sessions[name]) == 2 * GRANULE_BYTES
+    reply = await send(world, 0, len(plain), len(plain))
+    assert reply.status == 200
+    assert world.opened(world.stored) == plain
 
 
 async def test_what_the_database_has_forgotten_shares_no_nonce(world: World) -> None:
