@@ -92,7 +92,7 @@ class Siege:
         """CONNECT, and with *server_name* TLS inside of it."""
         reader, writer = stream
         writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
         assert answer.startswith(b"HTTP/1.1 200"), answer
         if server_name is not None:
             await writer.start_tls(self.trust(http2=http2), server_hostname=server_name)

@@ -51,7 +51,7 @@ from tests.ports import free_port
 REPOSITORY = Path(__file__).parents[2]
 
 
-async def until(condition: Callable[[], bool], *, timeout_s: float = 10) -> None:
+async def until(condition: Callable[[], bool], *, timeout_s: float = 30) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline_s:
@@ -302,7 +302,7 @@ async def webdav(directory: Path, certificate_file: Path, key_file: Path) -> Asy
         yield Origin(port, root)
     finally:
         process.terminate()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await process.wait()
 
 

@@ -87,7 +87,7 @@ async def test_key_material_is_nowhere_after_its_end(site: Site) -> None:
             async def not_there() -> bool:
                 return not await asyncio.to_thread(in_memory, proxy.pid, known)
 
-            await until(not_there, timeout_s=10)
+            await until(not_there, timeout_s=30)
             await nowhere_at_the_agent(known)
 
         async def nowhere_at_the_agent(known: Known) -> None:
@@ -98,7 +98,7 @@ async def test_key_material_is_nowhere_after_its_end(site: Site) -> None:
                 async def wiped(worker: int = worker) -> bool:
                     return not in_memory(worker, known)
 
-                await until(wiped, timeout_s=10)
+                await until(wiped, timeout_s=30)
             assert not in_files(site.directory, known)
 
         first = await is_used()

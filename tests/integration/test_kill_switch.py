@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.whole_site import Site, until, whole_site
+from tests.lateness import lateness
 
 INTERVAL_S, VALIDITY_S = 8, 24
 DETECTED_S, TOLD_S = 5.0, 1.0
@@ -46,6 +47,7 @@ async def test_the_kek_is_destroyed(site: Site) -> None:
         # A download is under way that would take half a minute; and one proxy is out of reach.
         running = asyncio.create_task(near.ask("/big", "--limit-rate", "1M"))
         await far.relay.cut()
+        late = await stack.enter_async_context(lateness())
         began_s = time.monotonic()
         far_ends_s = began_s + await far.valid_for_s()
 
@@ -57,20 +59,20 @@ async def test_the_kek_is_destroyed(site: Site) -> None:
 
         await site.destroy_kek_by_another_process()
         took_s = await until(near_refuses)
-        assert took_s < DETECTED_S + TOLD_S, f"{took_s:.2f} s"
+        assert took_s < DETECTED_S + TOLD_S + late.allowance_s, f"{took_s:.2f} s"
         refused = await near.ask("/a")
         assert (refused.status, refused.code) == (503, "key-withdrawn")
         assert (await near.ask("/b", "-T", "-", body=b"new")).code == "key-withdrawn"
         assert "b" not in site.origin.names()
-        cut = await asyncio.wait_for(running, 10)
+        cut = await asyncio.wait_for(running, 30)
         assert cut.exit_code != 0, "the download that was under way did not end well"
         assert len(cut.body) < 40 << 20
 
         left_s = far_ends_s - time.monotonic()
         if left_s > 1:
             assert await far.serves("/a", plain), "nobody could tell it, and its keys are still good"
-        await until(far_refuses, timeout_s=VALIDITY_S + 1)
-        assert time.monotonic() < far_ends_s + 1.5, "it refused when the validity ended"
+        await until(far_refuses, timeout_s=VALIDITY_S + 30)
+        assert time.monotonic() < far_ends_s + 1.5 + late.allowance_s, "it refused when the validity ended"
         assert (await far.ask("/a")).code == "key-expired"
         assert far.actions().count("keys-withdrawn") == 0
 

@@ -98,7 +98,7 @@ async def test_listeners_come_and_go_while_others_serve(world: World) -> None:
         await rig.engine.apply(rig.picture())
         assert (await rig.ask(second, "/x")).exit_code == 7
         writer.write(BODY)
-        assert b" 200 " in await asyncio.wait_for(reader.readline(), 10)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 30)
     assert rig.open_independently(world.service.owner, bytes(world.origin.exchanges[0].body)) == BODY + BODY
 
 
@@ -107,7 +107,7 @@ async def test_what_is_removed_is_cut(world: World) -> None:
         del world.rig.services[world.service.owner]
         await world.rig.engine.apply(world.rig.picture())
         with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(reader.read(), 10) == b""
+            assert await asyncio.wait_for(reader.read(), 30) == b""
     await world.origin.until(lambda: world.origin.exchanges[0].end is not End.OPEN)
     assert world.origin.exchanges[0].end is End.CUT
 
@@ -151,17 +151,17 @@ async def test_a_body_in_flight_may_end_within_the_grace(world: World) -> None:
         stopping = asyncio.create_task(world.rig.engine.stop(grace_s=30))
         await until(lambda: world.rig.engine.listening() == [])
         writer.write(BODY)
-        assert b" 200 " in await asyncio.wait_for(reader.readline(), 10)
-        await asyncio.wait_for(stopping, 10)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 30)
+        await asyncio.wait_for(stopping, 30)
     assert world.origin.exchanges[0].end is End.COMPLETE
     assert (await world.rig.ask(world.service, "/x")).exit_code == 7
 
 
 async def test_what_outlasts_the_grace_has_no_proper_end(world: World) -> None:
     async with upload(world, length=2 * len(BODY)) as (reader, _writer):
-        await asyncio.wait_for(world.rig.engine.stop(grace_s=0.1), 10)
+        await asyncio.wait_for(world.rig.engine.stop(grace_s=0.1), 30)
         with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(reader.read(), 10) == b""
+            assert await asyncio.wait_for(reader.read(), 30) == b""
     await world.origin.until(lambda: world.origin.exchanges[0].end is not End.OPEN)
     assert world.origin.exchanges[0].end is End.CUT
     assert any('"request-refused"' in line for line in world.rig.audit_lines())
@@ -175,8 +175,8 @@ async def test_an_idle_client_does_not_hold_up_the_end(world: World) -> None:
     )
     writer.write(b"OPTIONS /x HTTP/1.1\r\nHost: a\r\n\r\n")
     assert b" 200 " in await reader.readline()
-    await asyncio.wait_for(world.rig.engine.stop(grace_s=60), 10)
-    await asyncio.wait_for(reader.read(), 10)
+    await asyncio.wait_for(world.rig.engine.stop(grace_s=60), 30)
+    await asyncio.wait_for(reader.read(), 30)
     writer.close()
 
 

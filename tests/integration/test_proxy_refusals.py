@@ -24,6 +24,7 @@ from proxy.tenants.model import LegacyPolicy, ServiceEntry
 from tests import pki
 from tests.fakes.origin import End, Exchange, RecordingOrigin, Reply
 from tests.integration.proxy_rig import Rig, curl, proxy, until
+from tests.lateness import lateness
 
 LABELS = {"tenant": "acme", "service": "files"}
 CANARY = b"canary-7f3a-in-the-clear-" * 8
@@ -154,7 +155,7 @@ async def raw(world: World) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio
 async def test_ambiguous_framing_is_refused(world: World, head: bytes) -> None:
     async with raw(world) as (reader, writer):
         writer.write(head + CANARY)
-        answer = await asyncio.wait_for(reader.read(4096), 10)
+        answer = await asyncio.wait_for(reader.read(4096), 30)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert world.nothing_left()
 
@@ -250,7 +251,7 @@ async def test_bytes_that_are_no_http_are_not_relayed(world: World) -> None:
     writer.write(b"CONNECT " + authority + b" HTTP/1.1\r\nHost: " + authority + b"\r\n\r\n")
     assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
     writer.write(b"SSH-2.0-OpenSSH_9\r\n\r\n" + CANARY)
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), 30)
     assert answer.startswith(b"HTTP/1.1 400 ")
     writer.close()
     assert world.origin.connections == 0
@@ -408,6 +409,10 @@ def withdraw(world: World) -> None:
 
 
 ENDS: list[Callable[[World], None]] = [expire, withdraw]
+TURN_S, WITHIN_TURNS = 0.02, 90
+"""0.3 s until the key has ended, a second to cut, and some for the origin; counted in turns of the loop that
+all of them share: a machine that is slow makes each of these longer.
+"""
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -419,16 +424,16 @@ async def test_an_upload_is_cut_when_its_key_ends(
         writer.write(b"PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: 10000000\r\n\r\n" + CANARY * 200)
         await world.origin.until(lambda: world.origin.exchanges and world.origin.exchanges[0].body)
         end(world)
-        ended_at = time.monotonic() + (0.3 if end is expire else 0)
-        while world.origin.exchanges[0].end is End.OPEN:
-            assert time.monotonic() < ended_at + 1.5
+        for _ in range(WITHIN_TURNS):
+            if world.origin.exchanges[0].end is not End.OPEN:
+                break
             if moves:
                 with contextlib.suppress(ConnectionError):
                     writer.write(CANARY * 10)
                     await writer.drain()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(TURN_S)
         with contextlib.suppress(ConnectionError):
-            await asyncio.wait_for(reader.read(100), 5)
+            await asyncio.wait_for(reader.read(100), 30)
     assert world.origin.exchanges[0].end is End.CUT
     assert not world.origin.saw(CANARY)
 
@@ -446,9 +451,10 @@ async def test_a_download_is_cut_when_its_key_ends(
         asked = group.create_task(world.rig.ask(world.service, "/x", version))
         await until(lambda: world.rig.metric("sealgate_opened_bytes_total", **LABELS) > 0)
         end(world)
-        started = time.monotonic()
-    assert time.monotonic() - started < 2.5
-    got = asked.result()
+        async with lateness() as late:
+            started = time.monotonic()
+            got = await asked
+            assert time.monotonic() - started < 2.5 + late.allowance_s
     assert got.exit_code in (18, 56, 92), got.error
     assert plain.startswith(got.body)
     assert len(got.body) < len(plain)
@@ -480,13 +486,13 @@ async def test_what_cannot_be_recorded_is_refused(world: World) -> None:
     with full_disk():
         async with raw(world) as (reader, writer):
             writer.write(b"PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: 200\r\n\r\n" + CANARY)
-            answer = await asyncio.wait_for(reader.read(4096), 10)
+            answer = await asyncio.wait_for(reader.read(4096), 30)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"audit-unavailable" in answer
         assert len(world.origin.exchanges) == count
         async with raw(world) as (reader, writer):
             writer.write(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
-            answer = await asyncio.wait_for(reader.read(4096), 10)
+            answer = await asyncio.wait_for(reader.read(4096), 30)
         assert b"audit-unavailable" in answer
         assert CANARY[:16] not in answer
     assert (await rig.ask(world.service, "/x")).body == CANARY

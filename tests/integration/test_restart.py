@@ -12,13 +12,14 @@ import pytest
 
 from tests.integration.test_kill_switch import INTERVAL_S, VALIDITY_S, site
 from tests.integration.whole_site import Site, until
+from tests.lateness import lateness
 
 __all__ = ["site"]
 
 NOTICED_S = 10.0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_a_killed_proxy_has_its_keys_again_within_seconds(site: Site) -> None:
     config = site.agent_config.read_text()
     site.agent_config.write_text(
@@ -42,16 +43,19 @@ async def test_a_killed_proxy_has_its_keys_again_within_seconds(site: Site) -> N
 
         await until(uploaded)
         await until(far_serves)
+        late = await stack.enter_async_context(lateness())
         far_until_s = time.monotonic() + await far.valid_for_s()
         for _ in range(2):
             process.kill()
             await process.wait()
             process = await stack.enter_async_context(site.proxy(near))
             took_s = await until(served, timeout_s=60)
-            assert took_s < NOTICED_S, f"{took_s:.1f} s after it listened again"
+            assert took_s < NOTICED_S + late.allowance_s, f"{took_s:.1f} s after it listened again"
             assert await near.valid_for_s() > 300, "pushed anew, for the whole validity"
         still_s = time.monotonic() + await far.valid_for_s()
-        assert abs(still_s - far_until_s) < 2, "nothing was pushed to the proxy that did not restart"
+        assert abs(still_s - far_until_s) < 2 + late.allowance_s, (
+            "nothing was pushed to the proxy that did not restart"
+        )
 
         # While it is away, `status` says so; and no keys come without consent.
         process.kill()

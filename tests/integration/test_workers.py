@@ -16,7 +16,7 @@ import pytest
 from envelope.audit import EMPTY
 from proxy import config
 from proxy.tenants.service_store import ServiceStore
-from runtime.audit import read_chain
+from runtime.audit_files import read_chain
 from runtime.settings import SettingsError
 from tests.children import output_of
 from tests.integration.service_site import OWNER, PROGRAM, REPOSITORY, Site
@@ -111,7 +111,7 @@ async def test_a_killed_worker_loses_its_requests_only_and_comes_back_with_its_k
         callers = 16
         for _ in range(callers):
             group.create_task(caller())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not all(site.calls(worker) for worker in (0, 1)):
                 await asyncio.sleep(0.02)
         victim = site.workers()[0]
@@ -155,13 +155,13 @@ async def test_workers_follow_the_directory_and_end_with_their_proxy(tmp_path: P
         await site.push()
         with site.store() as store:
             ServiceStore(store).set_blocked(OWNER, blocked=True, actor="test")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while {(await site.encrypt())[0] for _ in range(10)} != {400}:
                 await asyncio.sleep(0.02)
         assert {(await site.encrypt())[0] for _ in range(MANY)} == {400}
         workers = site.workers()
         process.kill()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not all(is_gone(pid) for pid in workers):
                 await asyncio.sleep(0.01)
 

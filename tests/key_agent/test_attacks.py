@@ -69,7 +69,7 @@ async def test_no_new_kek_while_the_old_one_works(bench: Bench) -> None:
         await bench.clock.advance(5)
         await until(lambda: not bench.proxy().valid_keys(S3))
         bench.source.disable(kek, enabled=True)
-        await agent.wait_for_withdrawals(timeout_s=5)
+        await agent.wait_for_withdrawals(timeout_s=30)
         await until(lambda: agent.reasons_not_ready() and agent._to_persist is None)
         with pytest.raises(RefusedChangeError, match="is in the HSM and works"):
             await operations.reinstate()

@@ -45,7 +45,7 @@ def disk(tmp_path: Path, clock: ManualClock) -> SlowDisk:
 async def test_what_comes_while_the_disk_syncs_shares_the_next_sync_in_order(disk: SlowDisk) -> None:
     journal = Journal(disk)
     first = asyncio.create_task(journal.record("event-0"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not disk.syncs:  # noqa: ASYNC110 - a thread's progress has no event
             await asyncio.sleep(0.001)
     for number in range(1, 100):
@@ -64,7 +64,7 @@ async def test_what_comes_while_the_disk_syncs_shares_the_next_sync_in_order(dis
 async def test_without_the_sync_nothing_of_it_counts_as_written(disk: SlowDisk) -> None:
     journal = Journal(disk)
     first = asyncio.create_task(journal.record("event-0"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not disk.syncs:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     records = [asyncio.create_task(journal.record(f"event-{number}")) for number in range(1, 4)]

@@ -219,7 +219,7 @@ async def test_the_loop_looks_each_second_and_ends_well(number: signal.Signals) 
     os.kill(os.getpid(), signal.SIGWINCH)
     await _until(lambda: display.seen[-1] == "redraw")
     os.kill(os.getpid(), number)
-    await asyncio.wait_for(watching, 10)
+    await asyncio.wait_for(watching, 30)
     assert display.seen == ["begin", 0, 1, 2, "redraw", "end"]
 
 

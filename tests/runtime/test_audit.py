@@ -18,7 +18,8 @@ import pytest
 from envelope import audit
 from envelope.audit import BrokenChainError
 from envelope.errors import MisuseError
-from runtime.audit import AuditLog, AuditUnavailableError, read_chain
+from runtime.audit import AuditLog, AuditUnavailableError
+from runtime.audit_files import RotationSettings, read_chain
 from runtime.clock import Clock
 from runtime.observe import REGISTRY
 from tests.fakes.clock import ManualClock
@@ -322,8 +323,10 @@ def test_a_change_of_directory_changes_nothing(
 class SlowDisk(AuditLog):
     """Syncs only when it is let."""
 
-    def __init__(self, path: Path, clock: Clock, descriptor: int) -> None:
-        super().__init__(path, clock, descriptor)
+    def __init__(
+        self, path: Path, clock: Clock, descriptor: int, rotation: RotationSettings | None = None
+    ) -> None:
+        super().__init__(path, clock, descriptor, rotation)
         self.begun, self.let = threading.Event(), threading.Event()
 
     @override
@@ -340,10 +343,10 @@ def test_an_event_of_the_data_path_waits_for_no_disk(tmp_path: Path, clock: Manu
         durable = pool.submit(log.append, "keys-accepted")
         assert log.begun.wait(10)
         quick = pool.submit(log.append, "object-open", durable=False)
-        quick.result(timeout=10)
+        quick.result(timeout=30)
         assert not durable.done()
         log.let.set()
-        durable.result(timeout=10)
+        durable.result(timeout=30)
     log.close()
     assert audit.verify(log.path.read_bytes().splitlines(keepends=True)).seq == 2
 

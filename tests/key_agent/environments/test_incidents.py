@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -39,18 +38,15 @@ async def open_it(site: BreachedSite, environment: str = "b", kind: str = "runti
 async def test_exactly_the_breached_environments_key_is_disabled_in_every_database(
     site: BreachedSite,
 ) -> None:
-    began_s = time.monotonic()
     opened = await open_it(site)
     assert opened["told"] == {"b": True, "c": True}
     assert opened["durable"] is True
-    took_s = time.monotonic() - began_s
     wanted = {"a": S.ACTIVE, "b": S.COMPROMISED, "c": S.ACTIVE}
     for name in "abc":
         assert site.states(name) == wanted
         stored = {str(key.key_id): key.state for key in await site[name].registry.data_keys()}
         assert {owner: stored[key] for owner, key in site.keys.items()} == wanted
         assert site.environment("b", seen_by=name) is E.HEALING
-    assert took_s < 5, "nobody had to be waited for"
     assert site["b"].consent.environment.name == "WITHDRAWN"
     actions = (site["a"].directory / "audit.jsonl").read_text()
     assert '"action":"incident-open","outcome":"ok"' in actions

@@ -397,7 +397,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
         port = int(peer.url.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="b")
         writer.write(b"POST /v1/env/echo HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\nfive")
-        head = await asyncio.wait_for(reader.readline(), 10)
+        head = await asyncio.wait_for(reader.readline(), 30)
         assert b" 408 " in head
         writer.close()
 

@@ -78,7 +78,7 @@ async def test_nothing_is_sent_before_the_first_up_and_random_spreads(tmp_path: 
     planes = [DataPlane(name) for name in "abc"]
     lines: Lines = {}
     async with balanced(planes, lines, tmp_path) as caller:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await caller.ask())[0] == 0:  # noqa: ASYNC110 - HAProxy has no event for it
                 await asyncio.sleep(0.05)
         status, text, retry_after = await caller.ask()

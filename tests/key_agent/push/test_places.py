@@ -87,6 +87,6 @@ async def test_who_gives_up_leaves_no_place_behind() -> None:
         await deliveries.end("a")
         deliveries.tasks["c"].cancel()
         await asyncio.gather(*deliveries.tasks.values(), return_exceptions=True)
-        async with AsyncExitStack() as stack, asyncio.timeout(5):
+        async with AsyncExitStack() as stack, asyncio.timeout(30):
             await stack.enter_async_context(places.taken(is_slow=False))
             await stack.enter_async_context(places.taken(is_slow=True))

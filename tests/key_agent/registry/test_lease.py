@@ -104,7 +104,7 @@ async def test_terms_rise_and_the_deposed_one_keeps_nothing(url: str, database: 
     )
     with pytest.raises(RegistryInUseError, match=r"taken it over .agent spare on another, process .*term 2"):
         await database.transact(lambda c: c.execute(text("DELETE FROM environment")))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await database.deposed.wait()
     with pytest.raises(RegistryInUseError):
         await database.transact(lambda _: None)
@@ -216,7 +216,7 @@ async def test_who_stands_by_leads_as_soon_as_the_other_is_dead(url: str) -> Non
         await stood_by.wait()
         assert seen[0].agent_id == "first"
         first.kill()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             database = await waiting
     assert database.term == seen[0].term + 1
     await database.close()

@@ -163,7 +163,7 @@ class Client:
         await self.writer.drain()
 
     async def reply(self, *, head_only: bool = False) -> Reply:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             head = await self.reader.readuntil(b"\r\n\r\n")
             first, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
             headers = {
@@ -183,7 +183,7 @@ class Client:
 
     async def ended(self) -> bytes:
         """What still comes before the other side closes; a reset is an end as well."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             try:
                 return await self.reader.read(-1)
             except ConnectionResetError:

@@ -46,7 +46,7 @@ async def serve(
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - whatever is waited for, it has no event
             await asyncio.sleep(0.001)
 

@@ -313,7 +313,7 @@ async def running(
                 for io in handler.transports.values():
                     if io.handler is not None:
                         io.handler.cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while server.connections:  # noqa: ASYNC110 - nobody announces it
                     await asyncio.sleep(0.005)
             await engine.done()

@@ -234,7 +234,7 @@ def test_a_client_of_http10_sees_the_cut_as_well(pki: Pki, run: Run, ending: End
     async def ask() -> None:
         origin = CuttingOrigin(ending, pki.origin_context())
         async with in_front_of(origin, pki, "clear", "h1") as rig:
-            async with asyncio.timeout(10), rig.http1_client() as client:
+            async with asyncio.timeout(30), rig.http1_client() as client:
                 await client.send(b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
                 judge(await client.answer("GET"), "clear", proper=origin.is_proper, codes=rig.script.codes)
             await rig.tidy()

@@ -635,7 +635,7 @@ async def test_a_client_is_not_read_while_its_flow_waits(pki: Pki, waits_in: str
 
 
 async def _eventually(found: Callable[[], Any]) -> Any:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not (result := found()):  # noqa: ASYNC110 - nobody announces it
             await asyncio.sleep(0.01)
     return result

@@ -295,7 +295,7 @@ async def test_a_chunked_body_without_its_end_is_answered_by_no_end(served: Serv
         rest = await reader.read(-1)
         assert not rest.endswith(b"0\r\n\r\n")
     writer.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while served.native.rig.records()[-1]["operation"] != "seal-cut":  # noqa: ASYNC110 - in a file
             await asyncio.sleep(0.01)
 
