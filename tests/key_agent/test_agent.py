@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from key_agent.registry.tables import dek_wrap
 from key_agent.sources.source import Kek, Verdict
 from runtime.audit import AuditUnavailableError
 from tests.fakes.proxies import pem
-from tests.key_agent.conftest import Bench, until
+from tests.key_agent.conftest import RHYTHM, Bench, until
 from tests.pki import Tenant
 
 S3 = NetworkService("acme", "s3")
@@ -134,16 +135,16 @@ async def test_a_dead_proxy_is_retried_alone_and_the_others_keep_their_interval(
 
 
 async def test_a_hanging_proxy_delays_nobody_and_times_out(bench: Bench) -> None:
-    async with bench.agent() as (agent, operations):
+    # The time-out of a request is real time, longer than `until` waits: the healthy one must not wait for it.
+    async with bench.agent(rhythm=replace(RHYTHM, request_timeout_s=60.0)) as (agent, operations):
         await bench.provision(operations, proxy="p1")
         hanging = bench.proxy("p2")
         hanging.hanging = True
         adding = asyncio.create_task(bench.provision(operations, proxy="p2"))
-        # The time-out of a request is real time; the healthy one must not wait for it.
         accepted = len(bench.proxy("p1").accepted)
         await until(lambda: "p2" in agent.targets.fed())
         agent.refresh.at_once(["p1"])
-        await until(lambda: len(bench.proxy("p1").accepted) > accepted, timeout_s=5)
+        await until(lambda: len(bench.proxy("p1").accepted) > accepted)
         adding.cancel()
 
 

@@ -42,11 +42,17 @@ class _Sealed:
 
 @asynccontextmanager
 async def _many(
-    bench: Bench, *, proxies: int = PROXIES, services: int = SERVICES, batch: int = BATCH
+    bench: Bench,
+    *,
+    proxies: int = PROXIES,
+    services: int = SERVICES,
+    batch: int = BATCH,
+    request_timeout_s: float = RHYTHM.request_timeout_s,
 ) -> AsyncIterator[tuple[Agent, Operations]]:
     """An agent with *proxies*, each of which hosts *services* of its own, all of them served once."""
     names = [f"p{number:02}" for number in range(proxies)]
-    async with bench.agent(rhythm=replace(RHYTHM, batch_size=batch), working=False) as (agent, operations):
+    rhythm = replace(RHYTHM, batch_size=batch, request_timeout_s=request_timeout_s)
+    async with bench.agent(rhythm=rhythm, working=False) as (agent, operations):
         await operations.kek_create()
         root = pem(bench.tenant.root.certificate)
         for number, name in enumerate(names):
@@ -105,14 +111,14 @@ async def test_what_waits_to_be_sent_is_bounded_whatever_the_proxies_do(bench: B
 
 
 async def test_proxies_that_hang_hold_up_no_other(bench: Bench) -> None:
-    async with _many(bench) as (agent, _):
+    async with _many(bench, request_timeout_s=60.0) as (agent, _):  # longer than `until` waits
         agent.pusher._places[Purpose.KEYS] = Places(quick=2, slow=6, patience_s=0.01)
         good = [name for number, name in enumerate(bench.proxies) if number >= 6]
         for name in bench.proxies.keys() - set(good):
             bench.proxies[name].hanging = True
         before = dict(agent.deliveries)
         agent.refresh.at_once()
-        await until(lambda: _delivered(agent, good, before), timeout_s=5)
+        await until(lambda: _delivered(agent, good, before))
         assert all(agent.deliveries[name].is_complete for name in good)
 
 
@@ -202,7 +208,7 @@ async def test_a_revocation_overtakes_a_refresh_of_thousands_of_envelopes(bench:
         agent.refresh.at_once()
         await busy.wait()
         agent.consent.revoke("by the test")
-        await until(agent.withdrawals.is_done, timeout_s=10)
+        await until(agent.withdrawals.is_done)
         for proxy in bench.proxies.values():
             assert not any(map(proxy.valid_keys, proxy.services))
         released.set()

@@ -1,6 +1,7 @@
 """Every proxy acts on the environment's newest word, soon, and again after it forgot."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from key_agent.consent import EnvironmentStanding, Standing
 from key_agent.environments.standing import Verdict
-from key_agent.environments.telling import RESTATE_S, Telling, said
+from key_agent.environments.telling import RESTATE_S, TIMEOUT_S, Telling, said
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentWord
@@ -19,6 +20,7 @@ from runtime.audit import AuditLog
 from runtime.clock import SystemClock
 from tests.fakes.proxies import FakeProxies, FakeProxy
 from tests.key_agent.conftest import until
+from tests.lateness import lateness
 
 
 class Clock(SystemClock):
@@ -78,13 +80,13 @@ async def test_a_change_is_told_at_once_and_an_unchanged_word_again(tmp_path: Pa
         await asyncio.sleep(0)
         assert site.telling.told == {}, "an environment by itself tells nobody"
         site.say("active", 1)
-        await until(lambda: site.all_act_on(1), timeout_s=5)
+        await until(lambda: site.all_act_on(1))
         site.say("healing", 2)
-        await until(lambda: site.all_act_on(2), timeout_s=5)
+        await until(lambda: site.all_act_on(2))
         assert [word.state for word in site.proxies[0].words] == ["active", "healing"]
         site.clock.ahead_s += RESTATE_S + 1
         site.telling.wake()
-        await until(lambda: len(site.proxies[0].words) >= 3, timeout_s=5)
+        await until(lambda: len(site.proxies[0].words) >= 3)
         assert site.proxies[0].words[-1].state == "healing"
 
 
@@ -93,7 +95,10 @@ async def test_one_that_hangs_keeps_nobody_waiting(tmp_path: Path) -> None:
         slow, *others = site.proxies
         slow.hanging = True
         site.say("healing", 1)
-        await until(lambda: all(proxy.words for proxy in others), timeout_s=3)
+        async with lateness() as late:
+            began_s = time.monotonic()
+            await until(lambda: all(proxy.words for proxy in others))
+            assert time.monotonic() - began_s < TIMEOUT_S - 2 + late.allowance_s
         assert not slow.words
         slow.hanging = False
 
@@ -105,10 +110,9 @@ async def test_one_that_is_away_is_told_when_it_is_back(tmp_path: Path) -> None:
         site.say("healing", 1)
         await until(
             lambda: (told := site.telling.told.get(away.id)) is not None and told.error is not None,
-            timeout_s=5,
         )
         away.down = False
-        await until(lambda: site.all_act_on(1), timeout_s=10)
+        await until(lambda: site.all_act_on(1))
 
 
 @pytest.mark.parametrize(
