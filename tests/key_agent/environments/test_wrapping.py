@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from envelope.errors import SealgateError
-from envelope.keys import KeyState, KeyUse
+from envelope.keys import KeyId, KeyState, KeyUse
 from key_agent.environments.documents import Kind
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peers import WRAPS_PATH
@@ -17,6 +17,7 @@ from key_agent.environments.states import EnvironmentState
 from key_agent.environments.wrapping import (
     BRING_PATH,
     MAKE_PATH,
+    PROVEN_AT_ONCE,
     Bring,
     Delivery,
     Look,
@@ -28,6 +29,7 @@ from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.pkcs11 import Pkcs11Source
 from key_agent.sources.source import KekType, KeySource, Route
 from tests.environments.key_site import FILES, MAIL, KeySite, key_site
+from tests.fakes.key_source import FakeKeySource
 from tests.pki import Tenant, write_credential
 from tests.softhsm import SoftHsm
 
@@ -142,6 +144,29 @@ async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite
     # One bad parcel spoils no other.
     assert (await stored(flipped, two)).verified == (two.key_id,)
     assert await site["b"].opens(before)
+
+
+async def test_more_keys_than_are_proven_at_once_are_all_asked_about(site: KeySite) -> None:
+    held = sorted(await site["b"].wrapped())
+    unknown = [f"{number:032x}" for number in range(2 * PROVEN_AT_ONCE + 1)]
+    kek_id = (await site["b"].kek()).reference.kek_id
+    look = Look(kek_id=kek_id, keys=(*held, *unknown, *held), prove=True)
+    assert sorted(await site["a"].wraps.ask_missing("b", look)) == unknown
+
+
+async def test_what_was_taken_in_is_not_opened_again_at_once_unless_it_was_changed(site: KeySite) -> None:
+    """The fake HSM would not open it any more: that is seen for a row that is another one now."""
+    delivery = await parcels_for(site, "b")
+    kids = sorted((await site["b"].wraps.store(delivery)).verified)
+    source, kek = site["b"].source, await site["b"].kek()
+    assert isinstance(source, FakeKeySource)
+    look = Look(kek_id=kek.reference.kek_id, keys=tuple(kids), prove=True)
+    held = [str(key.key_id) for key in await site["b"].registry.wrapped_keys(kek.reference.kek_id)]
+    spoiled = next(kid for kid in kids if kid != held[0])  # one is always opened
+    source.spoil(KeyId.parse(spoiled))
+    assert await site["b"].wraps.missing(look) == {}
+    await site["b"].sql("UPDATE dek_wrap SET token_serial = 'another' WHERE dek_id = :kid", kid=spoiled)
+    assert list(await site["b"].wraps.missing(look)) == [spoiled]
 
 
 async def test_a_destroyed_key_is_not_brought_back(site: KeySite) -> None:
