@@ -208,7 +208,7 @@ async def opened(
         root = load_root(settings)
         signing = load_signing(settings, root, now_s=now_s)
         check_tls_identity(settings, root, now_s=now_s)
-        journal = Journal(AuditLog.open(mine.state_dir / AUDIT_NAME, clock))
+        journal = Journal(AuditLog.open(mine.state_dir / AUDIT_NAME, clock, settings.audit))
         stack.push_async_callback(journal.close)
         registry = await Registry.open(
             config.database_url(mine),

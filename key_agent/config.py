@@ -19,6 +19,7 @@ from key_agent.sources.key_server import KmipSettings, OpenBaoSettings
 from key_agent.sources.pkcs11 import Pkcs11Settings
 from runtime import broker, database
 from runtime import settings as runtime_settings
+from runtime.audit_files import RotationSettings
 
 ENVIRONMENT_PREFIX: Final = "KEY_AGENT"
 
@@ -169,6 +170,7 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A second road to the proxies, beside the direct one."""
     admin: AdminSettings = AdminSettings()
     log: LogSettings = LogSettings()
+    audit: RotationSettings = RotationSettings()
 
     def __post_init__(self) -> None:
         if sum(source is not None for source in (self.pkcs11, self.openbao, self.kmip)) != 1:

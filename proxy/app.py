@@ -151,7 +151,7 @@ class ProxyProcess:
         settings, clock = self._settings, self._clock
         check_formats()
         async with contextlib.AsyncExitStack() as parts:
-            audit = AuditLog.open(settings.proxy.audit_file, clock)
+            audit = AuditLog.open(settings.proxy.audit_file, clock, settings.audit)
             parts.callback(audit.close)
             store = await asyncio.to_thread(
                 DirectoryStore.open, database_url(settings.proxy), settings.proxy.state_dir, clock=clock

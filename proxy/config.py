@@ -20,6 +20,7 @@ from proxy.limits import ClientLimits
 from proxy.tenants.model import CertificateFiles
 from runtime import broker, database
 from runtime import settings as runtime_settings
+from runtime.audit_files import RotationSettings
 
 ENVIRONMENT_PREFIX: Final = "SEALGATE"
 MAX_VALIDITY_S: Final = 3600
@@ -237,6 +238,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     portal: PortalSettings | None = None
     environment: EnvironmentSettings | None = None
     log: LogSettings = LogSettings()
+    audit: RotationSettings = RotationSettings()
     encryption_service: EncryptionServiceSettings = EncryptionServiceSettings()
 
     def __post_init__(self) -> None:

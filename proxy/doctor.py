@@ -36,7 +36,8 @@ from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, N
 from proxy.tenants.model import Directory, Listen, Recipient, ServiceEntry, TenantEntry
 from proxy.vault.model import VaultError
 from runtime import machine
-from runtime.audit import mend_broken, read_chain
+from runtime.audit import mend_broken
+from runtime.audit_files import read_chain
 from runtime.clock import Clock
 from runtime.doctor import Check, failed, ok, validity, warning
 from runtime.lifecycle import harden_process

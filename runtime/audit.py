@@ -13,25 +13,40 @@
    acknowledged as durable, so it is moved to `<file>.torn-<seq>`, and an event says so. Any other damage
    refuses to open: to move the file away, and with it the evidence, is for a person to do.
 
-Rotation is out of scope: a chain is one file, verified when opened (about 10 µs per line). Stop the process
-and move the file away to begin a new one; record the old one's head.
+7. A file that is large or old enough is closed, and the chain goes on in the next one (audit_files.py). A
+   rotation that fails changes nothing: the file is written on, and it is tried again later. When the log is
+   opened the written file is verified (about 10 µs per line), and that it goes on from the last closed one.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Self
+from typing import Final, Self
 
+import structlog
 from prometheus_client import Counter
 
 from envelope import audit
 from envelope.audit import BrokenChainError, Head, Value
 from envelope.errors import SealgateError
+from runtime.audit_files import (
+    CONTINUED,
+    Chain,
+    RotationSettings,
+    closed_files,
+    closed_name,
+    last_head,
+    last_seq,
+    read_chain,
+    tail_head,
+    time_ms,
+)
 from runtime.clock import Clock
 from runtime.files import sync_directory
 from runtime.observe import NAMESPACE, REGISTRY
@@ -44,6 +59,10 @@ FAILURES: Final = Counter(
     registry=REGISTRY,
 )
 _READ_BYTES: Final = 1 << 20
+_RETRIES: Final = 16
+"""A rotation that failed is tried again when the file has grown by this part of what it may hold."""
+
+log = structlog.get_logger("audit")
 
 
 class AuditUnavailableError(SealgateError):
@@ -69,15 +88,20 @@ class AuditLog:
         self._size_bytes = 0
         self._failure: str | None = None
         self._identity = _identity(os.fstat(descriptor))
+        self._rotation = RotationSettings()
+        self._rotate_at_bytes = self._rotation.max_bytes
+        self._rotate_at_s = float("inf")
 
     @classmethod
-    def open(cls, path: Path, clock: Clock) -> Self:
+    def open(cls, path: Path, clock: Clock, rotation: RotationSettings | None = None) -> Self:
         """Open or create the log, verify it, continue its chain.
 
         AuditUnavailableError: not writable, held by another process, or broken.
         """
         path = path.absolute()  # a change of directory must not make it another file
         log = cls(path, clock, _open_locked(path))
+        if rotation is not None:
+            log._rotation, log._rotate_at_bytes = rotation, rotation.max_bytes
         try:
             log._continue_chain()
         except BaseException:
@@ -99,6 +123,8 @@ class AuditLog:
             raise
 
     def _append(self, action: str, outcome: str, fields: Mapping[str, Value], *, durable: bool) -> None:
+        if self._is_due():
+            self._rotate(waits=durable)
         with self._lock:
             self._check_usable()
             line, head = audit.encode_event(
@@ -124,6 +150,78 @@ class AuditLog:
                 os.close(self._descriptor)
                 self._descriptor = -1
                 self._failure = "is closed"
+
+    # ---- the next file
+
+    def _is_due(self) -> bool:
+        return self._size_bytes >= self._rotate_at_bytes or (
+            self._rotation.max_age_s > 0 and self._clock.wall_s() >= self._rotate_at_s
+        )
+
+    def _rotate(self, *, waits: bool) -> None:
+        """Close the file and begin the next one, if that is due still and can be done now.
+
+        AuditUnavailableError if the log cannot be used at all.
+        """
+        if not self._sync_lock.acquire(blocking=waits):
+            return  # rule 3: an event of the data path waits for no sync; a later one will find its time
+        try:
+            with self._lock:
+                if self._is_due():
+                    self._check_usable()
+                    self._sync()
+                    self._begin_next()
+        finally:
+            self._sync_lock.release()
+
+    def _begin_next(self) -> None:
+        """Whatever can fail is done before the first name changes."""
+        closed, begun = closed_name(self.path, self._head), self.path.with_name(f".{self.path.name}.next")
+        descriptor = -1
+        try:
+            begun.unlink(missing_ok=True)  # of a rotation that was interrupted
+            descriptor = _open_locked(begun)
+            line, head = self._continued(closed, recovered=False)
+            _write_all(descriptor, line)
+            _rename(self.path, closed)
+        except (OSError, AuditUnavailableError) as error:
+            self._give_up(descriptor, begun, str(error))
+            return
+        before, self._descriptor = self._descriptor, descriptor
+        self._identity = _identity(os.fstat(descriptor))
+        self._begun(head, len(line))
+        os.close(before)
+        try:
+            begun.rename(self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._fail(
+                f"was rotated by half ({error.strerror})", f"mv {begun} {self._path}, then restart"
+            ) from error
+
+    def _give_up(self, descriptor: int, begun: Path, cause: str) -> None:
+        """Write on; the next try comes later."""
+        with contextlib.suppress(OSError):
+            if descriptor >= 0:
+                os.close(descriptor)
+            begun.unlink(missing_ok=True)
+        self._rotate_at_bytes = self._size_bytes + self._rotation.max_bytes // _RETRIES
+        self._rotate_at_s = self._clock.wall_s() + max(60.0, self._rotation.max_age_s / _RETRIES)
+        log.warning("audit log not rotated; it is written on", file=self._path, cause=cause)
+
+    def _continued(self, closed: Path, *, recovered: bool) -> tuple[bytes, Head]:
+        return audit.encode_event(
+            self._head,
+            wall_s=self._clock.wall_s(),
+            action=CONTINUED,
+            fields={"previous_file": closed.name, "recovered": "yes" if recovered else "no"},
+        )
+
+    def _begun(self, head: Head, size_bytes: int) -> None:
+        """The file begins with the one event that *head* is of."""
+        self._head, self._size_bytes = head, size_bytes
+        self._rotate_at_bytes = self._rotation.max_bytes
+        self._rotate_at_s = self._clock.wall_s() + self._rotation.max_age_s
 
     def _check_usable(self) -> None:
         self._check_synced()
@@ -176,13 +274,61 @@ class AuditLog:
             with open(os.dup(self._descriptor), "rb", buffering=_READ_BYTES) as stream:  # noqa: PTH123
                 stream.seek(0)
                 chain = read_chain(stream)
+                stream.seek(0)
+                first = stream.readline(audit.MAX_LINE_BYTES)
+            closed = self._last_closed(chain)
         except BrokenChainError as error:
             raise AuditUnavailableError(f"{self.path} is broken at {error}", mend_broken(self.path)) from None
+        before = self._end_of(closed, chain) if closed is not None else None
         self._head, self._size_bytes = chain.head, chain.size_bytes
-        if chain.torn:
-            self._move_torn_line(chain.torn)
+        self._rotate_at_s = (time_ms(first) / 1000 or self._clock.wall_s()) + self._rotation.max_age_s
+        torn = self._save_torn_line(chain.torn) if chain.torn else None
+        if not chain.size_bytes and closed is not None and before is not None:
+            self._head = before
+            line, head = self._continued(closed, recovered=True)
+            self._write(line)
+            self._begun(head, len(line))
+            self._sync()
+        if torn is not None:
+            self._append("audit-recovered", "ok", torn, durable=True)
 
-    def _move_torn_line(self, torn: bytes) -> None:
+    def _last_closed(self, chain: Chain) -> Path | None:
+        """The closed file that the written one, which holds *chain*, goes on from.
+
+        None: it is not here, or there is none. BrokenChainError.
+        """
+        try:
+            closed = closed_files(self.path)
+        except OSError as error:
+            raise AuditUnavailableError(
+                f"{self.path.parent} cannot be read: {error.strerror}", "let this user read it"
+            ) from error
+        if not closed or (chain.size_bytes and last_seq(closed[-1]) < chain.start.seq):
+            return None
+        if chain.size_bytes and last_seq(closed[-1]) > chain.start.seq:
+            raise BrokenChainError(1, f"it begins before the end of {closed[-1].name}")
+        return closed[-1]
+
+    def _end_of(self, closed: Path, chain: Chain) -> Head:
+        """Where *closed* ends, and what the written file holds goes on. AuditUnavailableError."""
+        try:
+            # It is all that there is if the written file is gone.
+            end = tail_head(closed) if chain.size_bytes else last_head(closed)
+        except OSError as error:
+            raise AuditUnavailableError(
+                f"{closed} cannot be read: {error.strerror}", "let this user read it"
+            ) from error
+        except BrokenChainError as error:
+            raise AuditUnavailableError(f"is broken at {error}", mend_broken(closed)) from None
+        if chain.size_bytes and end != chain.start:
+            raise AuditUnavailableError(
+                f"{self.path} does not continue {closed.name}",
+                f"find out which was changed; {mend_broken(closed)}",
+            )
+        return end
+
+    def _save_torn_line(self, torn: bytes) -> dict[str, Value]:
+        """Move it away; what an event has to say of it."""
         saved = self.path.with_name(f"{self.path.name}.torn-{self._head.seq + 1}")
         try:
             descriptor = os.open(saved, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
@@ -197,55 +343,33 @@ class AuditLog:
                 f"{self.path} ends in a torn line that cannot be moved to {saved}: {error.strerror}",
                 f"free the disk that holds {self.path.parent}, or make it writable",
             ) from error
-        self.append(
-            "audit-recovered",
-            torn_bytes=len(torn),
-            torn_file=saved.name,
-            torn_sha256=hashlib.sha256(torn).hexdigest(),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """What a log holds: the head and size in bytes of its whole lines, and the torn rest."""
-
-    head: Head
-    size_bytes: int
-    torn: bytes
-
-
-def read_chain(stream: BinaryIO, *, expected: Head | None = None) -> Chain:
-    """Verify the whole log in *stream*. BrokenChainError names the first line that is wrong.
-
-    *expected* is a head recorded earlier (envelope/audit.py rule 3): its event must be there.
-    """
-    head, size_bytes, line_number = audit.EMPTY, 0, 0
-    seen = expected is None or expected == head
-    torn = b""
-    while line := stream.readline(audit.MAX_LINE_BYTES + 1):
-        if not line.endswith(b"\n") and len(line) <= audit.MAX_LINE_BYTES:
-            torn = line
-            break
-        line_number += 1
-        try:
-            head = audit.verify([line], start=head)
-        except BrokenChainError as error:
-            raise BrokenChainError(line_number, error.reason) from None
-        size_bytes += len(line)
-        seen = seen or head == expected
-    if expected is not None and not seen:
-        raise BrokenChainError(
-            line_number + 1, f"event {expected.seq} with its recorded hash is not in this chain"
-        )
-    return Chain(head, size_bytes, torn)
+        return {
+            "torn_bytes": len(torn),
+            "torn_file": saved.name,
+            "torn_sha256": hashlib.sha256(torn).hexdigest(),
+        }
 
 
 def mend_broken(path: Path) -> str:
     """What to do about a broken log."""
     return (
         f"find out who wrote to it; keep it as evidence: mv {path} {path}.broken; then start again: "
-        "a new chain begins"
+        "a new chain begins, or goes on from the last closed file"
     )
+
+
+def _rename(path: Path, closed: Path) -> None:
+    """OSError, also if there is such a file already."""
+    if closed.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(closed))
+    path.rename(closed)
+
+
+def _write_all(descriptor: int, line: bytes) -> None:
+    """Durably. OSError."""
+    if os.write(descriptor, line) != len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fdatasync(descriptor)
 
 
 def _open_locked(path: Path) -> int:

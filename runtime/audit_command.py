@@ -5,7 +5,8 @@
    kept elsewhere, is what `--expect` proves the log against later.
 3. Of a program that runs as several processes every process has a log: all of them are verified. `--expect`
    is about the first, or the one named by `--file`.
-4. Exit code 3 for a broken chain, with its first wrong line; 2 if there is no such file.
+4. All files of a log that are there are one chain. `--file` may name a closed one, which stands for itself.
+5. Exit code 3 for a broken chain, with its first wrong line; 2 if there is no such file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ import typer
 
 from envelope.audit import BrokenChainError, Head, parse_head
 from envelope.errors import FormatError
-from runtime.audit import mend_broken, read_chain
+from runtime.audit import mend_broken
+from runtime.audit_files import read_files
 from runtime.cli import CommandError, ExitCode, Options
 
 
@@ -65,9 +67,14 @@ def add_audit[S](
 
 
 def _told(data: Mapping[str, object]) -> str:
-    return f"{data['file']}: {data['events']} events, chain holds\n  head {data['head']}" + (
-        f"\n  {data['torn_bytes']} bytes of a torn last line" if data["torn_bytes"] else ""
-    )
+    text = f"{data['file']}: {data['events']} events, chain holds\n  head {data['head']}"
+    if data["torn_bytes"]:
+        text += f"\n  {data['torn_bytes']} bytes of a torn last line"
+    if closed := data.get("closed"):
+        text += f"\n  closed files: {closed}"
+    if begins := data.get("begins_after"):
+        text += f"\n  begins after event {begins}: the files before it are elsewhere"
+    return text
 
 
 def _head(text: str) -> Head:
@@ -81,8 +88,7 @@ def _head(text: str) -> Head:
 
 def _verified(path: Path, expected: Head | None) -> dict[str, object]:
     try:
-        with path.open("rb") as stream:
-            chain = read_chain(stream, expected=expected)
+        files = read_files(path, expected=expected)
     except OSError as error:
         raise CommandError(
             f"{path}: {error.strerror}", "give the log's file, as a user who may read it", ExitCode.USAGE
@@ -91,5 +97,12 @@ def _verified(path: Path, expected: Head | None) -> dict[str, object]:
         raise CommandError(
             f"{path} is broken at {error}", mend_broken(path), ExitCode.REFUSED, code="audit-broken"
         ) from None
-    head = chain.head
-    return {"file": str(path), "events": head.seq, "head": str(head), "torn_bytes": len(chain.torn)}
+    head = files.written.head
+    data: dict[str, object] = {
+        "file": str(path), "events": head.seq, "head": str(head), "torn_bytes": len(files.written.torn)
+    }  # fmt: skip
+    if files.closed:
+        data["closed"] = len(files.closed)
+    if files.start.seq:
+        data["begins_after"] = str(files.start)
+    return data

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from envelope.audit import BrokenChainError
-from runtime.audit import mend_broken, read_chain
+from runtime.audit import mend_broken
+from runtime.audit_files import read_chain
 from runtime.doctor import Check, failed, ok, warning
 
 MIN_FREE_BYTES: Final = 256 << 20

@@ -31,6 +31,7 @@ from key_agent.kek_making import wish_of
 from key_agent.reencryption.ledger import FileLedger
 from key_agent.registry.access import RefusedChangeError
 from key_agent.state_dir import AUDIT_NAME
+from runtime.audit_files import lines_since
 
 if TYPE_CHECKING:
     from key_agent.environments.shared import Draft
@@ -218,8 +219,8 @@ class IncidentCommands(ApprovalCommands):
         acks = await self._parts().incidents.acknowledgements(incident_id)
         await agent.journal.record("incident-evidence", outcome="begun", incident=incident_id)
         path = self._environments().state_dir / AUDIT_NAME
-        lines = await asyncio.to_thread(lambda: path.read_bytes().splitlines(keepends=True))
         since_ms = min(body.since_ms, body.opened_at_ms) - _BEFORE_MS
+        lines = await asyncio.to_thread(lines_since, path, since_ms)
         everything = await peering.shared.since(0)
         content = await asyncio.to_thread(
             lambda: write_bundle(

@@ -102,7 +102,7 @@ class WorkerProcess:
         self, parts: contextlib.AsyncExitStack, settings: Settings, number: int
     ) -> tuple[DataPlane, KeyCache]:
         clock = self._clock
-        audit = AuditLog.open(settings.proxy.worker_audit_file(number), clock)
+        audit = AuditLog.open(settings.proxy.worker_audit_file(number), clock, settings.audit)
         parts.callback(audit.close)
         store = await asyncio.to_thread(
             DirectoryStore.open,

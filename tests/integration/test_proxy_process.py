@@ -20,6 +20,7 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
+from runtime.audit_files import read_files
 from runtime.clock import SystemClock
 from runtime.tls import client_context
 from tests import pki
@@ -149,6 +150,8 @@ async def installation(tmp_path: Path) -> AsyncIterator[Installation]:
         drain_s = 5
         [health]
         port = {health_port}
+        [audit]
+        max_bytes = 4096
     """)
     async with webdav(tmp_path, *server) as origin:
         with DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock()) as store:
@@ -212,10 +215,11 @@ async def test_pushed_used_revoked_and_stopped(installation: Installation) -> No
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(30):
             assert await process.wait() == 0
-    actions = [
-        json.loads(line)["action"]
-        for line in (installation.directory / "state" / "audit.jsonl").read_text().splitlines()
-    ]
+    audit_file = installation.directory / "state" / "audit.jsonl"
+    files = read_files(audit_file)
+    assert files.closed, "as many events as fit into a file of 4 KiB, and no more"
+    lines = [line for file in (*files.closed, audit_file) for line in file.read_text().splitlines()]
+    actions = [json.loads(line)["action"] for line in lines]
     assert actions[-1] == "proxy-stopped"
     for action in ("proxy-started", "keys-accepted", "object-seal", "object-open", "keys-withdrawn"):
         assert action in actions

@@ -19,7 +19,7 @@ from envelope import audit
 from envelope.audit import BrokenChainError
 from envelope.errors import MisuseError
 from runtime.audit import AuditLog, AuditUnavailableError
-from runtime.audit_files import RotationSettings, read_chain
+from runtime.audit_files import read_chain
 from runtime.clock import Clock
 from runtime.observe import REGISTRY
 from tests.fakes.clock import ManualClock
@@ -323,10 +323,8 @@ def test_a_change_of_directory_changes_nothing(
 class SlowDisk(AuditLog):
     """Syncs only when it is let."""
 
-    def __init__(
-        self, path: Path, clock: Clock, descriptor: int, rotation: RotationSettings | None = None
-    ) -> None:
-        super().__init__(path, clock, descriptor, rotation)
+    def __init__(self, path: Path, clock: Clock, descriptor: int) -> None:
+        super().__init__(path, clock, descriptor)
         self.begun, self.let = threading.Event(), threading.Event()
 
     @override

@@ -10,6 +10,7 @@ from key_agent.cli import program as key_agent
 from proxy.cli import program as sealgate
 from runtime import cli
 from runtime.audit import AuditLog
+from runtime.audit_files import RotationSettings, closed_files
 from tests.fakes.clock import ManualClock
 
 
@@ -100,3 +101,29 @@ def test_the_logs_of_worker_processes_are_verified_too(
     path.write_bytes(path.read_bytes().replace(b"mail", b"male"))
     assert cli.main(sealgate, words) == 3
     assert names[2] in json.loads(capsys.readouterr().err)["error"]["cause"]
+
+
+def test_the_files_of_a_log_are_one_chain(
+    program: typer.Typer, tmp_path: Path, clock: ManualClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog.open(path, clock, RotationSettings(max_bytes=4096))
+    heads = []
+    for number in range(40):
+        log.append("object-seal", number=number)
+        heads.append(str(log.head))
+    log.close()
+    oldest, *others = closed_files(path)
+    assert _run(program, "--file", path, "--json", "--expect", heads[3]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["head"], told["closed"]) == (heads[-1], 1 + len(others))
+    assert "begins_after" not in told
+    assert _run(program, "--file", oldest) == 0, "a closed one by itself"
+    ended = capsys.readouterr().out.split("head ")[1].split()[0]
+    oldest.rename(tmp_path / "elsewhere")
+    assert _run(program, "--file", path, "--expect", ended) == 0
+    assert f"begins after event {ended}" in capsys.readouterr().out
+    assert _run(program, "--file", path, "--expect", heads[0]) == 3
+    others[0].write_bytes(others[0].read_bytes().replace(b"seal", b"open", 1))
+    assert _run(program, "--file", path, "--json") == 3
+    assert others[0].name in json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["cause"]
