@@ -36,7 +36,7 @@ def session_ref(bucket: str, name: str) -> bytes:
 
 
 async def start(talk: Conversation, operation: Operation) -> Decision:
-    request = talk.request
+    request, uploads = talk.request, talk.uploads  # without a place for its state nothing is begun
     total = _declared_total(request.head.fields)
     told = told_metadata(talk.body, mark=UNKNOWN_SIZE if total is None else str(total))
     said = _both(told.said, Digests.of_fields(request.head.fields))
@@ -57,7 +57,7 @@ async def start(talk: Conversation, operation: Operation) -> Decision:
     known = Known(said_crc32c=said.crc32c, said_md5=said.md5)
     state = State(ref=ref, secrets=known.sealed(key, ref), total_bytes=total)
     upload = Upload(request.service.owner, session_ref(operation.bucket, name))
-    await talk.uploads.begin_session(upload, state.encode())
+    await uploads.begin_session(upload, state.encode())
     ours = our_url(location, request) or location
     return Answer(reply=_with_field(reply, "Location", ours))
 
