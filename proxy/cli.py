@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -250,6 +251,14 @@ ProfileOption = Annotated[str, typer.Option("--profile", help="See `sealgate pro
 ReverseListen = Annotated[
     str | None, typer.Option("--reverse-listen", metavar="IP:PORT", help="Serve it here in reverse mode.")
 ]
+ReverseNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reverse-name",
+        metavar="HOST",
+        help="In reverse mode by this name (or *.domain) and no other one; repeatable.",
+    ),
+]
 LegacyOption = Annotated[
     LegacyPolicy, typer.Option("--legacy", help="Stored bodies that are not sealed: refuse, or let pass.")
 ]
@@ -278,11 +287,12 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
     legacy: LegacyOption = LegacyPolicy.STRICT,
     key_type: KeyTypeOption = KeyType.P256,
     option: OptionChanges = None,
+    reverse_name: ReverseNames = None,
 ) -> None:
     """Provision a network service: make its private key here, write the CSR for the tenant's root."""
     with operating(context) as operator:
         owner, address, listen = parse_owner(service), _upstream(upstream), _listen(reverse_listen)
-        options = _profile_options(_check_profile(profile), {}, option)
+        options, names = _profile_options(_check_profile(profile), {}, option), _rules(reverse_name)
         check_csr_file(csr)
         known = operator.store.snapshot().services.get(owner)
         if known is not None and (
@@ -291,7 +301,8 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
             known.legacy,
             known.reverse_listen,
             known.profile_options,
-        ) == (address, profile, legacy, listen, options):
+            known.reverse_names,
+        ) == (address, profile, legacy, listen, options, names):
             request = operator.store.certificate_request(owner)
         else:
             known = None
@@ -305,6 +316,7 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
                 key_type=key_type,
                 reserved=operator.reserved,
                 profile_options=options,
+                reverse_names=names,
             )
         write_csr(request, csr)
         show(operator, changed=known is None, service=operator.store.snapshot().services[owner], csr=csr)
@@ -319,14 +331,7 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
     legacy: Annotated[LegacyPolicy | None, typer.Option("--legacy", help="strict or migrate.")] = None,
     reverse_listen: ReverseListen = None,
     no_reverse: Annotated[bool, typer.Option("--no-reverse", help="Not in reverse mode any more.")] = False,
-    reverse_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--reverse-name",
-            metavar="HOST",
-            help="In reverse mode by this name (or *.domain) and no other one; repeatable.",
-        ),
-    ] = None,
+    reverse_name: ReverseNames = None,
     any_reverse_name: Annotated[
         bool,
         typer.Option("--any-reverse-name", help="By whatever name in reverse mode."),
@@ -675,6 +680,10 @@ def _service_lines(service: ServiceEntry) -> list[str]:
     lines = [f"network service {service.owner} -> {service.upstream}"]
     reverse = "" if service.reverse_listen is None else f", reverse proxy {service.reverse_listen}"
     lines.append(f"  profile {service.profile}, legacy {service.legacy.value}{reverse}")
+    if service.reverse_names:
+        lines.append(f"  in reverse mode as {', '.join(sorted(service.reverse_names))}")
+    if service.profile_options:
+        lines.append(f"  options {json.dumps(dict(service.profile_options), sort_keys=True)}")
     if service.certificate is None:
         lines.append("  waits for its certificate: refuses everything")
     else:

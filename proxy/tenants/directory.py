@@ -382,16 +382,19 @@ class DirectoryStore:
         key_type: KeyType = KeyType.P256,
         reserved: Iterable[Listen] = (),
         profile_options: Mapping[str, object] | None = None,
+        reverse_names: Iterable[str] = (),
     ) -> x509.CertificateSigningRequest:
         """Provision a network service; its new private key stays here, the CSR is for the tenant's root.
 
-        *profile_options*: JSON-able; whoever calls has had the profile check them.
+        *profile_options*: JSON-able; whoever calls has had the profile check them. *reverse_names*: as for
+        `update_service`.
 
         ChangeRefusedError if the id, the host or the listener is taken, or the host is tunnelled.
         """
         tenant_in(self.snapshot(), owner.tenant)  # before a directory is made for its keys
         key = certificates.new_private_key(key_type)
         key_file = key_name(owner)
+        names = _name_rules(reverse_names)
 
         def change(connection: Connection, before: Directory) -> Draft:
             tenant_in(before, owner.tenant)
@@ -415,6 +418,7 @@ class DirectoryStore:
                     profile=profile,
                     legacy=legacy.value,
                     reverse_listen=None if reverse_listen is None else str(reverse_listen),
+                    reverse_names=" ".join(names) or None,
                     profile_options=_options_text(profile_options),
                     key_file=key_file,
                     created_at_ms=now_ms,
@@ -429,6 +433,8 @@ class DirectoryStore:
             }
             if reverse_listen is not None:
                 detail["reverse_listen"] = str(reverse_listen)
+            if names:
+                detail["reverse_names"] = " ".join(names)
             if (text := _options_text(profile_options)) is not None:
                 detail["profile_options"] = text
             return Draft(action="service-added", tenant=owner.tenant, service=owner.service, detail=detail)
@@ -473,13 +479,7 @@ class DirectoryStore:
 
         ChangeRefusedError as for `add_service`.
         """
-        names = (
-            None
-            if reverse_names is None
-            else sorted(
-                {name if name == ANY_NAME else TunnelRule.parse(name).pattern for name in reverse_names}
-            )
-        )
+        names = None if reverse_names is None else _name_rules(reverse_names)
 
         def change(connection: Connection, before: Directory) -> Draft:
             entry = _service_in(before, owner)
@@ -812,6 +812,10 @@ def _sound[T](read: Callable[[str | None], T], text: str | None) -> T:
         return read(text)
     except FormatError as error:
         raise DirectoryUnavailableError(str(error)) from error
+
+
+def _name_rules(reverse_names: Iterable[str]) -> list[str]:
+    return sorted({name if name == ANY_NAME else TunnelRule.parse(name).pattern for name in reverse_names})
 
 
 def _options_text(options: Mapping[str, object] | None) -> str | None:

@@ -146,7 +146,7 @@ def reseal_vault(connection: Connection, before: Directory, sealer: SecretSealer
 def _service_in(before: Directory, owner: NetworkService) -> ServiceEntry:
     service = before.services.get(owner)
     if service is None:
-        raise NotThereError(f"there is no network service {owner}", "see `sealgate service list`")
+        raise NotThereError(f"there is no network service {owner}", "see `sealgate list`")
     return service
 
 

@@ -185,7 +185,20 @@ def test_updates_and_removals(site: Installation, acme: Tenant, root: str, tmp_p
     site.ask("service", "renew", "acme/drive", "--csr", str(csr), "--key-type", "rsa-2048")
     answer = site.ask("service", "import-cert", "acme/drive", str(sign(acme, csr)))
     assert answer["changed"] is True
-    site.ask("service", "remove", "acme/drive")
+    adding = (
+        "service", "add", "acme/files", "--upstream", "https://files.example.com", "--profile", "s3",
+        "--reverse-listen", "127.0.0.1:9444", "--reverse-name", "*.files.acme.example",
+        "--option", "anonymous=refuse", "--csr", str(csr),
+    )  # fmt: skip
+    assert site.ask(*adding)["service"]["reverse_names"] == ["*.files.acme.example"]
+    assert site.ask(*adding)["changed"] is False
+    _, listed, _ = site.run("list")
+    assert "in reverse mode as *.files.acme.example\n" in listed
+    assert 'options {"anonymous": "refuse"}' in listed
+    code, error = site.refused(*adding[:-2], "--reverse-name", "other.example", *adding[-2:])
+    assert (code, error["code"]) == (ExitCode.REFUSED, "refused")
+    for service in ("acme/drive", "acme/files"):
+        site.ask("service", "remove", service)
     site.ask("tenant", "remove", "acme")
     assert site.ask("list")["tenants"] == []
     assert list(site.state_dir.rglob("*.key")) == []
