@@ -255,7 +255,8 @@ def content_answer(request: web.Request, stored: Stored) -> web.Response:
     for name, value in resource.get("metadata", {}).items():
         headers[f"X-Goog-Meta-{name}"] = value
     asked = _RANGE.fullmatch(request.headers.get("Range", ""))
-    if asked is None or not (asked[1] or asked[2]):
+    is_backwards = asked is not None and asked[1] and asked[2] and int(asked[1]) > int(asked[2])
+    if asked is None or is_backwards or not (asked[1] or asked[2]):  # RFC 9110 14.1.1: no range, then
         return _sent(request, 200, stored.data, headers)
     start = int(asked[1]) if asked[1] else max(0, size - int(asked[2]))
     stop = min(size, int(asked[2]) + 1) if asked[1] and asked[2] else size
