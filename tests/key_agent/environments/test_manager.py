@@ -60,7 +60,7 @@ async def test_each_environment_owns_a_key_that_all_of_them_open(site: KeySite) 
 
 
 async def test_a_command_that_waits_for_its_keys_is_not_waited_for(site: KeySite) -> None:
-    """`service add` holds the commands' lock until a key seals; what makes it seal must not need that lock."""
+    """`service add` holds the commands' lock until a key seals; what makes it seal must not need it."""
     manager = site["a"].manager
     async with manager._one_at_a_time:
         await manager.ensure_service(MAIL, KeyUse.DATA, None)
@@ -181,7 +181,7 @@ async def test_a_damaged_wrap_is_noticed_and_brought_again(site: KeySite) -> Non
     assert keys["c"] not in await site["b"].wrapped()
     site["a"].clock.skip(LOOK_S + 1)
     site["a"].manager.wake()
-    for _ in range(200):
+    for _ in range(600):
         if keys["c"] in await site["b"].wrapped():
             break
         await asyncio.sleep(0.05)
@@ -198,7 +198,7 @@ async def test_a_key_that_does_not_open_at_the_manager_comes_from_another_enviro
     assert await site["c"].opens(keys.values())
     site["a"].clock.skip(LOOK_S + 1)
     site["a"].manager.wake()
-    for _ in range(200):
+    for _ in range(600):
         if await site["a"].opens(keys.values()):
             break
         await asyncio.sleep(0.05)

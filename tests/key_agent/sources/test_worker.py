@@ -84,7 +84,7 @@ async def test_the_event_loop_runs_on_while_the_module_hangs(
         await asyncio.sleep(0.01)
         turns += 1
     assert diagnosis.result().verdict is Verdict.UNREACHABLE
-    assert turns > 10
+    assert turns > 3  # of a loop that is held up: one
 
 
 async def test_a_cancelled_request_never_answers_the_next_one(
