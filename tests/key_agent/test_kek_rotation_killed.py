@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from envelope.audit import EMPTY
 from envelope.keys import KeyId
 from key_agent import app, config
 from key_agent.operations import Operations
 from key_agent.registry.states import KekState
 from key_agent.rotation import unopenable
+from runtime.audit_files import read_files
 from tests.fakes.proxies import pem
 from tests.key_agent import test_agent_softhsm as rig
 from tests.key_agent.test_agent_softhsm import Site
@@ -91,6 +93,7 @@ async def _check(site: Site, keys: set[KeyId], *, is_over: bool) -> None:
 async def test_killed_again_and_again_no_key_is_lost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in site.hsm.environment.items():
         monkeypatch.setenv(name, value)  # for the workers of this process
+    site.environment["KEY_AGENT_AUDIT__MAX_BYTES"] = "4096"  # so that it is killed amid its rotations, too
     await rig._init(site)
     keys = await _provision_many(site)
     died_at = []
@@ -112,3 +115,6 @@ async def test_killed_again_and_again_no_key_is_lost(site: Site, monkeypatch: py
         assert code == 0, said
         assert said.split()[-1] == "True", said
     await _check(site, keys, is_over=True)
+    files = read_files(site.state_dir / "audit.jsonl")
+    assert files.closed
+    assert files.start == EMPTY
