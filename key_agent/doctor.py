@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from envelope.certificates import CertificateError
 from key_agent import app, config
@@ -118,11 +119,29 @@ def _files(settings: Settings) -> Iterator[Check]:
     )
     for name, load in loaders:
         try:
-            yield _valid(name, load())
+            leaf = load()
+            yield _valid(name, leaf)
+            if name == "tls.certificate_file" and settings.environments is not None:
+                yield _serves_peers(leaf)
         except CertificateError as error:
             yield failed(name, f"{error.code}: {error}", "have the tenant's root issue it (certs/README.md)")
         except (SettingsError, KeyAgentError) as error:
             yield failed(name, str(error), "put the certificate and its own key there (PEM)")
+
+
+def _serves_peers(leaf: x509.Certificate) -> Check:
+    name = "tls.certificate_file for peers"
+    try:
+        purposes = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        purposes = x509.ExtendedKeyUsage([])
+    if ExtendedKeyUsageOID.SERVER_AUTH in purposes:
+        return ok(name, "has the purpose serverAuth")
+    return failed(
+        name,
+        "has no purpose serverAuth, so agents of other environments will not speak to this one",
+        "have it issued anew with a host name (docs/environments.md); no restart is needed",
+    )
 
 
 def _valid(name: str, certificate: x509.Certificate) -> Check:
@@ -151,7 +170,11 @@ def _hsm(found: Any) -> Iterator[Check]:
         yield ok("hsm", _facts(found["source"]))
     kek = found["kek"]
     if kek["kek"] is None:
-        yield failed("kek", "there is none", "key-agent kek create")
+        yield failed(
+            "kek",
+            "there is none",
+            "key-agent kek create; or, if there were keys before this machine: key-agent backup import FILE",
+        )
         return
     verdict, detail = kek["diagnosis"]["verdict"], kek["diagnosis"]["detail"]
     if verdict == "ok" and kek["kek"]["state"] == "active":

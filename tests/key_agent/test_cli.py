@@ -132,6 +132,27 @@ def test_doctor_sees_open_modes_and_foreign_certificates(
     assert "1234" not in json.dumps(checks)
 
 
+@pytest.mark.parametrize("hosts", [[], ["hq.example"]], ids=["no-host", "host"])
+def test_doctor_sees_a_certificate_that_peers_will_not_speak_to(
+    config_file: Path,
+    tmp_path: Path,
+    acme: Tenant,
+    capsys: pytest.CaptureFixture[str],
+    hosts: list[str],
+) -> None:
+    files = tmp_path / "files"
+    write_certificate(acme.root.certificate, files / "root.pem")
+    write_credential(acme.agent_tls("hq", hostnames=hosts), files, "tls")
+    name = "tls.certificate_file for peers"
+    assert _run("--config", config_file, "--json", "doctor") == 1
+    assert name not in capsys.readouterr().out  # the only environment: nobody has to speak to it
+    config_file.write_text(config_file.read_text() + "\n[environments]\nport = 8330\n")
+    assert _run("--config", config_file, "--json", "doctor") == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["tls.certificate_file"]["outcome"] == "ok"
+    assert checks[name]["outcome"] == ("ok" if hosts else "failed")
+
+
 async def test_doctor_reads_the_agents_diagnosis(bench: Bench) -> None:
     async with bench.agent() as (_, operations):
         await bench.provision(operations, "s3")
