@@ -31,6 +31,8 @@ IDENTITY_PATH: Final = "/v1/env/identity"
 JOIN_PATH: Final = "/v1/env/join"
 WRAPS_PATH: Final = "/v1/env/wraps"
 NOTICE_PATH: Final = "/v1/env/notice"
+PER_ROW_S: Final = 0.002
+"""More time for each row of a delta: the other agent checks its signature and stores it before it answers."""
 
 _JOIN_DOMAIN: Final = b"sealgate/v1 join request\x00"
 
@@ -126,7 +128,13 @@ class Peers:
 
     async def send_delta(self, environment: str, delta: Delta) -> Ack:
         """PeerError `stale_term`: it has seen a higher term than the delta's."""
-        content = await self.post(environment, REGISTRY_PATH, encode_delta(delta), method="PUT")
+        content = await self.post(
+            environment,
+            REGISTRY_PATH,
+            encode_delta(delta),
+            method="PUT",
+            timeout_s=self._timeout_s + len(delta.rows) * PER_ROW_S,
+        )
         try:
             return msgspec.json.decode(content, type=Ack)
         except (msgspec.DecodeError, UnicodeDecodeError):

@@ -80,6 +80,8 @@ from key_agent.registry.tables import shared_row, shared_seal
 _SEAL_DOMAIN: Final = b"sealgate/v1 registry seal\0"
 _ONE: Final = 1
 _BATCH: Final = 500
+_MANY: Final = 1000
+"""Rows whose signatures, or whose digest, take longer than others should wait for the event loop."""
 _UPDATE_ROW: Final = (
     update(shared_row)
     .where(shared_row.c.kind == bindparam("b_kind"), shared_row.c.id == bindparam("b_id"))
@@ -346,15 +348,19 @@ class SharedRegistry:
         self._restrict(draft)
         if not draft.changed:
             return self._delta(state, state.shared.epoch)
-        rows = self._signed(draft, state, term)
-        after = self._after(state, rows, term=term, epoch=draft.epoch)
-        shared = after.shared
-        after.sign(
-            sign_head(
+
+        def prepared() -> tuple[list[SharedRow], _State]:
+            rows = self._signed(draft, state, term)
+            after = self._after(state, rows, term=term, epoch=draft.epoch)
+            shared = after.shared
+            head = sign_head(
                 self._key, tenant=self._tenant, term=term, epoch=shared.epoch, digest=shared.digest
-            ).signature
-        )
-        self._check_own(state, after)
+            )
+            after.sign(head.signature)
+            self._check_own(state, after)
+            return rows, after
+
+        rows, after = await _beside(len(state.rows) + len(draft.changed), prepared)
         await self._store(
             after,
             rows,
@@ -404,7 +410,7 @@ class SharedRegistry:
                 return
             if is_fork or delta.epoch_from != shared.epoch:
                 raise EpochGapError(shared.epoch)
-            after = self._after(state, delta.rows, term=delta.term, epoch=delta.epoch_to)
+            after = await self._after_delta(state, delta)
             await self._check(delta, state.known, after)
             if after.shared.digest != delta.digest:
                 raise EpochGapError(shared.epoch)  # another history up to here
@@ -583,7 +589,7 @@ class SharedRegistry:
 
     async def _replace(self, state: _State, known: Known, delta: Delta, now_ms: int) -> None:
         """Everything of *delta* in place of all that is here, if *known* lets its writer be believed."""
-        after = self._after(_State(), delta.rows, term=delta.term, epoch=delta.epoch_to)
+        after = await self._after_delta(_State(), delta)
         if after.shared.digest != delta.digest:
             raise IntegrityError("a delta's rows are not those of its digest")
         judged = await self._check(delta, known, after)
@@ -615,8 +621,12 @@ class SharedRegistry:
             raise IntegrityError(f"a delta of term {delta.term} is not its holder's")
         check_goes_on(known, holder)
         check_head(self._tenant, delta.head, holder.key)
-        for row in delta.rows:
-            judged.terms.check(self._tenant, row)
+
+        def check_rows() -> None:
+            for row in delta.rows:
+                judged.terms.check(self._tenant, row)
+
+        await _beside(len(delta.rows), check_rows)
         if judged.elected is not None:
             if self.confirm is None:
                 raise IntegrityError(f"term {judged.elected.term} was elected, and no election is known here")
@@ -636,6 +646,12 @@ class SharedRegistry:
     def _after(self, state: _State, rows: Iterable[SharedRow], *, term: int, epoch: int) -> _State:
         """*state* after *rows*: values, nothing is written, nothing is checked but the terms' order."""
         return _with(state, rows, term=term, epoch=epoch, tenant_id=self._tenant)
+
+    async def _after_delta(self, state: _State, delta: Delta) -> _State:
+        def after() -> _State:
+            return self._after(state, delta.rows, term=delta.term, epoch=delta.epoch_to)
+
+        return await _beside(len(state.rows) + len(delta.rows), after)
 
     def _restrictions_between(self, before: _State, after: _State) -> dict[str, KeyState]:
         kept = dict({} if self._mark is None else self._mark.restrictions)
@@ -749,6 +765,14 @@ class SharedRegistry:
             signer=self._registry.agent_id if holder is None else holder.agent,
             signature=state.shared.head,
         )
+
+
+async def _beside[T](rows: int, work: Callable[[], T]) -> T:
+    """What *work* returns; in a thread if it is about many rows: whoever asks meanwhile is answered.
+
+    It touches nothing but values, or what the caller's lock keeps to itself.
+    """
+    return work() if rows < _MANY else await asyncio.to_thread(work)
 
 
 def _with_former_keys(body: EnvironmentBody, before: EnvironmentBody | None, epoch: int) -> EnvironmentBody:

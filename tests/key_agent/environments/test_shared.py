@@ -1,7 +1,8 @@
 """Shared rows in registries of several environments, on SQLite and PostgreSQL: all of an epoch or nothing."""
 
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -125,6 +126,24 @@ async def test_many_rows_are_one_epoch_as_well(pair: tuple[Holder, Holder]) -> N
         )
         assert [tuple(row) for row in rows] == [("deactivated", 1200), ("pre-active", 600)]
     assert (await tables(a))["dek"] == (await tables(b))["dek"]
+
+
+async def test_many_rows_are_signed_and_checked_beside_the_event_loop(pair: tuple[Holder, Holder]) -> None:
+    """Whoever asks this agent meanwhile is answered. CPU time: how busy the machine is plays no part."""
+    a, b = pair
+    rows = [
+        (Kind.DEK, f"{number:032x}", key("a", KeyState.PRE_ACTIVE, number)) for number in range(100, 3100)
+    ]
+
+    async def own_part[T](work: Awaitable[T]) -> tuple[T, float]:
+        all_s, own_s = time.process_time(), time.thread_time()
+        done = await work
+        return done, (time.thread_time() - own_s) / (time.process_time() - all_s)
+
+    delta, part = await own_part(a.write(*rows))
+    assert part < 0.25
+    _, part = await own_part(b.take(delta))
+    assert part < 0.25
 
 
 async def test_it_is_the_same_after_it_was_opened_again(pair: tuple[Holder, Holder], tmp_path: Path) -> None:
