@@ -78,7 +78,8 @@ def requests(bucket: str, etag: str, generation: str) -> list[tuple[str, str, Ma
         ),
         ("GET", download, {"range": "bytes=5-9"}),
         ("GET", content, {"range": "lines=1-2"}),
-        ("GET", content, {"range": "bytes=5-9", "if-range": etag}),
+        # A bare one is no entity tag, and no date: RFC 9110 13.1.5 does not say what it is then.
+        *([("GET", content, {"range": "bytes=5-9", "if-range": etag})] if etag.startswith('"') else ()),
         ("GET", content, {"if-none-match": etag}),
         ("GET", content, {"if-none-match": '"other"'}),
         ("GET", content, {"if-match": '"other"'}),
@@ -128,8 +129,10 @@ async def run(way: Way) -> list[tuple[str, Answer]]:
     ]
 
 
-async def test_every_read_is_answered_as_directly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quotes", [True, False], ids=["quoted-etags", "bare-etags"])
+async def test_every_read_is_answered_as_directly(tmp_path: Path, *, quotes: bool) -> None:
     async with strict_site(tmp_path) as site:
+        site.server.quotes = quotes
         direct = await run(site.ways["direct"])
         assert {answer.status for _, answer in direct} >= {200, 204, 206, 304, 404, 409, 412, 416}
         for way in THROUGH:

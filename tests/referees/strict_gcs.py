@@ -84,6 +84,8 @@ class StrictGcs:
     asked: list[Asked] = field(default_factory=list)
     """Of sessions."""
     rewrites: dict[str, int] = field(default_factory=dict)
+    quotes: bool = True
+    """Google's JSON API sends ETags without quotes, its XML API with them."""
 
     @property
     def url(self) -> str:
@@ -332,7 +334,7 @@ class StrictGcs:
             if path.startswith("/download/") or request.method == "HEAD":
                 raise web.HTTPNotFound
             return web.json_response(stored.resource)
-        return content_answer(request, stored)
+        return content_answer(request, stored, quotes=self.quotes)
 
     async def _change(self, request: web.Request, bucket: str, name: str) -> web.StreamResponse:
         members = _document(await self._body(request))
