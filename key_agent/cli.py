@@ -827,6 +827,8 @@ def _outcomes(data: Any) -> str:
         more = f"; may hold keys until {_time(until_ms)}" if until_ms else ""
         error = f": {row['error']}" if row.get("error") else ""
         lines.append(f"  {row['proxy']}: {row['outcome']}{error}{more}")
+    if any(row["outcome"] == "failed" for row in data["proxies"]):
+        lines.append("  `key-agent doctor` says how to mend what failed")
     return "\n".join(lines)
 
 
@@ -862,10 +864,15 @@ def status_text(data: Any) -> str:
     lines += [f"problem: {problem}" for problem in data["problems"]]
     lines += [f"rotation: {rotation_text(row)}" for row in data["rotations"]]
     lines += [f"certificate: {_lifetime_text(row)}" for row in data["ending"]]
+    proxies = {proxy["proxy"] for proxy in data["proxies"]}
     for service in data["services"]:
         lost = f", {service['unreadable_keys']} under a lost KEK" if service["unreadable_keys"] else ""
         lines.append(f"{service['service']}  ({service['keys']} keys{lost})")
-        lines += [f"  {_place_text(place)}" for place in service["proxies"]]
+        lines += [
+            f"  {_place_text(place)}"
+            for place in service["proxies"]
+            if place["state"] != "withdrawn" or place["proxy"] in proxies  # one that was removed is no news
+        ]
     lines += [
         f"proxy {proxy['proxy']}  {proxy['url']}  last push: {_push_text(proxy)}" for proxy in data["proxies"]
     ]

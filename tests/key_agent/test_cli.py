@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from key_agent import doctor
-from key_agent.cli import program, status_text
+from key_agent.cli import _outcomes, program, status_text
 from runtime import cli
 from runtime.doctor import Check, as_text
 from tests.key_agent.conftest import Bench
@@ -210,6 +210,24 @@ async def test_the_status_page_tells_what_matters(bench: Bench) -> None:
         assert "kek_destroyed" in text
         assert "WITHDRAWING, unconfirmed; silent from" in text
         assert "problem: no keys are pushed: revoked" in text
+
+
+async def test_a_proxy_that_was_removed_leaves_the_status_page_once_it_holds_nothing(bench: Bench) -> None:
+    async with bench.agent() as (_, operations):
+        await bench.provision(operations)
+        assert "p1: valid" in status_text(await operations.status())
+        bench.proxy().down = True
+        await operations.proxy_remove(proxy="p1")
+        assert "p1: WITHDRAWING" in status_text(await operations.status())
+        bench.proxy().down = False
+        await bench.clock.advance(60)
+        assert "p1" not in status_text(await operations.status())
+
+
+def test_a_failed_push_says_where_to_look() -> None:
+    row = {"proxy": "p1", "outcome": "failed", "error": "wrong-proxy: ...", "may_hold_keys_until_ms": None}
+    assert "key-agent doctor" in _outcomes({"proxies": [row]})
+    assert "doctor" not in _outcomes({"proxies": [row | {"outcome": "pending"}]})
 
 
 def test_times_are_in_utc() -> None:
