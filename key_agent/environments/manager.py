@@ -500,7 +500,8 @@ class Manager:
         now_s = self._clock.boot_s()
         if standing.looked_boot_s is None or now_s - standing.looked_boot_s >= LOOK_S:
             missing = await self._wraps.ask_missing(name, Look(kek_id=body.kek_id, keys=tuple(keys)))
-            standing.proven = set(keys) - missing.keys()
+            # What was made and proven while it was asked is none of its answer.
+            standing.proven = (standing.proven - set(keys)) | (set(keys) - missing.keys())
             standing.looked_boot_s = now_s
         wanted = [key_id for key_id in keys if key_id not in standing.proven]
         before = (len(standing.proven), standing.waiting)

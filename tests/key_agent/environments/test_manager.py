@@ -15,6 +15,7 @@ from key_agent.environments.manager import LOOK_S
 from key_agent.environments.peers import WRAPS_PATH
 from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
+from key_agent.environments.wrapping import Look
 from key_agent.registry.model import Proxy
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.source import NewKey
@@ -66,6 +67,26 @@ async def test_a_command_that_waits_for_its_keys_is_not_waited_for(site: KeySite
         await manager.ensure_service(MAIL, KeyUse.DATA, None)
         await site.keys_active(MAIL)
     assert len(states(site["a"], MAIL)) == 3, "made once"
+
+
+async def test_keys_that_are_made_while_the_own_environment_is_asked_what_it_has_are_not_lost(
+    site: KeySite,
+) -> None:
+    """Else they would be given up as keys whose only wrap is gone, and made again."""
+    manager, wraps = site["a"].manager, site["a"].wraps
+    asked, made = wraps.ask_missing, list[str]()
+
+    async def asked_slowly(environment: str, look: Look) -> dict[str, str]:
+        missing = await asked(environment, look)
+        if environment == "a" and not made:
+            made.extend(await manager.rotate(None, None))
+        return missing
+
+    wraps.ask_missing = asked_slowly  # type: ignore[method-assign]
+    manager.standings["a"].looked_boot_s = None
+    await manager.serve("a")
+    assert len(made) == 3
+    assert set(made) <= manager.standings["a"].proven
 
 
 async def test_the_six_fields_of_patent_b_are_in_each_database(site: KeySite) -> None:
