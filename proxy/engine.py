@@ -44,6 +44,8 @@ CUT_INTERVAL_S: Final = 0.25
 RETRY_S: Final = 5.0
 """How often a listener that could not be opened is tried again."""
 _DRAIN_STEP_S: Final = 0.05
+_ENDED_WITHIN_S: Final = 5.0
+"""How long connections that were reset may take to go: no longer than their tasks need for their turn."""
 
 log = structlog.get_logger(__name__)
 
@@ -198,7 +200,7 @@ class Engine:
         gate.abort_all_connections(server)
         # The handlers' tasks see their cancellation before the addons are told of the end.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(_ENDED_WITHIN_S):
                 while server.connections:  # noqa: ASYNC110 - mitmproxy has no event for it
                     await asyncio.sleep(_DRAIN_STEP_S)
         await running.done()

@@ -104,6 +104,10 @@ class RecordingOrigin:
         try:
             yield self
         finally:
+            # asyncio leaves a connection open that was accepted in the turn in which its server closes.
+            for listener in server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            await asyncio.sleep(0)
             server.close()
             for task in list(self._tasks):
                 task.cancel()
