@@ -428,7 +428,7 @@ def _proxy(
         host = "127.0.0.1"
         port = {service_port}
         plain = true
-        dialects = ["native"]
+        dialects = ["native", "xks"]
     """)
     store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
     store.add_tenant(TENANT, tenant.root.certificate, actor="test")
