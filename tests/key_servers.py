@@ -64,6 +64,8 @@ class _Server:
 
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        # Its threads stop one by one: some would answer still.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -303,7 +303,7 @@ def test_a_server_under_another_authority_is_not_spoken_to(subject: Subject, tmp
     hand = subject.hand
     server: KeyServer
     if isinstance(hand, BaoServer):
-        server = OpenBao(hand.url, lambda: "s.secret", ca_file=foreign, timeout_s=2)
+        server = OpenBao(hand.url, lambda: "s.secret", ca_file=foreign, timeout_s=30)
     else:
         server = Kmip(
             "127.0.0.1",
@@ -312,7 +312,7 @@ def test_a_server_under_another_authority_is_not_spoken_to(subject: Subject, tmp
             ca_file=foreign,
             certificate_file=hand.certificate_file,
             key_file=hand.key_file,
-            timeout_s=2,
+            timeout_s=30,
         )
     with pytest.raises(ServerUnavailableError, match="does not verify"):
         server.describe()
