@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench import agent, core, environments, key_sets, levers, proxies, results, s3, service, webdav
+from bench import agent, core, environments, key_sets, levers, proxies, rejoin, results, s3, service, webdav
 from bench.machine import BenchError
 
 type Rows = list[dict[str, Any]]
@@ -43,6 +43,7 @@ SUITES: Final[list[tuple[tuple[str, ...], Callable[[], Rows]]]] = [
     (environments.NAMES, _as_json(environments.run)),
     (environments.PROXIES_NAMES, _as_json(environments.proxies)),
     (key_sets.NAMES, _as_json(key_sets.run)),
+    (rejoin.NAMES, _as_json(rejoin.run)),
 ]
 
 
