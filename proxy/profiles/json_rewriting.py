@@ -179,15 +179,15 @@ class JsonObject:
 
     def _rendered(self) -> str:
         members, added = list(self._members.values()), ", ".join(self._added.values())
-        kept = [member for member in members if not member.is_removed]
-        if not kept:
+        if all(member.is_removed for member in members):
             return self._text if not members and not added else f"{{{added}}}"
         out = [self._text[: members[0].start]]
-        for place, member in enumerate(kept):
-            if place:
+        for place, member in enumerate(members):
+            if member.is_removed:
+                continue
+            if len(out) > 1:
                 # What stood before this member, comma and white space.
-                before = members[members.index(member) - 1]
-                out.append(self._text[before.stop : member.start])
+                out.append(self._text[members[place - 1].stop : member.start])
             out += (self._text[member.start : member.value_start], self._value_of(member))
         if added:
             out.append(f", {added}")

@@ -100,6 +100,18 @@ def test_an_object_in_an_object() -> None:
     assert parsed.render() == b'{"m" : {"z": null} , "n":[ 1 ]}'
 
 
+def test_an_object_of_very_many_members() -> None:
+    """Each is looked at once: looked up among the others, these would take longer than a test may."""
+    members = ",".join(f'"{number:x}":1' for number in range(100_000))
+    parsed = JsonObject(f'{{"m":{{{members}}}}}'.encode())
+    inner = parsed.inner("m")
+    assert inner is not None
+    inner.remove("0", "186a0")
+    inner.put("z", 2)
+    made = parsed.render().decode()
+    assert made == f'{{"m":{{{members.removeprefix('"0":1,')}, "z": 2}}}}'
+
+
 def test_texts() -> None:
     parsed = JsonObject(b'{"a": "b", "c": 1}')
     assert (parsed.text("a"), parsed.text("c"), parsed.text("d")) == ("b", None, None)
