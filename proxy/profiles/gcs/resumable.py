@@ -211,9 +211,11 @@ class Uploading:
         await self._change(state)
         there = await self._ask_status(state)
         if isinstance(there, Reply):
+            if 200 <= there.status < 300 and not may_have_left:
+                raise await self._lose()  # it ended with something that is not remembered any more
             return await self._finished(state, part, there, uploaded)
         if there != state.sent_bytes and not may_have_left:
-            raise await self._lose()  # of something that is not remembered any more
+            raise await self._lose()  # so did a piece of it
         for _ in range(_ATTEMPTS):
             if there > part.end:
                 raise await self._lose()  # more than there can be of this part: of another one

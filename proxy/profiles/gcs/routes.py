@@ -5,7 +5,7 @@ https://cloud.google.com/storage/docs/json_api/v1
 1. An operation is found by method, path and the parameters that choose it. What is not in the table is
    refused: other APIs at the host (XML, batch), and operations nobody has looked at.
 2. A parameter or field by which a service might take the request for another operation is refused: one of
-   them twice, another method in a field, older names of the same thing, JSONP.
+   them twice, another method in a field or parameter, older names of the same thing, JSONP.
 3. Names are segments of the path, percent-encoded as the API demands: an object's slashes are `%2F`.
 """
 
@@ -29,9 +29,10 @@ _ESCAPED: Final = re.compile(r"(?:[^%]|%[0-9A-Fa-f]{2})+")
 _SOLE: Final = frozenset({"alt", "name", "uploadType", "upload_id", "generation", "contentEncoding"})
 _CHOOSING: Final = ("generation", "userProject", "key", "quotaUser")
 """Which version of an object is meant, and on whose account it is asked for."""
-_REFUSED_PARAMETERS: Final = frozenset(
-    {"$alt", "callback", "$callback", "upload_protocol", "$upload_protocol"}
-)
+_REFUSED_PARAMETERS: Final = frozenset({"callback", "upload_protocol"})
+# Google's APIs take system parameters with a `$` in front, too; some of them are other methods and fields
+# (`$httpMethod`, `$httpHeaders`: requests of browsers that want no preflight).
+_HARMLESS_PARAMETERS: Final = frozenset({"$.xgafv", "$fields", "$key", "$prettyprint", "$quotauser"})
 _OTHER_METHODS: Final = ("x-http-method-override", "x-http-method", "x-method-override", "x-goog-method")
 _OTHER_PROTOCOL: Final = "x-goog-upload-"
 
@@ -124,7 +125,9 @@ def _parameters(query: str) -> dict[str, str]:
         folded.count(name.lower()) > names.count(name) or names.count(name) > 1 for name in _SOLE
     ):
         raise RefusedError(refusals.BAD_MESSAGE)  # twice, or in other letters: who knows which one counts
-    if not _REFUSED_PARAMETERS.isdisjoint(names):
+    if not _REFUSED_PARAMETERS.isdisjoint(folded) or any(
+        name.startswith("$") and name not in _HARMLESS_PARAMETERS for name in folded
+    ):
         raise RefusedError(refusals.UNKNOWN_ROUTE)
     return dict(pairs)
 

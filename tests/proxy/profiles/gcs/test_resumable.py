@@ -308,6 +308,21 @@ async def test_what_the_database_has_forgotten_shares_no_nonce(world: World) -> 
     assert one[HEADER_SIZE:PREFIX_SIZE] != two[HEADER_SIZE:PREFIX_SIZE]
 
 
+async def test_an_end_that_the_database_has_forgotten_is_not_taken_for_another(world: World) -> None:
+    """The upload has ended; rolled back to before, its last chunk comes with other content of this length."""
+    await world.begin()
+    await send(world, 0, GRANULE_BYTES, None)
+    upload = Upload(OWNER, session_ref("box", world.session.rpartition("upload_id=")[2]))
+    old = await world.store.session(upload)
+    assert old is not None
+    assert (await send(world, GRANULE_BYTES, len(CONTENT), len(CONTENT))).status == 200
+    await world.store.begin_session(upload, old.state)
+    with pytest.raises(UploadLost):
+        await send(world, GRANULE_BYTES, len(CONTENT), len(CONTENT), OTHER)
+    assert world.opened(world.stored) == CONTENT
+    assert (await world.put(None, "bytes */*")).status == 200, "who asks is told of the object that there is"
+
+
 async def test_two_uploads_of_the_same_content_have_nothing_in_common(world: World) -> None:
     for _ in range(2):
         await world.begin()

@@ -101,6 +101,10 @@ def test_operations(method: str, target: str, kind: Kind) -> None:
         ("GET", f"{API}/b/box/o/a?$alt=media"),
         ("GET", f"{API}/b/box/o/a?callback=f"),
         ("POST", f"{UP}/b/box/o?uploadType=media&upload_protocol=raw"),
+        ("POST", f"{UP}/b/box/o?uploadType=media&Upload_Protocol=raw"),
+        ("POST", f"{UP}/b/box/o?uploadType=media&%24httpHeaders=Content-Encoding:gzip"),
+        ("POST", f"{UP}/b/box/o?uploadType=media&$uploadType=resumable"),
+        ("GET", f"{API}/b/box/o/a?$httpMethod=DELETE"),
         ("POST", f"{UP}/b/box/o?uploadType=media&%24upload_protocol=raw"),
     ],
 )
