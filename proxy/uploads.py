@@ -61,6 +61,8 @@ MAX_SESSION_BYTES: Final = 256 * 1024 * 1024
 """Of one network service: the states of its uploads by offset."""
 IDLE_S: Final = 3600.0
 """Where no room is left, those that nothing happened to for so long make place, the oldest first."""
+_AT_ONCE: Final = 256
+"""Rows that are looked at together where room is made."""
 _VERSION_BITS: Final = 62
 _BUSY_TIMEOUT_S: Final = 10.0
 
@@ -393,13 +395,15 @@ class UploadStore:
         if more_bytes <= 0 or surplus <= 0:
             return
         idle = upload_session.c.at_ms < self._now_ms() - round(IDLE_S * 1000)
-        oldest = select(upload_session).where(*of_service, idle).order_by(upload_session.c.at_ms)
-        for row in connection.execute(oldest).all():
-            gone = Upload(owner, bytes(row.upload_ref))
-            connection.execute(delete(upload_session).where(_of(upload_session, gone)))
-            surplus -= row.state_bytes
-            if surplus <= 0:
-                return
+        its = (upload_session.c.upload_ref, upload_session.c.state_bytes)  # not the states: they fill memory
+        oldest = select(*its).where(*of_service, idle).order_by(upload_session.c.at_ms).limit(_AT_ONCE)
+        while rows := connection.execute(oldest).all():
+            for row in rows:
+                gone = Upload(owner, bytes(row.upload_ref))
+                connection.execute(delete(upload_session).where(_of(upload_session, gone)))
+                surplus -= row.state_bytes
+                if surplus <= 0:
+                    return
         raise UploadsFullError(f"{owner} has too many uploads by offset at once")
 
     # ---- time

@@ -210,9 +210,9 @@ upload_session = Table(
     Column("service", String(63), primary_key=True),
     Column("upload_ref", LargeBinary(16), primary_key=True),
     Column("version", BigInteger, nullable=False),  # drawn anew with each change
-    Column("state", LargeBinary, nullable=False),
     Column("state_bytes", BigInteger, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
+    Column("state", LargeBinary, nullable=False),  # last: SQLite reads through what stands before a column
 )
 
 history = Table(

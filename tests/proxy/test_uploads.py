@@ -292,3 +292,21 @@ async def test_sessions_are_bounded_and_forgotten(
     await place.clock.advance(KEEP_S + 1)
     assert await store.sweep() == 2
     assert await store.session(new) is None
+
+
+async def test_room_is_made_of_as_many_as_it_takes(
+    place: Place, store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than are looked at together; the newest of those that are idle stays."""
+    monkeypatch.setattr(uploads, "MAX_SESSION_BYTES", 100)
+    monkeypatch.setattr(uploads, "_AT_ONCE", 2)
+    old = [Upload(DRIVE, upload_ref(f"old {number}")) for number in range(6)]
+    for upload in old:
+        await store.begin_session(upload, b"x" * 15)
+        await place.clock.advance(1)
+    await place.clock.advance(uploads.IDLE_S + 1)
+    await store.begin_session(Upload(DRIVE, upload_ref("new")), b"x" * 80)
+    assert [await store.session(upload) is not None for upload in old] == [False] * 5 + [True]
+    with pytest.raises(UploadsFullError):
+        await store.begin_session(Upload(DRIVE, upload_ref("newer")), b"x" * 40)
+    assert await store.session(old[-1]) is not None, "who gets no room takes none"

@@ -16,8 +16,8 @@ def upgrade() -> None:
         sa.Column("service", sa.String(63), nullable=False),
         sa.Column("upload_ref", sa.LargeBinary(16), nullable=False),
         sa.Column("version", sa.BigInteger, nullable=False),
-        sa.Column("state", sa.LargeBinary, nullable=False),
         sa.Column("state_bytes", sa.BigInteger, nullable=False),
         sa.Column("at_ms", sa.BigInteger, nullable=False),
+        sa.Column("state", sa.LargeBinary, nullable=False),
         sa.PrimaryKeyConstraint("tenant_id", "service", "upload_ref", name="pk_upload_session"),
     )
