@@ -24,6 +24,7 @@ from deploy.demo_environments_callers import Callers, Sealed
 from tests import pki
 from tests.environments.site import (
     KINDS,
+    TENANT,
     EnvironmentsSite,
     Program,
     SiteEnvironment,
@@ -162,8 +163,12 @@ stats_socket = "{self.statistics_socket}"
                 await running
 
     def owners(self) -> dict[int, str]:
-        """Whose key each version is."""
-        rows = self.query(self.manager, "SELECT version, owner_environment_id FROM dek")
+        """Whose key each version of KEY is."""
+        rows = self.query(
+            self.manager,
+            "SELECT d.version, d.owner_environment_id FROM dek d JOIN key_ring r ON r.id = d.ring_id "
+            f"WHERE r.network_service_id = '{TENANT}/{KEY}'",
+        )
         return {int(version): str(owner) for version, owner in rows}
 
     def by_owner(self, sealed: Iterable[Sealed]) -> Counter[str]:
