@@ -21,7 +21,7 @@ MAX_METADATA_BYTES: Final = 256 * 1024
 _BOUNDARY: Final = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _TYPE: Final = re.compile(r"[ \t]*multipart/related[ \t]*((?:;[^;]*)+)", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r';[ \t]*([A-Za-z-]+)[ \t]*=[ \t]*(?:"([^"\\]*)"|([^\s;"\\]+))[ \t]*')
-_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*)")
+_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*+([^\r\n\x00]*)")
 _KNOWN: Final = frozenset(
     {"content-id", "content-length", "content-transfer-encoding", "content-type", "mime-version"}
 )
