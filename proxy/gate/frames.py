@@ -6,6 +6,7 @@ it was before, nor how many frames come that move nothing; mitmproxy takes frame
 1. A peer has MAX_PATIENCE frames that move nothing: SETTINGS, PING, PRIORITY, WINDOW_UPDATE, empty DATA and
    what is unknown; a stream that it resets costs RESET_COST of them. Each frame of a message that we send
    earns EARNED of them back, and DATA that deserves its frame one: who is served may say as much as he likes.
+   A service's HEADERS count, too: informational answers (1xx) are without number, and a request earns more.
    Beyond that the connection ends by ENHANCE_YOUR_CALM. There is no clock in it.
 2. A header block has at most MAX_BLOCK_BYTES before it is decoded, CONTINUATION frames included. Each of
    these counts as MIN_FRAGMENT_BYTES at least.
@@ -94,7 +95,7 @@ class FrugalState(_http_h2.BufferedH2Connection):
                 self._earn(1)
         elif isinstance(frame, RstStreamFrame):
             self._patience -= RESET_COST
-        elif not isinstance(frame, HeadersFrame):
+        elif not isinstance(frame, HeadersFrame) or self.config.client_side:
             self._patience -= 1
         if self._patience < 0:
             raise DenialOfServiceError("too many frames that move nothing")

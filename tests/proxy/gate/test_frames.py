@@ -81,6 +81,41 @@ def test_frames_that_move_nothing_end_the_connection(kind: str) -> None:
     assert goodbye(ours) == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
 
 
+def asking() -> tuple[frames.FrugalState, h2.connection.H2Connection]:
+    """A client's, and the service that it has greeted."""
+    ours = frames.FrugalState(h2.config.H2Configuration(client_side=True, header_encoding=False))
+    service = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+    ours.initiate_connection()  # type: ignore[no-untyped-call]
+    service.initiate_connection()
+    service.receive_data(ours.data_to_send())
+    ours.receive_data(service.data_to_send())
+    return ours, service
+
+
+def test_informational_answers_without_number_end_the_connection() -> None:
+    ours, service = asking()
+    ours.send_headers(1, HEAD, end_stream=True)
+    service.receive_data(ours.data_to_send())
+    for _ in range(frames.MAX_PATIENCE + 1):
+        service.send_headers(1, [(":status", "103")])
+    with pytest.raises(DenialOfServiceError):
+        ours.receive_data(service.data_to_send())
+    assert goodbye(ours) == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+
+
+def test_a_service_that_answers_may_go_on_for_ever() -> None:
+    """By an early hint, a head and trailers for each request."""
+    ours, service = asking()
+    for stream_id in range(1, 2 * frames.MAX_PATIENCE, 2):
+        ours.send_headers(stream_id, HEAD, end_stream=True)
+        service.receive_data(ours.data_to_send())
+        service.send_headers(stream_id, [(":status", "103")])
+        service.send_headers(stream_id, [(":status", "200")])
+        service.send_headers(stream_id, [("grpc-status", "0")], end_stream=True)
+        ours.receive_data(service.data_to_send())
+    assert goodbye(ours) is None
+
+
 def test_streams_that_are_reset_at_once_end_the_connection() -> None:
     ours = state()
     count = (frames.MAX_PATIENCE - 1) // frames.RESET_COST
