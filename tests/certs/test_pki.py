@@ -190,7 +190,7 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
 def test_the_readmes_commands(tmp_path: Path) -> None:
     readme = (Path(pki.__file__).parent / "README.md").read_text()
     commands = re.findall(r"^\$ (python -m certs\.pki .*?)(?:\s+#.*)?$", readme, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     (tmp_path / "s3.csr").write_bytes(make_csr(new_key(), [URI]).public_bytes(Encoding.PEM))
     for command in commands:
         words = [sys.executable, *shlex.split(command)[1:]]
@@ -199,7 +199,13 @@ def test_the_readmes_commands(tmp_path: Path) -> None:
             words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (command, done.stderr)
-    for file in ("acme/root/root.key", "s3.pem", "acme/agent/tls.pem", "servers/server.pem"):
+    for file in (
+        "acme/root/root.key",
+        "s3.pem",
+        "acme/agent/tls.pem",
+        "acme/lb/tls.pem",
+        "servers/server.pem",
+    ):
         assert (tmp_path / file).is_file()
 
 

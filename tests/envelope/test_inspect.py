@@ -71,7 +71,9 @@ def test_fields() -> None:
         described = describe(token.encode() + b"\n")
         assert (described.kind, described.suite, described.key_id) == (Kind.FIELD, suite, KEY_ID)
         assert (described.plain_bytes, described.problems) == (50, ())
-        assert describe(token[:-1].encode()).problems
+        # One character behind the last group of four is no byte. Other cuts may be another field's encoding.
+        behind = (len(token.rpartition(".")[2]) - 1) % 4
+        assert describe(token[:-behind].encode()).problems
     assert describe(b"sg1.nonsense").problems
     for short in ("sg1", "sg1d"):
         described = describe(f"{short}.oKGio6SlpqeoqaqrrK2urw.AAAA".encode())
