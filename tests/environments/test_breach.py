@@ -86,10 +86,8 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
                 await ask(a, "admin add", name, "--public-key", str(tmp_path / f"{name}.pub"))
             assert [row["name"] for row in (await ask(a, "admin list"))["admins"]] == ["ann", "bob"]
 
-            sealed = (await b.proxies[0].call("keys/files/encrypt", {"plaintext": "aGVsbG8="}))[1][
-                "ciphertext"
-            ]
-            assert await _opens(a, sealed) == 200
+            sealed = await _sealed(b)
+            await until(lambda: _opens_with(a, sealed, 200))
             opened = await ask(a, "incident open", "--env", "b", "--kind", "runtime", "--reason", "IR-2214")
             assert (opened["incident"], opened["new"], opened["environment_state"]) == (
                 "inc-1",
@@ -212,6 +210,19 @@ def _flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+async def _sealed(at: SiteEnvironment) -> str:
+    """Sealed there, as soon as its proxy has the keys that the agents have made."""
+    found: list[str] = []
+
+    async def seals() -> bool:
+        status, answer = await at.proxies[0].call("keys/files/encrypt", {"plaintext": "aGVsbG8="})
+        found.extend([answer["ciphertext"]] if status == 200 else [])
+        return status == 200
+
+    await until(seals)
+    return found[0]
 
 
 async def _opens(at: SiteEnvironment, sealed: str) -> int:
