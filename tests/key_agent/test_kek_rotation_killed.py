@@ -34,6 +34,7 @@ site = rig.site
 
 async def _run(site: Site, *words: str, kill_after_s: float | None = None) -> tuple[int | None, str]:
     """One life of the command; how it ended and what it said."""
+    site.hsm.recover()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(SCRIPT),
@@ -75,6 +76,7 @@ async def _provision_many(site: Site) -> set[KeyId]:
 
 async def _check(site: Site, keys: set[KeyId], *, is_over: bool) -> None:
     """Every key opens under the one KEK of today; when it is over, by no other KEK."""
+    site.hsm.recover()
     async with app.opened(config.load(site.config, os.environ | site.environment)) as agent:
         rows = await agent.registry.keks()
         [current] = [row for row in rows if row.state is KekState.ACTIVE]
