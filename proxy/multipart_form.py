@@ -14,10 +14,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, Protocol, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.multipart_body import BOUNDARY, HEAD_LINE, PLAIN_CODINGS, DelimitedBody
 from proxy.refusals import RefusedError
 
 MAX_HEAD_BYTES: Final = 16 * 1024
@@ -26,16 +27,13 @@ MAX_COLLECTED_BYTES: Final = 64 * 1024
 MIN_BOUNDARY: Final = 6
 """Ciphertext must not look like the delimiter: `\\r\\n--` and six more are 80 bits."""
 
-_BOUNDARY: Final = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEAD_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*+([^\r\n\x00]*)")
 _PARAMETER: Final = re.compile(
     r'[ \t]*;[ \t]*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s;"\\]*))[ \t]*'
 )
 _LENGTH: Final = re.compile(r"[0-9]{1,15}")
 # A digest would be of the content before it is sealed; nobody is known to send one here.
 _DIGESTS: Final = frozenset({"content-md5", "digest", "content-digest", "repr-digest"})
-_PLAIN_CODINGS: Final = frozenset({"binary", "8bit", "7bit"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +102,7 @@ def boundary_of(content_type: str) -> bytes:
     if kind.strip().lower() != "multipart/form-data":
         raise RefusedError(refusals.BAD_MESSAGE)
     boundary = _parameters(semicolon + rest).get("boundary", "")
-    if not _BOUNDARY.fullmatch(boundary) or len(boundary) < MIN_BOUNDARY:
+    if not BOUNDARY.fullmatch(boundary) or len(boundary) < MIN_BOUNDARY:
         raise RefusedError(refusals.BAD_MESSAGE)
     return boundary.encode("ascii")
 
@@ -122,41 +120,25 @@ class _State(Enum):
     END = "end"  # behind the last delimiter
 
 
-class FormRewriter:
+class FormRewriter(DelimitedBody):
     """Takes a form's bytes, gives the rewritten form's. After an error it is dead.
 
     RefusedError for what is no form, or is refused by rule 3, 4 or *rule*.
     """
 
     def __init__(self, boundary: bytes, rule: Rule) -> None:
-        self._delimiter: Final = b"--" + boundary
+        super().__init__(boundary)
         self._rule: Final = rule
         self._state = _State.BEGIN
-        self._pending = bytearray()
-        self._read_bytes = 0
-        """Of the body: what lies before `_pending`."""
         self._parts = 0
         self._content: _Content | None = None
-        self._dead = False
         self._steps: Final = {
             _State.BEGIN: self._begin,
             _State.DELIMITER: self._after_delimiter,
             _State.HEAD: self._head,
             _State.CONTENT: self._in_content,
-            _State.END: self._end,
+            _State.END: self._check_end,
         }
-
-    def feed(self, piece: bytes) -> bytes:
-        """What *piece* completes, possibly nothing."""
-        if self._dead:
-            raise RefusedError(refusals.BAD_MESSAGE)
-        self._dead = True
-        self._pending += piece
-        out = bytearray()
-        while (more := self._steps[self._state]()) is not None:
-            out += more
-        self._dead = False
-        return bytes(out)
 
     def finish(self) -> bytes:
         """The body has ended. RefusedError unless the form has, too."""
@@ -166,16 +148,14 @@ class FormRewriter:
         self._dead = True
         return bytes(self._pending)
 
-    # One step each: the bytes to go on, or None if more must come first.
+    @override
+    def _step(self) -> bytes | None:
+        return self._steps[self._state]()
 
     def _begin(self) -> bytes | None:
-        wanted = b"\r\n" + self._delimiter if self._pending.startswith(b"\r") else self._delimiter
-        if not wanted.startswith(self._pending[: len(wanted)]):
-            raise RefusedError(refusals.BAD_MESSAGE)
-        if len(self._pending) < len(wanted):
-            return None
-        self._state = _State.DELIMITER
-        return self._take(len(wanted))
+        if (taken := self._take_first_delimiter()) is not None:
+            self._state = _State.DELIMITER
+        return taken
 
     def _after_delimiter(self) -> bytes | None:
         if len(self._pending) < 2:
@@ -193,46 +173,26 @@ class FormRewriter:
         return self._take(2)
 
     def _head(self) -> bytes | None:
-        end = self._pending.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES + 4)
-        if end < 0:
-            if len(self._pending) > MAX_HEAD_BYTES:
-                raise RefusedError(refusals.TOO_LARGE)
+        if (raw := self._take_head(limit_bytes=MAX_HEAD_BYTES)) is None:
             return None
-        raw = bytes(self._pending[:end])
-        part = _part(raw, self._read_bytes + end + 4)
-        treatment = self._rule(part)
-        self._content = content = _Content(treatment, part, self._delimiter)
-        self._take(end + 4)
+        part = _part(raw, self._read_bytes)
+        self._content = content = _Content(self._rule(part), part, self._delimiter)
         self._state = _State.CONTENT
         return content.head(raw) + b"\r\n\r\n"
 
     def _in_content(self) -> bytes | None:
         if self._content is None:
             raise RefusedError(refusals.INTERNAL)
-        at = self._pending.find(self._delimiter)
-        if at < 0:
-            # It may have begun: its CRLF and all but its last byte.
-            free = len(self._pending) - len(self._delimiter) - 1
-            return bytes(self._content.update(self._take(free))) if free > 0 else None
-        if self._pending[max(0, at - 2) : at] != b"\r\n":
-            # Behind a bare line feed, in a line's middle, at once behind the head: readers differ.
-            raise RefusedError(refusals.BAD_MESSAGE)
-        out = bytearray(self._content.update(self._take(at - 2)))
-        out += self._content.finalize()
-        self._content = None
-        self._state = _State.DELIMITER
-        out += self._take(2 + len(self._delimiter))
+        if (found := self._take_content()) is None:
+            return None
+        piece, is_last = found
+        out = bytearray(self._content.update(piece))
+        if is_last:
+            out += self._content.finalize()
+            self._content = None
+            self._state = _State.DELIMITER
+            out += self._take_delimiter()
         return bytes(out)
-
-    def _end(self) -> None:
-        if not b"\r\n".startswith(self._pending):
-            raise RefusedError(refusals.BAD_MESSAGE)
-
-    def _take(self, count: int) -> bytes:
-        taken = bytes(memoryview(self._pending)[:count])
-        del self._pending[:count]
-        self._read_bytes += count
-        return taken
 
 
 class _Content:
@@ -246,7 +206,7 @@ class _Content:
         self._collected = bytearray()
         if isinstance(treatment, Through):
             coding = part.fields.get("content-transfer-encoding", "binary").lower()
-            if coding not in _PLAIN_CODINGS or not _DIGESTS.isdisjoint(part.fields):
+            if coding not in PLAIN_CODINGS or not _DIGESTS.isdisjoint(part.fields):
                 raise RefusedError(refusals.BAD_MESSAGE)
         elif isinstance(treatment, Collect) and "content-length" in part.fields:
             raise RefusedError(refusals.BAD_MESSAGE)
@@ -299,7 +259,7 @@ def _declared_bytes(part: FormPart) -> int | None:
 def _part(raw: bytes, content_at: int) -> FormPart:
     fields: dict[str, str] = {}
     for line in raw.split(b"\r\n"):
-        match = _HEAD_LINE.fullmatch(line)
+        match = HEAD_LINE.fullmatch(line)
         if match is None:
             raise RefusedError(refusals.BAD_MESSAGE)
         name = match[1].decode("ascii").lower()

@@ -2,30 +2,27 @@
 
 1. Two parts, no more: JSON, then the content, which goes through a sealer. What leaves is built anew, with a
    boundary of ours, once all of it has come and its digests have been compared.
-2. Two readers must not see two messages: what parsers are known to take differently is refused, as in
-   proxy/multipart_form.py: delimiters elsewhere than behind a line end, or that go on, folded heads, text
-   before the first delimiter or behind the last, content that is coded once more.
+2. Two readers must not see two messages: besides what proxy/multipart_body.py refuses, delimiters that go
+   on, folded heads, content that is coded once more.
 """
 
 import re
 from enum import Enum
-from typing import Final
+from typing import Final, override
 
 from envelope.objects import Sealer
 from proxy import refusals
+from proxy.multipart_body import BOUNDARY, HEAD_LINE, PLAIN_CODINGS, DelimitedBody
 from proxy.profiles.gcs.digests import Tally
 from proxy.refusals import RefusedError
 
 MAX_HEAD_BYTES: Final = 8 * 1024
 MAX_METADATA_BYTES: Final = 256 * 1024
-_BOUNDARY: Final = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _TYPE: Final = re.compile(r"[ \t]*multipart/related[ \t]*((?:;[^;]*)+)", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r';[ \t]*([A-Za-z-]+)[ \t]*=[ \t]*(?:"([^"\\]*)"|([^\s;"\\]+))[ \t]*')
-_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*+([^\r\n\x00]*)")
 _KNOWN: Final = frozenset(
     {"content-id", "content-length", "content-transfer-encoding", "content-type", "mime-version"}
 )
-_PLAIN_CODINGS: Final = frozenset({"binary", "8bit", "7bit"})
 
 
 def boundary_of(content_type: str) -> bytes:
@@ -40,7 +37,7 @@ def boundary_of(content_type: str) -> bytes:
         found[parameter[1].lower()] = parameter[2] if parameter[2] is not None else parameter[3]
         at = parameter.end()
     boundary = found.get("boundary", "")
-    if not _BOUNDARY.fullmatch(boundary):
+    if not BOUNDARY.fullmatch(boundary):
         raise RefusedError(refusals.BAD_MESSAGE)
     return boundary.encode("ascii")
 
@@ -63,39 +60,26 @@ class Related:
         self.tally = Tally()
 
 
-class RelatedBody:
+class RelatedBody(DelimitedBody):
     """A `plan.Reshaper`: takes the body, gives the sealed content. RefusedError; then it is dead."""
 
     out_bytes: int | None = None
 
     def __init__(self, boundary: bytes, found: Related, sealer: Sealer) -> None:
-        self._delimiter: Final = b"--" + boundary
+        super().__init__(boundary)
         self._found: Final = found
         self._sealer: Final = sealer
         self._state = _State.BEGIN
         self._parts = 0
-        self._pending = bytearray()
         self._looked = 0
-        self._dead = False
         self._steps: Final = {
             _State.BEGIN: self._begin,
             _State.DELIMITER: self._behind_delimiter,
             _State.HEAD: self._head,
             _State.METADATA: self._metadata,
             _State.CONTENT: self._content,
-            _State.END: self._end,
+            _State.END: self._check_end,
         }
-
-    def feed(self, piece: bytes) -> bytes:
-        if self._dead:
-            raise RefusedError(refusals.BAD_MESSAGE)
-        self._dead = True
-        self._pending += piece
-        out = bytearray()
-        while (more := self._steps[self._state]()) is not None:
-            out += more
-        self._dead = False
-        return bytes(out)
 
     def finish(self) -> bytes:
         if self._dead or self._state is not _State.END:
@@ -103,15 +87,13 @@ class RelatedBody:
         self._dead = True
         return self._sealer.finalize()
 
-    # One step each: sealed bytes, possibly none; None if more must come first.
+    @override
+    def _step(self) -> bytes | None:
+        return self._steps[self._state]()
 
     def _begin(self) -> bytes | None:
-        wanted = b"\r\n" + self._delimiter if self._pending.startswith(b"\r") else self._delimiter
-        if not wanted.startswith(self._pending[: len(wanted)]):
-            raise RefusedError(refusals.BAD_MESSAGE)
-        if len(self._pending) < len(wanted):
+        if self._take_first_delimiter() is None:
             return None
-        self._take(len(wanted))
         self._state = _State.DELIMITER
         return b""
 
@@ -132,13 +114,10 @@ class RelatedBody:
             fields = dict[str, str]()
             self._take(2)
         else:
-            end = self._pending.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES + 4)
-            if end < 0:
-                if len(self._pending) > MAX_HEAD_BYTES:
-                    raise RefusedError(refusals.TOO_LARGE)
+            head = self._take_head(limit_bytes=MAX_HEAD_BYTES)
+            if head is None:
                 return None
-            fields = _fields(self._take(end))
-            self._take(4)
+            fields = _fields(head)
         kind = fields.get("content-type", "").partition(";")[0].strip().lower()
         if self._parts == 1:
             if kind != "application/json":
@@ -159,52 +138,35 @@ class RelatedBody:
             raise RefusedError(refusals.TOO_LARGE)
         if at < 0:
             return None
-        self._check_line_end(at)
-        self._found.metadata = self._take(at - 2)
+        self._found.metadata = self._take_until(at)
         return self._over_delimiter()
 
     def _content(self) -> bytes | None:
-        at = self._pending.find(self._delimiter)
-        if at < 0:
-            # It may have begun: its CRLF and all but its last byte.
-            free = len(self._pending) - len(self._delimiter) - 1
-            return bytes(self._seal(self._take(free))) if free > 0 else None
-        self._check_line_end(at)
-        out = bytes(self._seal(self._take(at - 2)))
-        self._over_delimiter()
+        if (found := self._take_content()) is None:
+            return None
+        piece, is_last = found
+        out = bytes(self._seal(piece))
+        if is_last:
+            self._over_delimiter()
         return out
 
-    def _end(self) -> None:
-        # Behind the last delimiter, one line end at most.
-        if not b"\r\n".startswith(self._pending):
-            raise RefusedError(refusals.BAD_MESSAGE)
-
-    def _check_line_end(self, at: int) -> None:
-        if self._pending[max(0, at - 2) : at] != b"\r\n":
-            raise RefusedError(refusals.BAD_MESSAGE)
-
     def _over_delimiter(self) -> bytes:
-        self._take(2 + len(self._delimiter))
+        self._take_delimiter()
         self._state = _State.DELIMITER
         return b""
 
     def _seal(self, piece: bytes) -> bytearray:
         return self._sealer.update(self._found.tally.feed(piece))
 
-    def _take(self, count: int) -> bytes:
-        taken = bytes(memoryview(self._pending)[:count])
-        del self._pending[:count]
-        return taken
-
 
 def _fields(head: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in head.split(b"\r\n"):
-        match = _LINE.fullmatch(line)
+        match = HEAD_LINE.fullmatch(line)
         name = "" if match is None else match[1].decode("ascii").lower()
         if match is None or name in found or name not in _KNOWN:
             raise RefusedError(refusals.BAD_MESSAGE)
         found[name] = match[2].decode("utf-8", "surrogateescape").rstrip(" \t")
-    if found.get("content-transfer-encoding", "binary").lower() not in _PLAIN_CODINGS:
+    if found.get("content-transfer-encoding", "binary").lower() not in PLAIN_CODINGS:
         raise RefusedError(refusals.BAD_MESSAGE)
     return found
