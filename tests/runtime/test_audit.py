@@ -2,7 +2,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from runtime.audit_files import read_chain
 from runtime.clock import Clock
 from runtime.observe import REGISTRY
 from tests.fakes.clock import ManualClock
+from tests.runtime.killed_writer import killed_while_it_writes
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,22 +175,7 @@ def test_killed_amid_writing(path: Path, clock: ManualClock) -> None:
             print(log.head.seq, flush=True)
     """
     for _ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(program), path],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        assert child.stdout is not None
-        for _ in range(50):
-            acknowledged = int(child.stdout.readline())
-        child.send_signal(signal.SIGKILL)
-        acknowledged = int(([str(acknowledged), *child.stdout.read().split("\n")[:-1]])[-1])
-        child.wait()
-        child.stdout.close()
-        log = AuditLog.open(path, clock)
-        assert log.head.seq >= acknowledged
-        log.close()
+        killed_while_it_writes(program, path, clock, lines=50)
         events(path)
 
 

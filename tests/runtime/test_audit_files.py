@@ -4,10 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +16,8 @@ from envelope.audit import BrokenChainError, Head
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.audit_files import CONTINUED, RotationSettings, closed_files, last_seq, lines_since, read_files
 from tests.fakes.clock import ManualClock
+from tests.runtime.killed_writer import killed_while_it_writes
 
-ROOT = Path(__file__).parents[2]
 SMALL = RotationSettings(max_bytes=4096)
 
 
@@ -273,22 +269,7 @@ def test_killed_amid_rotations(path: Path, clock: ManualClock) -> None:
             print(log.head.seq, flush=True)
     """
     for _ in range(4):
-        child = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(program), path],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        assert child.stdout is not None
-        for _ in range(40):
-            acknowledged = int(child.stdout.readline())
-        child.send_signal(signal.SIGKILL)
-        acknowledged = int(([str(acknowledged), *child.stdout.read().split("\n")[:-1]])[-1])
-        child.wait()
-        child.stdout.close()
-        log = AuditLog.open(path, clock)
-        assert log.head.seq >= acknowledged
-        log.close()
+        killed_while_it_writes(program, path, clock, lines=40)
         assert read_files(path).start == audit.EMPTY
     assert len(closed_files(path)) > 20
 

@@ -265,18 +265,28 @@ def _revocation_list(root: Credential, clock: ManualClock, *revoked: x509.Certif
     return builder.sign(root.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
+def _revoking(side: Side, root: Credential, *revoked: x509.Certificate) -> Callable[[x509.Certificate], None]:
+    """Give *side* a list of what is taken back; what takes back one more, a second later."""
+    file = side.directory / "crl.pem"
+    file.write_bytes(_revocation_list(root, side.clock, *revoked))
+    side.revocations = revocations = Revocations(file, root.certificate)
+
+    def take_back(certificate: x509.Certificate) -> None:
+        side.clock.shift(1)
+        file.write_bytes(_revocation_list(root, side.clock, *revoked, certificate))
+        assert revocations.refresh()
+
+    return take_back
+
+
 async def test_a_certificate_taken_back_counts_on_an_open_connection(
     acme: Tenant, make_side: Callable[..., Side]
 ) -> None:
     a, b = make_side(acme, "a"), make_side(acme, "b")
-    file = b.directory / "crl.pem"
-    file.write_bytes(_revocation_list(acme.root, b.clock))
-    b.revocations = Revocations(file, acme.root.certificate)
+    take_back = _revoking(b, acme.root)
     async with b.serving() as peer, a.transport() as transport:
         await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
-        b.clock.shift(1)
-        file.write_bytes(_revocation_list(acme.root, b.clock, a.credential.certificate))
-        assert b.revocations.refresh()
+        take_back(a.credential.certificate)
         with pytest.raises(PeerError, match="revoked") as refused:
             await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
         assert refused.value.code == "identity"
@@ -284,9 +294,7 @@ async def test_a_certificate_taken_back_counts_on_an_open_connection(
 
 async def test_a_revoked_server_is_not_spoken_to(acme: Tenant, make_side: Callable[..., Side]) -> None:
     a, b = make_side(acme, "a"), make_side(acme, "b")
-    file = a.directory / "crl.pem"
-    file.write_bytes(_revocation_list(acme.root, a.clock, b.credential.certificate))
-    a.revocations = Revocations(file, acme.root.certificate)
+    _revoking(a, acme.root, b.credential.certificate)
     async with b.serving() as peer, a.transport() as transport:
         with pytest.raises(PeerError, match="revoked") as refused:
             await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
@@ -297,14 +305,10 @@ async def test_a_server_that_is_taken_back_is_not_spoken_to_on_an_open_connectio
     acme: Tenant, make_side: Callable[..., Side]
 ) -> None:
     a, b = make_side(acme, "a"), make_side(acme, "b")
-    file = a.directory / "crl.pem"
-    file.write_bytes(_revocation_list(acme.root, a.clock))
-    a.revocations = Revocations(file, acme.root.certificate)
+    take_back = _revoking(a, acme.root)
     async with b.serving() as peer, a.transport() as transport:
         await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
-        a.clock.shift(1)
-        file.write_bytes(_revocation_list(acme.root, a.clock, b.credential.certificate))
-        assert a.revocations.refresh()
+        take_back(b.credential.certificate)
         for _ in range(2):
             with pytest.raises(PeerError, match="revoked") as refused:
                 await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
@@ -315,9 +319,7 @@ async def test_when_the_revocation_list_has_ended_nobody_is_spoken_to(
     acme: Tenant, make_side: Callable[..., Side]
 ) -> None:
     a, b = make_side(acme, "a"), make_side(acme, "b")
-    file = a.directory / "crl.pem"
-    file.write_bytes(_revocation_list(acme.root, a.clock))
-    a.revocations = Revocations(file, acme.root.certificate)
+    _revoking(a, acme.root)
     async with b.serving() as peer, a.transport() as transport:
         await transport.request(peer, "POST", "/v1/env/echo", b"", timeout_s=10)
         a.clock.shift(3601)

@@ -74,6 +74,9 @@ def request(its: RequestHead, mode: Mode = Mode.FORWARD) -> Request:
     return request_of(its, route(mode))
 
 
+_NOT_ASKED = "a resumable upload has no use for this part of a conversation"
+
+
 @dataclass(frozen=True, slots=True)
 class Came:
     """A request as the service has seen it; `body`: what of it has come."""
@@ -237,11 +240,11 @@ class Talk(Conversation):
 
     @override
     async def sealing(self, pieces: AsyncIterator[bytes], plain_bytes: int, **_: Any) -> Any:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     @override
     async def ending(self, manifest: Manifest) -> bytes:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     @override
     def opened(
@@ -251,15 +254,15 @@ class Talk(Conversation):
         wanted: ByteRange | None = None,
         fields: Iterable[tuple[str, str]] = (),
     ) -> Any:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     @override
     async def composite_bytes(self, target: str, *, etag: str | None, stored_bytes: int) -> int | None:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     @override
     def note(self, action: str, *, target: str | None = None, size_bytes: int | None = None) -> None:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
 
 @dataclass(slots=True)
