@@ -354,7 +354,7 @@ class UploadStore:
 
         def change(connection: Connection) -> None:
             connection.execute(delete(upload_session).where(_of(upload_session, upload)))
-            self._make_room(connection, upload.owner, len(state))
+            self._make_room(connection, upload, len(state))
             values = {"state": state, "state_bytes": len(state), "at_ms": self._now_ms()}
             version = secrets.randbits(_VERSION_BITS)
             connection.execute(insert(upload_session).values(**_columns(upload), version=version, **values))
@@ -365,7 +365,7 @@ class UploadStore:
         """*state* in place of what was *read*; None if it has changed since, or is gone. UploadsFullError."""
 
         def change(connection: Connection) -> Session | None:
-            self._make_room(connection, upload.owner, len(state) - len(read.state))
+            self._make_room(connection, upload, len(state) - len(read.state))
             version = secrets.randbits(_VERSION_BITS)
             changed = connection.execute(
                 update(upload_session)
@@ -388,13 +388,15 @@ class UploadStore:
 
         return await self._in_thread(lambda: self._change(change))
 
-    def _make_room(self, connection: Connection, owner: NetworkService, more_bytes: int) -> None:
+    def _make_room(self, connection: Connection, upload: Upload, more_bytes: int) -> None:
+        owner = upload.owner
         of_service = (upload_session.c.tenant_id == owner.tenant, upload_session.c.service == owner.service)
         total = select(func.coalesce(func.sum(upload_session.c.state_bytes), 0)).where(*of_service)
         surplus = connection.execute(total).scalar_one() + more_bytes - MAX_SESSION_BYTES
         if more_bytes <= 0 or surplus <= 0:
             return
         idle = upload_session.c.at_ms < self._now_ms() - round(IDLE_S * 1000)
+        idle &= upload_session.c.upload_ref != upload.ref  # not its own, which goes on just now
         its = (upload_session.c.upload_ref, upload_session.c.state_bytes)  # not the states: they fill memory
         oldest = select(*its).where(*of_service, idle).order_by(upload_session.c.at_ms).limit(_AT_ONCE)
         while rows := connection.execute(oldest).all():

@@ -310,3 +310,24 @@ async def test_room_is_made_of_as_many_as_it_takes(
     with pytest.raises(UploadsFullError):
         await store.begin_session(Upload(DRIVE, upload_ref("newer")), b"x" * 40)
     assert await store.session(old[-1]) is not None, "who gets no room takes none"
+
+
+async def test_a_session_makes_no_room_by_its_own_end(
+    place: Place, store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was idle for longest, and goes on just now."""
+    monkeypatch.setattr(uploads, "MAX_SESSION_BYTES", 100)
+    await store.begin_session(UPLOAD, b"x" * 60)
+    read = await store.session(UPLOAD)
+    assert read is not None
+    await place.clock.advance(1)
+    other = Upload(UPLOAD.owner, upload_ref("other"))
+    await store.begin_session(other, b"x" * 40)
+    await place.clock.advance(uploads.IDLE_S + 1)
+    read = await store.change_session(UPLOAD, read, b"x" * 80)
+    assert read is not None
+    assert await store.session(other) is None
+    await place.clock.advance(uploads.IDLE_S + 1)
+    with pytest.raises(UploadsFullError):
+        await store.change_session(UPLOAD, read, b"x" * 101)
+    assert await store.session(UPLOAD) == read
