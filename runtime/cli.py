@@ -12,11 +12,12 @@
    and, as with every program, 130 after Ctrl-C.
 4. No traceback reaches the user: of an unexpected error the type and place are shown, not the text, which
    nobody has checked for secrets. `SEALGATE_TRACEBACK=1` prints the traceback for developers.
-5. Options of the whole program (`--json`, `--config FILE`, `--check-config`) may stand before or after the
-   subcommand.
+5. Options of the whole program (`--json`, `--config FILE`, `--check-config`, `--version`) may stand before or
+   after the subcommand.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ class CommandError(Exception):
         return f"error: {self.cause}\n  next: {self.next_step}"
 
 
+_DISTRIBUTION: Final = "sealgate"  # both programs are of it
 _INTERRUPTED: Final = 130  # what typer makes of Ctrl-C, as shells do
 
 # What an error of ours means to the shell when no command said it better. The first match counts.
@@ -145,8 +147,13 @@ def add_options[S](
         check_config: Annotated[
             bool, typer.Option("--check-config", help="Check the configuration and end.")
         ] = False,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
     ) -> None:
         chosen = context.obj = Options(config_file, as_json, read)
+        if version:
+            found = importlib.metadata.version(_DISTRIBUTION)
+            chosen.emit({"version": found}, f"{app.info.name} {found}")
+            raise typer.Exit
         if check_config:
             if problems := list(check(chosen.load())):
                 raise SettingsError(str(config_file), "", allowed="\n  ".join(problems))

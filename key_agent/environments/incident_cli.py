@@ -23,6 +23,7 @@ from cryptography import x509
 from envelope.certificates import CertificateError
 from envelope.errors import FormatError, IntegrityError
 from key_agent.environments.evidence import verify_bundle
+from key_agent.environments.states import EnvironmentState
 from key_agent.performing import Options, perform, show
 from runtime.cli import CommandError, ExitCode
 from runtime.files import write_new_file
@@ -195,7 +196,7 @@ def incident_cancel(context: typer.Context, incident: IncidentName, approve_with
     show(
         context,
         perform(context.obj, "incident_cancel", incident=incident, approval=approve_with),
-        _state_text,
+        cancelled_text,
     )
 
 
@@ -323,6 +324,17 @@ def status_text(data: Any) -> str:
 
 def _state_text(data: Any) -> str:
     return f"{data['incident']} is {data['state']}"
+
+
+def cancelled_text(data: Any) -> str:
+    text = _state_text(data)
+    if data["environment_state"] == EnvironmentState.HEALING:
+        name = data["environment"]
+        text += (
+            f"\n{name} heals still and serves nothing: `key-agent env heal-complete {name} --attest CHANGE`, "
+            f"then `key-agent env rejoin {name}`"
+        )
+    return text
 
 
 def _evidence_text(data: Any) -> str:

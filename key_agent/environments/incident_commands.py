@@ -192,7 +192,9 @@ class IncidentCommands(ApprovalCommands):
                 now_ms=self._agent.now_ms(),
             )
 
-        return await self._step(incident_id, "incident-cancel", change)
+        answer = await self._step(incident_id, "incident-cancel", change)
+        environment = self._view.environments.get(self._view.incidents[incident_id].environment)
+        return {**answer, "environment_state": None if environment is None else environment.state}
 
     async def incident_close(self, *, incident: str) -> Json:
         """Nothing is left to do."""

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -259,6 +260,15 @@ def test_check_config(program: typer.Typer, tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert run(program, "--check-config") == ExitCode.USAGE
     assert re.search("good ones\n *better ones", capsys.readouterr().err)
+
+
+def test_version(program: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a configuration: who asks may have none yet."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run(program, "--version") == 0
+    assert capsys.readouterr().out == f"prog {version}\n"
+    assert run(program, "--version", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"version": version}
 
 
 def test_options_are_no_command(program: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:

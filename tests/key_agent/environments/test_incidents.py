@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from envelope.keys import KeyState
-from key_agent.environments import incident_changes
+from key_agent.environments import incident_changes, incident_cli
 from key_agent.environments.approvals import Action, ApprovalError
 from key_agent.environments.evidence import verify_bundle
 from key_agent.environments.states import EnvironmentState
@@ -129,11 +129,14 @@ async def test_a_false_alarm_gives_every_database_its_keys_back(site: BreachedSi
     await open_it(site, kind="suspected")
     assert site.states("c")["b"] is S.SUSPENDED
     approval = await site.approve(Action.INCIDENT_CANCEL, "inc-1", {})
-    await site.commands("a").incident_cancel(incident="inc-1", approval=approval)
+    found = await site.commands("a").incident_cancel(incident="inc-1", approval=approval)
     await site.members.in_step()
     for name in "abc":
         assert set(site.states(name).values()) == {S.ACTIVE}
     assert site.environment("b") is E.HEALING
+    told = incident_cli.cancelled_text(found)  # nobody is to think that this was all
+    assert "`key-agent env heal-complete b --attest CHANGE`, then `key-agent env rejoin b`" in told
+    assert "heals" not in incident_cli.cancelled_text({**found, "environment_state": E.ACTIVE})
 
 
 async def test_new_keys_come_from_whom_the_administrator_names(site: BreachedSite) -> None:
