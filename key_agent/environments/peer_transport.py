@@ -21,6 +21,7 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from key_agent.cancelling import is_to_end
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.errors import KeyAgentError
 
@@ -135,6 +136,13 @@ class PeerTransport:
             raise PeerError("tls", f"{peer.agent_id} at {peer.url}: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PeerError("unreachable", f"{peer.agent_id} at {peer.url}: {_reason(error)}") from error
+        except asyncio.CancelledError as error:
+            if is_to_end():
+                raise
+            # Another request has found that connections are to be made anew (rule 4).
+            raise PeerError(
+                "unreachable", f"{peer.agent_id} at {peer.url}: connections were let go"
+            ) from error
 
     async def _client(self, peer: PeerAddress) -> aiohttp.ClientSession:
         version = (*version_of(*self._files), *self._trust.standing())

@@ -30,6 +30,7 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import NetworkService
+from key_agent.cancelling import is_to_end
 from key_agent.errors import KeyAgentError
 from key_agent.registry.model import Proxy
 
@@ -352,6 +353,11 @@ class HttpsTransport(Transport):
             raise PushError("tls", f"{proxy.url}: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PushError("unreachable", f"{proxy.url}: {_reason(error)}") from error
+        except asyncio.CancelledError as error:
+            if is_to_end():
+                raise
+            # Another request has found that the own certificate, or the proxy's address, is another one.
+            raise PushError("unreachable", f"{proxy.url}: it was let go") from error
 
     async def _exchange(
         self, client: aiohttp.ClientSession, method: str, path: str, body: bytes | None, limit_bytes: int

@@ -34,6 +34,7 @@ from key_agent.push.revocations import Revocations
 from runtime.tls import ServerTls, server_context
 from tests.environments.fault_proxy import Fault, FaultProxy
 from tests.fakes.clock import ManualClock
+from tests.fakes.resolver import silent_name_servers
 from tests.pki import Tenant, write_certificate, write_credential
 
 
@@ -461,6 +462,33 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
         write_certificate(acme.root.certificate, a.files[0])  # not the key's
         with pytest.raises(PeerError, match="own certificate"):
             await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=10)
+
+
+async def test_a_request_whose_connection_is_let_go_under_it_has_failed_and_ends_no_task(
+    acme: Tenant, make_side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one finds the renewed certificate while this one waits for a name that no server resolves."""
+    asked = silent_name_servers(monkeypatch)
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    async with b.serving() as peer, a.transport() as transport:
+        far = PeerAddress("https://b.example:1", "b")
+        waiting = [
+            asyncio.create_task(transport.request(far, "GET", "/", timeout_s=30)),
+            asyncio.create_task(transport.request(far, "GET", "/", timeout_s=30)),
+        ]
+        await asked.wait()
+        waiting[0].cancel()  # one that is to end does
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[0]
+        for file in a.files:
+            file.unlink()
+        write_credential(acme.agent_tls("a"), a.directory, "tls")
+        await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=10)
+        done, _ = await asyncio.wait([waiting[1]], timeout=10)
+        assert done, "it still waits"
+        assert not waiting[1].cancelled()
+        assert isinstance(error := waiting[1].exception(), PeerError)
+        assert error.code == "unreachable"
 
 
 async def test_peers_are_shown_a_renewed_certificate_without_a_restart(

@@ -20,6 +20,7 @@ from key_agent.registry.model import Proxy
 from runtime.clock import SystemClock
 from runtime.tls import server_context
 from tests.fakes.proxies import FakeProxy, FakeProxyServer, pem
+from tests.fakes.resolver import silent_name_servers
 from tests.key_agent.conftest import until
 from tests.key_agent.push.serving import AUTHORITY, served, session_answer
 from tests.pki import Tenant, issue_server, make_server_ca, write_credential
@@ -199,6 +200,30 @@ async def test_a_changed_address_is_used_from_the_next_request_on(tmp_path: Path
         await transport.open_session(proxy)
         await transport.open_session(moved)
         assert (one.proxy.sessions, two.proxy.sessions) == (1, 1)
+
+
+async def test_a_request_whose_connection_is_let_go_under_it_has_failed_and_ends_no_task(
+    tmp_path: Path, acme: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a withdrawal that waits for a name while the own certificate is renewed is never tried again."""
+    asked = silent_name_servers(monkeypatch)
+    async with served(tmp_path, acme) as (_, transport, proxy):
+        far = replace(proxy, id="p2", url="https://far.example:1")
+        waiting = [asyncio.create_task(transport.open_session(far)) for _ in range(2)]
+        await asked.wait()
+        waiting[0].cancel()  # one that is to end does
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[0]
+        for name in ("tls.pem", "tls.key"):
+            (tmp_path / name).unlink()
+        write_credential(acme.agent_tls("hq"), tmp_path, "tls")
+        renewed = asyncio.create_task(transport.open_session(proxy))
+        done, _pending = await asyncio.wait([waiting[1]], timeout=30)
+        renewed.cancel()  # it waits for the name of its own
+        assert done, "it still waits"
+        assert not waiting[1].cancelled()
+        assert isinstance(error := waiting[1].exception(), PushError)
+        assert error.code == "unreachable"
 
 
 async def test_a_kept_connection_that_is_reset_under_a_request_is_replaced(
