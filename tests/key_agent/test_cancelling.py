@@ -37,11 +37,17 @@ async def test_a_task_whose_future_was_cancelled_by_somebody_else_is_not() -> No
 
 
 async def test_a_timeout_asks_for_the_end_of_what_it_is_about() -> None:
-    with pytest.raises(TimeoutError):
+    said: list[bool] = []
+
+    async def timed() -> None:
         async with asyncio.timeout(0):
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
-                assert is_to_end()
+                said.append(is_to_end())
                 raise
+
+    with pytest.raises(TimeoutError):
+        await timed()
+    assert said == [True]
     assert not is_to_end()
