@@ -281,10 +281,11 @@ class AuditLog:
             raise AuditUnavailableError(f"{self.path} is broken at {error}", mend_broken(self.path)) from None
         before = self._end_of(closed, chain) if closed is not None else None
         self._head, self._size_bytes = chain.head, chain.size_bytes
+        if not chain.size_bytes and before is not None:
+            self._head = before
         self._rotate_at_s = (time_ms(first) / 1000 or self._clock.wall_s()) + self._rotation.max_age_s
         torn = self._save_torn_line(chain.torn) if chain.torn else None
-        if not chain.size_bytes and closed is not None and before is not None:
-            self._head = before
+        if not chain.size_bytes and closed is not None:
             line, head = self._continued(closed, recovered=True)
             self._write(line)
             self._begun(head, len(line))

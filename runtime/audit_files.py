@@ -13,6 +13,7 @@
 import json
 import os
 import re
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ from envelope.errors import FormatError, IntegrityError
 
 CONTINUED: Final = "audit-continued"
 _DIGITS: Final = 12
+_TRIES: Final = 100
+_PAUSE_S: Final = 0.01
 
 
 class RotationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,7 +99,7 @@ def read_files(path: Path, *, expected: Head | None = None) -> Files:
 
     BrokenChainError, with the file's name in its reason where it is a closed one. OSError.
     """
-    with path.open("rb") as written:
+    with _opened(path) as written:
         chain, found = _read(written, None)
         closed = closed_files(path)
         earlier = [one for one in closed if not chain.size_bytes or last_seq(one) <= chain.start.seq]
@@ -114,6 +117,18 @@ def read_files(path: Path, *, expected: Head | None = None) -> Files:
             if not _read(written, expected)[1]:
                 raise not_in_it(expected, 1)
     return Files(begin or chain.start, tuple(earlier), chain)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The written file. Between two steps of a rotation nothing has its name, for a moment. OSError."""
+    for _ in range(_TRIES):
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            if not closed_files(path):
+                raise  # it never was
+        time.sleep(_PAUSE_S)
+    return path.open("rb")
 
 
 def _read(stream: BinaryIO, expected: Head | None) -> tuple[Chain, bool]:
@@ -155,7 +170,8 @@ def _closed(file: Path, before: Head | None, expected: Head | None) -> tuple[Cha
 
 def lines_since(path: Path, since_ms: int) -> list[bytes]:
     """The lines, newlines included, of all files that have events from *since_ms* on. OSError."""
-    lines = path.read_bytes().splitlines(keepends=True)
+    with _opened(path) as written:
+        lines = written.read().splitlines(keepends=True)
     begins_after = _beginning(lines[0]).seq if lines else None
     for file in reversed(closed_files(path)):
         if lines and time_ms(lines[0]) < since_ms:

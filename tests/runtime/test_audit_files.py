@@ -149,12 +149,14 @@ def test_between_the_steps_of_a_rotation(path: Path, clock: ManualClock, left: s
             path.touch(0o600)
         case "half a line":
             path.write_bytes(b'{"seq":4,"time"')
-        case "the next one, not in its place":
+        case "the next one, not yet in its place":
             path.with_name(f".{path.name}.next").write_bytes(b"whatever")
     log = AuditLog.open(path, clock, SMALL)
     first = json.loads(path.read_bytes().splitlines()[0])
     assert (first["action"], first["recovered"], first["previous_file"]) == (CONTINUED, "yes", closed.name)
     assert log.head.seq == head.seq + (2 if left == "half a line" else 1)
+    torn = [file.name for file in path.parent.glob("*.torn-*")]
+    assert torn == ([f"{path.name}.torn-{head.seq + 1}"] if left == "half a line" else [])
     for number in range(60):
         log.append("object.sealed", number=number)
     log.close()
@@ -253,6 +255,30 @@ def test_threads_and_readers_while_it_rotates(path: Path, clock: ManualClock) ->
     assert sorted(numbers(path)) == list(range(-1, 400))
     assert len(closed_files(path)) > 10
     read_files(path)
+
+
+def test_a_reader_waits_while_the_next_file_gets_its_name(
+    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = write(path, clock)
+    begun = path.with_name(f".{path.name}.next")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) % 2 == 0:
+            begun.rename(path)
+
+    monkeypatch.setattr("runtime.audit_files.time.sleep", pause)
+    path.rename(begun)
+    assert read_files(path).written.head == head
+    path.rename(begun)
+    assert json.loads(lines_since(path, 0)[-1])["seq"] == head.seq
+    assert len(pauses) == 4
+    path.rename(path.with_name("away"))
+    monkeypatch.setattr("runtime.audit_files.time.sleep", pauses.append)
+    with pytest.raises(FileNotFoundError):
+        read_files(path)
 
 
 def test_killed_amid_rotations(path: Path, clock: ManualClock) -> None:
