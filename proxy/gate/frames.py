@@ -4,10 +4,12 @@ hyper-h2 bounds what a header block becomes when it is decoded (64 KiB, which en
 it was before, nor how many frames come that move nothing; mitmproxy takes frames of 128 KiB. The rules:
 
 1. A peer has MAX_PATIENCE frames that move nothing: SETTINGS, PING, PRIORITY, WINDOW_UPDATE, empty DATA and
-   what is unknown; a stream that it resets costs RESET_COST of them. Each frame of a message that we send
-   earns EARNED of them back, and DATA that deserves its frame one: who is served may say as much as he likes.
-   A service's HEADERS count, too: informational answers (1xx) are without number, and a request earns more.
-   Beyond that the connection ends by ENHANCE_YOUR_CALM. There is no clock in it.
+   what is unknown; a stream that it resets costs RESET_COST of them, and UNANSWERED_COST if nothing was
+   said on it yet: a flow was made for that, and as many as come in one read stand in memory together. Each
+   frame of a message that we send earns EARNED of them back, and DATA that deserves its frame one: who is
+   served may say as much as he likes. A service's HEADERS count, too: informational answers (1xx) are without
+   number, and a request earns more. Beyond that the connection ends by ENHANCE_YOUR_CALM. There is no clock
+   in it.
 2. A header block has at most MAX_BLOCK_BYTES before it is decoded, CONTINUATION frames included. Each of
    these counts as MIN_FRAGMENT_BYTES at least.
 3. The peer may not make our HPACK encoder remember more than ENCODER_TABLE_BYTES, which it would search.
@@ -28,6 +30,8 @@ from mitmproxy.proxy.layers.http import _http_h2
 MAX_PATIENCE: Final = 4096
 """About a tenth of a second of our time."""
 RESET_COST: Final = 4
+UNANSWERED_COST: Final = 16
+"""256 of them without a word in between: more than two whole sets of 100 concurrent streams given up."""
 EARNED: Final = 4
 """A client may answer each of our frames by two WINDOW_UPDATEs, and reset a stream after its head."""
 DESERVING_BYTES: Final = 1024
@@ -94,7 +98,7 @@ class FrugalState(_http_h2.BufferedH2Connection):
             elif len(frame.data) >= DESERVING_BYTES:
                 self._earn(1)
         elif isinstance(frame, RstStreamFrame):
-            self._patience -= RESET_COST
+            self._patience -= RESET_COST if self._has_answered(frame.stream_id) else UNANSWERED_COST
         elif not isinstance(frame, HeadersFrame) or self.config.client_side:
             self._patience -= 1
         if self._patience < 0:
@@ -107,6 +111,11 @@ class FrugalState(_http_h2.BufferedH2Connection):
             if isinstance(frame, DataFrame | HeadersFrame):
                 self._earn(EARNED)
         super()._prepare_for_sending(frames)
+
+    def _has_answered(self, stream_id: int) -> bool:
+        """Whether we have said something on it, or it is over, or was none."""
+        stream = self.streams.get(stream_id)
+        return stream is None or bool(stream.state_machine.headers_sent)
 
     def _earn(self, count: int) -> None:
         self._patience = min(self._patience + count, MAX_PATIENCE)
