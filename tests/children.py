@@ -13,7 +13,7 @@ async def output_of(process: Process, given: bytes | None = None) -> tuple[bytes
     """What *process* writes until its end, as `communicate`; it ends with the wait for it."""
     try:
         return await process.communicate(given)
-    except BaseException:
+    except BaseException:  # a test's time-out is a cancellation
         await end(process)
         raise
 

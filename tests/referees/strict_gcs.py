@@ -284,7 +284,7 @@ class StrictGcs:
         try:
             async for piece in request.content.iter_any():
                 taking.feed(piece, limit_bytes=self.buckets.limit_bytes)
-        except BaseException:
+        except BaseException:  # a client that is cut off cancels this task: what came whole stays
             taking.keep_granules()
             raise
 
