@@ -132,8 +132,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "the same for XML and JSON, and seen in both",
     ),
     "proxy/profiles/gcs/chunks.py": _GCS_UPLOADS,
-    "proxy/profiles/gcs/next_parts.py": _GCS_UPLOADS,
-    "proxy/profiles/gcs/sessions.py": _GCS_UPLOADS,
     "proxy/profiles/gcs/starting.py": _GCS_UPLOADS,
     "proxy/profiles/s3/options.py": (
         "tests/proxy/profiles/s3/test_profile.py",

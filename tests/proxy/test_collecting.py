@@ -41,6 +41,7 @@ def test_what_is_over_does_not_count(way: str) -> None:
             body.let_go()
         case "discarded":
             body.discard()
+            assert body.body() == b"", "what does not count is not there"
         case _:
             del body
             gc.collect()

@@ -343,6 +343,11 @@ def test_a_reverse_listener_has_the_name_that_it_listens_at_and_no_other_loopbac
     assert routing.is_served_as(named, "localhost")
     assert not routing.is_served_as(elsewhere, "localhost")
     assert routing.is_served_as(elsewhere, "10.0.0.5")
+    for nowhere in (
+        service("acme/gone", "https://files.example", Listen("127.0.0.1", 8003)),
+        replace(named, reverse_listen=None),
+    ):
+        assert not routing.is_served_as(nowhere, "files.example")
 
 
 def test_names_of_buckets_are_names_of_their_service() -> None:

@@ -312,6 +312,20 @@ async def test_room_is_made_of_as_many_as_it_takes(
     assert await store.session(old[-1]) is not None, "who gets no room takes none"
 
 
+async def test_room_may_be_filled_and_is_given_back_where_there_is_too_little(
+    store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MAX_SESSION_BYTES", 100)
+    await store.begin_session(UPLOAD, b"x" * 100)
+    monkeypatch.setattr(uploads, "MAX_SESSION_BYTES", 50)  # another version's, or another proxy's
+    for size in (90, 90):
+        read = await store.session(UPLOAD)
+        assert read is not None
+        assert await store.change_session(UPLOAD, read, b"y" * size) is not None
+    with pytest.raises(UploadsFullError):
+        await store.begin_session(Upload(DRIVE, upload_ref("other")), b"x")
+
+
 async def test_a_session_makes_no_room_by_its_own_end(
     place: Place, store: UploadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mitmproxy.http import Headers, Response
 from mitmproxy.net.http import http1
 
+from proxy.gate import heads
 from proxy.gate.heads import (
     MAX_FIELDS,
     HeadSearch,
@@ -181,3 +182,10 @@ def test_a_folded_response_is_unfolded(value: bytes, becomes: bytes | None) -> N
     if becomes is not None:
         assert response.headers.fields[:2] == ((b"x", becomes), (b"y", b"z"))
         assert not has_controls(response.headers)
+
+
+def test_what_is_parsed_already_is_bounded_as_well() -> None:
+    """HTTP/2: no line is there to be judged, and the fields become lines elsewhere."""
+    assert heads.is_sound(Headers([(b"x", b"y")] * MAX_FIELDS))
+    assert not heads.is_sound(Headers([(b"x", b"y")] * (MAX_FIELDS + 1)))
+    assert not heads.is_sound(Headers([(b"x", b"y\r\nz: a")]))

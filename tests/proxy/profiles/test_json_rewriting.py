@@ -242,6 +242,36 @@ def test_lists_that_are_none(data: bytes) -> None:
             rewritten(data, step)
 
 
+@pytest.mark.parametrize("data", [b'["a": 1}', b'"a": 1}', b'("a": 1}'])
+def test_an_object_begins_as_one(data: bytes) -> None:
+    with pytest.raises(JsonError):
+        JsonObject(data)
+
+
+@pytest.mark.parametrize(
+    "scalar", [b"01", b"-", b"1.", b".5", b"+1", b"1e", b"tru", b"nulll", b"truefalse", b"1-1"]
+)
+@pytest.mark.parametrize("behind", [b"}", b', "items": []}'])
+def test_what_passes_is_a_value(scalar: bytes, behind: bytes) -> None:
+    with pytest.raises(JsonError):
+        JsonListRewriter("items").feed(b'{"a": ' + scalar + behind)
+
+
+def test_a_rewriter_that_has_failed_or_ended_takes_nothing_more() -> None:
+    failed, ended = JsonListRewriter("items"), JsonListRewriter("items")
+    with pytest.raises(JsonError):
+        failed.feed(b'{"items": [{}, 1')
+    ended.feed(b'{"items": []}')
+    ended.finish()
+    for rewriter in (failed, ended):
+        with pytest.raises(JsonError):
+            rewriter.feed(b" ")
+        with pytest.raises(JsonError):
+            rewriter.feed(b"")
+        with pytest.raises(JsonError):
+            rewriter.finish()
+
+
 def test_members_of_other_names_and_kinds_pass() -> None:
     for data in (b'{"items": null}', b'{"items": {"items": [1]}}', b'{"other": [1, [2]]}', b"{}"):
         assert rewritten(data, 1) == (data, [])

@@ -1,6 +1,7 @@
 """Content-Range of resumable uploads, and Range of a 308: what is read, and what is not."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,8 @@ def test_what_is_said() -> None:
     assert asked("bytes */7", "0") == AskedRange(is_status=True, total=7)
     assert asked("bytes 0-*/*", "5") == AskedRange(is_rest=True)
     assert asked("bytes 9-*/12", "3") == AskedRange(start=9, total=12, is_rest=True)
+    assert asked("bytes 12-*/12", "0") == AskedRange(start=12, total=12, is_rest=True)
+    assert asked("bytes 0-1/2") == AskedRange(start=0, stop=2, total=2), "a body whose length nobody said"
     assert asked(None, "5") == AskedRange(is_rest=True)
     assert asked(None, "0") == AskedRange(is_status=True, total=0)
 
@@ -83,6 +86,7 @@ def test_any_text_is_read_as_it_says_or_refused() -> None:
             start, last = place.split("-")
             assert found.start == int(start)
             assert found.stop == (None if last == "*" else int(last) + 1)
+            assert found.stop is None or found.start < found.stop
             assert found.total is None or (found.stop or found.start) <= found.total
     assert read > 50, "the dice were loaded"
 
@@ -110,3 +114,5 @@ def test_whether_a_body_may_come() -> None:
     assert may_have_body(request(head("PUT", TARGET, {"content-length": "1"})))
     assert not may_have_body(request(head("PUT", TARGET, {"content-length": "0"})))
     assert not may_have_body(request(head("PUT", TARGET)))
+    by_http2 = replace(head("PUT", TARGET), http2=True)
+    assert may_have_body(request(by_http2)), "it need not say a length"

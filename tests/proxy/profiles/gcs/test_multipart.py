@@ -9,7 +9,7 @@ import pytest
 
 from envelope.objects import Opener, Sealer
 from proxy import refusals
-from proxy.plan import Answer, Converse, PartOf, Reply, Reshape
+from proxy.plan import Answer, Converse, PartOf, Refuse, Reply, Reshape
 from proxy.profiles.gcs import multipart
 from proxy.profiles.gcs.told import MARK
 from proxy.refusals import RefusedError
@@ -114,6 +114,18 @@ async def test_a_wrong_digest_sends_nothing(metadata: bytes, fields: dict[str, s
     with pytest.raises(RefusedError) as caught:
         await sent(body(CONTENT, metadata=metadata), fields)
     assert caught.value.refusal is refusals.BAD_DIGEST
+
+
+@pytest.mark.parametrize("name", ["content-md5", "x-goog-hash", "digest"])
+def test_a_digest_of_the_whole_body_is_not_passed_over(name: str) -> None:
+    """It would be of delimiters and metadata, too; `X-Goog-Hash` is of the content."""
+    value = {"content-md5": MD5, "x-goog-hash": f"md5={MD5}", "digest": f"md5={MD5}"}[name]
+    its = head("POST", TARGET, {"content-type": "multipart/related; boundary=x", name: value})
+    plan = multipart.plan(request(its))
+    if name == "x-goog-hash":
+        assert isinstance(plan, Converse)
+    else:
+        assert plan == Refuse(refusal=refusals.BAD_MESSAGE)
 
 
 async def test_metadata_that_is_none_sends_nothing() -> None:

@@ -165,6 +165,11 @@ def test_a_reader_that_has_failed_stays_failed() -> None:
             reader.feed(body())
         with pytest.raises(RefusedError):
             reader.finish()
+    at_its_end = RelatedBody(b"x", Related(), Sealer(OBJECT_KEY, OWNER, KEY_ID))
+    with pytest.raises(RefusedError):
+        at_its_end.feed(body() + b"and more")
+    with pytest.raises(RefusedError):
+        at_its_end.finish()
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,36 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from envelope.objects import HEADER_SIZE, MAGIC, PREFIX_SIZE, Header, plain_length
 from proxy import refusals
 from proxy.checksums import Crc32C
+from proxy.message import Fields
 from proxy.plan import Mode, Reply
 from proxy.profiles.gcs import sessions
+from proxy.profiles.gcs.chunks import Chunk
+from proxy.profiles.gcs.content_ranges import AskedRange
+from proxy.profiles.gcs.resumable import Uploading
 from proxy.profiles.gcs.sessions import GRANULE_BYTES, State
 from proxy.profiles.gcs.starting import session_ref
-from proxy.profiles.gcs.told import MARK
+from proxy.profiles.gcs.told import MARK, UNKNOWN_SIZE
 from proxy.refusals import Refusal, RefusedError
 from proxy.tenants.directory import DirectoryStore
-from proxy.uploads import Upload, UploadStore
+from proxy.uploads import Session, Upload, UploadStore
 from tests.fakes.clock import ManualClock
-from tests.proxy.profiles.gcs.upload_world import HOST, OWNER, World
+from tests.proxy.profiles.gcs.upload_world import (
+    HOST,
+    OWNER,
+    START,
+    Answered,
+    Talk,
+    World,
+    head,
+    request,
+)
 
 CONTENT = os.urandom(5 * GRANULE_BYTES + 1234)
 OTHER = os.urandom(len(CONTENT))
@@ -188,6 +202,28 @@ async def test_the_service_is_told_neither_length_nor_digests(world: World) -> N
     assert json.loads(reply.body)["metadata"] == {"mine": "1"}
 
 
+async def test_a_length_that_is_not_known_is_to_be_looked_up(world: World) -> None:
+    await world.begin()
+    (began,) = world.service.came
+    assert json.loads(began.body)["metadata"] == {MARK: UNKNOWN_SIZE}
+
+
+async def test_digests_that_contradict_each_other_begin_nothing(world: World) -> None:
+    document = json.dumps({"name": "o", "crc32c": crc32c(CONTENT)}).encode()
+    with pytest.raises(RefusedError) as caught:
+        await world.begin(document, x_goog_hash=f"crc32c={crc32c(OTHER)}")
+    assert caught.value.refusal is refusals.BAD_DIGEST
+    assert not world.service.came
+
+
+async def test_the_right_digest_of_a_chunk_is_accepted(world: World) -> None:
+    md5 = base64.b64encode(hashlib.md5(CONTENT, usedforsecurity=False).digest()).decode()
+    await world.begin()
+    reply = await world.put(CONTENT, None, content_md5=md5)
+    assert reply.status == 200
+    assert world.opened(world.stored) == CONTENT
+
+
 async def test_digests_are_compared_before_the_end_goes_up(world: World) -> None:
     wrong = json.dumps({"name": "o", "crc32c": "AAAAAA=="}).encode()
     await world.begin(wrong)
@@ -209,8 +245,12 @@ async def test_digests_are_compared_before_the_end_goes_up(world: World) -> None
 
 async def test_a_session_is_cancelled(world: World) -> None:
     await world.begin()
+    upload = Upload(OWNER, session_ref("box", world.session.rpartition("upload_id=")[2]))
+    assert await world.store.session(upload) is not None
     reply = await world.put(None, None, method="DELETE")
     assert reply.status == 499
+    assert world.service.came[-1].method == "DELETE"
+    assert await world.store.session(upload) is None
     assert (await world.put(None, "bytes */*")).status == 404
 
 
@@ -404,6 +444,103 @@ async def test_a_session_elsewhere_is_nobodys(world: World, location: str) -> No
     assert caught.value.refusal is refusals.ANSWER_REFUSED
 
 
+async def test_a_body_that_said_no_length_is_as_long_as_its_place(world: World) -> None:
+    await world.begin()
+    upload = Upload(OWNER, session_ref("box", world.session.rpartition("upload_id=")[2]))
+    chunk = Chunk(())
+    chunk.pass_through(b"abc")
+    its = request(replace(head("PUT", world.session), http2=True))
+    for stop in (2, 4):
+        with pytest.raises(RefusedError) as caught:
+            await Uploading(Talk(world, its, b"", None), upload).take(AskedRange(stop=stop), chunk)
+        assert caught.value.refusal is refusals.BAD_LENGTH
+
+
+async def test_content_beyond_the_length_that_was_said_before_is_refused(world: World) -> None:
+    await world.begin(x_upload_content_length="5")
+    assert await refused(world, CONTENT[:10], "bytes 0-9/*") is refusals.BAD_MESSAGE
+    await world.begin()
+    await send(world, 0, GRANULE_BYTES, None)
+    assert await refused(world, CONTENT[:10], "bytes 0-9/10") is refusals.BAD_MESSAGE, "more is stored"
+    assert not any(came.body for came in world.service.came if came.method == "PUT" and len(came.body) < 99)
+
+
+async def test_an_upload_without_a_name_is_none(world: World) -> None:
+    world.session = f"{START}&upload_id="
+    assert await refused(world, b"abc", "bytes 0-2/3") is refusals.BAD_MESSAGE
+    assert not world.service.came
+
+
+async def test_an_end_that_comes_again_is_answered_with_the_object(world: World) -> None:
+    await world.begin()
+    first = await send(world, 0, len(CONTENT), len(CONTENT))
+    again = await send(world, 0, len(CONTENT), len(CONTENT))
+    assert again.status == 200
+    told, first_told = json.loads(again.body), json.loads(first.body)
+    assert [told[name] for name in ("size", "crc32c")] == [first_told[name] for name in ("size", "crc32c")]
+
+
+async def test_of_an_end_that_is_not_remembered_no_digest_is_told(world: World) -> None:
+    await world.begin()
+    upload = Upload(OWNER, session_ref("box", world.session.rpartition("upload_id=")[2]))
+    old = await world.store.session(upload)
+    assert old is not None
+    await send(world, 0, len(CONTENT), len(CONTENT))
+    await world.store.begin_session(upload, old.state)
+    for _ in range(2):  # rolled back, and unknown
+        reply = await world.put(None, "bytes */*")
+        assert reply.status == 200
+        assert not {"crc32c", "md5Hash"} & set(json.loads(reply.body))
+        await world.store.forget_session(upload)
+
+
+async def test_of_two_requests_that_read_the_same_state_one_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other content: had both left, the service would have a mixture."""
+    await world.begin()
+    original = world.store.session
+
+    async def meanwhile(upload: Upload) -> Session | None:
+        found = await original(upload)
+        monkeypatch.setattr(world.store, "session", original)
+        world.service.faults = ["cut 0"]
+        with contextlib.suppress(UpstreamFailed):
+            await send(world, 0, GRANULE_BYTES, None)
+        return found
+
+    monkeypatch.setattr(world.store, "session", meanwhile)
+    assert await refused(world, OTHER[:GRANULE_BYTES], "bytes 0-262143/*") is refusals.UPLOAD_BUSY
+    await send(world, 0, GRANULE_BYTES, None)
+    await send(world, GRANULE_BYTES, len(CONTENT), len(CONTENT))
+    assert world.opened(world.stored) == CONTENT
+
+
+async def test_a_service_that_takes_nothing_is_not_asked_for_ever(world: World) -> None:
+    await world.begin()
+    sent = 0
+
+    async def takes_nothing(
+        _method: str, _target: str, _fields: object, body: bytes | AsyncIterator[bytes] | None
+    ) -> Answered:
+        nonlocal sent
+        sent += not isinstance(body, bytes | None)
+        return Answered(308, Fields([]), b"")
+
+    world.service.answer = takes_nothing  # type: ignore[method-assign,assignment]
+    assert await refused(world, CONTENT, None) is refusals.UPSTREAM
+    assert sent == 1
+
+
+async def test_an_upload_that_the_service_does_not_begin_is_not_begun(world: World) -> None:
+    async def refuses(*_arguments: object) -> Answered:
+        return Answered(412, Fields([]), b"no")
+
+    world.service.answer = refuses  # type: ignore[method-assign,assignment]
+    reply = await world.begin()
+    assert (reply.status, reply.body) == (412, b"no")
+
+
 async def test_a_service_that_says_it_has_less_has_lost_it(world: World) -> None:
     await world.begin()
     await send(world, 0, 2 * GRANULE_BYTES, None)
@@ -432,6 +569,8 @@ async def test_a_session_that_is_gone_is_forgotten(world: World, content: bytes 
     world.service.gone = True
     reply = await world.put(content, "bytes */*" if content is None else "bytes 0-262143/*")
     assert reply.status == 410
+    name = world.session.rpartition("upload_id=")[2]
+    assert await world.store.session(Upload(OWNER, session_ref("box", name))) is None
     world.service.gone = False
     assert await refused(world, CONTENT, None) is refusals.UPLOAD_LOST
 
