@@ -34,6 +34,7 @@ class Proofs:
 
     def opened(self, keys: Iterable[WrappedKey]) -> None:
         """The HSM has just opened these, and they were what their check values say."""
+        self._forget()  # nobody may ever look: each wrap that is brought again is another one
         now_s = self._clock.boot_s()
         self._opened_boot_s |= {_digest(key): now_s for key in keys}
 

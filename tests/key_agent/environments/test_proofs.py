@@ -8,10 +8,18 @@ from typing import override
 
 import pytest
 
-from envelope.keys import KeyId, NetworkService
+from envelope.keys import KeyId, KeyUse, NetworkService, SigningAlgorithm
 from key_agent.environments.proofs import KEPT_S, Proofs
 from key_agent.errors import KekRevokedError, KeySourceError
-from key_agent.sources.source import EnvelopeRequest, EnvelopeResult, Kek, KekReference, NewKey, WrappedKey
+from key_agent.sources.source import (
+    EnvelopeRequest,
+    EnvelopeResult,
+    Kek,
+    KekReference,
+    NewKey,
+    WrapMethod,
+    WrappedKey,
+)
 from key_agent.sources.verdict import Verdict
 from tests.fakes.clock import ManualClock
 from tests.fakes.key_source import FakeKeySource
@@ -90,6 +98,24 @@ async def test_a_row_that_was_changed_after_it_was_opened_is_found(change: str) 
     assert source.asked() == [wrong.key_id]
 
 
+OTHER_PLACES: dict[str, Callable[[WrappedKey], WrappedKey]] = {
+    "environment": lambda key: replace(key, environment_id="c"),
+    "method": lambda key: replace(key, method=WrapMethod.RSA_OAEP_256),
+    "token": lambda key: replace(key, token_serial=f"{key.token_serial}0"),
+    "use": lambda key: replace(key, use=KeyUse.SIGN, algorithm=SigningAlgorithm.ES256),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_PLACES)
+async def test_a_row_that_says_another_place_or_use_is_opened_again(change: str) -> None:
+    source = CountingSource()
+    proofs = Proofs(ManualClock())
+    kek, keys = await wrapped(source, 2)
+    proofs.opened(keys)
+    await proofs.unopenable(source, kek, [keys[0], OTHER_PLACES[change](keys[1])])
+    assert source.asked() == [keys[1].key_id]
+
+
 async def test_two_rows_that_were_exchanged_are_found() -> None:
     source = CountingSource()
     proofs = Proofs(ManualClock())
@@ -108,6 +134,18 @@ async def test_what_does_not_open_any_more_is_not_remembered() -> None:
     for _ in range(2):
         assert list(await proofs.unopenable(source, kek, keys)) == [keys[0].key_id]
         assert keys[0].key_id in source.asked()
+    # It comes first no more, so nothing but its failure has it opened.
+    assert list(await proofs.unopenable(source, kek, [keys[1], keys[0]])) == [keys[0].key_id]
+
+
+async def test_what_is_too_old_takes_no_room_though_nobody_looks() -> None:
+    source, clock = CountingSource(), ManualClock()
+    proofs = Proofs(clock)
+    _, keys = await wrapped(source, 4)
+    for key in keys:
+        proofs.opened([key])
+        clock.shift(KEPT_S)
+    assert len(proofs._opened_boot_s) == 1
 
 
 async def test_a_kek_that_is_gone_proves_nothing_however_much_is_remembered() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import override
 
@@ -14,16 +15,17 @@ from key_agent.environments.standing import Verdict
 from key_agent.environments.telling import RESTATE_S, TIMEOUT_S, Telling, said
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
-from key_agent.push.transport import EnvironmentWord
+from key_agent.push.transport import EnvironmentInForce, EnvironmentWord
 from key_agent.registry.model import Book, Proxy
 from runtime.audit import AuditLog
-from runtime.clock import SystemClock
+from runtime.clock import Clock, SystemClock
+from tests.fakes.clock import ManualClock
 from tests.fakes.proxies import FakeProxies, FakeProxy
 from tests.key_agent.conftest import until
 from tests.lateness import lateness
 
 
-class Clock(SystemClock):
+class AheadClock(SystemClock):
     """The real one, that can be ahead."""
 
     ahead_s = 0.0
@@ -36,7 +38,6 @@ class Clock(SystemClock):
 class Site:
     def __init__(self, proxies: list[FakeProxy], directory: Path, clock: Clock) -> None:
         self.proxies = proxies
-        self.clock = clock
         self.word: EnvironmentWord | None = None
         rows = {proxy.id: Proxy(id=proxy.id, url="https://unused", ca_pem="") for proxy in proxies}
         book = Book(kek=None, services=(), proxies=rows, links=(), sequences={})
@@ -63,9 +64,11 @@ class Site:
 
 
 @asynccontextmanager
-async def telling(tmp_path: Path, count: int = 3) -> AsyncIterator[Site]:
-    clock = Clock()
-    proxies = [FakeProxy(id=f"proxy-{number}", clock=clock, signers={}) for number in range(count)]
+async def telling(
+    tmp_path: Path, clock: Clock | None = None, *, kind: type[FakeProxy] = FakeProxy, count: int = 3
+) -> AsyncIterator[Site]:
+    clock = clock or SystemClock()
+    proxies = [kind(id=f"proxy-{number}", clock=clock, signers={}) for number in range(count)]
     site = Site(proxies, tmp_path, clock)
     task = asyncio.create_task(site.telling.run())
     try:
@@ -76,7 +79,8 @@ async def telling(tmp_path: Path, count: int = 3) -> AsyncIterator[Site]:
 
 
 async def test_a_change_is_told_at_once_and_an_unchanged_word_again(tmp_path: Path) -> None:
-    async with telling(tmp_path) as site:
+    clock = AheadClock()
+    async with telling(tmp_path, clock) as site:
         await asyncio.sleep(0)
         assert site.telling.told == {}, "an environment by itself tells nobody"
         site.say("active", 1)
@@ -84,7 +88,7 @@ async def test_a_change_is_told_at_once_and_an_unchanged_word_again(tmp_path: Pa
         site.say("healing", 2)
         await until(lambda: site.all_act_on(2))
         assert [word.state for word in site.proxies[0].words] == ["active", "healing"]
-        site.clock.ahead_s += RESTATE_S + 1
+        clock.ahead_s += RESTATE_S + 1
         site.telling.wake()
         await until(lambda: len(site.proxies[0].words) >= 3)
         assert site.proxies[0].words[-1].state == "healing"
@@ -113,6 +117,47 @@ async def test_one_that_is_away_is_told_when_it_is_back(tmp_path: Path) -> None:
         )
         away.down = False
         await until(lambda: site.all_act_on(1))
+
+
+@dataclass
+class Gated(FakeProxy):
+    """Acts on a word at once, and does not say so before its gate is open."""
+
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @override
+    async def told(self, word: EnvironmentWord) -> EnvironmentInForce:
+        answer = await super().told(word)
+        await self.gate.wait()
+        return answer
+
+
+async def test_a_word_that_comes_while_another_one_is_told_follows_at_once(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with telling(tmp_path, clock, kind=Gated, count=1) as site:
+        (proxy,) = site.proxies
+        assert isinstance(proxy, Gated)
+        site.say("active", 1)
+        await clock.settle()
+        site.say("healing", 2)
+        await clock.settle()
+        assert [word.state for word in proxy.words] == ["active"], "one at a time"
+        proxy.gate.set()
+        await clock.settle()
+        assert [word.state for word in proxy.words] == ["active", "healing"]
+
+
+async def test_one_that_is_away_is_tried_again_a_quarter_of_a_second_later(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with telling(tmp_path, clock, count=1) as site:
+        (away,) = site.proxies
+        await clock.settle()  # it waits for a word, so nothing but the failure wakes it again
+        away.down = True
+        site.say("healing", 1)
+        await clock.settle()
+        away.down = False
+        await clock.advance(0.3)
+        assert [word.state for word in away.words] == ["healing"]
 
 
 @pytest.mark.parametrize(
