@@ -131,6 +131,7 @@ def test_texts() -> None:
         b'{"a":.5}', b'{"a":NaN}', b'{"a":Infinity}', b'{"a":-Infinity}', b'{"a":"\x01"}', b'{"a":"\\x"}',
         b'{"a":"\\u12"}', b'{"a":tru}', b'{"a":1,"a":2}', b'{"a":1,"\\u0061":2}', b'{"a":"\xff"}',
         b"\xef\xbb\xbf{}", b'{"a":[1,]}', b'{"a":[}',
+        b"{1:2}", b"{null:1}", b"{[]:1}", b'{"a";1}', b'{"a":1;"b":2}',
         b"{/**/}", b'{"a":1}\x00', b'{"a":"', b'{"a":"\\', b'{"\\ud800":1}x',
     ],
 )  # fmt: skip
@@ -234,6 +235,18 @@ def test_any_flipped_byte_is_seen_or_harmless() -> None:
         b'{"items": [{}]',
         b'{"items": [{}]} {}',
         b'[{"items": []}]',
+        b'["items": []}',
+        b'["a": 1}',
+        b"{1: 2}",
+        b'{"a": 1, 2: 3}',
+        b'{"a"; 1}',
+        b'{"a": 1; "b": 2}',
+        b'{"a": 1]',
+        b'{"items": (]}',
+        b'{"items": [}}',
+        b'{"items": [{}}}',
+        b'{"items": [{}; {}]}',
+        b'{"items": [{}, ({}]}',
     ],
 )
 def test_lists_that_are_none(data: bytes) -> None:

@@ -35,7 +35,7 @@ from proxy.profiles import PROFILES
 from proxy.profiles.gcs.profile import GcsProfile
 from proxy.profiles.gcs.told import MARK
 from proxy.refusals import Refusal, RefusedError
-from tests.proxy.profiles.gcs.upload_world import Talk, World, head, request, route
+from tests.proxy.profiles.gcs.upload_world import Answered, Talk, World, head, request, route
 
 PROFILE = GcsProfile()
 API = "/storage/v1/b/box/o"
@@ -231,6 +231,23 @@ async def test_a_copy_with_metadata_of_its_own_keeps_the_mark() -> None:
     assert await passed("POST", target, document, {MARK: "77"}) == (made, ASKED)
     assert await passed("POST", target, {"name": "d"}, {MARK: "77"}) == ({"name": "d"}, [])
     assert await passed("POST", target, None, {MARK: "77"}) == (None, [])
+
+
+@pytest.mark.parametrize("answer", [b"", b"not JSON", b"[]", b'{"metadata": {}} {}'])
+async def test_a_mark_that_cannot_be_read_changes_nothing(answer: bytes) -> None:
+    async def garbled(*_arguments: object) -> Answered:
+        return Answered(200, Fields([]), answer)
+
+    body = b'{"metadata": {"new": "2"}}'
+    its = head("PATCH", f"{API}/a", {"content-length": str(len(body))})
+    plan = planned(its)
+    assert isinstance(plan, Converse)
+    world = World(None, None)  # type: ignore[arg-type]
+    world.service.answer = garbled  # type: ignore[method-assign,assignment]
+    talk = Talk(world, request(its), body, None)
+    with pytest.raises(RefusedError) as caught:
+        await plan.handler(talk)
+    assert caught.value.refusal is refusals.SERVICE_ANSWER
 
 
 async def test_documents_that_are_none_are_refused() -> None:
