@@ -13,7 +13,8 @@ import structlog
 from key_agent.load_balancing.haproxy_config import haproxy_config
 from key_agent.load_balancing.settings import Settings
 from key_agent.load_balancing.watchdog import Watchdog
-from runtime.clock import SystemClock
+from runtime.clock import Clock, SystemClock
+from tests.fakes.clock import ManualClock
 from tests.key_agent.conftest import until
 from tests.key_agent.load_balancing.balanced import (
     Caller,
@@ -47,20 +48,21 @@ async def answering(port: int) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def haproxy(path: Path, answers: bytes) -> AsyncIterator[None]:
-    """In HAProxy's place: it answers every command so."""
+async def haproxy(path: Path, answers: bytes) -> AsyncIterator[list[str]]:
+    """In HAProxy's place: it answers every command so; yields what it was asked."""
+    asked: list[str] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readline()
+        asked.append((await reader.readline()).decode().strip())
         writer.write(answers)
         writer.close()
 
     async with await asyncio.start_unix_server(answer, path):
-        yield
+        yield asked
 
 
 @asynccontextmanager
-async def watching(settings: Settings, *, port: int) -> AsyncIterator[Lines]:
+async def watching(settings: Settings, *, port: int, clock: Clock | None = None) -> AsyncIterator[Lines]:
     """A watchdog of the lb-agent at *port*; yields what it logs."""
     path = settings.frontend.stats_socket
     assert path is not None
@@ -69,7 +71,7 @@ async def watching(settings: Settings, *, port: int) -> AsyncIterator[Lines]:
         port=port,
         servers=[server.name for server in settings.servers],
         socket_path=path,
-        clock=SystemClock(),
+        clock=clock or SystemClock(),
         every_s=0.05,
     )
     with structlog.testing.capture_logs() as lines:
@@ -107,6 +109,19 @@ async def test_it_acts_when_the_lb_agent_is_gone(tmp_path: Path) -> None:
             )
         async with answering(port):
             await until_answers(caller, {"a", "b"})  # the next `up` undoes it
+
+
+async def test_the_second_look_without_an_answer_sets_every_server_down(tmp_path: Path) -> None:
+    settings = settings_for([DataPlane("a"), DataPlane("b")], tmp_path)
+    path, clock = settings.frontend.stats_socket, ManualClock()
+    assert path is not None
+    async with haproxy(path, b"\n") as asked, watching(settings, port=free_port(), clock=clock):
+        await clock.wait_for_sleepers()
+        first = settings.servers[0].name
+        assert asked == [f"get weight any/{first}"], "one look may be lost"
+        clock.shift(1)
+        await until(lambda: len(asked) == 1 + len(settings.servers), timeout_s=WAIT_S)
+        assert asked[1:] == [f"set server any/{server.name} agent down" for server in settings.servers]
 
 
 @pytest.mark.parametrize("answers", [b"Permission denied\n", b"No such server.\n", None])
