@@ -186,6 +186,16 @@ def test_who_opens_a_log_looks_at_its_last_closed_file(path: Path, clock: Manual
         AuditLog.open(path, clock)
 
 
+def test_a_file_of_another_chain_is_not_written_on(path: Path, clock: ManualClock) -> None:
+    other = path.with_name("other.jsonl")
+    write(path, clock)
+    clock.shift(1)
+    write(other, clock)  # as many events, of another moment
+    shutil.copy(other, path)
+    with pytest.raises(AuditUnavailableError, match="does not continue"):
+        AuditLog.open(path, clock)
+
+
 def test_a_rotation_that_fails_changes_nothing(path: Path, clock: ManualClock) -> None:
     log = AuditLog.open(path, clock, SMALL)
     begun = path.with_name(f".{path.name}.next")
