@@ -24,7 +24,9 @@ from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, ch
 from key_agent.backup import RESERVED_SERVICE, BackupCommands
 from key_agent.commands import DELIVERY_PATIENCE_S, Json
 from key_agent.environments.incident_commands import IncidentCommands
+from key_agent.environments.membership_commands import MembershipCommands
 from key_agent.environments.policy_commands import PolicyCommands
+from key_agent.environments.promotion_commands import PromotionCommands
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
 from key_agent.kek_rotation import KekRotation, give_up
@@ -47,7 +49,9 @@ _WITHDRAWAL_PATIENCE_S: Final = 8.0
 _LOOK_S: Final = 0.1
 
 
-class Operations(KeyCommands, BackupCommands, IncidentCommands, PolicyCommands):
+class Operations(
+    KeyCommands, BackupCommands, MembershipCommands, PromotionCommands, IncidentCommands, PolicyCommands
+):
     # The KEK.
 
     async def kek_create(

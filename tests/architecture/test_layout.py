@@ -149,6 +149,8 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "commands, seen through the processes that carry them out",
     ),
     "key_agent/environments/environment_commands.py": _PEERING,
+    "key_agent/environments/membership_commands.py": _PEERING,
+    "key_agent/environments/promotion_commands.py": _PEERING,
     "key_agent/environments/key_parts.py": (
         "tests/environments/test_site.py",
         "wiring, right when keys come to every environment's proxies",

@@ -28,11 +28,12 @@ from key_agent.consent import Consent
 from key_agent.environments import approvals
 from key_agent.environments.assembly import Environments
 from key_agent.environments.documents import AdminBody, AdminState, ApprovalBody, Kind
-from key_agent.environments.environment_commands import EnvironmentCommands
 from key_agent.environments.etcd import EtcdSettings
+from key_agent.environments.membership_commands import MembershipCommands
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peers import Introduction
+from key_agent.environments.promotion_commands import PromotionCommands
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
 from key_agent.environments.shared import Draft, SharedRegistry
 from key_agent.environments.states import EnvironmentState
@@ -93,7 +94,7 @@ class CuttableTransport(PeerTransport):
         return await super().request(peer, method, path, body, **more)
 
 
-class _Commands(EnvironmentCommands):
+class _Commands(MembershipCommands, PromotionCommands):
     """The commands, on as much of an agent as they touch."""
 
     def __init__(self, member: "Member") -> None:
