@@ -140,7 +140,7 @@ class Exchanges:
         """Prepare the request to leave by its plan. None: it does not; `flow.response` answers it."""
         flow.metadata[_EXCHANGE] = exchange
         exchange.came = tuple(flow.request.headers.fields)
-        permit(flow).shape = lambda refusal: exchange.profile.refusal_body(refusal, exchange.request.head)
+        permit(flow).shape = lambda refusal: exchange.profile.shape(refusal, exchange.request.head)
         plan, request = exchange.plan, flow.request
         match plan:
             case Refuse():

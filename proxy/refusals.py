@@ -37,6 +37,18 @@ class Refusal:
         return headers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shaped:
+    """A refusal in a dialect's own shape. Status and `Sealgate-Error` stay as they are.
+
+    *fields*: what the dialect's clients look for in the head, beside what every refusal has.
+    """
+
+    content_type: str
+    body: bytes
+    fields: tuple[tuple[str, str], ...] = ()
+
+
 class RefusedError(Exception):
     """Raised where a message must not go on; carries what the client is told."""
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, cast, final, override
 
 from envelope.errors import MisuseError
 from proxy import refusals
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal, RefusedError, Shaped
 
 type Piece = bytes | bytearray | memoryview
 """One buffer of a body. A bytearray or memoryview must not be changed once it was handed over."""
@@ -202,8 +202,8 @@ class Collect:
 
 type Grant = Clear | Transform | Collect
 
-type Shape = Callable[[Refusal], tuple[str, bytes] | None]
-"""Content-Type and body of a refusal, in the client's dialect. None: as it is. It may fail."""
+type Shape = Callable[[Refusal], Shaped | None]
+"""A refusal in the client's dialect. None: as it is. It may fail."""
 
 
 class Permit:

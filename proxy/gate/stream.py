@@ -71,7 +71,7 @@ from mitmproxy.proxy.layers.http._http2 import Http2Server
 from proxy import refusals
 from proxy.gate import heads
 from proxy.gate.permit import CLEAR, Collect, Grant, Shape, Transform, permit
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal, RefusedError, Shaped
 
 LINGER_S: Final = 5.0
 """How long a client may go on sending an upload that was refused, so that it comes to read the answer."""
@@ -938,23 +938,25 @@ def _check_framing(message: Message, granted: Grant | None, expected_bytes: int 
 def _response_for(refusal: Refusal, shape: Shape | None) -> Response:
     body, headers = refusal.body(), Headers([(n.encode(), v.encode()) for n, v in refusal.headers()])
     if shape is not None and (shaped := _shaped(refusal, shape)) is not None:
-        headers["content-type"], body = shaped
+        body = shaped.body
+        for name, value in shaped.fields:
+            headers[name] = value
+        headers["content-type"] = shaped.content_type
         headers["content-length"] = str(len(body))
+        headers["sealgate-error"] = refusal.code
     now_s = time.time()
     reason = status_codes.RESPONSES.get(refusal.status, "").encode()
     return Response(b"HTTP/1.1", refusal.status, reason, headers, body, None, now_s, now_s)
 
 
-def _shaped(refusal: Refusal, shape: Shape) -> tuple[str, bytes] | None:
+def _shaped(refusal: Refusal, shape: Shape) -> Shaped | None:
     """The refusal in the client's dialect. None where that fails: it must be told all the same."""
     try:
         shaped = shape(refusal)
-        if (
-            shaped is not None
-            and type(shaped[1]) is bytes
-            and shaped[0].isascii()
-            and shaped[0].isprintable()
-        ):
+        if shaped is None:
+            return None
+        texts = [shaped.content_type, *(text for field in shaped.fields for text in field)]
+        if type(shaped.body) is bytes and all(text.isascii() and text.isprintable() for text in texts):
             return shaped
     except Exception as error:  # noqa: BLE001 - whatever a profile raises
         log.error("refusal not shaped: %s", origin_of(error))  # noqa: TRY400

@@ -15,7 +15,7 @@ from typing import ClassVar
 from proxy.message import AnswerHead, RequestHead
 from proxy.plan import AnswerPlan, Going, Request, RequestPlan
 from proxy.profile_options import ProfileOptions
-from proxy.refusals import Refusal
+from proxy.refusals import Refusal, Shaped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +67,8 @@ class Profile(ABC):
         a look at its first bytes, once per version. Where the service says so (`-N` in S3's ETags), less."""
         return self.makes_composites
 
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes] | None:  # noqa: ARG002
-        """Content-Type and body of a refusal in the dialect's own shape; None: our JSON.
-
-        Status and `Sealgate-Error` stay as they are.
-        """
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped | None:  # noqa: ARG002
+        """A refusal of what *head* asks in the dialect's own shape; None: our JSON."""
         return None
 
     def describe(self) -> dict[str, object]:

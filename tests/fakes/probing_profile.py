@@ -43,7 +43,7 @@ from proxy.plan import (
     Sealing,
 )
 from proxy.profiles.profile import Limitation, Profile
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal, RefusedError, Shaped
 
 SECRET: Final = b"the client's"
 FRAME: Final = b"|"
@@ -217,8 +217,9 @@ class ProbingProfile(Profile):
         return proposed
 
     @override
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes] | None:
-        return "text/probe", f"{head.method} {refusal.code}".encode()
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped:
+        body = f"{head.method} {refusal.code}".encode()
+        return Shaped(content_type="text/probe", body=body, fields=(("x-probe-error", refusal.code),))
 
 
 def _sized(edits: Edits, plain_bytes: int | None) -> Edits:

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from envelope.keys import KeyState
-from tests.integration.azure_site import Site, Way, site
+from tests.integration.azure_site import Site, Way, program, site
 from tests.integration.proxy_rig import Answer
 from tests.referees.comparison import Plaintexts
 
@@ -30,10 +30,13 @@ def account_token(way: Way) -> str:
 
 def is_azures(answer: Answer, code: str) -> bool:
     """Whether a refusal has Azure's shape and our code."""
+    named = answer.headers["x-ms-error-code"].encode()
     return (
         answer.code == code
         and answer.headers["content-type"] == "application/xml"
-        and answer.body.startswith(b'<?xml version="1.0" encoding="utf-8"?><Error><Code>')
+        and answer.body.startswith(
+            b'<?xml version="1.0" encoding="utf-8"?><Error><Code>' + named + b"</Code>"
+        )
     )
 
 
@@ -189,3 +192,34 @@ async def of_keys_and_damage(place: Site, sealed: bytes) -> None:
     assert is_azures(await way.ask("GET", "/box/sealed"), "key-suspended")
     assert is_azures(await way.ask("PUT", "/box/new", BLOCK_BLOB, PLAIN), "key-suspended")
     assert is_azures(await way.ask("PUT", "/box/new?comp=block&blockid=QQ%3D%3D", {}, PLAIN), "key-suspended")
+
+
+async def test_the_sdk_raises_what_is_meant_and_asks_again_where_that_helps(tmp_path: Path) -> None:
+    """Directly and through the proxy where both can fail alike; then what the proxy alone refuses."""
+    alike = ("put-once", "put-wrong-md5", "get-if", "get-missing", "get-beyond", "head-missing")
+    async with site(tmp_path) as place:
+        way, direct, owner = place.ways["forward"], place.ways["direct"], place.service.owner
+        await way.ask("PUT", "/box?restype=container")
+        await way.ask("PUT", "/box/sealed", BLOCK_BLOB, PLAIN)
+        for name, body in (("plain", PLAIN), ("short", b"short")):
+            await direct.ask("PUT", f"/box/{name}", BLOCK_BLOB, body)
+
+        async def seen(by: Way, *steps: str) -> dict[str, list[object]]:
+            found: dict[str, list[object]] = await program(
+                "azure_errors.py", by.spec(container="box", steps=steps)
+            )
+            return found
+
+        assert await seen(way, *alike) == (told := await seen(direct, *alike))
+        assert told["put-once"] == ["ResourceExistsError", "BlobAlreadyExists", 409, 1]
+        assert told["put-wrong-md5"] == ["HttpResponseError", "Md5Mismatch", 400, 1]
+        assert await seen(way, "get-plain", "head-short", "append") == {
+            "get-plain": ["ResourceExistsError", "InvalidOperation", 409, 1],
+            "head-short": ["HttpResponseError", "InternalError", 502, 3],
+            "append": ["HttpResponseError", "FeatureNotSupportedByProxy", 501, 1],
+        }
+        key_id = next(iter(place.rig.materials[owner]))
+        place.rig.push(owner, key_id=key_id, state=KeyState.SUSPENDED)
+        assert await seen(way, "get", "put") == {
+            name: ["HttpResponseError", "AuthorizationFailure", 423, 1] for name in ("get", "put")
+        }

@@ -89,6 +89,7 @@ async def test_a_body_whose_decoder_objects_is_not_stored(world: World, version:
     got = await world.ask("/framed/a", "-T", "-", version, body=wrong)
     assert (got.status, got.code, got.body) == (400, "bad-digest", b"PUT bad-digest")
     assert got.headers["content-type"] == "text/probe"
+    assert got.headers["x-probe-error"] == got.headers["sealgate-error"]
     assert world.store.objects == {}
 
 

@@ -1,7 +1,10 @@
 """Refusals in the words of Azure Storage: an XML document with a code that its clients know.
 
-1. The status is the refusal's. The code is Azure's nearest: clients decide by it whether to try again.
-2. What the client sent stands in no error.
+1. The status is the refusal's. The code is Azure's nearest: by both clients decide what to raise and whether
+   to try again. So those codes that say `try again` (InternalError, OperationTimedOut, ServerBusy) stand beside
+   statuses that say so, and no others do.
+2. The code stands in the head, too (`x-ms-error-code`): an answer to a HEAD has no document.
+3. What the client sent stands in no error.
 """
 
 from collections.abc import Mapping
@@ -9,9 +12,10 @@ from typing import Final
 from xml.sax.saxutils import escape
 
 from proxy import refusals
-from proxy.refusals import Refusal
+from proxy.refusals import Refusal, Shaped
 
 CONTENT_TYPE: Final = "application/xml"
+ERROR_CODE: Final = "x-ms-error-code"
 _BY_STATUS: Final[Mapping[int, str]] = {
     400: "InvalidInput",
     403: "AuthorizationFailure",
@@ -21,12 +25,15 @@ _BY_STATUS: Final[Mapping[int, str]] = {
     411: "MissingContentLengthHeader",
     412: "ConditionNotMet",
     413: "RequestBodyTooLarge",
+    415: "UnsupportedHeader",
     416: "InvalidRange",
+    421: "InvalidUri",
     423: "AuthorizationFailure",
     429: "ServerBusy",
     501: "FeatureNotSupportedByProxy",
     502: "InternalError",
     503: "ServerBusy",
+    504: "OperationTimedOut",
 }
 CODES: Final[Mapping[str, str]] = {
     refusals.BAD_DIGEST.code: "Md5Mismatch",
@@ -48,7 +55,16 @@ CODES: Final[Mapping[str, str]] = {
 
 
 def azure_code(refusal: Refusal) -> str:
-    return CODES.get(refusal.code) or _BY_STATUS.get(refusal.status, "InternalError")
+    named = CODES.get(refusal.code) or _BY_STATUS.get(refusal.status)
+    return named or ("InvalidInput" if refusal.status < 500 else "InternalError")
+
+
+def shaped(refusal: Refusal) -> Shaped:
+    return Shaped(
+        content_type=CONTENT_TYPE,
+        body=error_document(refusal),
+        fields=((ERROR_CODE, azure_code(refusal)),),
+    )
 
 
 def error_document(refusal: Refusal) -> bytes:

@@ -54,7 +54,7 @@ from proxy.profiles.azure_blob.options import Anonymous, AzureBlobOptions, Unkno
 from proxy.profiles.azure_blob.routes import Kind, find_operation, is_block_blob
 from proxy.profiles.profile import Limitation, Profile
 from proxy.profiles.xml_rewriting import XmlError, document_root
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal, RefusedError, Shaped
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 128 * 1024
@@ -209,8 +209,8 @@ class AzureBlobProfile(Profile):
         return md5 is None or marked_size(md5) is not None
 
     @override
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes] | None:
-        return errors.CONTENT_TYPE, errors.error_document(refusal)
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped:
+        return errors.shaped(refusal)
 
 
 # ---- who

@@ -63,7 +63,7 @@ from proxy.profiles.gcs.told import (
 )
 from proxy.profiles.json_rewriting import JsonError, JsonListMapper, JsonObject
 from proxy.profiles.profile import Limitation, Profile
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal, RefusedError, Shaped
 
 ANSWER_LIMIT_BYTES: Final = 1024 * 1024
 """Of one object's metadata."""
@@ -218,8 +218,8 @@ class GcsProfile(Profile):
         return Pass(edits=proposed.edits, body=make)
 
     @override
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes]:
-        return CONTENT_TYPE, error_document(refusal)
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped:
+        return Shaped(content_type=CONTENT_TYPE, body=error_document(refusal))
 
 
 def _seal(request: Request) -> RequestPlan:

@@ -69,7 +69,7 @@ from proxy.profiles.s3.multipart import PartRules
 from proxy.profiles.s3.options import MetadataDigests, S3Options, options_of
 from proxy.profiles.s3.routes import Kind, find_operation
 from proxy.profiles.s3.signing import Resigner, Unchanged
-from proxy.refusals import Refusal
+from proxy.refusals import Refusal, Shaped
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 3 * 1024 * 1024
@@ -289,8 +289,8 @@ class S3Profile(Profile):
         return etags.is_of_parts(answer.fields.sole("etag") or "")
 
     @override
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes] | None:
-        return errors.CONTENT_TYPE, errors.error_document(refusal, head)
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped:
+        return Shaped(content_type=errors.CONTENT_TYPE, body=errors.error_document(refusal, head))
 
 
 # ---- who

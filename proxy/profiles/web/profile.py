@@ -42,7 +42,7 @@ from proxy.profiles.web.chunks import is_in_chunks
 from proxy.profiles.web.forms import SealedForm
 from proxy.profiles.web.options import Archives, FormLength, RouteRule, WebOptions
 from proxy.profiles.web.pages import PAGE_TYPE, refusal_page, wants_page
-from proxy.refusals import Refusal, RefusedError
+from proxy.refusals import Refusal, RefusedError, Shaped
 
 HELD_LIMIT_BYTES: Final = 1024 * 1024 * 1024
 """Of a form that is held; all that is held by a process is limited besides (proxy/spool.py)."""
@@ -183,8 +183,10 @@ class WebProfile(GenericProfile):
         return Refuse(refusal=refusals.NOT_SEALED) if isinstance(proposed, Pass) else proposed
 
     @override
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes] | None:
-        return (PAGE_TYPE, refusal_page(refusal)) if wants_page(head.fields) else None
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped | None:
+        if not wants_page(head.fields):
+            return None
+        return Shaped(content_type=PAGE_TYPE, body=refusal_page(refusal))
 
 
 def _options(request: Request) -> WebOptions:

@@ -47,7 +47,7 @@ from proxy.profiles.webdav.lists import (
 )
 from proxy.profiles.webdav.locks import is_absent, plan_locked
 from proxy.profiles.xml_rewriting import Name, XmlError, document_root
-from proxy.refusals import Refusal
+from proxy.refusals import Refusal, Shaped
 
 XML_LIMIT_BYTES: Final = 1024 * 1024
 """Of a request's document: some ten thousand properties."""
@@ -245,15 +245,16 @@ class WebDavProfile(GenericProfile):
         return is_nextcloud(request.head.target)
 
     @override
-    def refusal_body(self, refusal: Refusal, head: RequestHead) -> tuple[str, bytes]:
+    def shape(self, refusal: Refusal, head: RequestHead) -> Shaped:
         """RFC 4918 16, with the elements by which sabre/dav's clients (rclone's, Nextcloud's) show a text."""
         text = escape(f"{refusal.cause} {refusal.next_step}")
-        return "application/xml; charset=utf-8", (
+        document = (
             '<?xml version="1.0" encoding="utf-8"?>\n'
             '<D:error xmlns:D="DAV:" xmlns:s="http://sabredav.org/ns">'
             f"<s:exception>sealgate: {escape(refusal.code)}</s:exception>"
             f"<s:message>{text}</s:message></D:error>\n"
-        ).encode()
+        )
+        return Shaped(content_type="application/xml; charset=utf-8", body=document.encode())
 
 
 def _at_service(request: Request) -> Request:

@@ -317,9 +317,11 @@ def test_options() -> None:
 
 
 def test_refusals_have_azures_shape() -> None:
-    kind, body = PROFILE.refusal_body(refusals.BLOCK_UNKNOWN, head("PUT", "/box/b")) or ("", b"")
-    assert kind == "application/xml"
-    assert b"<Code>InvalidBlockList</Code>" in body
+    made = PROFILE.shape(refusals.BLOCK_UNKNOWN, head("PUT", "/box/b"))
+    assert made is not None
+    assert made.content_type == "application/xml"
+    assert b"<Code>InvalidBlockList</Code>" in made.body
+    assert made.fields == (("x-ms-error-code", "InvalidBlockList"),)
 
 
 def test_it_is_listed_and_says_what_stops_working() -> None:

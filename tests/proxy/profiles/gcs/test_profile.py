@@ -321,6 +321,7 @@ async def test_empty_answers_stay_empty() -> None:
 
 
 def test_refusals_are_googles() -> None:
-    shape = PROFILE.refusal_body(refusals.KEY_EXPIRED, head("GET", API))
-    assert shape[0].startswith("application/json")
-    assert json.loads(shape[1])["error"]["code"] == 503
+    shape = PROFILE.shape(refusals.KEY_EXPIRED, head("GET", API))
+    assert shape is not None
+    assert shape.content_type.startswith("application/json")
+    assert json.loads(shape.body)["error"]["code"] == 503

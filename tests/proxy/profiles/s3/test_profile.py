@@ -449,10 +449,10 @@ def test_folder_markers_that_others_made() -> None:
 
 
 def test_refusals_are_s3s() -> None:
-    made = PROFILE.refusal_body(refusals.BAD_DIGEST, head("PUT", "/b/k", {}))
+    made = PROFILE.shape(refusals.BAD_DIGEST, head("PUT", "/b/k", {}))
     assert made is not None
-    assert made[0] == "application/xml"
-    assert b"<Code>BadDigest</Code>" in made[1]
+    assert made.content_type == "application/xml"
+    assert b"<Code>BadDigest</Code>" in made.body
 
 
 # ---- the profile itself

@@ -232,9 +232,9 @@ def test_where_only_files_lie_there_are_no_pages() -> None:
 
 def test_who_asks_for_a_document_gets_one() -> None:
     head = RequestHead(method="GET", target="/", fields=fields(("Accept", "text/html,*/*;q=0.8")))
-    shaped = WEB.refusal_body(refusals.KEY_EXPIRED, head)
+    shaped = WEB.shape(refusals.KEY_EXPIRED, head)
     assert shaped is not None
-    assert shaped[0] == "text/html; charset=utf-8"
-    assert b"key-expired" in shaped[1]
+    assert shaped.content_type == "text/html; charset=utf-8"
+    assert b"key-expired" in shaped.body
     script = RequestHead(method="GET", target="/", fields=fields(("Sec-Fetch-Dest", "empty")))
-    assert WEB.refusal_body(refusals.KEY_EXPIRED, script) is None
+    assert WEB.shape(refusals.KEY_EXPIRED, script) is None

@@ -215,9 +215,9 @@ def test_a_lock_that_made_something_is_seen_to() -> None:
 
 def test_refusals_are_in_xml_that_clients_show() -> None:
     head = RequestHead(method="PUT", target="/f", fields=fields())
-    shaped = DAV.refusal_body(refusals.NO_ACTIVE_KEY, head)
+    shaped = DAV.shape(refusals.NO_ACTIVE_KEY, head)
     assert shaped is not None
-    root = ET.fromstring(shaped[1])
+    root = ET.fromstring(shaped.body)
     assert root.tag == "{DAV:}error"
     assert root.findtext("{http://sabredav.org/ns}exception") == "sealgate: no-active-key"
     assert refusals.NO_ACTIVE_KEY.cause in (root.findtext("{http://sabredav.org/ns}message") or "")
