@@ -26,7 +26,7 @@ from key_agent.backup import MAX_FILE_BYTES, BackupError
 from key_agent.commands import Json
 from key_agent.environments.approvals import ApprovalError
 from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.shared import EpochGapError, RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
 from key_agent.errors import KeySourceError
 from key_agent.operations import Operations
 from key_agent.registry.database import RegistryError, RegistryInUseError

@@ -22,7 +22,7 @@ from key_agent.environments.registry_lease import Position
 from key_agent.registry.model import Link
 
 if TYPE_CHECKING:
-    from key_agent.environments.shared import Shared
+    from key_agent.environments.shared_view import Shared
 
 LB_ACK_PATH: Final = "/v1/env/lb-ack"
 CONTAINMENT_PATH: Final = "/v1/env/containment"

@@ -22,8 +22,9 @@ from key_agent.environments.incident_changes import use_approval
 from key_agent.registry.access import RefusedChangeError
 
 if TYPE_CHECKING:
+    from key_agent.environments.draft import Draft
     from key_agent.environments.incident_parts import IncidentParts
-    from key_agent.environments.shared import Draft, Shared
+    from key_agent.environments.shared_view import Shared
 
 MAX_ADMINS: Final = 32
 

@@ -17,6 +17,7 @@ from cryptography import x509
 
 from key_agent.config import EnvironmentsSettings, Settings
 from key_agent.consent import Consent
+from key_agent.environments.draft import Draft
 from key_agent.environments.etcd import EtcdClient
 from key_agent.environments.founding import FIRST_TERM, founding_rows, kek_body
 from key_agent.environments.leadership import Appointed, Candidate, Elected, Leadership
@@ -25,11 +26,12 @@ from key_agent.environments.peer_api import PeerRoute, keep_current, listening, 
 from key_agent.environments.peer_routes import REFUSALS, PeerRoutes
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
 from key_agent.environments.peer_trust import PeerTrust
-from key_agent.environments.peering import Peering, newest_term
+from key_agent.environments.peering import Peering
 from key_agent.environments.peers import Introduction, JoinRequest, Peers
 from key_agent.environments.proofs import Proofs
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
-from key_agent.environments.shared import Draft, SharedRegistry
+from key_agent.environments.shared import SharedRegistry
+from key_agent.environments.shared_view import newest_term
 from key_agent.environments.transport_key import transport_files
 from key_agent.journal import Journal
 from key_agent.push.revocations import Revocations

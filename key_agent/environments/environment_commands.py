@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from key_agent.commands import Commands, Json
 from key_agent.environments.documents import EnvironmentBody
-from key_agent.environments.peering import newest_term
 from key_agent.environments.registry_key import fingerprint_of
 from key_agent.environments.registry_lease import NEVER_S
+from key_agent.environments.shared_view import newest_term
 from key_agent.environments.standing import lease_s_of
 from key_agent.environments.wrapping import HAVE_KEYS
 from key_agent.registry.store import RefusedChangeError
@@ -56,6 +56,9 @@ class EnvironmentCommands(Commands):
             else round(max(0.0, self._agent.clock.boot_s() - proven_s), 1),
             "serves": peering.verdict.standing,
             "reason": peering.verdict.reason,
+            "told": None
+            if environments.telling is None or (word := environments.telling.word) is None
+            else {"state": word.state, "reason": word.reason},
             "tampered": peering.tampered,
             "environments": [
                 self._environment_json(name, body) for name, body in sorted(view.environments.items())

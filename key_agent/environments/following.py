@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
 
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.standing import lease_s_of
 from key_agent.refresh import wait_until
 from key_agent.registry.database import RegistryError

@@ -18,12 +18,12 @@ import structlog
 from envelope.errors import SealgateError
 from key_agent.environments import healing_changes as changes
 from key_agent.environments.acknowledgements import LoadBalancers
+from key_agent.environments.draft import Draft
 from key_agent.environments.healing_changes import KekAnnouncement
 from key_agent.environments.incidents import Incidents, KeyMaker
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import Peering
 from key_agent.environments.registry_lease import Position
-from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
 from key_agent.registry.access import RefusedChangeError

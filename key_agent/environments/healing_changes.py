@@ -33,7 +33,8 @@ from key_agent.environments.states import EnvironmentEvent, EnvironmentState, fo
 from key_agent.registry.access import RefusedChangeError
 
 if TYPE_CHECKING:
-    from key_agent.environments.shared import Draft, Shared
+    from key_agent.environments.draft import Draft
+    from key_agent.environments.shared_view import Shared
 
 MAX_RESCUE_S: Final = 30 * 86_400
 LIVE: Final = (KeyState.PRE_ACTIVE, KeyState.ACTIVE, KeyState.SUSPENDED, KeyState.DEACTIVATED)

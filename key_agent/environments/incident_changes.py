@@ -39,7 +39,8 @@ from key_agent.environments.states import EnvironmentEvent, EnvironmentState, fo
 from key_agent.registry.access import RefusedChangeError
 
 if TYPE_CHECKING:
-    from key_agent.environments.shared import Draft, Shared
+    from key_agent.environments.draft import Draft
+    from key_agent.environments.shared_view import Shared
 
 MAX_REASON: Final = 500
 KEK_COMPROMISED: Final = "compromised"

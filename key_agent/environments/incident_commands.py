@@ -34,7 +34,7 @@ from key_agent.state_dir import AUDIT_NAME
 from runtime.audit_files import lines_since
 
 if TYPE_CHECKING:
-    from key_agent.environments.shared import Draft
+    from key_agent.environments.draft import Draft
 
 MAX_KEYS: Final = 10_000
 _BEFORE_MS: Final = 3_600_000

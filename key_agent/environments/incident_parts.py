@@ -23,9 +23,8 @@ from key_agent.environments.healing_changes import KekAnnouncement
 from key_agent.environments.incidents import Incidents, KeyMaker
 from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peering import newest_term
 from key_agent.environments.reaction import Reaction
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.workplace import Workplace
 
 if TYPE_CHECKING:

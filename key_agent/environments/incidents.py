@@ -27,11 +27,11 @@ from key_agent.environments.acknowledgements import (
     Places,
 )
 from key_agent.environments.breaches import Declaration, IncidentEvent, IncidentKind, IncidentState
+from key_agent.environments.draft import Draft
 from key_agent.environments.incident_changes import Opening
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import Notice, Peering
 from key_agent.environments.registry_lease import Position
-from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
 from key_agent.registry.access import RefusedChangeError

@@ -24,8 +24,9 @@ from key_agent.environments.documents import (
     RingBody,
     ServiceBody,
 )
+from key_agent.environments.draft import Draft
 from key_agent.environments.incident_changes import resume
-from key_agent.environments.shared import Draft, Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.registry.access import RefusedChangeError
 from key_agent.sources.source import WrappedKey

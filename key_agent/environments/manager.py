@@ -25,11 +25,13 @@ from envelope.errors import SealgateError
 from envelope.keys import KeyState, KeyUse, NetworkService
 from key_agent.environments import key_changes as changes
 from key_agent.environments.documents import EncryptPolicy
+from key_agent.environments.draft import Draft
 from key_agent.environments.key_changes import LIVE, WantedKey
 from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peering import Peering, newest_term
-from key_agent.environments.shared import AlsoWrite, Draft, Shared
+from key_agent.environments.peering import Peering
+from key_agent.environments.shared import AlsoWrite
+from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.wrapping import (
     BATCH,

@@ -11,7 +11,9 @@
    (`restrictions`) until the rows of the new one say it too.
 """
 
+import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Self
 
@@ -21,7 +23,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from envelope.keys import KeyState
 from key_agent.environments.documents import Hex, Kind, Ms, Name, Number, Text
-from key_agent.environments.terms import Holder, Known, Terms
+from key_agent.environments.shared_errors import RegistryTamperedError
+from key_agent.environments.shared_state import State
+from key_agent.environments.terms import Holder, Known, Terms, goes_on
 from runtime.files import replace_file
 
 NAME: Final = "registry.mark"
@@ -94,6 +98,72 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class MarkError(Exception):
     """The file is damaged, foreign, or not signed with this agent's key."""
+
+
+class MarkFile:
+    """The mark of one agent, as it was read or written last."""
+
+    def __init__(self, state_dir: Path, key: Ed25519PrivateKey, *, tenant: str, environment: str) -> None:
+        self._state_dir = state_dir
+        self._key = key
+        self._tenant = tenant
+        self._environment = environment
+        self._mark: Mark | None = None
+
+    @property
+    def is_there(self) -> bool:
+        return self._mark is not None
+
+    @property
+    def restrictions(self) -> Mapping[str, KeyState]:
+        """Rule 4."""
+        return {} if self._mark is None else self._mark.restrictions
+
+    async def read(self) -> Mark | None:
+        """None: there is no file. RegistryTamperedError: it is none of this agent's."""
+        try:
+            self._mark = await asyncio.to_thread(
+                read_mark, self._state_dir, self._key, tenant=self._tenant, environment=self._environment
+            )
+        except (MarkError, OSError) as error:
+            raise RegistryTamperedError(str(error)) from None
+        return self._mark
+
+    async def follow(self, state: State, restrictions: Mapping[str, KeyState]) -> None:
+        """*state* was committed. RegistryTamperedError: where it cannot be written, what was stored cannot be
+        proven later.
+        """
+        shared, known, holder = state.shared, state.known, state.terms.newest
+        is_over = holder is not None and not goes_on(known, holder)
+        await self._keep(
+            Mark(
+                tenant=self._tenant,
+                environment=self._environment,
+                term=shared.term,
+                epoch=shared.epoch,
+                digest=shared.digest,
+                restrictions=dict(restrictions),
+                holder=None if holder is None else MarkHolder.of(holder),
+                rows={f"{key[0]} {key[1]}": digest.hex() for key, digest in known.digests.items()},
+                withdrawn=True if is_over else msgspec.UNSET,
+            )
+        )
+
+    async def lower(self, after: State) -> None:
+        """Another history of the same term may be shorter than ours: after a crash it has to be believed."""
+        if self._mark is None:
+            return
+        start = after.terms.newest
+        lowest = (after.shared.term, 0) if start is None else (start.term, start.start)
+        if lowest < self._mark.position:
+            await self._keep(msgspec.structs.replace(self._mark, term=lowest[0], epoch=0, digest=""))
+
+    async def _keep(self, mark: Mark) -> None:
+        try:
+            await asyncio.to_thread(write_mark, self._state_dir, self._key, mark)
+        except OSError as error:
+            raise RegistryTamperedError(f"the mark cannot be written: {error}") from None
+        self._mark = mark
 
 
 def read_mark(state_dir: Path, key: Ed25519PrivateKey, *, tenant: str, environment: str) -> Mark | None:

@@ -18,14 +18,15 @@ from key_agent.environments.approvals import Action
 from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.environment_commands import EnvironmentCommands
 from key_agent.environments.peer_transport import PeerAddress
-from key_agent.environments.peering import newest_term
 from key_agent.environments.peers import JoinRequest
 from key_agent.environments.registry_key import same_fingerprint
+from key_agent.environments.shared_view import newest_term
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.registry.store import RefusedChangeError
 
 if TYPE_CHECKING:
-    from key_agent.environments.shared import Draft, Shared
+    from key_agent.environments.draft import Draft
+    from key_agent.environments.shared_view import Shared
 
 
 class MembershipCommands(EnvironmentCommands):

@@ -30,7 +30,7 @@ from key_agent.environments.peers import (
     Digest,
     JoinRequest,
 )
-from key_agent.environments.shared import EpochGapError, RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
 from key_agent.errors import KeySourceError
 from key_agent.registry.database import RegistryError
 from key_agent.registry.store import RefusedChangeError

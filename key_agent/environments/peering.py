@@ -25,13 +25,11 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from envelope.errors import IntegrityError, SealgateError
-from key_agent import metrics
 from key_agent.consent import Consent, EnvironmentStanding
 from key_agent.environments.documents import (
     Delta,
     EnvironmentBody,
     Head,
-    TermBody,
     check_head,
     read_registry_key,
 )
@@ -46,13 +44,9 @@ from key_agent.environments.leadership import Leadership
 from key_agent.environments.peer_transport import PeerAddress, PeerError
 from key_agent.environments.peers import NOTICE_PATH, Ack, Peers
 from key_agent.environments.registry_lease import NEVER_S, Members, Position, RegistryLease
-from key_agent.environments.shared import (
-    EpochGapError,
-    RegistryTamperedError,
-    Shared,
-    SharedRegistry,
-    StaleTermError,
-)
+from key_agent.environments.shared import SharedRegistry
+from key_agent.environments.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.standing import Verdict, judge, lease_s_of
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
@@ -372,7 +366,6 @@ class Peering:
 
     def _heard(self, name: str, beat: Heartbeat, position: Position, *, latency_s: float) -> None:
         before = self.sights.get(name)
-        metrics.REGISTRY_LAG.labels(name).set(max(0, self._view.epoch - position.epoch))
         if before is None or not before.answers:
             log.info("an environment answers", peer=name)
         self.sights[name] = Sight(
@@ -530,7 +523,6 @@ class Peering:
         if verdict.standing is EnvironmentStanding.SERVES:
             self._was_proven = True
         before, self.verdict = self.verdict, verdict
-        metrics.ENVIRONMENT_SERVES.set(verdict.standing is EnvironmentStanding.SERVES)
         self._consent.set_environment(verdict.standing, verdict.reason)
         if (before.state, before.reason) != (verdict.state, verdict.reason):
             for listener in self._listeners:
@@ -562,7 +554,6 @@ class Peering:
     def _take(self, view: Shared) -> None:
         before, self._view = self._view, view
         self.lease.applied(self.position)
-        metrics.REGISTRY_EPOCH.set(view.epoch)
         own = view.environments.get(self.environment)
         if self._declared is not None and own is not None and own.state is EnvironmentState.HEALING:
             self._declared = None  # the signed row says it now
@@ -604,14 +595,6 @@ class Peering:
 
     def _now_ms(self) -> int:
         return int(self._clock.wall_s() * 1000)
-
-
-def newest_term(shared: Shared) -> tuple[int, TermBody] | None:
-    """The newest term and who holds it."""
-    if not shared.terms:
-        return None
-    row_id = max(shared.terms)
-    return int(row_id), shared.terms[row_id]
 
 
 def _read_declaration(file: Path) -> str | None:

@@ -13,7 +13,7 @@ from key_agent.commands import Json
 from key_agent.environments.documents import EncryptPolicy
 from key_agent.environments.environment_commands import EnvironmentCommands
 from key_agent.environments.presented import chosen
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.registry.access import RefusedChangeError
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from envelope.keys import KeyState, KeyUse
 from key_agent.environments.documents import EncryptPolicy
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.registry.model import HeldKey
 
 

@@ -14,7 +14,7 @@ from key_agent.environments import approvals
 from key_agent.environments.approvals import Action, ApprovalError
 from key_agent.environments.documents import ApprovalBody, Head
 from key_agent.environments.environment_commands import EnvironmentCommands
-from key_agent.environments.peering import newest_term
+from key_agent.environments.shared_view import newest_term
 from key_agent.environments.standing import lease_s_of
 from key_agent.environments.terms import check_promotion, promotion_payload
 from key_agent.registry.store import RefusedChangeError

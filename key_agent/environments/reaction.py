@@ -24,7 +24,7 @@ from key_agent.environments.healing_changes import KekAnnouncement
 from key_agent.environments.incident_changes import KEK_COMPROMISED
 from key_agent.environments.peering import Peering
 from key_agent.environments.proofs import Proofs
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import UnsupportedError
 from key_agent.kek_making import KekWish, make_kek

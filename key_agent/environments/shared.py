@@ -16,37 +16,28 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import batched
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Self, cast
+from typing import Self, cast
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection
 
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
+from key_agent.environments.believing import Believing, Confirm, beside
 from key_agent.environments.documents import (
-    AdminBody,
     ApprovalBody,
     Body,
     DekBody,
     Delta,
     EnvironmentBody,
-    FormerKey,
     Grounds,
     Head,
-    IncidentBody,
-    IncidentKeyBody,
-    KekBody,
     Kind,
-    RingBody,
-    ServiceBody,
     SharedRow,
-    TenantBody,
     TermBody,
     check_head,
     check_shape,
@@ -57,172 +48,27 @@ from key_agent.environments.documents import (
     sign_head,
     sign_row,
 )
+from key_agent.environments.draft import Draft, with_former_keys
 from key_agent.environments.endings import check_kept, may_erase
-from key_agent.environments.mark import Mark, MarkError, MarkHolder, read_mark, write_mark
+from key_agent.environments.mark import Mark, MarkFile
 from key_agent.environments.projection import clear, differences, project
 from key_agent.environments.registry_key import public_text
-from key_agent.environments.states import restrictiveness
+from key_agent.environments.restrictions import put_restrictions, restricted, restrictions_between, still
+from key_agent.environments.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_state import State, delta_of, with_rows
+from key_agent.environments.shared_tables import delete_rows, read_rows, read_seal, write_rows, write_seal
+from key_agent.environments.shared_view import Key, Shared, changed, view_of
 from key_agent.environments.terms import (
-    WATCHED,
-    Holder,
-    Judgement,
     Known,
     Terms,
     check_goes_on,
-    goes_on,
     judge,
     term_id,
 )
-from key_agent.errors import KeyAgentError
 from key_agent.registry.store import Registry
-from key_agent.registry.tables import shared_row, shared_seal
 
-_SEAL_DOMAIN: Final = b"sealgate/v1 registry seal\0"
-_ONE: Final = 1
-_BATCH: Final = 500
-_MANY: Final = 1000
-"""Rows whose signatures, or whose digest, take longer than others should wait for the event loop."""
-_UPDATE_ROW: Final = (
-    update(shared_row)
-    .where(shared_row.c.kind == bindparam("b_kind"), shared_row.c.id == bindparam("b_id"))
-    .values({name: bindparam(f"b_{name}") for name in ("term", "epoch", "signer", "body", "signature")})
-)
-
-type Key = tuple[Kind, str]
-type Confirm = Callable[[Holder], Awaitable[None]]
-"""IntegrityError unless the election gave that holder its term. What else it raises: nobody can tell."""
 type AlsoWrite = Callable[[Connection], object]
 """Writes to this environment's own tables, in the transaction that writes the shared rows."""
-
-
-class StaleTermError(KeyAgentError):
-    """It was written under a term that another manager has followed."""
-
-    next_step = "ask the newest manager: `key-agent env list` names it"
-
-
-class EpochGapError(KeyAgentError):
-    """A delta that does not begin where this registry ends, or does not lead to what it says."""
-
-    def __init__(self, own_epoch: int) -> None:
-        super().__init__(f"the shared registry is at epoch {own_epoch}")
-        self.own_epoch = own_epoch
-
-    next_step = "send what is missing, or everything"
-
-
-class RegistryTamperedError(KeyAgentError):
-    """The shared registry is not what was written: edited, rolled back, or incomplete."""
-
-    next_step = (
-        "find out who has written to the database; the agent takes the rows of another environment as soon "
-        "as it reaches one"
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """All shared rows at one epoch."""
-
-    term: int = 0
-    epoch: int = 0
-    digest: str = ""
-    tenant: TenantBody | None = None
-    terms: Mapping[str, TermBody] = field(default_factory=dict)
-    environments: Mapping[str, EnvironmentBody] = field(default_factory=dict)
-    keks: Mapping[str, KekBody] = field(default_factory=dict)
-    services: Mapping[str, ServiceBody] = field(default_factory=dict)
-    rings: Mapping[str, RingBody] = field(default_factory=dict)
-    deks: Mapping[str, DekBody] = field(default_factory=dict)
-    incidents: Mapping[str, IncidentBody] = field(default_factory=dict)
-    incident_keys: Mapping[str, IncidentKeyBody] = field(default_factory=dict)
-    admins: Mapping[str, AdminBody] = field(default_factory=dict)
-    approvals: Mapping[str, ApprovalBody] = field(default_factory=dict)
-    head: str = ""
-    """The signature of the newest term's holder under term, epoch and digest."""
-
-
-_FIELDS: Final[Mapping[Kind, str]] = {
-    Kind.TERM: "terms",
-    Kind.ENVIRONMENT: "environments",
-    Kind.KEK: "keks",
-    Kind.SERVICE: "services",
-    Kind.RING: "rings",
-    Kind.DEK: "deks",
-    Kind.INCIDENT: "incidents",
-    Kind.INCIDENT_KEY: "incident_keys",
-    Kind.ADMIN: "admins",
-    Kind.APPROVAL: "approvals",
-}
-
-
-class Draft:
-    """What a write is about to change: `put` bodies, look at `shared` as they leave it."""
-
-    def __init__(self, shared: Shared, *, tenant_id: str, now_ms: int) -> None:
-        self.epoch: Final = shared.epoch + 1
-        """The epoch this write will have."""
-        self.now_ms: Final = now_ms
-        self.changed: dict[Key, Body] = {}
-        self._tenant_id = tenant_id
-        self._kinds: dict[Kind, dict[str, Body]] = {}
-        self._before = shared
-        self._shared: Shared = shared
-
-    @property
-    def shared(self) -> Shared:
-        return self._shared
-
-    def put(self, kind: Kind, row_id: str, body: Body) -> None:
-        """Set a row. One that is as it was changes nothing."""
-        if kind is Kind.TENANT:
-            self._shared = _changed(self._shared, tenant=cast("TenantBody", body))
-        else:
-            if kind not in self._kinds:  # the first of its kind: from now on ours to change
-                self._kinds[kind] = dict(getattr(self._shared, _FIELDS[kind]))
-                self._shared = _changed(self._shared, **{_FIELDS[kind]: self._kinds[kind]})
-            self._kinds[kind][row_id] = body
-        if self._body_before(kind, row_id) == body:
-            self.changed.pop((kind, row_id), None)
-        else:
-            self.changed[kind, row_id] = body
-
-    def _body_before(self, kind: Kind, row_id: str) -> Body | None:
-        if kind is Kind.TENANT:
-            return self._before.tenant if row_id == self._tenant_id else None
-        found: Body | None = getattr(self._before, _FIELDS[kind]).get(row_id)
-        return found
-
-
-def _changed(shared: Shared, **changes: Any) -> Shared:
-    fields = {name: getattr(shared, name) for name in Shared.__dataclass_fields__}
-    return Shared(**(fields | changes))
-
-
-@dataclass(slots=True)
-class _State:
-    """All rows as they were committed last."""
-
-    rows: dict[Key, SharedRow] = field(default_factory=dict)
-    bodies: dict[Key, Body] = field(default_factory=dict)
-    digests: dict[Key, bytes] = field(default_factory=dict)
-    shared: Shared = field(default_factory=Shared)
-    terms: Terms = field(default_factory=Terms)
-
-    def sign(self, signature: str) -> None:
-        """The head is *signature* by the newest term's holder."""
-        self.shared = _changed(self.shared, head=signature)
-
-    @property
-    def known(self) -> Known:
-        """As far as it decides whom to believe next."""
-        watched = [key for key in self.rows if key[0] in WATCHED]
-        return Known(
-            position=(self.shared.term, self.shared.epoch),
-            terms=self.terms,
-            digests={key: self.digests[key] for key in watched},
-            bodies={key: self.bodies[key] for key in watched},
-        )
 
 
 class SharedRegistry:
@@ -231,15 +77,21 @@ class SharedRegistry:
     def __init__(self, registry: Registry, *, key: Ed25519PrivateKey, state_dir: Path) -> None:
         self._registry = registry
         self._key = key
-        self._state_dir = state_dir
-        self._pins: dict[str, str] = {}
         self._verified: dict[Key, bytes] = {}
         """Digest of each row whose signature was found right."""
-        self._state: _State | None = None
-        self._mark: Mark | None = None
+        self._state: State | None = None
+        self._mark = MarkFile(state_dir, key, tenant=registry.tenant_id, environment=registry.environment_id)
+        self._believing = Believing(registry.tenant_id)
         self._one_at_a_time = asyncio.Lock()
-        self.confirm: Confirm | None = None
+
+    @property
+    def confirm(self) -> Confirm | None:
         """Asks the election about a new term; None: there is none, so no elected term is believed."""
+        return self._believing.confirm
+
+    @confirm.setter
+    def confirm(self, confirm: Confirm | None) -> None:
+        self._believing.confirm = confirm
 
     @classmethod
     async def open(cls, registry: Registry, *, key: Ed25519PrivateKey, state_dir: Path) -> Self:
@@ -252,7 +104,7 @@ class SharedRegistry:
         FormatError if it is none.
         """
         read_registry_key(registry_key)
-        self._pins[agent_id] = registry_key
+        self._believing.pins[agent_id] = registry_key
 
     async def snapshot(self) -> Shared:
         """The rows of now, verified when they were first read. RegistryTamperedError, RegistryError."""
@@ -322,7 +174,7 @@ class SharedRegistry:
 
             return await self._write(state, change, term=term, now_ms=now_ms)
 
-    def _grounds(self, state: _State, asked: ApprovalBody | None) -> Grounds:
+    def _grounds(self, state: State, asked: ApprovalBody | None) -> Grounds:
         signers = () if asked is None else tuple(asked.signatures)
         wanted = [
             (Kind.ENVIRONMENT, self._registry.environment_id),
@@ -336,7 +188,7 @@ class SharedRegistry:
 
     async def _write(
         self,
-        state: _State,
+        state: State,
         change: Callable[[Draft], object],
         *,
         term: int,
@@ -345,13 +197,13 @@ class SharedRegistry:
     ) -> Delta:
         draft = Draft(state.shared, tenant_id=self._tenant, now_ms=now_ms)
         change(draft)
-        self._restrict(draft)
+        put_restrictions(draft, self._mark.restrictions)
         if not draft.changed:
             return self._delta(state, state.shared.epoch)
 
-        def prepared() -> tuple[list[SharedRow], _State]:
+        def prepared() -> tuple[list[SharedRow], State]:
             rows = self._signed(draft, state, term)
-            after = self._after(state, rows, term=term, epoch=draft.epoch)
+            after = with_rows(state, rows, term=term, epoch=draft.epoch, tenant_id=self._tenant)
             shared = after.shared
             head = sign_head(
                 self._key, tenant=self._tenant, term=term, epoch=shared.epoch, digest=shared.digest
@@ -360,19 +212,19 @@ class SharedRegistry:
             self._check_own(state, after)
             return rows, after
 
-        rows, after = await _beside(len(state.rows) + len(draft.changed), prepared)
+        rows, after = await beside(len(state.rows) + len(draft.changed), prepared)
         await self._store(
             after,
             rows,
             before=state.bodies,
             gone=(),
             now_ms=now_ms,
-            restrictions=self._still_restricted(after),
+            restrictions=still(self._mark.restrictions, after.bodies),
             also=also,
         )
         return self._delta(after, draft.epoch - 1)
 
-    def _check_own(self, state: _State, after: _State) -> None:
+    def _check_own(self, state: State, after: State) -> None:
         """StaleTermError unless this agent holds the term that it has written in; IntegrityError unless the
         others will believe that it does.
         """
@@ -411,11 +263,11 @@ class SharedRegistry:
             if is_fork or delta.epoch_from != shared.epoch:
                 raise EpochGapError(shared.epoch)
             after = await self._after_delta(state, delta)
-            await self._check(delta, state.known, after)
+            await self._believing.check(delta, state.known, after)
             if after.shared.digest != delta.digest:
                 raise EpochGapError(shared.epoch)  # another history up to here
             check_kept(state.bodies, after.bodies, changed=[row.key for row in delta.rows])
-            restrictions = self._still_restricted(after)
+            restrictions = still(self._mark.restrictions, after.bodies)
             await self._store(
                 after,
                 delta.rows,
@@ -433,13 +285,13 @@ class SharedRegistry:
         async with self._one_at_a_time:
             if delta.tenant != self._tenant or delta.epoch_from != 0:
                 raise FormatError("a registry is restored from all rows of its tenant")
-            mark = await self._read_mark()
+            mark = await self._mark.read()
             if mark is not None and (delta.term, delta.epoch_to) < mark.position:
                 raise StaleTermError(
                     f"epoch {delta.epoch_to} of term {delta.term} is older than what was here: "
                     f"{mark.epoch} of {mark.term}"
                 )
-            rows = await self._registry.transact(_read_rows)
+            rows = await self._registry.transact(read_rows)
             # What these rows say counts for nothing: anybody may have written it. The mark knows better.
             known = Known() if mark is None else mark.known
             if mark is not None and (delta.term, delta.epoch_to, delta.digest) == (
@@ -447,7 +299,7 @@ class SharedRegistry:
                 mark.digest,
             ):
                 known = replace(known, withdrawn=False)  # what was here itself, the withdrawal last
-            await self._replace(_State(rows=rows), known, delta, now_ms)
+            await self._replace(State(rows=rows), known, delta, now_ms)
 
     async def since(self, epoch: int) -> Delta:
         """What changed after *epoch*; everything for 0. RegistryTamperedError, RegistryError."""
@@ -460,81 +312,57 @@ class SharedRegistry:
     def _tenant(self) -> str:
         return self._registry.tenant_id
 
-    async def _loaded(self) -> _State:
+    async def _loaded(self) -> State:
         if self._state is None:
-            mark = await self._read_mark()
+            mark = await self._mark.read()
             self._state = await self._registry.transact(lambda c: self._load(c, mark))
             shared = self._state.shared
             if mark is None or mark.position < (shared.term, shared.epoch):
-                await self._write_mark(shared, {} if mark is None else mark.restrictions, self._state)
+                await self._mark.follow(self._state, self._mark.restrictions)
         return self._state
 
-    async def _read_mark(self) -> Mark | None:
-        registry = self._registry
-        try:
-            self._mark = await asyncio.to_thread(
-                read_mark,
-                self._state_dir,
-                self._key,
-                tenant=registry.tenant_id,
-                environment=registry.environment_id,
-            )
-        except (MarkError, OSError) as error:
-            raise RegistryTamperedError(str(error)) from None
-        return self._mark
-
-    def _load(self, c: Connection, mark: Mark | None) -> _State:
-        rows = _read_rows(c)
-        seal = c.execute(select(shared_seal)).one_or_none()
+    def _load(self, c: Connection, mark: Mark | None) -> State:
+        rows, seal = read_rows(c), read_seal(c)
         if not rows and seal is None:
             if mark is not None and mark.epoch > 0:
                 raise RegistryTamperedError("the shared rows are gone")
-            return _State()
+            return State()
         if mark is None:
             raise RegistryTamperedError("there are shared rows, but no mark of them in the state directory")
         if seal is None:
             raise RegistryTamperedError("the seal of the shared rows is gone")
         digests = {key: row_digest(row) for key, row in rows.items()}
         digest = digest_of(digests.items())
-        self._check_seal(seal, digest)
-        if (seal.term, seal.epoch) < mark.position:
+        seal.check(self._key, self._tenant, digest)
+        if seal.position < mark.position:
             raise RegistryTamperedError(
-                f"the shared rows are those of epoch {seal.epoch}; epoch {mark.epoch} was here already"
+                f"the shared rows are those of epoch {seal.head.epoch}; epoch {mark.epoch} was here already"
             )
-        if (seal.term, seal.epoch) == mark.position and digest != mark.digest:
+        if seal.position == mark.position and digest != mark.digest:
             raise RegistryTamperedError("the shared rows are not those that the mark is of")
         bodies, terms = self._check_rows(rows, digests)
-        self._check_stored_head(seal, terms)
-        shared = _view(bodies, term=seal.term, epoch=seal.epoch, digest=digest, tenant_id=self._tenant)
-        wrong = differences(c, _restricted(bodies, mark.restrictions), tenant_id=self._tenant)
+        self._check_stored_head(seal.head, terms)
+        shared = view_of(
+            bodies, term=seal.head.term, epoch=seal.head.epoch, digest=digest, tenant_id=self._tenant
+        )
+        wrong = differences(c, restricted(bodies, mark.restrictions), tenant_id=self._tenant)
         if wrong:
             raise RegistryTamperedError(
                 f"{len(wrong)} values are not what the signed rows say: {', '.join(wrong[:3])}"
             )
-        return _State(
+        return State(
             rows=rows,
             bodies=bodies,
             digests=digests,
-            shared=_changed(shared, head=seal.head_signature),
+            shared=changed(shared, head=seal.head.signature),
             terms=terms,
         )
 
-    def _check_stored_head(self, seal: Any, terms: Terms) -> None:
-        head = Head(term=seal.term, epoch=seal.epoch, digest=seal.digest, signature=seal.head_signature)
+    def _check_stored_head(self, head: Head, terms: Terms) -> None:
         try:
-            check_head(self._tenant, head, terms.holder(seal.term).key)
+            check_head(self._tenant, head, terms.holder(head.term).key)
         except IntegrityError as error:
             raise RegistryTamperedError(str(error)) from None
-
-    def _check_seal(self, seal: Any, digest: str) -> None:
-        try:
-            self._key.public_key().verify(
-                bytes.fromhex(seal.signature), self._seal_bytes(seal.term, seal.epoch, seal.digest)
-            )
-        except (InvalidSignature, ValueError):
-            raise RegistryTamperedError("the seal of the shared rows is not this agent's") from None
-        if digest != seal.digest:
-            raise RegistryTamperedError("the shared rows are not those that were sealed")
 
     def _check_rows(
         self, rows: Mapping[Key, SharedRow], digests: Mapping[Key, bytes]
@@ -552,27 +380,13 @@ class SharedRegistry:
 
     # ---- writing
 
-    def _restrict(self, draft: Draft) -> None:
-        """What another history had restricted is written down by the new one."""
-        restrictions = {} if self._mark is None else self._mark.restrictions
-        for key_id, state in restrictions.items():
-            body = draft.shared.deks.get(key_id)
-            if body is not None and restrictiveness(body.state) < restrictiveness(state):
-                draft.put(
-                    Kind.DEK,
-                    key_id,
-                    msgspec.structs.replace(
-                        body, state=state, since_ms=draft.now_ms, reason="restricted under another manager"
-                    ),
-                )
-
-    def _signed(self, draft: Draft, state: _State, term: int) -> list[SharedRow]:
+    def _signed(self, draft: Draft, state: State, term: int) -> list[SharedRow]:
         rows = []
         for (kind, row_id), body in draft.changed.items():
             written = body
             if isinstance(written, EnvironmentBody):
                 before = state.bodies.get((kind, row_id))
-                written = _with_former_keys(written, cast("EnvironmentBody | None", before), draft.epoch)
+                written = with_former_keys(written, cast("EnvironmentBody | None", before), draft.epoch)
             rows.append(
                 sign_row(
                     self._key,
@@ -587,17 +401,17 @@ class SharedRegistry:
             )
         return rows
 
-    async def _replace(self, state: _State, known: Known, delta: Delta, now_ms: int) -> None:
+    async def _replace(self, state: State, known: Known, delta: Delta, now_ms: int) -> None:
         """Everything of *delta* in place of all that is here, if *known* lets its writer be believed."""
-        after = await self._after_delta(_State(), delta)
+        after = await self._after_delta(State(), delta)
         if after.shared.digest != delta.digest:
             raise IntegrityError("a delta's rows are not those of its digest")
-        judged = await self._check(delta, known, after)
+        judged = await self._believing.check(delta, known, after)
         if judged.forked:
-            await self._lower_mark(after)
+            await self._mark.lower(after)
         elif not _leaves(judged.terms, state):
             check_kept(state.bodies, after.bodies)
-        restrictions = self._restrictions_between(state, after)
+        restrictions = restrictions_between(self._mark.restrictions, state.bodies, after.bodies)
         gone = [key for key in state.rows if key not in after.rows]
         await self._store(
             after,
@@ -608,65 +422,15 @@ class SharedRegistry:
             restrictions=restrictions,
         )
 
-    async def _check(self, delta: Delta, known: Known, after: _State) -> Judgement:
-        """By whom *after*, to which *delta* leads, was written: the holders of its terms, and nobody else."""
-        check_shape(delta)
-        if known.terms.newest is None:
-            known = Known(pins=self._pins)
-        judged = judge(self._tenant, known, after.rows.values())
-        if judged.overruled:
-            raise StaleTermError(f"term {delta.term} has two managers, and ours was approved later")
-        holder = judged.terms.newest
-        if holder is None or (holder.term, holder.agent) != (delta.term, delta.signer):
-            raise IntegrityError(f"a delta of term {delta.term} is not its holder's")
-        check_goes_on(known, holder)
-        check_head(self._tenant, delta.head, holder.key)
+    async def _after_delta(self, state: State, delta: Delta) -> State:
+        def after() -> State:
+            return with_rows(state, delta.rows, term=delta.term, epoch=delta.epoch_to, tenant_id=self._tenant)
 
-        def check_rows() -> None:
-            for row in delta.rows:
-                judged.terms.check(self._tenant, row)
-
-        await _beside(len(delta.rows), check_rows)
-        if judged.elected is not None:
-            if self.confirm is None:
-                raise IntegrityError(f"term {judged.elected.term} was elected, and no election is known here")
-            await self.confirm(judged.elected)
-        after.sign(delta.signature)
-        return judged
-
-    async def _lower_mark(self, after: _State) -> None:
-        """Another history of the same term may be shorter than ours: after a crash it has to be believed."""
-        if self._mark is None:
-            return
-        start = after.terms.newest
-        lowest = (after.shared.term, 0) if start is None else (start.term, start.start)
-        if lowest < self._mark.position:
-            await self._keep_mark(msgspec.structs.replace(self._mark, term=lowest[0], epoch=0, digest=""))
-
-    def _after(self, state: _State, rows: Iterable[SharedRow], *, term: int, epoch: int) -> _State:
-        """*state* after *rows*: values, nothing is written, nothing is checked but the terms' order."""
-        return _with(state, rows, term=term, epoch=epoch, tenant_id=self._tenant)
-
-    async def _after_delta(self, state: _State, delta: Delta) -> _State:
-        def after() -> _State:
-            return self._after(state, delta.rows, term=delta.term, epoch=delta.epoch_to)
-
-        return await _beside(len(state.rows) + len(delta.rows), after)
-
-    def _restrictions_between(self, before: _State, after: _State) -> dict[str, KeyState]:
-        kept = dict({} if self._mark is None else self._mark.restrictions)
-        for (kind, row_id), body in before.bodies.items():
-            if kind is Kind.DEK and isinstance(body, DekBody):
-                known = kept.get(row_id, body.state)
-                kept[row_id] = max(known, body.state, key=restrictiveness)
-        return _still(kept, after)
-
-    def _still_restricted(self, after: _State) -> dict[str, KeyState]:
-        return _still({} if self._mark is None else self._mark.restrictions, after)
+        return await beside(len(state.rows) + len(delta.rows), after)
 
     async def _store(
         self,
-        after: _State,
+        after: State,
         rows: Iterable[SharedRow],
         *,
         before: Mapping[Key, Body],
@@ -677,7 +441,7 @@ class SharedRegistry:
     ) -> None:
         written, removed, shared = list(rows), list(gone), after.shared
 
-        was = _restricted(before, {} if self._mark is None else self._mark.restrictions)
+        was = restricted(before, self._mark.restrictions)
         ended = {
             row.id: (cast("DekBody | None", was.get(row.key)), cast("DekBody", after.bodies[row.key]))
             for row in written
@@ -686,212 +450,35 @@ class SharedRegistry:
         erasable = may_erase(self._tenant, ended, shared.approvals, shared.admins)
 
         def work(c: Connection) -> None:
-            for key in removed:
-                c.execute(delete(shared_row).where(shared_row.c.kind == key[0], shared_row.c.id == key[1]))
-            for some in batched(written, _BATCH):
-                _write_rows(c, some)
+            delete_rows(c, removed)
+            write_rows(c, written)
             clear(c, removed, now_ms=now_ms)
-            changed = {row.key: after.bodies[row.key] for row in written}
+            bodies = {row.key: after.bodies[row.key] for row in written}
             project(
                 c,
-                _restricted(changed, restrictions),
+                restricted(bodies, restrictions),
                 tenant_id=self._tenant,
                 now_ms=now_ms,
                 may_erase=erasable,
             )
             if also is not None:
                 also(c)
-            signature = self._key.sign(self._seal_bytes(shared.term, shared.epoch, shared.digest)).hex()
-            c.execute(delete(shared_seal))
-            c.execute(
-                insert(shared_seal).values(
-                    id=_ONE,
-                    term=shared.term,
-                    epoch=shared.epoch,
-                    digest=shared.digest,
-                    signature=signature,
-                    head_signature=shared.head,
-                )
-            )
+            write_seal(c, self._key, self._tenant, shared)
 
-        if self._mark is None:
+        if not self._mark.is_there:
             # Before the first rows: without a mark they would not be believed after a crash.
-            await self._write_mark(Shared(), {}, _State())
+            await self._mark.follow(State(), {})
         self._state = None  # whatever happens now is read anew
         await self._registry.transact(work)
-        await self._write_mark(shared, restrictions, after)
+        await self._mark.follow(after, restrictions)
         self._verified |= {row.key: after.digests[row.key] for row in written}
         self._state = after
 
-    async def _write_mark(self, shared: Shared, restrictions: Mapping[str, KeyState], state: _State) -> None:
-        """RegistryTamperedError: where it cannot be written, what was stored cannot be proven later."""
-        holder = state.terms.newest
-        is_over = holder is not None and not goes_on(state.known, holder)
-        await self._keep_mark(
-            Mark(
-                tenant=self._tenant,
-                environment=self._registry.environment_id,
-                term=shared.term,
-                epoch=shared.epoch,
-                digest=shared.digest,
-                restrictions=dict(restrictions),
-                holder=None if holder is None else MarkHolder.of(holder),
-                rows={f"{key[0]} {key[1]}": digest.hex() for key, digest in state.known.digests.items()},
-                withdrawn=True if is_over else msgspec.UNSET,
-            )
-        )
-
-    async def _keep_mark(self, mark: Mark) -> None:
-        try:
-            await asyncio.to_thread(write_mark, self._state_dir, self._key, mark)
-        except OSError as error:
-            raise RegistryTamperedError(f"the mark cannot be written: {error}") from None
-        self._mark = mark
-
-    def _seal_bytes(self, term: int, epoch: int, digest: str) -> bytes:
-        return _SEAL_DOMAIN + f"{self._tenant}\0{term}\0{epoch}\0{digest}".encode()
-
-    def _delta(self, state: _State, epoch: int) -> Delta:
-        start = min(epoch, state.shared.epoch)
-        rows = tuple(row for row in state.rows.values() if row.epoch > start)
-        holder = state.terms.newest
-        return Delta(
-            tenant=self._tenant,
-            term=state.shared.term,
-            epoch_from=start,
-            epoch_to=state.shared.epoch,
-            rows=rows,
-            digest=state.shared.digest,
-            signer=self._registry.agent_id if holder is None else holder.agent,
-            signature=state.shared.head,
-        )
+    def _delta(self, state: State, epoch: int) -> Delta:
+        return delta_of(state, epoch, tenant_id=self._tenant, agent_id=self._registry.agent_id)
 
 
-async def _beside[T](rows: int, work: Callable[[], T]) -> T:
-    """What *work* returns; in a thread if it is about many rows: whoever asks meanwhile is answered.
-
-    It touches nothing but values, or what the caller's lock keeps to itself.
-    """
-    return work() if rows < _MANY else await asyncio.to_thread(work)
-
-
-def _with_former_keys(body: EnvironmentBody, before: EnvironmentBody | None, epoch: int) -> EnvironmentBody:
-    """Which keys it had, and until when."""
-    former = () if before is None else before.former_keys
-    if (
-        before is not None
-        and before.registry_key
-        and (before.agent_id, before.registry_key)
-        != (
-            body.agent_id,
-            body.registry_key,
-        )
-    ):
-        gone = FormerKey(agent_id=before.agent_id, registry_key=before.registry_key, until_epoch=epoch - 1)
-        former = (*former, gone)
-    return msgspec.structs.replace(body, former_keys=former)
-
-
-def _with(state: _State, rows: Iterable[SharedRow], *, term: int, epoch: int, tenant_id: str) -> _State:
-    """*state* after *rows*: values, nothing is written."""
-    after = _State(rows=dict(state.rows), bodies=dict(state.bodies), digests=dict(state.digests))
-    for row in rows:
-        after.rows[row.key] = row
-        after.bodies[row.key] = read_body(row.kind, row.body)
-        after.digests[row.key] = row_digest(row)
-    digest = digest_of(after.digests.items())
-    after.shared = _view(after.bodies, term=term, epoch=epoch, digest=digest, tenant_id=tenant_id)
-    after.terms = Terms.of(after.rows.values())
-    return after
-
-
-def _view(bodies: Mapping[Key, Body], *, term: int, epoch: int, digest: str, tenant_id: str) -> Shared:
-    kinds: dict[str, dict[str, Body]] = {name: {} for name in _FIELDS.values()}
-    tenant: Body | None = None
-    for (kind, row_id), body in bodies.items():
-        if kind is not Kind.TENANT:
-            kinds[_FIELDS[kind]][row_id] = body
-        elif row_id == tenant_id:
-            tenant = body
-    fields: dict[str, Any] = {"term": term, "epoch": epoch, "digest": digest, "tenant": tenant, **kinds}
-    return Shared(**fields)
-
-
-def _restricted(bodies: Mapping[Key, Body], restrictions: Mapping[str, KeyState]) -> Mapping[Key, Body]:
-    """*bodies* as the tables are to have them: keys at least as restricted as another history had them."""
-    if not restrictions:
-        return bodies
-    changed = dict(bodies)
-    for key_id, state in restrictions.items():
-        body = changed.get((Kind.DEK, key_id))
-        if isinstance(body, DekBody) and restrictiveness(body.state) < restrictiveness(state):
-            changed[Kind.DEK, key_id] = msgspec.structs.replace(body, state=state)
-    return changed
-
-
-def _leaves(terms: Terms, ours: _State) -> bool:
+def _leaves(terms: Terms, ours: State) -> bool:
     """Whether a term among *terms*, which follow ours, began before the end of *ours*: another history."""
     following = terms.after(ours.shared.term)
     return following is not None and following.start <= ours.shared.epoch
-
-
-def _still(restrictions: Mapping[str, KeyState], after: _State) -> dict[str, KeyState]:
-    """Those that the rows of now do not say themselves."""
-    kept: dict[str, KeyState] = {}
-    for key_id, state in restrictions.items():
-        body = after.bodies.get((Kind.DEK, key_id))
-        if not isinstance(body, DekBody):
-            if state is not KeyState.PRE_ACTIVE:
-                kept[key_id] = state  # should it come back, it has been used
-            continue
-        taken_away = restrictiveness(state) > restrictiveness(KeyState.DEACTIVATED)
-        if taken_away and restrictiveness(body.state) < restrictiveness(state):
-            kept[key_id] = state
-        elif body.state is KeyState.PRE_ACTIVE and state is not KeyState.PRE_ACTIVE:
-            kept[key_id] = KeyState.DEACTIVATED  # it has sealed: its wraps are not those of an unused key
-    return kept
-
-
-def _read_rows(c: Connection) -> dict[Key, SharedRow]:
-    rows: dict[Key, SharedRow] = {}
-    for row in c.execute(select(shared_row)):
-        try:
-            kind = Kind(row.kind)
-        except ValueError:
-            raise RegistryTamperedError(f"a shared row is of no known kind: {row.kind[:32]!r}") from None
-        rows[kind, row.id] = SharedRow(
-            kind=kind,
-            id=row.id,
-            term=row.term,
-            epoch=row.epoch,
-            signer=row.signer,
-            body=row.body,
-            signature=row.signature,
-        )
-    return rows
-
-
-def _write_rows(c: Connection, rows: Sequence[SharedRow]) -> None:
-    there: set[Key] = set()
-    for kind in {row.kind for row in rows}:
-        ids = [row.id for row in rows if row.kind is kind]
-        query = select(shared_row.c.id).where(shared_row.c.kind == kind, shared_row.c.id.in_(ids))
-        there |= {(kind, row_id) for row_id in c.scalars(query)}
-    if known := [row for row in rows if row.key in there]:
-        c.execute(
-            _UPDATE_ROW, [{f"b_{name}": value for name, value in _columns(row).items()} for row in known]
-        )
-    if new := [row for row in rows if row.key not in there]:
-        c.execute(insert(shared_row), [_columns(row) for row in new])
-
-
-def _columns(row: SharedRow) -> dict[str, object]:
-    return {
-        "kind": row.kind.value,
-        "id": row.id,
-        "term": row.term,
-        "epoch": row.epoch,
-        "signer": row.signer,
-        "body": row.body,
-        "signature": row.signature,
-    }

@@ -15,7 +15,7 @@ from typing import Final
 from key_agent.consent import EnvironmentStanding
 from key_agent.environments.documents import EnvironmentBody
 from key_agent.environments.registry_lease import NEVER_S
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 
 DEFAULT_LEASE_S: Final = 300
 

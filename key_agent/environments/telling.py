@@ -7,7 +7,8 @@
 4. An environment by itself, without shared rows, tells nobody anything.
 5. One that is active while its KEK cannot be used (an HSM that hangs, a refused login, a revoked KEK) says
    that it is draining, so load balancers send callers to the others. Its proxies go on with the keys that
-   they have, as long as those are valid and not taken back.
+   they have, as long as those are valid and not taken back. So does one whose HSM is merely slow
+   (sources/pace.py): long before a time-out tells that it hangs, callers are elsewhere.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentWord, PushError, Transport
 from key_agent.refresh import wait_until
 from key_agent.registry.model import Proxy
+from key_agent.sources.pace import Pace
 from runtime.clock import Clock
 
 if TYPE_CHECKING:
@@ -80,18 +82,19 @@ class Telling:
         peering: "Peering",
         *,
         consent: Consent,
+        pace: Pace,
         transport: Transport,
         targets: Targets,
         journal: Journal,
         clock: Clock,
     ) -> "Telling":
-        """What *peering*'s verdict and the KEK's standing say, from now on."""
+        """What *peering*'s verdict, the KEK's standing and the HSM's pace say, from now on."""
 
         def word() -> EnvironmentWord | None:
             if not peering.is_united:
                 return None
             position = peering.position
-            state, reason = said(peering.verdict, consent.standing)
+            state, reason = said(peering.verdict, consent.standing, slow=pace.slow)
             return EnvironmentWord(
                 environment=peering.environment,
                 state=state,
@@ -103,7 +106,13 @@ class Telling:
         telling = cls(transport=transport, targets=targets, journal=journal, clock=clock, word=word)
         peering.listen(lambda _view: telling.wake())
         consent.listen(lambda _change: telling.wake())
+        pace.listen(lambda _slow: telling.wake())
         return telling
+
+    @property
+    def word(self) -> EnvironmentWord | None:
+        """What is to be told now; None: nothing."""
+        return self._word()
 
     @property
     def told(self) -> Mapping[str, Told]:
@@ -177,8 +186,11 @@ class Telling:
             self._wake.set()  # else all thousand answers would have the loop look at all thousand proxies
 
 
-def said(verdict: "Verdict", kek: Standing) -> tuple[str, str | None]:
-    """State and reason that the proxies are told (rule 5)."""
-    if verdict.state == EnvironmentState.ACTIVE and kek not in _USABLE:
-        return EnvironmentState.DRAINING, f"its KEK cannot be used now: {kek}"
+def said(verdict: "Verdict", kek: Standing, *, slow: str | None = None) -> tuple[str, str | None]:
+    """State and reason that the proxies are told (rule 5). *slow*: why the HSM is to be spared."""
+    if verdict.state == EnvironmentState.ACTIVE:
+        if kek not in _USABLE:
+            return EnvironmentState.DRAINING, f"its KEK cannot be used now: {kek}"
+        if slow is not None:
+            return EnvironmentState.DRAINING, f"slow: {slow}"
     return verdict.state, verdict.reason

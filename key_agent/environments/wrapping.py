@@ -25,10 +25,10 @@ from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
 from key_agent.environments.documents import DekBody
 from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peering import Peering, newest_term
+from key_agent.environments.peering import Peering
 from key_agent.environments.peers import WRAPS_PATH
 from key_agent.environments.proofs import Proofs
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import UNSERVED_MS, Link

@@ -39,6 +39,7 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
         "key_agent.environments.founding",
         "key_agent.environments.projection",
         "key_agent.environments.shared",
+        "key_agent.environments.shared_tables",
         "proxy.tenants",
         "proxy.uploads",
     ),

@@ -78,6 +78,10 @@ _TAMPERING: Final = (
     "tests/key_agent/environments/test_shared_tampering.py",
     "right when everything that somebody can do to the database is noticed",
 )
+_SHARED: Final = (
+    "tests/key_agent/environments/test_shared.py",
+    "a part of the shared registry, seen through it on both databases",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 _BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
@@ -160,6 +164,16 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "the other half of the shared registry, seen through it on both databases",
     ),
     "key_agent/environments/mark.py": _TAMPERING,
+    "key_agent/environments/shared_tables.py": _TAMPERING,
+    "key_agent/environments/believing.py": (
+        "tests/key_agent/environments/test_terms.py",
+        "right when whoever has no say, whatever it signs, is not believed",
+    ),
+    "key_agent/environments/draft.py": _SHARED,
+    "key_agent/environments/restrictions.py": _SHARED,
+    "key_agent/environments/shared_errors.py": _SHARED,
+    "key_agent/environments/shared_state.py": _SHARED,
+    "key_agent/environments/shared_view.py": _SHARED,
     "key_agent/environments/workplace.py": _PEERING,
     "key_agent/registry/wrap_rows.py": (
         "tests/key_agent/environments/test_manager.py",

@@ -25,10 +25,10 @@ from key_agent.environments import approvals
 from key_agent.environments.acknowledgements import LbAck
 from key_agent.environments.approvals import Action
 from key_agent.environments.documents import DekBody, Kind, RingBody, ServiceBody
+from key_agent.environments.draft import Draft
 from key_agent.environments.incident_commands import IncidentCommands
 from key_agent.environments.incident_parts import IncidentParts
 from key_agent.environments.incidents import Successor
-from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.push.targets import Targets
 from key_agent.registry.access import insert_wrap

@@ -23,7 +23,7 @@ from key_agent.agent import Agent
 from key_agent.environments.documents import DekBody
 from key_agent.environments.key_parts import KeyParts
 from key_agent.environments.manager import Manager
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.wrapping import Wraps
 from key_agent.push.targets import Targets
 from key_agent.registry.model import Proxy, Receipt

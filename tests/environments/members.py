@@ -28,6 +28,7 @@ from key_agent.consent import Consent
 from key_agent.environments import approvals
 from key_agent.environments.assembly import Environments
 from key_agent.environments.documents import AdminBody, AdminState, ApprovalBody, Kind
+from key_agent.environments.draft import Draft
 from key_agent.environments.etcd import EtcdSettings
 from key_agent.environments.membership_commands import MembershipCommands
 from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
@@ -35,7 +36,7 @@ from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peers import Introduction
 from key_agent.environments.promotion_commands import PromotionCommands
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
-from key_agent.environments.shared import Draft, SharedRegistry
+from key_agent.environments.shared import SharedRegistry
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
 from key_agent.registry.store import Registry

@@ -34,9 +34,11 @@ from key_agent.environments.documents import (
     TenantBody,
     TermBody,
 )
+from key_agent.environments.draft import Draft
 from key_agent.environments.mark import NAME as MARK_NAME
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
-from key_agent.environments.shared import Draft, Shared, SharedRegistry
+from key_agent.environments.shared import SharedRegistry
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.terms import promotion_payload
 from key_agent.registry.store import Registry

@@ -28,7 +28,8 @@ from key_agent.environments.documents import (
     body_text,
     read_body,
 )
-from key_agent.environments.shared import Draft, Shared
+from key_agent.environments.draft import Draft
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 
 NOW_MS = 1_800_000_000_000

@@ -15,8 +15,9 @@ from key_agent.environments.documents import (
     ServiceBody,
     TenantBody,
 )
+from key_agent.environments.draft import Draft
 from key_agent.environments.key_changes import DAY_MS, WantedKey
-from key_agent.environments.shared import Draft, Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.source import WrapMethod, WrappedKey

@@ -11,9 +11,9 @@ import pytest
 from envelope.keys import KeyState, KeyUse, NetworkService
 from key_agent.environments.cli import environments_text
 from key_agent.environments.documents import EncryptPolicy, Kind
+from key_agent.environments.draft import Draft
 from key_agent.environments.manager import LOOK_S
 from key_agent.environments.peers import WRAPS_PATH
-from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.wrapping import Look
 from key_agent.registry.model import Proxy

@@ -14,12 +14,13 @@ from sqlalchemy import text
 from envelope.errors import IntegrityError
 from key_agent.consent import EnvironmentStanding
 from key_agent.environments.documents import EnvironmentBody, Kind
+from key_agent.environments.draft import Draft
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import DECLARATION_NAME
 from key_agent.environments.peers import HEARTBEAT_PATH, REGISTRY_PATH
 from key_agent.environments.registry_key import read_or_make_registry_key
 from key_agent.environments.registry_lease import Position
-from key_agent.environments.shared import Draft, RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_errors import RegistryTamperedError, StaleTermError
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.store import RefusedChangeError
 from tests import postgres

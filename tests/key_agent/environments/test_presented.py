@@ -6,7 +6,7 @@ import pytest
 from envelope.keys import KeyState, KeyUse
 from key_agent.environments.documents import EncryptPolicy, ServiceBody, TenantBody
 from key_agent.environments.presented import present, rescued
-from key_agent.environments.shared import Shared
+from key_agent.environments.shared_view import Shared
 from key_agent.registry.model import HeldKey
 from tests.key_agent.environments.rows import World
 

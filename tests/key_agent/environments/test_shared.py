@@ -12,7 +12,9 @@ import pytest
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
 from key_agent.environments.documents import DekBody, Kind
-from key_agent.environments.shared import Draft, EpochGapError, Shared, StaleTermError
+from key_agent.environments.draft import Draft
+from key_agent.environments.shared_errors import EpochGapError, StaleTermError
+from key_agent.environments.shared_view import Shared
 from tests import postgres
 from tests.key_agent.environments.registries import (
     ADMINS,

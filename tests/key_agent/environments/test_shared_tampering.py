@@ -14,7 +14,7 @@ import pytest
 from envelope.errors import IntegrityError
 from envelope.keys import KeyState
 from key_agent.environments.documents import Kind
-from key_agent.environments.shared import RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_errors import RegistryTamperedError, StaleTermError
 from key_agent.environments.states import EnvironmentState
 from tests.key_agent.environments.registries import KID, Holder, key, registry_of
 

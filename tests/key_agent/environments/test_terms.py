@@ -30,7 +30,7 @@ from key_agent.environments.documents import (
     row_digest,
     sign_row,
 )
-from key_agent.environments.shared import StaleTermError
+from key_agent.environments.shared_errors import StaleTermError
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.terms import Holder as TermHolder
 from key_agent.environments.terms import promotion_payload, term_id

@@ -10,9 +10,9 @@ import pytest
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, KeyState, KeyUse
 from key_agent.environments.documents import Kind
+from key_agent.environments.draft import Draft
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peers import WRAPS_PATH
-from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.wrapping import (
     BRING_PATH,

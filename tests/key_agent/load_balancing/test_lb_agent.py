@@ -13,8 +13,8 @@ from cryptography import x509
 from envelope.certificates import Role
 from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
 from key_agent.environments.documents import EnvironmentBody, Kind
+from key_agent.environments.draft import Draft
 from key_agent.environments.peer_api import PeerCall, PeerRoute
-from key_agent.environments.shared import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.haproxy_config import haproxy_config
 from key_agent.load_balancing.lb_agent import LbAgent
