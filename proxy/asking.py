@@ -9,6 +9,9 @@ engine's.
 4. A body that fails on its way up ends without an end: the service sees a request that broke off.
 5. Idle time is limited, total time is the caller's affair.
 6. A 2xx to a body whose last piece has not gone up yet is no success: the service cannot have it.
+7. What may change something is sent once. A kept connection that breaks without an answer leaves open what
+   the service has done: sent again, a conditional PUT would be 412 and a DELETE 404 by its own first success.
+   The caller hears that it failed, and its client decides, as it would directly. Only reads are asked again.
 """
 
 import contextlib
@@ -32,7 +35,11 @@ IDLE_S: Final = 60.0
 CONNECT_S: Final = 5.0
 _MAX_CONNECTIONS: Final = 32
 """Of one network service; further requests wait for one to be free."""
+_KEPT_S: Final = 4.0
+"""A connection without a request is closed then: services that close theirs do so after 5 s and more (Apache,
+Node), and a request that meets the end of its connection may not be sent again (rule 7)."""
 _READ_BUFFER_BYTES: Final = 256 * 1024
+_READS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 # What belongs to the client's request and not to ours: its conditions, its ranges, its body, its connection,
 # and what WebDAV says of one request (RFC 4918 10; WsgiDAV answers no GET with a Depth).
 _NOT_OURS: Final = frozenset(
@@ -205,7 +212,10 @@ class Asking:
         session = self._sessions.get(owner)
         if session is None:
             session = self._sessions[owner] = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self._trust, limit=_MAX_CONNECTIONS),
+                connector=aiohttp.TCPConnector(
+                    ssl=self._trust, limit=_MAX_CONNECTIONS, keepalive_timeout=_KEPT_S
+                ),
+                middlewares=(_sent_once,),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 trust_env=False,
@@ -213,6 +223,18 @@ class Asking:
                 skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.CONTENT_TYPE),
             )
         return session
+
+
+async def _sent_once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Rule 7: the library repeats PUT and DELETE (RFC 9110 9.2.2), conditions or not."""
+    try:
+        return await handler(request)
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        if request.method in _READS:
+            raise
+        raise AskingError(f"{request.url.origin()}: {type(error).__name__}") from error
 
 
 async def _cut(body: bytes) -> AsyncIterator[bytes]:

@@ -1,6 +1,8 @@
 """Our own requests to a service: as the client, signed, bounded, and cut where their body fails."""
 
 import asyncio
+import contextlib
+import re
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -119,6 +121,56 @@ async def test_a_body_is_as_long_as_was_said(yields: int) -> None:
         with pytest.raises(AskingError):
             async with asking.ask(source(origin.port), "PUT", body=pieces(), body_bytes=400_000) as answer:
                 await answer.read(100)
+
+
+@pytest.mark.parametrize("breaks", ["ends", "resets"])
+@pytest.mark.parametrize(
+    ("method", "body", "times"),
+    [
+        ("GET", None, 2),
+        ("HEAD", None, 2),
+        ("PUT", b"content", 1),
+        ("PUT", b"", 1),
+        ("PUT", bytes(600_000), 1),
+        ("DELETE", None, 1),
+        ("POST", b"content", 1),
+        ("MOVE", None, 1),
+    ],
+    ids=["get", "head", "put", "put-empty", "put-in-pieces", "delete", "post", "move"],
+)
+async def test_what_may_change_something_is_sent_once(
+    method: str, body: bytes | None, times: int, breaks: str
+) -> None:
+    """The service does what it is asked on a kept connection, and breaks it in place of answering."""
+    served: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head.lower())
+                await reader.readexactly(int(length[1]) if length else 0)
+                served.append(head.partition(b" ")[0])
+                if len(served) == 2:
+                    if breaks == "resets":
+                        writer.transport.abort()
+                    break
+                writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, Asking(ssl.create_default_context()) as asking:
+        asked = source(server.sockets[0].getsockname()[1])
+        async with asking.ask(asked, "GET") as answer:
+            assert await answer.read(10) == b""
+        if times > 1:
+            async with asking.ask(asked, method, body=body) as answer:
+                assert answer.status == 200
+        else:
+            with pytest.raises(AskingError):
+                async with asking.ask(asked, method, body=body):
+                    pytest.fail("an answer")
+        assert served == [b"GET", *[method.encode()] * times]
 
 
 @pytest.mark.parametrize(("status", "is_taken"), [(200, False), (201, False), (403, True), (503, True)])
