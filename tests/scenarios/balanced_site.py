@@ -274,10 +274,12 @@ async def balanced_site(
     proxies_each: int = 1,
     rhythm: tuple[float, float, float] = RHYTHM,
     proxy_settings: str = "",
+    proxy_environments: Mapping[str, Mapping[str, str]] | None = None,
 ) -> AsyncIterator[Balanced]:
     """*kinds*: environments that stand ready; *united*: those that are one from the start.
 
-    *proxy_settings*: further tables of every proxy's settings.
+    *proxy_settings*: further tables of every proxy's settings. *proxy_environments*: further variables of the
+    processes of an environment's proxies.
     """
     names = tuple(united)
     async with environments_site(
@@ -287,6 +289,7 @@ async def balanced_site(
         for one in site.environments.values():
             for proxy in one.proxies:
                 proxy.config.write_text(proxy.config.read_text() + proxy_settings)
+                proxy.program.environment.update((proxy_environments or {}).get(one.name, {}))
         async with site.agents(), site.proxies():
             await site.unite(*names)
             for name in names:
