@@ -10,7 +10,7 @@ import functools
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -28,6 +28,7 @@ from key_agent.environments.assembly import Environments
 from key_agent.environments.following import Following
 from key_agent.environments.incident_parts import IncidentParts
 from key_agent.environments.key_parts import KeyParts
+from key_agent.environments.metrics import EnvironmentMetrics
 from key_agent.environments.telling import Telling
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
@@ -48,6 +49,7 @@ from key_agent.state_dir import AUDIT_NAME, REFUSED_PIN_NAME, SOCKET_NAME, state
 from runtime.audit import AuditLog
 from runtime.broker import check_library
 from runtime.clock import Clock, SystemClock
+from runtime.observe import REGISTRY
 from runtime.serve import serving
 from runtime.settings import SettingsError, read_secret_file
 
@@ -257,6 +259,7 @@ async def opened(
             others.telling = telling = Telling.of(
                 others.peering,
                 consent=agent.consent,
+                pace=source.pace,
                 transport=transport,
                 targets=agent.targets,
                 journal=journal,
@@ -319,10 +322,25 @@ async def serve(
         log.info("key agent stopped", agent=settings.agent.id, cause=str(error))
 
 
-def _among_others(agent: Agent) -> AbstractAsyncContextManager[None]:
+@asynccontextmanager
+async def _among_others(agent: Agent) -> AsyncIterator[None]:
     """What this agent and those of other environments do for each other, while the block runs."""
     others = agent.environments
-    return others.working() if isinstance(others, Environments) else nullcontext()
+    if not isinstance(others, Environments):
+        yield
+        return
+    telling, keys = others.telling, others.key_parts
+    seen = EnvironmentMetrics(
+        others.peering,
+        told=lambda: {} if telling is None else telling.told,
+        standings=lambda: {} if keys is None else keys.manager.standings,
+    )
+    REGISTRY.register(seen)
+    try:
+        async with others.working():
+            yield
+    finally:
+        REGISTRY.unregister(seen)
 
 
 async def _either(first: asyncio.Event, second: asyncio.Event) -> None:

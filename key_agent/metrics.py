@@ -6,6 +6,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from runtime.observe import NAMESPACE, REGISTRY
 
+HSM_SLOW: Final = Gauge(
+    "agent_hsm_slow",
+    "1 while the HSM or key server does not answer as soon as it should, 0 otherwise",
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
 PUSHES: Final = Counter(
     "agent_pushes",
     "Deliveries of keys, by proxy and outcome",
@@ -91,25 +97,6 @@ ROTATIONS_OPEN: Final = Gauge(
 ROTATIONS_STUCK: Final = Gauge(
     "agent_rotations_stuck",
     "Rotations whose new key does not open in the HSM, so that it is not activated",
-    namespace=NAMESPACE,
-    registry=REGISTRY,
-)
-ENVIRONMENT_SERVES: Final = Gauge(
-    "env_serves",
-    "1 while this environment may serve, 0 while it is withdrawn or not proven",
-    namespace=NAMESPACE,
-    registry=REGISTRY,
-)
-REGISTRY_EPOCH: Final = Gauge(
-    "registry_epoch",
-    "Epoch of the shared registry that this agent has",
-    namespace=NAMESPACE,
-    registry=REGISTRY,
-)
-REGISTRY_LAG: Final = Gauge(
-    "registry_lag_epochs",
-    "By how many epochs another environment is behind this one",
-    ["environment"],
     namespace=NAMESPACE,
     registry=REGISTRY,
 )

@@ -16,6 +16,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from key_agent.consent import Standing
+from key_agent.environments.metrics import families as environment_families
+from key_agent.environments.states import EnvironmentState
 from proxy.cli import all_refusals
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
@@ -110,6 +112,7 @@ def test_matchers_name_labels_and_values_that_exist() -> None:
     table = documented()
     words = {
         "standing": {str(standing) for standing in Standing},
+        "state": {str(state) for state in EnvironmentState},
         "dialect": {str(dialect) for dialect in DialectName},
         "outcome": {"ok", "refused", "accepted", *(refusal.code for refusal in all_refusals())},
     }
@@ -164,7 +167,9 @@ async def test_what_rules_and_page_name_is_served(tmp_path: Path) -> None:
     assert "\nsealgate_ready 1.0\n" in at_proxy
     assert '\nsealgate_agent_standing{standing="consented"} 1.0\n' in at_agent
     assert "\nsealgate_agent_leads 1.0\n" in at_agent
-    served = {**families(at_agent), **families(at_proxy), **of_service}
+    of_several = {metric.name: metric.type for metric in environment_families().values()}
+    assert not of_several.keys() & families(at_agent), "an agent of one environment says nothing of several"
+    served = {**families(at_agent), **families(at_proxy), **of_service, **of_several}
     ours = {name: kind for name, kind in served.items() if not name.startswith(OF_THE_LIBRARY)}
     table = documented()
     assert {name: kind for name, (kind, _) in table.items()} == ours, "docs/metrics.md is complete and true"
