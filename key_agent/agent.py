@@ -6,7 +6,8 @@
 3. When consent returns, the registry has it first; then the proxies get their keys.
 4. When the registry works again after a failure it is read anew: a change may have been kept whose answer was
    lost. What waited for it goes on at once.
-5. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
+5. An HSM that is slow is said to be, and nothing else changes here: pace.py, environments/telling.py.
+6. One process per `state_dir` (app.py holds its lock): memory and registry cannot diverge.
 """
 
 import asyncio
@@ -217,6 +218,7 @@ class Agent:
     async def start(self) -> None:
         """Take over what the registry says of the KEK. To be called once, before anything else."""
         self.consent.listen(self._consent_changed)
+        self.source.pace.listen(self._pace_changed)
         self.consent.listen_environment(self._environment_changed)
         self.consent.adopt(await self.registry.current_kek())
 
@@ -301,6 +303,8 @@ class Agent:
                 f"no keys are pushed: {self.consent.standing}"
                 + ("" if diagnosis is None else f" ({diagnosis.verdict}: {diagnosis.detail})")
             )
+        if (slow := self.source.pace.slow) is not None:
+            reasons.append(f"slow: {slow}")
         if self.consent.environment is not EnvironmentStanding.SERVES:
             reasons.append(
                 f"environment {self.environment_id} does not serve: {self.consent.environment_reason}"
@@ -355,6 +359,10 @@ class Agent:
             verdict=None if diagnosis is None else diagnosis.verdict,
             proof=None if diagnosis is None else diagnosis.detail,
         )
+
+    def _pace_changed(self, slow: str | None) -> None:
+        metrics.HSM_SLOW.set(slow is not None)
+        self.journal.note("hsm-pace", outcome="quick" if slow is None else "slow", reason=slow)
 
     def _environment_changed(self, new: EnvironmentStanding) -> None:
         self.presence.wake()

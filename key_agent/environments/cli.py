@@ -328,6 +328,8 @@ def environments_text(data: Any) -> str:
         )
     if data["reason"]:
         lines.append(f"{data['environment']} {data['serves']}: {data['reason']}")
+    if (told := data["told"]) is not None and told["reason"] and told["reason"] != data["reason"]:
+        lines.append(f"its proxies are told that it is {told['state']}: {told['reason']}")
     lines += [_environment_text(row, data["epoch"]) for row in data["environments"]]
     lines += [
         f"proxy {row['proxy']} does not know it yet ({row['state']}): {row['error']}"

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from key_agent.errors import UnsupportedError
 from key_agent.sources import wire
+from key_agent.sources.pace import Pace
 from key_agent.sources.source import KekType, WrapMethod
 from key_agent.sources.worker import Worker
 from key_agent.sources.worker_source import WorkerSettings, WorkerSource
@@ -99,6 +100,7 @@ class KeyServerSource(WorkerSource):
             request_timeout_s=settings.request_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             clock=clock,
+            pace=Pace(settings.slow_after_s, of="the key server"),
             module=WORKER_MODULE,
             title="key server's worker",
         )

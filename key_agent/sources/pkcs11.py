@@ -14,6 +14,7 @@ import structlog
 
 from key_agent.errors import KeySourceError, UnsupportedError
 from key_agent.sources import wire
+from key_agent.sources.pace import Pace
 from key_agent.sources.pin import PinGate, RefusedPin
 from key_agent.sources.source import (
     KekType,
@@ -133,6 +134,7 @@ class Pkcs11Source(WorkerSource):
             request_timeout_s=settings.request_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             clock=clock,
+            pace=Pace(settings.slow_after_s),
         )
         super().__init__(worker, settings, clock)
 

@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envelope.errors import MisuseError
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from key_agent.sources.verdict import Diagnosis, Verdict
+
+if TYPE_CHECKING:  # a worker process has no use for it
+    from key_agent.sources.pace import Pace
 
 __all__ = [
     "Arrival",
@@ -274,6 +278,9 @@ class Exported:
 
 class KeySource(ABC):
     """An HSM or key server. Each method raises `KeySourceError` (or a child) and nothing else on failure."""
+
+    pace: "Pace"
+    """Whether it answers as soon as it should."""
 
     @abstractmethod
     async def create_kek(

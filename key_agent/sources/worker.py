@@ -8,6 +8,7 @@
 4. The child inherits nothing but the variables that PKCS#11 modules read; the PIN is in the first frame
    only.
 5. What the module prints is read, cut and logged, so that a talkative module can neither block nor flood.
+6. How long a request is with the worker tells whether the HSM is slow (pace.py); that changes nothing here.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ import structlog
 
 from key_agent.errors import KeySourceError
 from key_agent.sources import wire
+from key_agent.sources.pace import START_ALLOWANCE_S, Pace, Stopwatch
 from key_agent.sources.verdict import Verdict
 from runtime.clock import Clock
 
@@ -55,6 +57,7 @@ class Worker:
     """*hello* makes the first frame anew for every start (it reads the PIN); it may raise KeySourceError.
 
     *on_refusal* hears that the token refused that PIN; the worker that held it is gone by then.
+    *pace* hears how long the answers take.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Worker:
         request_timeout_s: float,
         start_timeout_s: float,
         clock: Clock,
+        pace: Pace | None = None,
         module: str = WORKER_MODULE,
         title: str = "HSM worker",
     ) -> None:
@@ -77,6 +81,7 @@ class Worker:
         self._request_timeout_s = request_timeout_s
         self._start_timeout_s = start_timeout_s
         self._clock = clock
+        self.pace = pace or Pace()
         self._lock = asyncio.Lock()
         self._process: Process | None = None
         self._failures = 0
@@ -134,7 +139,8 @@ class Worker:
                     await self._start(hello)
             limit_s, doing = timeout_s, "answer"
             async with asyncio.timeout(limit_s):
-                reply = await self._exchange(message)
+                with self._timed(message):
+                    reply = await self._exchange(message)
         except TimeoutError:
             self._fail()
             raise KeySourceError(
@@ -167,7 +173,8 @@ class Worker:
         reaper = asyncio.create_task(_attend(self._process), name=f"hsm-worker:{self._process.pid}")
         self._reapers.add(reaper)
         reaper.add_done_callback(self._reapers.discard)
-        ready = await self._exchange(hello)
+        with self._timed(hello):
+            ready = await self._exchange(hello)
         if isinstance(ready, wire.Failed):
             raise KeySourceError(f"the {self._title} does not begin: {ready.detail}", verdict=ready.verdict)
 
@@ -183,6 +190,22 @@ class Worker:
         if reply.number != self._number:
             raise wire.ProtocolError(f"answer {reply.number} to question {self._number}")
         return reply.message
+
+    def _timed(self, message: wire.Message) -> contextlib.AbstractContextManager[object]:
+        """Rule 6, for what the HSM is asked again and again."""
+        match message:
+            case wire.Hello() | wire.OpenBaoHello() | wire.KmipHello():
+                allowed_s, counts = START_ALLOWANCE_S, False
+            case wire.Diagnose():
+                allowed_s, counts = 0.0, True
+            case wire.SealEnvelopes() | wire.Rewrap() | wire.ExportKeys() | wire.ImportKeys():
+                allowed_s, counts = message.budget_s, True
+            case _:
+                # An operator's request, or new keys: to make an RSA key takes seconds, on purpose.
+                return contextlib.nullcontext()
+        if (pid := self.pid) is None:
+            return contextlib.nullcontext()
+        return Stopwatch(self.pace, self._clock, pid, allowed_s=allowed_s, counts=counts)
 
     async def _fate(self, process: Process | None, error: Exception) -> str:
         """What became of the worker, for people."""

@@ -20,6 +20,7 @@ import structlog
 from envelope.keys import KeyId
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources import wire
+from key_agent.sources.pace import SLOW_AFTER_S
 from key_agent.sources.source import (
     Arrival,
     Destination,
@@ -59,6 +60,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     request_timeout_s: float = 10.0
     """The worker is killed when it has not answered by then."""
+    slow_after_s: float = SLOW_AFTER_S
+    """From then on load balancers are told to send callers to other environments (pace.py)."""
     start_timeout_s: float = 20.0
     administration_timeout_s: float = 60.0
     """For creating and destroying KEKs and trying methods: dozens of calls, some slow on real HSMs."""
@@ -66,13 +69,21 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How long one batch keeps the KEK watch waiting."""
 
     def __post_init__(self) -> None:
-        for name in ("request_timeout_s", "start_timeout_s", "administration_timeout_s", "batch_s"):
+        for name in (
+            "request_timeout_s",
+            "slow_after_s",
+            "start_timeout_s",
+            "administration_timeout_s",
+            "batch_s",
+        ):
             if not 0 < getattr(self, name) <= 3600:
                 raise ValueError(f"{name} must be greater than 0 and at most 3600")
         if self.batch_s > self.request_timeout_s / 2:
             raise ValueError(
                 "batch_s must be at most half of request_timeout_s, or a slow batch counts as a hang"
             )
+        if self.slow_after_s >= self.request_timeout_s:
+            raise ValueError("slow_after_s must be less than request_timeout_s, or nobody is told in time")
 
 
 class WorkerSource(KeySource):
@@ -80,6 +91,7 @@ class WorkerSource(KeySource):
 
     def __init__(self, worker: Worker, limits: WorkerSettings, clock: Clock) -> None:
         self._worker = worker
+        self.pace = worker.pace
         self._limits = limits
         self._clock = clock
         self._last_material_s: float | None = None

@@ -23,6 +23,7 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, 
 from envelope.material import Claims, Operation, key_check, seal_envelope
 from key_agent.errors import KeySourceError, UnsupportedError, error_of
 from key_agent.sources.envelopes import WrappedKeyError
+from key_agent.sources.pace import Pace
 from key_agent.sources.parcels import load_transport_key, open_peer_parcel, seal_parcel
 from key_agent.sources.signing_keys import SEED_SIZE, is_key_for, make_signing_key
 from key_agent.sources.source import (
@@ -75,6 +76,7 @@ class FakeKeySource(KeySource):
     """Hears of every call before it does anything."""
     indestructible: bool = False
     """The token does not let its keys be destroyed."""
+    pace: Pace = field(default_factory=Pace)
     _failure: Diagnosis | None = None
     _hanging: asyncio.Event | None = None
     _spoiled: set[KeyId] = field(default_factory=set)

@@ -578,3 +578,21 @@ async def _wait_for_state(registry: Registry, state: KekState) -> KekRow:
         assert time.monotonic() < deadline_s, row.state
         await asyncio.sleep(0.005)
     return row
+
+
+async def test_a_slow_hsm_is_said_and_changes_nothing_else(bench: Bench) -> None:
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations)
+        bench.source.pace.late(1.2)
+        assert agent.reasons_not_ready() == ["slow: the HSM did not answer within 1 s"]
+        assert (await operations.status())["problems"] == agent.reasons_not_ready()
+        assert agent.consent.standing is Standing.CONSENTED
+        accepted = len(bench.proxy().accepted)
+        agent.refresh.at_once()
+        await until(lambda: len(bench.proxy().accepted) > accepted)
+        assert bench.proxy().valid_keys(S3)
+        for _ in range(2):
+            bench.source.pace.answered(0.01)
+        assert agent.reasons_not_ready() == []
+    events = [line for line in bench.audit().splitlines() if '"hsm-pace"' in line]
+    assert ['"slow"' in events[0], '"quick"' in events[1], len(events)] == [True, True, 2]

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,15 @@ from typing import override
 
 import pytest
 
-from key_agent.consent import EnvironmentStanding, Standing
+from key_agent.consent import Consent, EnvironmentStanding, Standing
+from key_agent.environments.registry_lease import Position
 from key_agent.environments.standing import Verdict
 from key_agent.environments.telling import RESTATE_S, TIMEOUT_S, Telling, said
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentInForce, EnvironmentWord
 from key_agent.registry.model import Book, Proxy
+from key_agent.sources.pace import Pace
 from runtime.audit import AuditLog
 from runtime.clock import Clock, SystemClock
 from tests.fakes.clock import ManualClock
@@ -181,3 +183,56 @@ def test_an_active_environment_whose_kek_cannot_be_used_drains(
     told, reason = said(verdict, kek)
     assert told == expected
     assert reason == ("said before" if told == state else f"its KEK cannot be used now: {kek}")
+    # A slow HSM is a reason to go elsewhere for callers of an active environment, and none to serve again.
+    told, reason = said(verdict, kek, slow="no answer")
+    assert told == ("draining" if state == "active" else expected)
+    if state == "active" and expected == "active":
+        assert reason == "slow: no answer"
+    else:
+        assert (told, reason) == said(verdict, kek)
+
+
+class StandIn:
+    """Of `Peering`, what `Telling.of` asks: an active environment among others."""
+
+    is_united = True
+    environment = "a"
+    verdict = Verdict(EnvironmentStanding.SERVES, "active", None)
+    position = Position(term=1, epoch=1)
+
+    def listen(self, _listener: Callable[[object], None]) -> None:
+        """Its rows do not change here."""
+
+
+async def test_a_slow_hsm_is_told_at_once_and_so_is_its_end(tmp_path: Path) -> None:
+    clock, pace = ManualClock(), Pace()
+    consent = Consent(clock)
+    consent.standing = Standing.CONSENTED
+    proxy = FakeProxy(id="p1", clock=clock, signers={})
+    rows = {proxy.id: Proxy(id=proxy.id, url="https://unused", ca_pem="")}
+    made = Telling.of(
+        StandIn(),  # type: ignore[arg-type]
+        consent=consent,
+        pace=pace,
+        transport=FakeProxies(proxy),
+        targets=Targets(Book(kek=None, services=(), proxies=rows, links=(), sequences={})),
+        journal=Journal(AuditLog.open(tmp_path / "audit.jsonl", clock)),
+        clock=clock,
+    )
+    task = asyncio.create_task(made.run())
+    try:
+        await clock.settle()
+        pace.late(1.0)
+        await clock.settle()
+        pace.answered(0.0)
+        await clock.settle()
+        pace.answered(0.0)
+        await clock.settle()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert [(word.state, word.reason) for word in proxy.words] == [
+        ("active", None),
+        ("draining", "slow: the HSM did not answer within 1 s"),
+        ("active", None),
+    ]

@@ -374,6 +374,8 @@ async def test_a_key_servers_method_is_refused(source: Pkcs11Source) -> None:
         ({"token_label": ""}, "token_label"),
         ({"request_timeout_s": 0}, "request_timeout_s"),
         ({"batch_s": 20.0}, "batch_s"),
+        ({"slow_after_s": 0}, "slow_after_s"),
+        ({"slow_after_s": 10.0}, "slow_after_s must be less than request_timeout_s"),
     ],
 )
 def test_settings_refuse_what_cannot_work(change: dict[str, object], message: str) -> None:
