@@ -19,7 +19,7 @@ from mitmproxy.proxy import commands, context, events
 from mitmproxy.proxy.layers import tls
 from OpenSSL import SSL
 
-from proxy.gate import stream
+from proxy.gate.keeper import keeper_of
 
 type Commands = Generator[commands.Command, Any, None]
 
@@ -31,7 +31,7 @@ def is_ended_by_peer(below: context.Context, connection: Connection) -> bool:
         layers = (x for x in reversed(below.layers) if isinstance(x, tls.TLSLayer) and x.conn == connection)
         layer = next(layers, None)
         return layer is not None and _is_notified(layer)
-    keeper = stream.keeper_of(below.client.id)
+    keeper = keeper_of(below.client.id)
     return keeper is not None and keeper.has_finished(connection)
 
 

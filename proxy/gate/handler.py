@@ -38,9 +38,10 @@ from mitmproxy.proxy import commands, events, layer, layers
 from mitmproxy.proxy.layers import http, modes
 
 from proxy import refusals
-from proxy.gate import stream
 from proxy.gate.deadlines import Deadlines, Phase
+from proxy.gate.failures import origin_of
 from proxy.gate.h2 import BackpressureHandler
+from proxy.gate.keeper import Kept, SettleHook, keep
 from proxy.gate.permit import permit
 from proxy.gate.places import Places
 from proxy.limits import ClientLimits
@@ -130,7 +131,7 @@ class GuardedConnectionHandler(BackpressureHandler):
         self._held: dict[str, int] = {}  # by id: hashing a Connection is a call of Python
         self._released = asyncio.Event()
         self._begun: dict[commands.StartHook, asyncio.Task[None]] = {}
-        self._streams: weakref.WeakSet[stream.GuardedStream] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Kept] = weakref.WeakSet()
         clients = _clients.get(master)
         if clients is None:
             clients = _clients[master] = Clients(ClientLimits())
@@ -142,12 +143,12 @@ class GuardedConnectionHandler(BackpressureHandler):
             now_s=asyncio.get_running_loop().time,
         )
         self.timeout_watchdog = cast("Any", self._deadlines)
-        stream.keep(self.client.id, self)
+        keep(self.client.id, self)
 
     # ---- what streams ask of their handler
 
-    def adopt(self, guarded: stream.GuardedStream) -> None:
-        self._streams.add(guarded)
+    def adopt(self, stream: Kept) -> None:
+        self._streams.add(stream)
         self._deadlines.requested()
 
     def head_begins(self) -> None:
@@ -196,15 +197,15 @@ class GuardedConnectionHandler(BackpressureHandler):
         self._close_quietly()
 
     def _is_busy(self) -> bool:
-        return any(guarded.is_under_way for guarded in self._streams)
+        return any(stream.is_under_way for stream in self._streams)
 
     def _expired(self, phase: Phase) -> bool:
         """Returns whether the connection goes on."""
         self._clients.expired[phase] += 1
-        under_way = [guarded for guarded in self._streams if guarded.is_under_way]
-        if phase is Phase.BUSY and all(guarded.waits_for_service for guarded in under_way):
-            for guarded in under_way:
-                guarded.give_up()
+        under_way = [stream for stream in self._streams if stream.is_under_way]
+        if phase is Phase.BUSY and all(stream.waits_for_service for stream in under_way):
+            for stream in under_way:
+                stream.give_up()
             for connection, io in list(self.transports.items()):
                 if connection is not self.client and io.handler is not None:
                     io.handler.cancel("the service does not answer")
@@ -239,8 +240,8 @@ class GuardedConnectionHandler(BackpressureHandler):
     def abort_all(self, refusal: Refusal = refusals.INTERNAL) -> None:
         """Reset every socket of this client; its flows are reported as *refusal*."""
         self._aborted = True
-        for guarded in list(self._streams):
-            guarded.abandon(refusal)
+        for stream in list(self._streams):
+            stream.abandon(refusal)
         for io in list(self.transports.values()):
             _reset(io.writer)
             if io.handler is not None:
@@ -250,9 +251,7 @@ class GuardedConnectionHandler(BackpressureHandler):
 
     def _crash(self, where: str, error: BaseException | None) -> None:
         if not self._aborted:
-            log.error(
-                "aborting a client's connections: %s: %s", where, stream.origin_of(error) if error else ""
-            )
+            log.error("aborting a client's connections: %s: %s", where, origin_of(error) if error else "")
             self.abort_all()
 
     @override
@@ -262,7 +261,7 @@ class GuardedConnectionHandler(BackpressureHandler):
             error = exc_info[1] if isinstance(exc_info, tuple) else sys.exc_info()[1]
             message = message.partition(":")[0]
             if error is not None:
-                message = f"{message}: {stream.origin_of(error)}"
+                message = f"{message}: {origin_of(error)}"
         super().log(message[:_LOG_LIMIT], level)
 
     # ---- tasks
@@ -373,7 +372,7 @@ class GuardedConnectionHandler(BackpressureHandler):
             await self._run_hook(hook)
 
     async def _run_hook(self, hook: commands.StartHook) -> None:
-        if isinstance(hook, stream.SettleHook):
+        if isinstance(hook, SettleHook):
             try:
                 await hook.transform.settle()
             except Exception as error:  # noqa: BLE001 - the stream raises it where the flow ends by it
@@ -422,7 +421,7 @@ class GuardedConnectionHandler(BackpressureHandler):
             except exceptions.AddonHalt as halt:
                 return halt
             except Exception as error:  # noqa: BLE001 - an addon's
-                log.error("the hook %s failed: %s", name, stream.origin_of(error))  # noqa: TRY400
+                log.error("the hook %s failed: %s", name, origin_of(error))  # noqa: TRY400
                 failure = error
         return failure
 
@@ -443,7 +442,7 @@ class GuardedConnectionHandler(BackpressureHandler):
         try:
             self.report(None, refusals.UPGRADE, bytes_sent=False)
         except Exception as error:  # noqa: BLE001 - it is refused already, and stays so
-            log.error("refusal not recorded: %s", stream.origin_of(error))  # noqa: TRY400
+            log.error("refusal not recorded: %s", origin_of(error))  # noqa: TRY400
 
 
 @functools.cache

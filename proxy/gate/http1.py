@@ -1,6 +1,6 @@
 """HTTP/1 at the gate's edges: what mitmproxy crashes on, passes on wrongly, or keeps without a bound.
 
-1. Trailers reach the stream, which decides (`stream`, rule 7); mitmproxy raises NotImplementedError.
+1. Trailers reach the stream, which decides (`judge`, rule 3); mitmproxy raises NotImplementedError.
 2. Interim responses of an origin (100, 102, 103) are dropped, as mitmproxy does for HTTP/2; on HTTP/1 it
    takes the first for the response and loses the real one. 101 goes to the stream, which refuses it.
 3. A message head is at most MAX_HEAD_BYTES, and so are a chunk's header line and the trailers; mitmproxy
@@ -35,7 +35,8 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 
 from proxy import refusals
-from proxy.gate import ends, heads, stream
+from proxy.gate import ends, heads
+from proxy.gate.keeper import keeper_of
 
 MAX_HEAD_BYTES: Final = 256 * 1024
 """nginx allows a quarter of it; cookies and signed URLs grow."""
@@ -95,7 +96,7 @@ class GuardedHttp1Server(Http1Server):
         elif (
             isinstance(event, events.DataReceived)
             and (event.data or self.buf)
-            and (keeper := stream.keeper_of(self.conn.id)) is not None
+            and (keeper := keeper_of(self.conn.id)) is not None
         ):
             keeper.head_begins()
 
@@ -135,7 +136,7 @@ class GuardedHttp1Server(Http1Server):
 
     def _hold_back(self) -> None:
         if self.state == self.wait and not self._is_held and len(self.buf) > MAX_HEAD_BYTES:
-            keeper = stream.keeper_of(self.conn.id)
+            keeper = keeper_of(self.conn.id)
             if keeper is not None:
                 keeper.hold(self.conn)
                 self._is_held = True
@@ -144,7 +145,7 @@ class GuardedHttp1Server(Http1Server):
     def mark_done(self, *, request: bool = False, response: bool = False) -> Commands:
         if response and self._is_held:
             self._is_held = False
-            keeper = stream.keeper_of(self.conn.id)
+            keeper = keeper_of(self.conn.id)
             if keeper is not None:
                 keeper.release(self.conn)
         yield from super().mark_done(request=request, response=response)

@@ -9,7 +9,7 @@ from mitmproxy.http import HTTPFlow, Response
 from proxy import refusals
 from proxy.gate import CLEAR, Collect, Piece, permit
 from proxy.gate.permit import Transform
-from proxy.refusals import RefusedError
+from proxy.refusals import RefusedError, Shaped
 from tests.fakes.origin import End, Reply
 from tests.proxy.gate import test_rows as rows
 from tests.proxy.gate.harness import (
@@ -379,7 +379,9 @@ async def test_what_cannot_be_settled_ends_the_message(
 
 async def test_a_refusal_speaks_the_dialect_of_its_flow(pki: Pki) -> None:
     def requestheaders(flow: HTTPFlow) -> None:
-        permit(flow).shape = lambda refusal: ("application/xml", f"<Error>{refusal.code}</Error>".encode())
+        permit(flow).shape = lambda refusal: Shaped(
+            content_type="application/xml", body=f"<Error>{refusal.code}</Error>".encode()
+        )
         permit(flow).refusal = refusals.UNKNOWN_ROUTE
 
     async with running(pki, Script(requestheaders=requestheaders)) as rig:
@@ -393,7 +395,15 @@ async def test_a_refusal_speaks_the_dialect_of_its_flow(pki: Pki) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [lambda _: 1 / 0, lambda _: None, lambda _: ("text/plain\r\nX: y", b""), lambda _: ("a/b", "text")],
+    [
+        lambda _: 1 / 0,
+        lambda _: None,
+        lambda _: Shaped(content_type="text/plain\r\nX: y", body=b""),
+        lambda _: Shaped(content_type="a/b", body="text"),  # type: ignore[arg-type]
+        lambda _: Shaped(content_type="a/b", body=b"", fields=(("x", "y\r\nz: w"),)),
+        lambda _: ("a/b", b""),
+    ],
+    ids=["raises", "none", "two-fields", "text", "field-of-two-lines", "tuple"],
 )
 async def test_a_refusal_that_has_no_shape_is_told_all_the_same(pki: Pki, shape: object) -> None:
     def requestheaders(flow: HTTPFlow) -> None:

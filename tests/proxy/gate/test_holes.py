@@ -12,7 +12,7 @@ from mitmproxy import http, tls
 from mitmproxy.http import HTTPFlow
 
 from proxy import gate, refusals
-from proxy.gate import CLEAR, Piece, permit, stream
+from proxy.gate import CLEAR, Piece, peers, permit
 from proxy.gate.http1 import MAX_HEAD_BYTES
 from proxy.refusals import RefusedError
 from tests.fakes.origin import End, RecordingOrigin, Reply
@@ -167,7 +167,7 @@ async def test_a_refused_upload_is_answered_before_its_body(pki: Pki, protocols:
 async def test_a_client_that_goes_on_sending_is_cut(
     pki: Pki, protocols: Protocols, reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "LINGER_S", 0.3)
+    monkeypatch.setattr(peers, "LINGER_S", 0.3)
     async with running(pki, Script(requestheaders=None), protocols=protocols) as rig:
         if protocols[0] == "h2":
             async with rig.http2_client() as client:
@@ -190,7 +190,7 @@ async def test_a_client_that_goes_on_sending_is_cut(
 async def test_a_client_that_neither_sends_nor_closes_is_cut(
     pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "LINGER_S", 0.3)
+    monkeypatch.setattr(peers, "LINGER_S", 0.3)
     async with running(pki, Script(requestheaders=None)) as rig, rig.http1_client() as client:
         await client.send(b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         assert (await client.answer()).code == "no-permit"
@@ -703,7 +703,7 @@ async def test_the_origin_leaves_after_an_early_answer(
     pki: Pki, protocols: Protocols, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client has its answer; what it goes on sending is dropped, not sent, not counted as a failure."""
-    monkeypatch.setattr(stream, "LINGER_S", 0.5)
+    monkeypatch.setattr(peers, "LINGER_S", 0.5)
     script = Script()
     raw = b"HTTP/1.1 413 No\r\nContent-Length: 8\r\nConnection: close\r\n\r\ntoo much"
 
