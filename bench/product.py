@@ -26,6 +26,9 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
+from proxy.tenants.network_service_store import add_service
+from proxy.tenants.recipient_store import import_certificate
+from proxy.tenants.tenant_store import add_tenant
 from proxy.tenants.vault_store import add_credential
 from proxy.vault.model import Secrets
 from runtime.clock import SystemClock
@@ -152,8 +155,9 @@ def sealgate(
     port, push_port, health_port = free_port(), free_port(), free_port()
     root = pki.make_root("bench")
     with DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock()) as store:
-        tenant = store.add_tenant("bench", root.certificate, actor="bench")
-        csr = store.add_service(
+        tenant = add_tenant(store, "bench", root.certificate, actor="bench")
+        csr = add_service(
+            store,
             OWNER,
             Upstream("https", "localhost", origin_port),
             actor="bench",
@@ -161,7 +165,7 @@ def sealgate(
             reverse_listen=Listen("127.0.0.1", port),
         )
         certificate = pki.sign_service_csr(root, csr)
-        store.import_certificate(OWNER, certificate, actor="bench")
+        import_certificate(store, OWNER, certificate, actor="bench")
         if credential is not None:
             secrets = Secrets(client_secret=credential[1])
             add_credential(store, OWNER, credential[0], secrets, actor="bench")

@@ -35,7 +35,9 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.encryption_service.model import DialectName, XksSettings, XksStore
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.service_store import Grant, ServiceStore
+from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from tests.proxy.encryption_service.aws_signer import Credentials, amz_date, authorization
 
@@ -169,10 +171,10 @@ def service(directory: Path, *, workers: int = 1) -> Iterator[Service]:
         entries = ServiceStore(store)
         for tenant, root in roots.items():
             owner = NetworkService(tenant, _KEY)
-            store.add_tenant(tenant, root.certificate, actor="bench")
+            add_tenant(store, tenant, root.certificate, actor="bench")
             csr = entries.add_key(owner, actor="bench")
             recipients[owner] = pki.sign_service_csr(root, csr)
-            store.import_certificate(owner, recipients[owner], actor="bench")
+            import_certificate(store, owner, recipients[owner], actor="bench")
             entries.set_dialect(tenant, DialectName.TRANSIT, actor="bench")
             grant = Grant(tenant=tenant, dialect=DialectName.TRANSIT, label="bench")
             tokens[tenant] = entries.issue(grant, actor="bench").secret

@@ -53,6 +53,9 @@ from proxy.tenants.model import (
     TunnelRule,
     Upstream,
 )
+from proxy.tenants.network_service_store import add_service, remove_service, update_service
+from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
+from proxy.tenants.tenant_store import add_tenant, remove_tenant, update_tenant
 from proxy.users.cli import tenant_access, user_app
 from proxy.vault.azure_cli import azure_credential_app
 from proxy.vault.cli import s3_credential_app
@@ -156,7 +159,8 @@ def tenant_add(  # noqa: PLR0917 - typer calls it by name
         ):
             show(operator, changed=False, tenant=known)
             return
-        entry = operator.store.add_tenant(
+        entry = add_tenant(
+            operator.store,
             name,
             certificate,
             actor=operator.actor,
@@ -201,7 +205,8 @@ def tenant_update(  # noqa: PLR0917 - typer calls it by name
             changes["root"] = certificate_from(root)
         if not changes:
             raise CommandError("nothing to change", "see sealgate tenant update --help", ExitCode.USAGE)
-        entry = operator.store.update_tenant(
+        entry = update_tenant(
+            operator.store,
             name,
             actor=operator.actor,
             reserved=operator.reserved,
@@ -214,7 +219,7 @@ def tenant_update(  # noqa: PLR0917 - typer calls it by name
 def tenant_remove(context: typer.Context, name: TenantName) -> None:
     """Remove a tenant that has no network services, with its interception CA."""
     with operating(context) as operator:
-        operator.store.remove_tenant(name, actor=operator.actor)
+        remove_tenant(operator.store, name, actor=operator.actor)
         operator.say({"changed": True, "removed": name}, f"tenant {name} removed")
 
 
@@ -303,10 +308,11 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
             known.profile_options,
             known.reverse_names,
         ) == (address, profile, legacy, listen, options, names):
-            request = operator.store.certificate_request(owner)
+            request = certificate_request(operator.store, owner)
         else:
             known = None
-            request = operator.store.add_service(
+            request = add_service(
+                operator.store,
                 owner,
                 address,
                 actor=operator.actor,
@@ -368,7 +374,8 @@ def service_update(  # noqa: PLR0917 - typer calls it by name
             )
         if not changes:
             raise CommandError("nothing to change", "see sealgate service update --help", ExitCode.USAGE)
-        entry = operator.store.update_service(
+        entry = update_service(
+            operator.store,
             owner,
             actor=operator.actor,
             reserved=operator.reserved,
@@ -386,7 +393,7 @@ def service_renew(
         owner = parse_owner(service)
         check_csr_file(csr)
         _service_of(operator, owner)
-        request = operator.store.renew_service(owner, actor=operator.actor, key_type=key_type)
+        request = renew_key(operator.store, owner, actor=operator.actor, key_type=key_type)
         write_csr(request, csr)
         show(operator, changed=True, service=operator.store.snapshot().services[owner], csr=csr)
 
@@ -402,7 +409,7 @@ def service_import(
         owner, certificate = parse_owner(service), certificate_from(file)
         _service_of(operator, owner)
         before = operator.store.revision()
-        operator.store.import_certificate(owner, certificate, actor=operator.actor)
+        import_certificate(operator.store, owner, certificate, actor=operator.actor)
         changed = operator.store.revision() != before
         show(operator, changed=changed, service=_service_of(operator, owner))
 
@@ -412,7 +419,7 @@ def service_remove(context: typer.Context, service: ServiceName) -> None:
     """Remove a network service and its private key; the running proxy drops its keys."""
     with operating(context) as operator:
         owner = parse_owner(service)
-        operator.store.remove_service(owner, actor=operator.actor)
+        remove_service(operator.store, owner, actor=operator.actor)
         operator.say({"changed": True, "removed": str(owner)}, f"network service {owner} removed")
 
 

@@ -32,7 +32,8 @@ from proxy.encryption_service.outbound import Outbound, outbound_context
 from proxy.encryption_service.settings import EncryptionServiceSettings, ListenSettings, OutboundSettings
 from proxy.profiles import PROFILES
 from proxy.tenants.certificates import CredentialError, check_root, read_certificate, read_private_key
-from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError, NoDirectoryError
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import DirectoryUnavailableError, NoDirectoryError
 from proxy.tenants.model import Directory, Listen, Recipient, ServiceEntry, TenantEntry
 from proxy.vault.model import VaultError
 from runtime import machine

@@ -23,7 +23,8 @@ from envelope.keys import NetworkService
 from proxy import config
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
-from proxy.tenants.directory import ChangeRefusedError, DirectoryStore, DirectoryUnavailableError
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError
 from proxy.tenants.model import Listen
 from runtime import cli
 from runtime.cli import CommandError, ExitCode

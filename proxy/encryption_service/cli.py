@@ -44,6 +44,7 @@ from proxy.operating import (
 )
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError, KeyType
+from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
 from proxy.tenants.service_rows import joined, parse_settings
 from proxy.tenants.service_store import Grant, Issued, ServiceStore
 from runtime.cli import CommandError, ExitCode
@@ -101,7 +102,7 @@ def key_add(  # noqa: PLR0917 - typer calls it by name
         known = operator.store.snapshot().encryption_service.keys.get(owner)
         same = known is not None and (known.use, known.algorithm) == (use, algorithm)
         if known is not None and same and operations in {None, known.operations}:
-            request = operator.store.certificate_request(owner)
+            request = certificate_request(operator.store, owner)
         else:
             known = None
             request = store.add_key(
@@ -127,7 +128,7 @@ def key_renew(
     with operating(context) as operator:
         check_csr_file(csr)
         key = _key_of(operator, name)
-        request = operator.store.renew_service(key.owner, actor=operator.actor, key_type=key_type)
+        request = renew_key(operator.store, key.owner, actor=operator.actor, key_type=key_type)
         write_csr(request, csr)
         _show_key(operator, _key_of(operator, name), changed=True, csr=csr)
 
@@ -142,7 +143,7 @@ def key_import(
     with operating(context) as operator:
         certificate = certificate_from(file)
         key, before = _key_of(operator, name), operator.store.revision()
-        operator.store.import_certificate(key.owner, certificate, actor=operator.actor)
+        import_certificate(operator.store, key.owner, certificate, actor=operator.actor)
         _show_key(operator, _key_of(operator, name), changed=operator.store.revision() != before)
 
 

@@ -51,16 +51,12 @@ from proxy.encryption_service.model import (
 )
 from proxy.tenants import certificates
 from proxy.tenants.certificates import KeyType
-from proxy.tenants.directory import (
-    ChangeRefusedError,
-    DirectoryStore,
-    Draft,
-    NotThereError,
-    key_name,
-    remove_files,
-    tenant_in,
-)
+from proxy.tenants.directory import DirectoryStore, Draft
+from proxy.tenants.errors import ChangeRefusedError, NotThereError
+from proxy.tenants.key_files import key_name, new_files, remove_files
 from proxy.tenants.model import Directory
+from proxy.tenants.recipient_store import delete_recipient
+from proxy.tenants.rules import tenant_in
 from proxy.tenants.service_rows import joined, settings_text
 from proxy.tenants.tables import named_key, network_service, service_credential, service_dialect
 from proxy.tenants.vault_store import reseal_vault
@@ -152,7 +148,7 @@ class ServiceStore:
                 detail["algorithm"] = algorithm.value
             return _about_key("key-added", owner, detail)
 
-        with self._store.new_files() as files:
+        with new_files(self._store.state_dir) as files:
             files.private_key(key_file, key)
             self._store.change(change, actor)
         return certificates.make_service_csr(owner, key)
@@ -180,7 +176,7 @@ class ServiceStore:
                     f"{owner} is named by {', '.join(users)}", "revoke or change what names it first"
                 )
             connection.execute(delete(named_key).where(*_is_key(owner)))
-            obsolete.extend(self._store.delete_recipient(connection, owner))
+            obsolete.extend(delete_recipient(self._store, connection, owner))
             return _about_key("key-removed", owner, {})
 
         self._store.change(change, actor)

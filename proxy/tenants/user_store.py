@@ -9,8 +9,10 @@ from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, update
 
-from proxy.tenants.directory import ChangeRefusedError, DirectoryStore, Draft, NotThereError, tenant_in
+from proxy.tenants.directory import DirectoryStore, Draft
+from proxy.tenants.errors import ChangeRefusedError, NotThereError
 from proxy.tenants.model import Directory
+from proxy.tenants.rules import tenant_in
 from proxy.tenants.tables import proxy_user, tenant
 from proxy.tenants.user_rows import access_text
 from proxy.users.model import Password, Proof, UserAccess, check_user_name

@@ -13,7 +13,8 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, update
 
 from envelope.keys import NetworkService
 from proxy.encryption_service.credentials import SecretSealer, file_key_of
-from proxy.tenants.directory import ChangeRefusedError, DirectoryStore, Draft, NotThereError
+from proxy.tenants.directory import DirectoryStore, Draft
+from proxy.tenants.errors import ChangeRefusedError, NotThereError
 from proxy.tenants.model import Directory, ServiceEntry
 from proxy.tenants.tables import upstream_credential
 from proxy.vault.model import Secrets, UpstreamCredential, binding, check_access_key, check_secrets

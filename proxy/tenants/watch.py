@@ -17,7 +17,8 @@ from typing import Final, NoReturn
 
 import structlog
 
-from proxy.tenants.directory import Change, DirectoryStore, DirectoryUnavailableError
+from proxy.tenants.directory import Change, DirectoryStore
+from proxy.tenants.errors import DirectoryUnavailableError
 from proxy.tenants.model import Directory
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock

@@ -30,7 +30,8 @@ from proxy.data_plane import DataPlane
 from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
-from proxy.tenants.directory import DirectoryStore, DirectoryUnavailableError
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import DirectoryUnavailableError
 from proxy.tenants.model import Directory
 from proxy.workers import wire
 from runtime import lifecycle

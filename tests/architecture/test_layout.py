@@ -82,6 +82,10 @@ _SHARED: Final = (
     "tests/key_agent/environments/test_shared.py",
     "a part of the shared registry, seen through it on both databases",
 )
+_DIRECTORY: Final = (
+    "tests/proxy/tenants/test_directory.py",
+    "a part of the directory: what is provisioned is found again, what is refused is not, on both databases",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 _BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
@@ -332,6 +336,13 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/profiles/generic.py": _PLANS,
     "proxy/profiles/profile.py": _PLANS,
     "proxy/operating.py": ("tests/proxy/test_cli.py", "what every command does, seen through the commands"),
+    "proxy/tenants/directory_rows.py": _DIRECTORY,
+    "proxy/tenants/errors.py": _DIRECTORY,
+    "proxy/tenants/key_files.py": _DIRECTORY,
+    "proxy/tenants/network_service_store.py": _DIRECTORY,
+    "proxy/tenants/recipient_store.py": _DIRECTORY,
+    "proxy/tenants/rules.py": _DIRECTORY,
+    "proxy/tenants/tenant_store.py": _DIRECTORY,
     "proxy/tenants/service_rows.py": (
         "tests/proxy/tenants/test_service_store.py",
         "rows read as they were written, on both databases",

@@ -36,7 +36,9 @@ from key_agent import api
 from proxy.encryption_service.credentials import new_bearer
 from proxy.encryption_service.model import DialectName
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.service_store import Grant, ServiceStore
+from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from tests import pki
 from tests.environments.fault_proxy import Fault, FaultProxy
@@ -163,7 +165,7 @@ class SiteProxy:
         signs = None if algorithm is None else SigningAlgorithm(algorithm)
         csr = entries.add_key(owner, use=KeyUse(use), algorithm=signs, actor="test")
         signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
-        self.store.import_certificate(owner, signed, actor="test")
+        import_certificate(self.store, owner, signed, actor="test")
         file = pki.write_certificate(signed, self.config.parent / f"{service}.pem")
         self.certificate_files[service] = file
         return file
@@ -431,7 +433,7 @@ def _proxy(
         dialects = ["native", "xks"]
     """)
     store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
-    store.add_tenant(TENANT, tenant.root.certificate, actor="test")
+    add_tenant(store, TENANT, tenant.root.certificate, actor="test")
     entries = ServiceStore(store)
     entries.set_dialect(TENANT, DialectName.NATIVE, actor="test")
     grant = Grant(tenant=TENANT, dialect=DialectName.NATIVE, label="test")

@@ -20,7 +20,9 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.encryption_service.model import DialectName
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.service_store import Grant, ServiceStore
+from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from runtime.tls import client_context
 from tests import pki
@@ -63,10 +65,10 @@ class Site:
         push_port, health_port, port = free_port(), free_port(), free_port()
         with DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock()) as store:
             entries = ServiceStore(store)
-            store.add_tenant("acme", tenant.root.certificate, actor="test")
+            add_tenant(store, "acme", tenant.root.certificate, actor="test")
             csr = entries.add_key(OWNER, actor="test")
             recipient = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
-            store.import_certificate(OWNER, recipient, actor="test")
+            import_certificate(store, OWNER, recipient, actor="test")
             entries.set_dialect("acme", DialectName.TRANSIT, actor="test")
             grant = Grant(tenant="acme", dialect=DialectName.TRANSIT, label="test")
             token = entries.issue(grant, actor="test").secret

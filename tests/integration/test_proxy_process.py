@@ -20,6 +20,9 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
+from proxy.tenants.network_service_store import add_service, remove_service
+from proxy.tenants.recipient_store import import_certificate
+from proxy.tenants.tenant_store import add_tenant
 from runtime.audit_files import read_files
 from runtime.clock import SystemClock
 from runtime.tls import client_context
@@ -155,15 +158,16 @@ async def installation(tmp_path: Path) -> AsyncIterator[Installation]:
     """)
     async with webdav(tmp_path, *server) as origin:
         with DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock()) as store:
-            store.add_tenant("acme", tenant.root.certificate, actor="test")
-            csr = store.add_service(
+            add_tenant(store, "acme", tenant.root.certificate, actor="test")
+            csr = add_service(
+                store,
                 OWNER,
                 Upstream.parse(origin.url),
                 actor="test",
                 reverse_listen=Listen("127.0.0.1", service_port),
             )
             signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
-            store.import_certificate(OWNER, signed, actor="test")
+            import_certificate(store, OWNER, signed, actor="test")
             yield Installation(tmp_path, origin, tenant, store, config, push_port, health_port, service_port)
 
 
@@ -232,7 +236,7 @@ async def test_a_change_of_the_directory_is_served_while_running(installation: I
     async with running(installation):
         await installation.push()
         await installation.ask("/a", "-T", "-", body=b"x" * 100)
-        installation.store.remove_service(OWNER, actor="test")
+        remove_service(installation.store, OWNER, actor="test")
         await eventually(lambda answer: answer.exit_code in (7, 35, 52, 56), installation, "/a")
         assert (await installation.health("/readyz"))[0] == 200
 

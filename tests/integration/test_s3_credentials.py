@@ -11,7 +11,9 @@ from envelope.objects import MAGIC
 from proxy.message import RequestHead
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Upstream
+from proxy.tenants.network_service_store import add_service
 from proxy.tenants.service_store import ServiceStore
+from proxy.tenants.tenant_store import add_tenant
 from proxy.tenants.vault_store import add_credential
 from proxy.vault.model import Secrets
 from runtime.clock import SystemClock
@@ -35,8 +37,8 @@ async def test_gateway_keys_and_buckets_in_host_names(tmp_path: Path) -> None:
     owner = NetworkService("acme", "s3")
 
     def vault(referee: Any) -> Any:
-        store.add_tenant("acme", pki.make_tenant("acme").root.certificate, actor="test")
-        store.add_service(owner, Upstream.parse(referee.url), profile="s3", actor="test")
+        add_tenant(store, "acme", pki.make_tenant("acme").root.certificate, actor="test")
+        add_service(store, owner, Upstream.parse(referee.url), profile="s3", actor="test")
         secrets = Secrets(client_secret=s3_signer.SECRET, upstream_secret=referee.secret_key)
         add_credential(store, owner, "GATEWAY", secrets, actor="test", upstream_access_key=referee.access_key)
         return store.snapshot().services[owner].credentials

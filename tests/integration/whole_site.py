@@ -22,6 +22,9 @@ from certs import pki as dev_pki
 from envelope.keys import NetworkService
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
+from proxy.tenants.network_service_store import add_service
+from proxy.tenants.recipient_store import import_certificate
+from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from tests import pki
 from tests.children import output_of
@@ -257,15 +260,16 @@ def _proxy(
         port = {health_port}
     """)
     store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
-    store.add_tenant("acme", tenant.root.certificate, actor="test")
-    csr = store.add_service(
+    add_tenant(store, "acme", tenant.root.certificate, actor="test")
+    csr = add_service(
+        store,
         OWNER,
         Upstream.parse(origin.url),
         actor="test",
         reverse_listen=Listen("127.0.0.1", service_port),
     )
     signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
-    store.import_certificate(OWNER, signed, actor="test")
+    import_certificate(store, OWNER, signed, actor="test")
     certificate_file = pki.write_certificate(signed, home / "files.pem")
     return Proxy(name, config, store, Relay(push_port), health_port, service_port, certificate_file)
 

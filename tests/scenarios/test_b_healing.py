@@ -20,6 +20,8 @@ from envelope.keys import KeyId, NetworkService
 from proxy.encryption_service.credentials import new_access_key
 from proxy.encryption_service.model import DialectName, XksSettings, XksStore
 from proxy.tenants.model import Listen, Upstream
+from proxy.tenants.network_service_store import add_service
+from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.service_store import Grant, ServiceStore
 from tests import pki
 from tests.environments.administrators import approved
@@ -268,9 +270,9 @@ async def _proxied(site: Site, name: str, origin: Origin) -> Door:
     [proxy] = one.proxies
     owner, port = NetworkService(TENANT, "dav"), free_port()
     listen = Listen("127.0.0.1", port)
-    csr = proxy.store.add_service(owner, Upstream.parse(origin.url), actor="test", reverse_listen=listen)
+    csr = add_service(proxy.store, owner, Upstream.parse(origin.url), actor="test", reverse_listen=listen)
     signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
-    proxy.store.import_certificate(owner, signed, actor="test")
+    import_certificate(proxy.store, owner, signed, actor="test")
     proxy.certificate_files["dav"] = pki.write_certificate(signed, proxy.config.parent / "dav.pem")
     await one.add_service("dav", proxy, tenant)
     return Door(port, proxy.store.snapshot().tenants[TENANT].interception_ca.certificate_file)

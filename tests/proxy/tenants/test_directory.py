@@ -16,14 +16,13 @@ from envelope.errors import FormatError
 from envelope.keys import NetworkService
 from proxy.tenants import migrations
 from proxy.tenants.certificates import KeyType, read_certificate, read_private_key
-from proxy.tenants.directory import (
-    ChangeRefusedError,
-    DirectoryStore,
-    DirectoryUnavailableError,
-    NotThereError,
-)
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError, NotThereError
 from proxy.tenants.model import LegacyPolicy, Listen, Upstream
+from proxy.tenants.network_service_store import add_service, remove_service, update_service
+from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
 from proxy.tenants.tables import metadata
+from proxy.tenants.tenant_store import add_tenant, remove_tenant, update_tenant
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant, make_csr, make_tenant, new_key
 from tests.proxy.tenants.places import Place, sign
@@ -34,7 +33,8 @@ UPSTREAM = Upstream.parse("https://drive.example.com")
 
 
 def test_what_is_provisioned_is_found_again(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant(
+    add_tenant(
+        store,
         "acme",
         acme.root.certificate,
         actor=ACTOR,
@@ -42,11 +42,16 @@ def test_what_is_provisioned_is_found_again(place: Place, store: DirectoryStore,
         tunnel_hosts=["*.SSO.example", "time.example"],
         signers=[acme.agent_signing().certificate],
     )
-    csr = store.add_service(
-        DRIVE, UPSTREAM, actor=ACTOR, legacy=LegacyPolicy.MIGRATE, reverse_listen=Listen("127.0.0.1", 8081)
+    csr = add_service(
+        store,
+        DRIVE,
+        UPSTREAM,
+        actor=ACTOR,
+        legacy=LegacyPolicy.MIGRATE,
+        reverse_listen=Listen("127.0.0.1", 8081),
     )
     certificate = sign(acme, csr)
-    entry = store.import_certificate(DRIVE, certificate, actor=ACTOR)
+    entry = import_certificate(store, DRIVE, certificate, actor=ACTOR)
     store.close()
     with place.open() as again:
         directory = again.snapshot()
@@ -70,18 +75,18 @@ def test_what_is_provisioned_is_found_again(place: Place, store: DirectoryStore,
 
 def test_every_change_is_one_revision_and_one_row_of_history(store: DirectoryStore, acme: Tenant) -> None:
     assert store.revision() == 0
-    store.add_tenant("acme", acme.root.certificate, actor="ada (uid 0)")
-    csr = store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor="ada (uid 0)")
+    csr = add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     certificate = sign(acme, csr)
-    store.import_certificate(DRIVE, certificate, actor=ACTOR)
+    import_certificate(store, DRIVE, certificate, actor=ACTOR)
     assert store.revision() == 3
-    store.import_certificate(DRIVE, certificate, actor=ACTOR)  # again: no change
+    import_certificate(store, DRIVE, certificate, actor=ACTOR)  # again: no change
     assert store.revision() == 3
     with pytest.raises(ChangeRefusedError):
-        store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+        add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     assert store.revision() == 3
-    store.remove_service(DRIVE, actor=ACTOR)
-    store.remove_tenant("acme", actor=ACTOR)
+    remove_service(store, DRIVE, actor=ACTOR)
+    remove_tenant(store, "acme", actor=ACTOR)
     changes = store.history()
     assert [(change.revision, change.action) for change in changes] == [
         (1, "tenant-added"),
@@ -99,7 +104,7 @@ def test_a_tenants_ids_listeners_and_roots_are_its_own(
     store: DirectoryStore, acme: Tenant, globex: Tenant
 ) -> None:
     listen = Listen("127.0.0.1", 8080)
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, forward_listen=listen)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR, forward_listen=listen)
     for name, root, address in [
         ("acme", globex.root.certificate, None),
         ("globex", globex.root.certificate, listen),
@@ -109,10 +114,11 @@ def test_a_tenants_ids_listeners_and_roots_are_its_own(
         ("globex", globex.agent_tls().certificate, None),
     ]:
         with pytest.raises(ChangeRefusedError):
-            store.add_tenant(name, root, actor=ACTOR, forward_listen=address)
+            add_tenant(store, name, root, actor=ACTOR, forward_listen=address)
     reserved = [Listen("0.0.0.0", 8443)]
     with pytest.raises(ChangeRefusedError, match="the proxy itself"):
-        store.add_tenant(
+        add_tenant(
+            store,
             "globex",
             globex.root.certificate,
             actor=ACTOR,
@@ -120,21 +126,21 @@ def test_a_tenants_ids_listeners_and_roots_are_its_own(
             reserved=reserved,
         )
     with pytest.raises(FormatError):
-        store.add_tenant("../etc", globex.root.certificate, actor=ACTOR)
+        add_tenant(store, "../etc", globex.root.certificate, actor=ACTOR)
     assert set(store.snapshot().tenants) == {"acme"}
 
 
 def test_a_refused_change_leaves_no_file(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
-    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
+    add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     before = place.files()
     assert len(before) == 3
     with pytest.raises(ChangeRefusedError):
-        store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+        add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     with pytest.raises(ChangeRefusedError):
-        store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+        add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     with pytest.raises(NotThereError):
-        store.add_service(NetworkService("nobody", "drive"), UPSTREAM, actor=ACTOR)
+        add_service(store, NetworkService("nobody", "drive"), UPSTREAM, actor=ACTOR)
     assert place.files() == before
 
 
@@ -142,8 +148,8 @@ def test_services_do_not_collide_within_a_tenant_but_across_they_may(
     store: DirectoryStore, acme: Tenant, globex: Tenant
 ) -> None:
     for tenant in (acme, globex):
-        store.add_tenant(tenant.name, tenant.root.certificate, actor=ACTOR)
-        store.add_service(NetworkService(tenant.name, "drive"), UPSTREAM, actor=ACTOR)
+        add_tenant(store, tenant.name, tenant.root.certificate, actor=ACTOR)
+        add_service(store, NetworkService(tenant.name, "drive"), UPSTREAM, actor=ACTOR)
     ours, theirs = (
         store.snapshot().service_for_host(name, "drive.example.com", 443) for name in ("acme", "globex")
     )
@@ -152,33 +158,33 @@ def test_services_do_not_collide_within_a_tenant_but_across_they_may(
     assert ours.owner != theirs.owner
     assert ours.key_file != theirs.key_file
     with pytest.raises(ChangeRefusedError, match="is acme/drive already"):
-        store.add_service(NetworkService("acme", "drive-2"), UPSTREAM, actor=ACTOR)
+        add_service(store, NetworkService("acme", "drive-2"), UPSTREAM, actor=ACTOR)
     other = Upstream.parse("https://drive.example.com:8443")
     listen = Listen("127.0.0.1", 9001)
-    store.add_service(NetworkService("acme", "drive-2"), other, actor=ACTOR, reverse_listen=listen)
+    add_service(store, NetworkService("acme", "drive-2"), other, actor=ACTOR, reverse_listen=listen)
     with pytest.raises(ChangeRefusedError, match="clashes"):
-        store.add_service(NetworkService("globex", "drive-2"), other, actor=ACTOR, reverse_listen=listen)
+        add_service(store, NetworkService("globex", "drive-2"), other, actor=ACTOR, reverse_listen=listen)
     with pytest.raises(ChangeRefusedError, match="clashes"):
-        store.update_tenant("globex", actor=ACTOR, forward_listen=listen)
+        update_tenant(store, "globex", actor=ACTOR, forward_listen=listen)
 
 
 def test_a_managed_host_is_never_tunnelled(store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["*.example.com"])
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["*.example.com"])
     with pytest.raises(ChangeRefusedError, match="unsealed"):
-        store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
-    store.update_tenant("acme", actor=ACTOR, tunnel_hosts=["sso.example.com"])
-    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+        add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
+    update_tenant(store, "acme", actor=ACTOR, tunnel_hosts=["sso.example.com"])
+    add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     for pattern in ("drive.example.com", "*.example.com", "DRIVE.EXAMPLE.COM."):
         with pytest.raises(ChangeRefusedError, match="unsealed"):
-            store.update_tenant("acme", actor=ACTOR, tunnel_hosts=[pattern])
+            update_tenant(store, "acme", actor=ACTOR, tunnel_hosts=[pattern])
     assert store.snapshot().tenants["acme"].tunnel_hosts == {"sso.example.com"}
 
 
 def test_only_the_tenants_root_certifies_only_this_service(
     store: DirectoryStore, acme: Tenant, globex: Tenant
 ) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
-    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
+    add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     wrong = {
         "another tenant's": globex.service("drive").certificate,
         "another root of that name": make_tenant("acme").service("drive").certificate,
@@ -188,13 +194,13 @@ def test_only_the_tenants_root_certifies_only_this_service(
     }
     for what, certificate in wrong.items():
         with pytest.raises(CertificateError):
-            store.import_certificate(DRIVE, certificate, actor=ACTOR)
+            import_certificate(store, DRIVE, certificate, actor=ACTOR)
         assert store.snapshot().services[DRIVE].certificate is None, what
     with pytest.raises(ChangeRefusedError, match="another key"):
-        store.import_certificate(DRIVE, acme.service("drive").certificate, actor=ACTOR)
+        import_certificate(store, DRIVE, acme.service("drive").certificate, actor=ACTOR)
     place_clock_expired = sign(acme, make_csr(new_key(), ["urn:sealgate:acme:service:drive"]))
     with pytest.raises(ChangeRefusedError):
-        store.import_certificate(DRIVE, place_clock_expired, actor=ACTOR)
+        import_certificate(store, DRIVE, place_clock_expired, actor=ACTOR)
     assert store.revision() == 2
 
 
@@ -202,18 +208,18 @@ def test_only_the_tenants_root_certifies_only_this_service(
 def test_renewal_serves_on_until_the_new_certificate_comes(
     place: Place, store: DirectoryStore, acme: Tenant, key_type: KeyType
 ) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
-    abandoned = store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
-    first = sign(acme, store.renew_service(DRIVE, actor=ACTOR))  # before the first import: replaces the key
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
+    abandoned = add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
+    first = sign(acme, renew_key(store, DRIVE, actor=ACTOR))  # before the first import: replaces the key
     with pytest.raises(ChangeRefusedError):
-        store.import_certificate(DRIVE, sign(acme, abandoned), actor=ACTOR)
-    store.import_certificate(DRIVE, first, actor=ACTOR)
-    store.renew_service(DRIVE, actor=ACTOR)
-    second = sign(acme, store.renew_service(DRIVE, actor=ACTOR, key_type=key_type))
+        import_certificate(store, DRIVE, sign(acme, abandoned), actor=ACTOR)
+    import_certificate(store, DRIVE, first, actor=ACTOR)
+    renew_key(store, DRIVE, actor=ACTOR)
+    second = sign(acme, renew_key(store, DRIVE, actor=ACTOR, key_type=key_type))
     entry = store.snapshot().services[DRIVE]
     assert entry.certificate == first
     assert read_private_key(entry.key_file).public_key() == first.public_key()
-    store.import_certificate(DRIVE, second, actor=ACTOR)
+    import_certificate(store, DRIVE, second, actor=ACTOR)
     entry = store.snapshot().services[DRIVE]
     assert entry.certificate == second
     assert read_private_key(entry.key_file).public_key() == second.public_key()
@@ -222,43 +228,45 @@ def test_renewal_serves_on_until_the_new_certificate_comes(
 
 
 def test_a_new_root_voids_what_it_has_not_signed(store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
-    store.import_certificate(DRIVE, sign(acme, store.add_service(DRIVE, UPSTREAM, actor=ACTOR)), actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
+    import_certificate(
+        store, DRIVE, sign(acme, add_service(store, DRIVE, UPSTREAM, actor=ACTOR)), actor=ACTOR
+    )
     successor = make_tenant("acme")
-    store.update_tenant("acme", actor=ACTOR, root=successor.root.certificate)
+    update_tenant(store, "acme", actor=ACTOR, root=successor.root.certificate)
     assert store.snapshot().services[DRIVE].certificate is None
 
 
 def test_pinned_signers_must_be_this_tenants(store: DirectoryStore, acme: Tenant, globex: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     for certificate in (globex.agent_signing().certificate, acme.agent_tls().certificate):
         with pytest.raises(CertificateError):
-            store.update_tenant("acme", actor=ACTOR, signers=[certificate])
-    store.update_tenant("acme", actor=ACTOR, signers=[acme.agent_signing().certificate])
+            update_tenant(store, "acme", actor=ACTOR, signers=[certificate])
+    update_tenant(store, "acme", actor=ACTOR, signers=[acme.agent_signing().certificate])
     assert len(store.snapshot().tenants["acme"].signers) == 1
-    store.update_tenant("acme", actor=ACTOR, signers=[])
+    update_tenant(store, "acme", actor=ACTOR, signers=[])
     assert store.snapshot().tenants["acme"].signers == ()
 
 
 def test_removal_takes_the_keys_along(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["a.example"])
-    store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["a.example"])
+    add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
     with pytest.raises(ChangeRefusedError) as caught:
-        store.remove_tenant("acme", actor=ACTOR)
+        remove_tenant(store, "acme", actor=ACTOR)
     assert "service remove acme/drive" in caught.value.next_step
-    store.remove_service(DRIVE, actor=ACTOR)
-    store.remove_tenant("acme", actor=ACTOR)
+    remove_service(store, DRIVE, actor=ACTOR)
+    remove_tenant(store, "acme", actor=ACTOR)
     assert place.files() == set()
     with pytest.raises(NotThereError):
-        store.remove_service(DRIVE, actor=ACTOR)
+        remove_service(store, DRIVE, actor=ACTOR)
     with pytest.raises(NotThereError):
-        store.remove_tenant("acme", actor=ACTOR)
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)  # may come back
+        remove_tenant(store, "acme", actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)  # may come back
     assert store.snapshot().tenants["acme"].tunnel_hosts == frozenset()
 
 
 def test_changes_from_many_sides_queue(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     outcomes: list[str] = []
 
     def provision(number: int) -> None:
@@ -266,7 +274,7 @@ def test_changes_from_many_sides_queue(place: Place, store: DirectoryStore, acme
             for owner in (NetworkService("acme", f"s{number}"), NetworkService("acme", "contested")):
                 upstream = Upstream("https", f"{owner.service}.example.com", 443)
                 try:
-                    mine.add_service(owner, upstream, actor=ACTOR)
+                    add_service(mine, owner, upstream, actor=ACTOR)
                     outcomes.append(owner.service)
                 except ChangeRefusedError:
                     outcomes.append("refused")
@@ -301,7 +309,7 @@ def test_two_programs_may_make_the_schema_at_once(place: Place) -> None:
 
 
 def test_reading_waits_for_no_change(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     with place.open() as other, store._transaction() as change:
         change.execute(text("UPDATE directory SET revision = 99"))
         assert other.revision() == 1
@@ -359,31 +367,31 @@ def test_sqlite_is_durable(tmp_path: Path) -> None:
 
 
 def test_a_service_changes_but_keeps_its_keys(store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["sso.example"])
-    certificate = sign(acme, store.add_service(DRIVE, UPSTREAM, actor=ACTOR, legacy=LegacyPolicy.MIGRATE))
-    before = store.import_certificate(DRIVE, certificate, actor=ACTOR)
-    store.add_service(NetworkService("acme", "mail"), Upstream.parse("https://mail.example"), actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR, tunnel_hosts=["sso.example"])
+    certificate = sign(acme, add_service(store, DRIVE, UPSTREAM, actor=ACTOR, legacy=LegacyPolicy.MIGRATE))
+    before = import_certificate(store, DRIVE, certificate, actor=ACTOR)
+    add_service(store, NetworkService("acme", "mail"), Upstream.parse("https://mail.example"), actor=ACTOR)
     moved = Upstream.parse("https://drive.example.org")
     listen = Listen("127.0.0.1", 8090)
-    after = store.update_service(
-        DRIVE, actor=ACTOR, upstream=moved, legacy=LegacyPolicy.STRICT, reverse_listen=listen
+    after = update_service(
+        store, DRIVE, actor=ACTOR, upstream=moved, legacy=LegacyPolicy.STRICT, reverse_listen=listen
     )
     assert (after.upstream, after.legacy, after.reverse_listen) == (moved, LegacyPolicy.STRICT, listen)
     assert (after.certificate, after.key_file) == (before.certificate, before.key_file)
-    assert store.update_service(DRIVE, actor=ACTOR, upstream=moved).reverse_listen == listen
-    assert store.update_service(DRIVE, actor=ACTOR, reverse_listen=None).reverse_listen is None
+    assert update_service(store, DRIVE, actor=ACTOR, upstream=moved).reverse_listen == listen
+    assert update_service(store, DRIVE, actor=ACTOR, reverse_listen=None).reverse_listen is None
     for taken in ("https://mail.example", "https://sso.example"):
         with pytest.raises(ChangeRefusedError):
-            store.update_service(DRIVE, actor=ACTOR, upstream=Upstream.parse(taken))
+            update_service(store, DRIVE, actor=ACTOR, upstream=Upstream.parse(taken))
     with pytest.raises(NotThereError):
-        store.update_service(NetworkService("acme", "nothing"), actor=ACTOR)
+        update_service(store, NetworkService("acme", "nothing"), actor=ACTOR)
 
 
 def test_the_request_can_be_written_again(store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
-    csr = store.add_service(DRIVE, UPSTREAM, actor=ACTOR)
-    assert store.certificate_request(DRIVE).public_key() == csr.public_key()
-    store.import_certificate(DRIVE, sign(acme, csr), actor=ACTOR)
-    assert store.certificate_request(DRIVE).public_key() == csr.public_key()
-    renewed = store.renew_service(DRIVE, actor=ACTOR)
-    assert store.certificate_request(DRIVE).public_key() == renewed.public_key()
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
+    csr = add_service(store, DRIVE, UPSTREAM, actor=ACTOR)
+    assert certificate_request(store, DRIVE).public_key() == csr.public_key()
+    import_certificate(store, DRIVE, sign(acme, csr), actor=ACTOR)
+    assert certificate_request(store, DRIVE).public_key() == csr.public_key()
+    renewed = renew_key(store, DRIVE, actor=ACTOR)
+    assert certificate_request(store, DRIVE).public_key() == renewed.public_key()

@@ -37,14 +37,13 @@ from proxy.encryption_service.model import (
 )
 from proxy.tenants import migrations
 from proxy.tenants.certificates import read_private_key
-from proxy.tenants.directory import (
-    ChangeRefusedError,
-    DirectoryStore,
-    DirectoryUnavailableError,
-    NotThereError,
-)
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError, NotThereError
 from proxy.tenants.model import Upstream
+from proxy.tenants.network_service_store import add_service, remove_service, update_service
+from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
 from proxy.tenants.service_store import Grant, Issued, ServiceStore
+from proxy.tenants.tenant_store import add_tenant, remove_tenant
 from tests.pki import Tenant
 from tests.proxy.tenants.places import BOTH, Place, make_place, sign
 
@@ -68,7 +67,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 @pytest.fixture
 def service(store: DirectoryStore, acme: Tenant, globex: Tenant) -> ServiceStore:
     for tenant in (acme, globex):
-        store.add_tenant(tenant.name, tenant.root.certificate, actor=ACTOR)
+        add_tenant(store, tenant.name, tenant.root.certificate, actor=ACTOR)
     service = ServiceStore(store)
     service.add_key(ORDERS, actor=ACTOR)
     return service
@@ -108,9 +107,9 @@ def test_a_named_key_is_a_recipient_without_an_upstream(
         operations=frozenset({Op.SIGN}),
     )
     with pytest.raises(CertificateError):
-        store.import_certificate(SIGNER, sign(acme, store.certificate_request(ORDERS)), actor=ACTOR)
+        import_certificate(store, SIGNER, sign(acme, certificate_request(store, ORDERS)), actor=ACTOR)
     certificate = sign(acme, csr)
-    store.import_certificate(SIGNER, certificate, actor=ACTOR)
+    import_certificate(store, SIGNER, certificate, actor=ACTOR)
     with place.open() as again:
         directory = again.snapshot()
         key = directory.encryption_service.keys[SIGNER]
@@ -122,7 +121,7 @@ def test_a_named_key_is_a_recipient_without_an_upstream(
         assert directory.services == {}
         assert directory.recipients_of("acme") == [directory.encryption_service.keys[ORDERS], key]
         assert directory.recipient_of_certificate(certificate.fingerprint(SHA256())) is key
-        assert store.certificate_request(SIGNER).public_key() == certificate.public_key()
+        assert certificate_request(store, SIGNER).public_key() == certificate.public_key()
         orders = directory.encryption_service.keys[ORDERS]
         assert (orders.use, orders.algorithm, orders.operations) == (
             KeyUse.DATA,
@@ -132,11 +131,11 @@ def test_a_named_key_is_a_recipient_without_an_upstream(
 
 
 def test_a_key_is_renewed_like_a_service(store: DirectoryStore, service: ServiceStore, acme: Tenant) -> None:
-    csr = store.certificate_request(ORDERS)
-    store.import_certificate(ORDERS, sign(acme, csr), actor=ACTOR)
-    renewed = store.renew_service(ORDERS, actor=ACTOR)
+    csr = certificate_request(store, ORDERS)
+    import_certificate(store, ORDERS, sign(acme, csr), actor=ACTOR)
+    renewed = renew_key(store, ORDERS, actor=ACTOR)
     assert renewed.public_key() != csr.public_key()
-    entry = store.import_certificate(ORDERS, sign(acme, renewed), actor=ACTOR)
+    entry = import_certificate(store, ORDERS, sign(acme, renewed), actor=ACTOR)
     assert entry.certificate is not None
     assert entry.certificate.public_key() == renewed.public_key()
 
@@ -167,15 +166,16 @@ def test_use_algorithm_and_operations_fit(
 def test_names_are_shared_with_services(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
     upstream = Upstream.parse("https://drive.example")
     drive = NetworkService("acme", "drive")
-    store.add_service(drive, upstream, actor=ACTOR)
+    add_service(store, drive, upstream, actor=ACTOR)
     files = place.files()
     refused(lambda: service.add_key(drive, actor=ACTOR), store)
     refused(lambda: service.add_key(ORDERS, actor=ACTOR), store)
     refused(lambda: service.add_key(NetworkService("nobody", "x"), actor=ACTOR), store)
-    refused(lambda: store.add_service(ORDERS, Upstream.parse("https://x.example"), actor=ACTOR), store)
-    for attempt in (store.remove_service, store.update_service):
-        with pytest.raises(NotThereError):
-            attempt(ORDERS, actor=ACTOR)
+    refused(lambda: add_service(store, ORDERS, Upstream.parse("https://x.example"), actor=ACTOR), store)
+    with pytest.raises(NotThereError):
+        remove_service(store, ORDERS, actor=ACTOR)
+    with pytest.raises(NotThereError):
+        update_service(store, ORDERS, actor=ACTOR)
     assert place.files() == files, "a refused change leaves no private key behind"
 
 
@@ -221,9 +221,11 @@ def test_a_tenant_goes_with_its_dialects_and_credentials(
 ) -> None:
     service.set_dialect("acme", NATIVE, actor=ACTOR)
     service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR)
-    assert "sealgate key remove acme/orders" in refused_next(lambda: store.remove_tenant("acme", actor=ACTOR))
+    assert "sealgate key remove acme/orders" in refused_next(
+        lambda: remove_tenant(store, "acme", actor=ACTOR)
+    )
     service.remove_key(ORDERS, actor=ACTOR)
-    store.remove_tenant("acme", actor=ACTOR)
+    remove_tenant(store, "acme", actor=ACTOR)
     left = store.snapshot().encryption_service
     assert (dict(left.keys), dict(left.dialects), dict(left.credentials)) == ({}, {}, {})
 
@@ -597,7 +599,7 @@ def test_a_directory_of_the_version_before_is_taken_along(place: Place, acme: Te
         ServiceStore(store).add_key(ORDERS, actor=ACTOR)
         taken = Upstream.parse("https://drive.example")
         with pytest.raises(ChangeRefusedError):
-            store.add_service(NetworkService("acme", "again"), taken, actor=ACTOR)
+            add_service(store, NetworkService("acme", "again"), taken, actor=ACTOR)
         with pytest.raises(DirectoryUnavailableError), store._transaction() as connection:
             connection.execute(  # the unique constraint came along
                 text(

@@ -6,13 +6,10 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from envelope.errors import FormatError
-from proxy.tenants.directory import (
-    ChangeRefusedError,
-    DirectoryStore,
-    DirectoryUnavailableError,
-    NotThereError,
-)
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError, NotThereError
 from proxy.tenants.model import Listen
+from proxy.tenants.tenant_store import add_tenant, remove_tenant, update_tenant
 from proxy.tenants.user_store import issue_password, remove_user, set_access
 from proxy.users.identification import Shown, identify
 from proxy.users.model import OPEN, Proof, UserAccess, parse_networks, verifier_of
@@ -25,7 +22,7 @@ LISTEN = Listen("127.0.0.1", 3128)
 
 
 def test_rules_are_found_again(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     assert store.snapshot().tenants["acme"].access == OPEN
     access = UserAccess(
         networks=parse_networks(["10.0.0.0/8", "2001:db8::/32"]),
@@ -42,7 +39,7 @@ def test_rules_are_found_again(place: Place, store: DirectoryStore, acme: Tenant
 
 
 def test_users_come_and_go(place: Place, store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     first = issue_password(store, "acme", "alice", actor=ACTOR)
     entry = store.snapshot().users["acme", "alice"]
     assert entry.verifier == verifier_of("acme", "alice", first.text.encode())
@@ -65,24 +62,24 @@ def test_users_come_and_go(place: Place, store: DirectoryStore, acme: Tenant) ->
 
 
 def test_a_tenant_takes_its_users_along(store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     issue_password(store, "acme", "alice", actor=ACTOR)
-    store.remove_tenant("acme", actor=ACTOR)
+    remove_tenant(store, "acme", actor=ACTOR)
     assert store.snapshot().users == {}
 
 
 def test_tenants_share_a_listener_only_while_their_users_can_be_told_apart(
     store: DirectoryStore, acme: Tenant
 ) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR, forward_listen=LISTEN)
-    store.add_tenant("globex", make_tenant("globex").root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR, forward_listen=LISTEN)
+    add_tenant(store, "globex", make_tenant("globex").root.certificate, actor=ACTOR)
     with pytest.raises(ChangeRefusedError, match="clashes"):
-        store.update_tenant("globex", actor=ACTOR, forward_listen=LISTEN)
+        update_tenant(store, "globex", actor=ACTOR, forward_listen=LISTEN)
     set_access(store, "globex", KNOWN, actor=ACTOR)
     with pytest.raises(ChangeRefusedError, match="clashes"):
-        store.update_tenant("globex", actor=ACTOR, forward_listen=LISTEN)
+        update_tenant(store, "globex", actor=ACTOR, forward_listen=LISTEN)
     set_access(store, "acme", UserAccess(networks=parse_networks(["10.0.0.0/8"])), actor=ACTOR)
-    store.update_tenant("globex", actor=ACTOR, forward_listen=LISTEN)
+    update_tenant(store, "globex", actor=ACTOR, forward_listen=LISTEN)
     directory = store.snapshot()
     sharing = directory.tenants_of_listener(LISTEN)
     assert [entry.tenant for entry in sharing] == ["acme", "globex"]
@@ -92,13 +89,13 @@ def test_tenants_share_a_listener_only_while_their_users_can_be_told_apart(
     here = Shown(address=ipaddress.ip_address("10.1.1.1"))
     assert identify(candidates, here, directory.users, now_s=0).tenant == "acme"
     with pytest.raises(ChangeRefusedError, match="clashes"):
-        store.update_tenant("globex", actor=ACTOR, forward_listen=Listen("0.0.0.0", 3128))
+        update_tenant(store, "globex", actor=ACTOR, forward_listen=Listen("0.0.0.0", 3128))
     with pytest.raises(ChangeRefusedError, match="clashes"):
-        store.add_tenant("third", make_tenant("third").root.certificate, actor=ACTOR, forward_listen=LISTEN)
+        add_tenant(store, "third", make_tenant("third").root.certificate, actor=ACTOR, forward_listen=LISTEN)
 
 
 def test_certificates_are_not_required_where_nobody_vouches(store: DirectoryStore, acme: Tenant) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     with pytest.raises(ChangeRefusedError, match="no authority"):
         set_access(store, "acme", UserAccess(requires=frozenset({Proof.CERTIFICATE})), actor=ACTOR)
 
@@ -117,7 +114,7 @@ def test_certificates_are_not_required_where_nobody_vouches(store: DirectoryStor
     ],
 )
 def test_damaged_rules_let_nobody_in(place: Place, store: DirectoryStore, acme: Tenant, damage: str) -> None:
-    store.add_tenant("acme", acme.root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", acme.root.certificate, actor=ACTOR)
     engine = create_engine(place.url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE tenant SET access = :damage"), {"damage": damage})

@@ -5,9 +5,12 @@ from sqlalchemy import create_engine, text
 
 from envelope.errors import FormatError
 from envelope.keys import NetworkService
-from proxy.tenants.directory import ChangeRefusedError, DirectoryStore, NotThereError
+from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import ChangeRefusedError, NotThereError
 from proxy.tenants.model import Upstream
+from proxy.tenants.network_service_store import add_service, remove_service
 from proxy.tenants.service_store import ServiceStore
+from proxy.tenants.tenant_store import add_tenant
 from proxy.tenants.vault_store import add_credential, remove_credential
 from proxy.vault.model import Secrets, VaultError
 from tests.pki import make_tenant
@@ -23,13 +26,13 @@ TOKEN = "session-token-that-nobody-may-see"
 
 @pytest.fixture
 def ready(store: DirectoryStore) -> DirectoryStore:
-    store.add_tenant("acme", make_tenant("acme").root.certificate, actor=ACTOR)
+    add_tenant(store, "acme", make_tenant("acme").root.certificate, actor=ACTOR)
     for owner, profile, port in (
         (S3, "s3", 1),
         (OTHER, "s3", 2),
         (NetworkService("acme", "dav"), "generic", 3),
     ):
-        store.add_service(owner, Upstream("https", "s3.example.com", port), profile=profile, actor=ACTOR)
+        add_service(store, owner, Upstream("https", "s3.example.com", port), profile=profile, actor=ACTOR)
     return store
 
 
@@ -120,8 +123,8 @@ def test_credentials_go_alone_and_with_their_service(ready: DirectoryStore) -> N
     with pytest.raises(NotThereError):
         remove_credential(ready, S3, "KEY", actor=ACTOR)
     assert ready.snapshot().services[S3].credentials == {}
-    ready.remove_service(OTHER, actor=ACTOR)
-    ready.add_service(OTHER, Upstream("https", "s3.example.com", 2), profile="s3", actor=ACTOR)
+    remove_service(ready, OTHER, actor=ACTOR)
+    add_service(ready, OTHER, Upstream("https", "s3.example.com", 2), profile="s3", actor=ACTOR)
     assert ready.snapshot().services[OTHER].credentials == {}
 
 

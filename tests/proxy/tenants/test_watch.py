@@ -12,6 +12,7 @@ import pytest
 from envelope.audit import Value
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Directory
+from proxy.tenants.tenant_store import add_tenant, update_tenant
 from proxy.tenants.watch import DirectoryWatch
 from runtime.audit import AuditLog, AuditUnavailableError
 from tests.fakes.clock import ManualClock
@@ -80,13 +81,13 @@ async def scene(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Scene]:
 
 
 async def test_a_change_is_recorded_and_applied(scene: Scene, acme: Tenant, globex: Tenant) -> None:
-    scene.store.add_tenant("acme", acme.root.certificate, actor="ada")
+    add_tenant(scene.store, "acme", acme.root.certificate, actor="ada")
     async with scene.running():
         assert scene.recorded() == [1], "what happened while the proxy was down is recorded at start"
         await scene.tick()
         assert scene.applied == []
-        scene.store.add_tenant("globex", globex.root.certificate, actor="ada")
-        scene.store.update_tenant("globex", actor="ada", tunnel_hosts=["a.example"])
+        add_tenant(scene.store, "globex", globex.root.certificate, actor="ada")
+        update_tenant(scene.store, "globex", actor="ada", tunnel_hosts=["a.example"])
         await scene.tick()
         assert scene.applied == [3], "several changes are one new picture"
     assert scene.recorded() == [1, 2, 3]
@@ -97,11 +98,11 @@ async def test_a_change_is_recorded_and_applied(scene: Scene, acme: Tenant, glob
 
 
 async def test_a_restart_repeats_and_loses_nothing(scene: Scene, acme: Tenant) -> None:
-    scene.store.add_tenant("acme", acme.root.certificate, actor="ada")
+    add_tenant(scene.store, "acme", acme.root.certificate, actor="ada")
     await scene.watch.load()
     await scene.make_watch().load()
     assert scene.recorded() == [1]
-    scene.store.update_tenant("acme", actor="ada", tunnel_hosts=[])
+    update_tenant(scene.store, "acme", actor="ada", tunnel_hosts=[])
     await scene.make_watch().load()
     assert scene.recorded() == [1, 2]
 
@@ -109,7 +110,7 @@ async def test_a_restart_repeats_and_loses_nothing(scene: Scene, acme: Tenant) -
 async def test_what_cannot_be_recorded_does_not_take_effect(scene: Scene, acme: Tenant) -> None:
     async with scene.running():
         scene.audit.is_full = True
-        scene.store.add_tenant("acme", acme.root.certificate, actor="ada")
+        add_tenant(scene.store, "acme", acme.root.certificate, actor="ada")
         await scene.tick()
         assert scene.applied == []
         assert scene.is_stale()
@@ -139,10 +140,10 @@ async def test_a_lost_database_leaves_the_picture_in_force(scene: Scene, acme: T
 
 
 async def test_a_directory_that_went_back_is_an_event(scene: Scene, acme: Tenant) -> None:
-    scene.store.add_tenant("acme", acme.root.certificate, actor="ada")
+    add_tenant(scene.store, "acme", acme.root.certificate, actor="ada")
     (scene.path / "audit.revision").write_text("41\n")
     await scene.watch.load()
     assert '"action":"directory-went-back"' in scene.audit.path.read_text()
-    scene.store.update_tenant("acme", actor="ada", tunnel_hosts=[])
+    update_tenant(scene.store, "acme", actor="ada", tunnel_hosts=[])
     await scene.watch.load()
     assert scene.recorded() == [2]

@@ -15,6 +15,8 @@ from envelope.certificates import fingerprint
 from envelope.keys import NetworkService
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Listen, Upstream
+from proxy.tenants.network_service_store import add_service
+from proxy.tenants.tenant_store import add_tenant, update_tenant
 from proxy.tenants.user_store import set_access
 from proxy.users.model import UserAccess
 from proxy.users.portal import PAC_TYPE, make_portal, pac_script, proxies_of
@@ -30,10 +32,10 @@ def store(tmp_path: Path) -> Iterator[DirectoryStore]:
     clock = ManualClock()
     store = DirectoryStore.open(f"sqlite:///{tmp_path}/directory.db", tmp_path, clock=clock)
     root = make_tenant("acme").root.certificate
-    store.add_tenant("acme", root, actor=ACTOR, forward_listen=Listen("127.0.0.1", 3128))
+    add_tenant(store, "acme", root, actor=ACTOR, forward_listen=Listen("127.0.0.1", 3128))
     upstream = Upstream.parse("https://Drive.example.com")
-    store.add_service(NetworkService("acme", "drive"), upstream, actor=ACTOR)
-    store.add_tenant("hidden", make_tenant("hidden").root.certificate, actor=ACTOR)
+    add_service(store, NetworkService("acme", "drive"), upstream, actor=ACTOR)
+    add_tenant(store, "hidden", make_tenant("hidden").root.certificate, actor=ACTOR)
     yield store
     store.close()
 
@@ -61,7 +63,7 @@ async def test_the_pac_file(portal: str, store: DirectoryStore) -> None:
     set_access(store, "acme", access, actor=ACTOR)
     _, _, body = await get(f"{portal}/acme/proxy.pac")
     assert b"HTTPS one.example:3128; HTTPS two.example:3128" in body
-    store.update_tenant("acme", actor=ACTOR, forward_listen=Listen("0.0.0.0", 3128))
+    update_tenant(store, "acme", actor=ACTOR, forward_listen=Listen("0.0.0.0", 3128))
     set_access(store, "acme", UserAccess(), actor=ACTOR)
     status, _, body = await get(f"{portal}/acme/proxy.pac")
     assert (status, json.loads(body)["code"]) == (404, "no-address")
@@ -102,7 +104,7 @@ async def test_it_changes_nothing(portal: str) -> None:
 
 
 def test_an_address_of_everywhere_is_none(store: DirectoryStore) -> None:
-    store.update_tenant("acme", actor=ACTOR, forward_listen=Listen("::", 3128))
+    update_tenant(store, "acme", actor=ACTOR, forward_listen=Listen("::", 3128))
     assert proxies_of(store.snapshot().tenants["acme"]) == ()
 
 

@@ -12,6 +12,7 @@ from proxy.config import database_url
 from proxy.profiles.azure_signatures import parse_key
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Upstream
+from proxy.tenants.network_service_store import add_service
 from proxy.vault.model import Secrets
 from runtime.cli import ExitCode
 from tests.fakes.clock import ManualClock
@@ -33,7 +34,7 @@ def site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Installation:
     site.ask("tenant", "add", "acme", "--root", str(root))
     with opened(site) as store:
         upstream = Upstream("https", "account.blob.core.windows.net", 443)
-        store.add_service(BLOBS, upstream, profile="azure-blob", actor="tester")
+        add_service(store, BLOBS, upstream, profile="azure-blob", actor="tester")
     (tmp_path / "key").write_text(KEY + "\n")
     (tmp_path / "short").write_text("c2hvcnQ=\n")
     return site

@@ -10,6 +10,7 @@ from envelope.keys import NetworkService
 from proxy.config import database_url
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Upstream
+from proxy.tenants.network_service_store import add_service
 from proxy.vault.model import Secrets
 from runtime.cli import ExitCode
 from tests.fakes.clock import ManualClock
@@ -31,7 +32,7 @@ def site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Installation:
     root = write_certificate(make_tenant("acme").root.certificate, tmp_path / "root.pem")
     site.ask("tenant", "add", "acme", "--root", str(root))
     with opened(site) as store:
-        store.add_service(S3, Upstream("https", "s3.example.com", 443), profile="s3", actor="tester")
+        add_service(store, S3, Upstream("https", "s3.example.com", 443), profile="s3", actor="tester")
     (tmp_path / "secret").write_text(SECRET + "\n")
     (tmp_path / "upstream").write_text(UPSTREAM)
     return site
