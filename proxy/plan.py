@@ -439,9 +439,12 @@ class Unopened(Going):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegacyRange(Going):
-    """A read of one range of what was there before us, of the version that was looked at: *etag*."""
+    """A read of one range of what was there before us, of the version that was looked at: *etag*.
 
-    etag: str
+    None: nothing lay there, and the service judges itself what a range of that is.
+    """
+
+    etag: str | None
     pinned: bool
     """We added the If-Match: a 412 is about our asking, not about the client's."""
     body_may_come: bool = False

@@ -27,7 +27,7 @@ from envelope.objects import (
     sealed_range,
 )
 from proxy.anonymous_objects import candidate
-from proxy.asking import Asking, AskingError, Source
+from proxy.asking import Asking, AskingError, ServiceAnswer, Source
 from proxy.keys.cache import DataKey
 from proxy.message import content_range, strong_etag
 from proxy.opening import is_part
@@ -86,9 +86,12 @@ class Prefetch:
     ) -> None:
         await self.asking.__aexit__(kind, error, traceback)
 
-    async def beginning(self, source: Source) -> Beginning | None:
-        """The object's first bytes; None if the service does not serve them as a range. PrefetchError."""
-        return await self._piece(source, (0, PREFIX_SIZE), etag=None)
+    async def beginning(self, source: Source, *, may_be_empty: bool = False) -> Beginning | None:
+        """The object's first bytes; None if the service does not serve them as a range. PrefetchError.
+
+        *may_be_empty*: an object of no bytes is a beginning, too, though no service has a range of it.
+        """
+        return await self._piece(source, (0, PREFIX_SIZE), etag=None, may_be_empty=may_be_empty)
 
     async def kind(self, source: Source, etag: str | None) -> StoredKind | None:
         """What the object is; None if that cannot be told. PrefetchError.
@@ -169,7 +172,12 @@ class Prefetch:
         return await self._piece(source, (offset, offset + PREFIX_SIZE), etag=etag)
 
     async def _piece(
-        self, source: Source, wanted: tuple[int, int] | int, *, etag: str | None
+        self,
+        source: Source,
+        wanted: tuple[int, int] | int,
+        *,
+        etag: str | None,
+        may_be_empty: bool = False,
     ) -> Beginning | None:
         """*wanted*: [from, to), or so many bytes at the end. Fewer come where the object is shorter."""
         size = wanted if isinstance(wanted, int) else wanted[1] - wanted[0]
@@ -182,7 +190,11 @@ class Prefetch:
         async with self.asking.ask(source, "GET", fields=fields, total_s=_TOTAL_S) as answer:
             if answer.status != 206:
                 answer.leave()  # not to read what may be the whole object
-                return None
+                is_empty = answer.status == 416 or (
+                    answer.status == 200 and answer.fields.sole("content-length") == "0"
+                )
+                # What has a first byte has a range from it (RFC 9110 14.1.2).
+                return _beginning(answer, b"", 0) if may_be_empty and is_empty else None
             got = content_range(answer.fields)
             if got is None or not _is_asked(got, wanted):
                 answer.leave()
@@ -194,12 +206,16 @@ class Prefetch:
                 # Coded on its way, or what was there before us. A label that the object's owner gave it (S3's
                 # Content-Encoding) codes nothing: then these are our own bytes, and the rest verifies or not.
                 return None
-        return Beginning(
-            data=data,
-            stored_bytes=got[2],
-            etag=strong_etag(answer.fields),
-            last_modified=answer.fields.sole("last-modified"),
-        )
+        return _beginning(answer, data, got[2])
+
+
+def _beginning(answer: ServiceAnswer, data: bytes, stored_bytes: int) -> Beginning:
+    return Beginning(
+        data=data,
+        stored_bytes=stored_bytes,
+        etag=strong_etag(answer.fields),
+        last_modified=answer.fields.sole("last-modified"),
+    )
 
 
 def _is_asked(got: tuple[int, int, int], wanted: tuple[int, int] | int) -> bool:

@@ -121,7 +121,10 @@ class Reading:
         """What to send up for a read of one range; `plan.edits` alone reads the whole object."""
         whole = RangePlan(plan=plan, edits=plan.edits)
         try:
-            begin = await self.prefetch.beginning(read.source)
+            may_be_empty = read.route.policy is StoredPolicy.MIGRATE
+            begin = await self.prefetch.beginning(read.source, may_be_empty=may_be_empty)
+            if begin is not None and not begin.stored_bytes:
+                return _range_of_nothing(plan)
             if begin is None or not _same_version(plan.if_range, begin):
                 return whole
             if not has_magic(begin.data):
@@ -338,6 +341,23 @@ class Reading:
             etag=etag,
             stored_bytes=stored_bytes,
         )
+
+
+def _range_of_nothing(plan: OpenRange) -> RangePlan:
+    """Some services say 416, some 200. Each may judge it itself: what comes can be no bytes, or the whole."""
+    put = [("range", _spelt(plan.wanted))]
+    if plan.if_range is not None:
+        put.append(("if-range", plan.if_range))
+    legacy = LegacyRange(
+        edits=plan.edits,
+        target=plan.target,
+        sign=plan.sign,
+        memo=plan.memo,
+        etag=None,
+        pinned=False,
+        body_may_come=plan.body_may_come,
+    )
+    return RangePlan(plan=legacy, edits=plan.edits.also(put=put))
 
 
 def _spelt(wanted: ByteRange) -> str:

@@ -446,6 +446,19 @@ def test_a_rewritten_location_never_leads_to_another_host(tail: str) -> None:
     assert ours is None or (ours.startswith("/") and not ours.startswith(("//", "/\\")))
 
 
+def test_a_range_of_nothing_brings_nothing() -> None:
+    """It was empty when it was looked at: nobody has seen what a service sends in its place by now."""
+    nothing = LegacyRange(edits=NO_EDITS, etag=None, pinned=False)
+    at = route(legacy=LegacyPolicy.MIGRATE)
+    for status, length, passes in ((416, "20", True), (200, "0", True), (206, "0", True), (404, "20", True)):
+        got = answer(nothing, status, ("Content-Length", length), at=at)
+        assert isinstance(got, Pass) is passes, status
+    for fields in ([("Content-Length", "5")], [], [("Content-Length", "5"), ("ETag", '"a"')]):
+        got = answer(nothing, 206, ("Content-Range", "bytes 0-4/9"), *fields, at=at)
+        assert refused(got) is refusals.UPSTREAM_CHANGED, fields
+    assert isinstance(answer(nothing, 200, ("Content-Length", "5"), at=at), OpenWhole)
+
+
 READS = [OPEN, RANGED, plan("HEAD"), LegacyRange(edits=NO_EDITS, etag='"a"', pinned=True)]
 
 

@@ -79,6 +79,28 @@ async def test_any_other_answer_tells_nothing(reply: Reply) -> None:
         assert len(origin.exchanges) == 1
 
 
+@pytest.mark.parametrize(
+    ("reply", "is_empty"),
+    [
+        (Reply(416, [("Content-Range", "bytes */0")], [b"no"]), True),
+        (Reply(416, [], []), True),
+        (Reply(200, [], []), True),
+        (Reply(200, [], [b"x"]), False),
+        (Reply(404, [], []), False),
+        (Reply(204, [], []), False),
+    ],
+    ids=["refused", "refused-without-size", "whole", "not-empty", "missing", "no-content"],
+)
+async def test_an_object_of_no_bytes_begins_with_none(reply: Reply, is_empty: bool) -> None:
+    async with RecordingOrigin().listening() as origin, Prefetch(ssl.create_default_context()) as prefetch:
+        origin.reply = reply
+        assert await prefetch.beginning(source(origin.port)) is None
+        begin = await prefetch.beginning(source(origin.port), may_be_empty=True)
+        assert (begin is not None) is is_empty
+        if begin is not None:
+            assert (begin.data, begin.stored_bytes) == (b"", 0)
+
+
 async def test_trouble_is_one_error() -> None:
     async with RecordingOrigin().listening() as origin, Prefetch(ssl.create_default_context()) as prefetch:
         origin.reply = Reply(206, [("Content-Range", "bytes 0-87/200")], [bytes(40), bytes(48)], cut_after=1)

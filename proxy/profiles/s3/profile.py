@@ -35,6 +35,7 @@ from proxy.plan import (
     OpenRange,
     Pass,
     Proceed,
+    RangeRefusal,
     Refuse,
     Request,
     RequestPlan,
@@ -469,5 +470,7 @@ def _folder_marker(request: Request, plan: Going, answer: AnswerHead) -> AnswerP
         return None
     if answer.fields.sole("content-length") != "0":
         return None
+    if isinstance(plan, OpenRange) and plan.if_range is None:
+        return Refuse(refusal=RangeRefusal.of(0))  # as S3 has it
     edits = Edits(drop=digest_fields(answer.fields).union({"alt-svc", "sealgate-error", "trailer"}))
     return Pass(edits=_answer_edits(edits, answer, options_of(request)))

@@ -446,6 +446,9 @@ def test_folder_markers_that_others_made() -> None:
     for request in (get("/b/file"), sign("HEAD", "/b/file", now_s=NOW_S)):
         assert isinstance(answered(request, 200, fields), Refuse), "an empty object is stored as 104 bytes"
     assert not isinstance(answered(get("/b/folder/"), 200, {"content-length": "104"}), Pass)
+    part = answered(get("/b/folder/", range="bytes=0-"), 200, fields)
+    assert isinstance(part, Refuse)
+    assert ("Content-Range", "bytes */0") in part.refusal.headers()
 
 
 def test_refusals_are_s3s() -> None:
