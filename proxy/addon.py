@@ -9,7 +9,7 @@
    outside of a tunnel is judged by what it shows itself: a proxy in front may send several users' requests
    on one connection. It stays one tenant's all the same: the connections to services are that tenant's.
 6. It holds no policy: where to is routing.py's, what may be the planner's and the profiles', how it is
-   carried out exchange.py's.
+   carried out that of `exchange`.
 """
 
 import functools
@@ -29,7 +29,9 @@ from proxy.asking import host_field
 from proxy.bodies import refusal_for
 from proxy.collecting import Collecting
 from proxy.environments import Environments
-from proxy.exchange import ClientBody, Exchange, Exchanges, ended, exchange_of, source_of
+from proxy.exchange.answering import Answering
+from proxy.exchange.exchange import ClientBody, Exchange, Means, ended, exchange_of, source_of
+from proxy.exchange.sending import Sending
 from proxy.gate.permit import Collect, permit
 from proxy.keys.cache import KeyCache
 from proxy.message import Fields, RequestHead
@@ -123,9 +125,9 @@ class SealgateAddon:
         clock: Clock | None = None,
         environments: Environments | None = None,
     ) -> None:
-        self._exchanges = Exchanges(
-            keys, prefetch, uploads=uploads, wait_s=wait_s, spools=spools, collecting=collecting
-        )
+        means = Means(keys, prefetch, uploads=uploads, wait_s=wait_s, spools=spools, collecting=collecting)
+        self._sending = Sending(means)
+        self._answering = Answering(means)
         self._recorder = Recorder(audit, metrics)
         self._metrics = metrics
         self._clock = clock or SystemClock()
@@ -246,7 +248,7 @@ class SealgateAddon:
         bodies: list[ClientBody] = []
         client.flows[flow.id] = bodies
         self._metrics.active.inc()
-        permit(flow).request = await self._exchanges.permit_request(flow, exchange, bodies)
+        permit(flow).request = await self._sending.permit(flow, exchange, bodies)
         if flow.response is not None:
             self._end(flow, OK)  # no hook follows where a body that comes is not read
 
@@ -274,7 +276,7 @@ class SealgateAddon:
         exchange, collected = exchange_of(flow), permit(flow).request
         if exchange is None or not isinstance(collected, Collect):
             raise RefusedError(refusals.NO_PERMIT)
-        await self._exchanges.decide(flow, exchange, collected)
+        await self._sending.decide(flow, exchange, collected)
 
     def _route(self, flow: HTTPFlow, client: _Client, fields: Fields) -> Route:
         request = flow.request
@@ -333,7 +335,7 @@ class SealgateAddon:
             return
         client = self._clients.get(flow.client_conn.id)
         bodies = client.flows.setdefault(flow.id, []) if client is not None else []
-        permit(flow).response = await self._exchanges.permit_answer(flow, response, exchange, bodies)
+        permit(flow).response = await self._answering.permit(flow, response, exchange, bodies)
 
     def response(self, flow: HTTPFlow) -> Coroutine[Any, Any, None] | None:
         """The answer's body is here. What was to be collected has still to be replaced."""
@@ -352,7 +354,7 @@ class SealgateAddon:
         exchange, response, collected = exchange_of(flow), flow.response, permit(flow).response
         if exchange is None or response is None or not isinstance(collected, Collect):
             raise RefusedError(refusals.NO_PERMIT)
-        await self._exchanges.replace(response, exchange, collected)
+        await self._answering.replace(response, exchange, collected)
         self._end(flow, OK)
 
     # ---- ends

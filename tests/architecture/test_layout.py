@@ -255,7 +255,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/worker_source.py": _WORKER,
     "proxy/addon.py": _JOB,
     "proxy/conversation.py": _TALKS,
-    "proxy/exchange.py": _TALKS,
+    "proxy/exchange/answering.py": _TALKS,
+    "proxy/exchange/exchange.py": _TALKS,
+    "proxy/exchange/heads.py": _TALKS,
+    "proxy/exchange/sending.py": _TALKS,
     "proxy/reading.py": (
         "tests/integration/test_proxy_ranges.py",
         "what is asked of a service and what its clients get for it",
