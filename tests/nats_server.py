@@ -8,6 +8,7 @@ with NatsServer(tmp_path) as broker:
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from pathlib import Path
@@ -39,8 +40,11 @@ class NatsServer:
         self._ca_file = write_certificate(authority.certificate, self.directory / "ca.pem")
         # Who may connect: certificates below a root of the broker's own.
         self._clients = make_tenant("broker")
-        roots = write_certificate(self._clients.root.certificate, self.directory / "clients.pem")
-        certificate, key = write_credential(issue_server(authority), self.directory, "server")
+        self._roots_file = roots = write_certificate(
+            self._clients.root.certificate, self.directory / "clients.pem"
+        )
+        self._server_files = write_credential(issue_server(authority), self.directory, "server")
+        certificate, key = self._server_files
         self._configuration = self.directory / "nats.conf"
         self._configuration.write_text(
             f"host: 127.0.0.1\nport: {self.port}\n"
@@ -61,6 +65,13 @@ class NatsServer:
             "key_file": files[1],
         }
         return BrokerSettings(**(fields | changes))
+
+    def server_context(self) -> ssl.SSLContext:
+        """For who takes the server's place: its certificate, and only those let in that it lets in."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(self._roots_file))
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(*self._server_files)
+        return context
 
     def start(self) -> None:
         with (self.directory / "log").open("ab") as log:

@@ -5,8 +5,10 @@
 2. The stream keeps messages no longer than they are valid: one that keeps them longer is not used. The agent
    makes the stream if there is none and it may.
 3. A proxy whose receipts are missing is left to the direct road for a minute: nothing waits twice.
-4. The connection is kept up beside; while it is down this road is closed, at once and for everybody.
-5. Whatever a broker says ends its connection at most, which is then tried again.
+4. What is not answered is published again, the very same message: it may be lost on its way, its receipts on
+   the way back. The proxy takes it once, and repeats what it answered.
+5. The connection is kept up beside; while it is down this road is closed, at once and for everybody.
+6. Whatever a broker says ends its connection at most, which is then tried again.
 """
 
 import asyncio
@@ -46,8 +48,16 @@ log = structlog.get_logger(__name__)
 
 REST_S: Final = 60.0
 """How long a proxy whose receipts were missing is left to the direct road."""
+_PUBLISHED_TIMES: Final = 2
+"""Within `receipt_timeout_s`."""
+_ASKED_S: Final = 2.0
+"""For what the broker itself answers."""
 _MAX_PER_SUBJECT: Final = 1000
 _HEAD_BYTES: Final = 1024
+
+
+class _UnacknowledgedError(BrokerError):
+    """The broker did not say whether it has the message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +107,7 @@ class BrokerLink:
                     log.error("no broker; envelopes go directly", error=str(error))  # noqa: TRY400
                 self.failure = str(error)
             except Exception as error:
-                # What a broker answers goes through the library first, which believes it (rule 5).
+                # What a broker answers goes through the library first, which believes it (rule 6).
                 self.failure = f"not understood: {type(error).__name__}"
                 log.exception("the broker's answer ended the connection")
             finally:
@@ -108,15 +118,25 @@ class BrokerLink:
         """Hand envelopes that answer no challenge to the broker; nobody will confirm them. BrokerError."""
         for part in in_payloads(list(tokens), most_bytes=self._most_bytes()):
             delivery = self._delivery(part, is_challenged=False)
-            await self._publish(proxy, delivery, purpose)
+            await self._publish(proxy, delivery, purpose, patience_s=self._settings.receipt_timeout_s)
 
     async def send(
-        self, proxy: Proxy, tokens: Sequence[str], *, challenge: bytes, purpose: Purpose
+        self,
+        proxy: Proxy,
+        tokens: Sequence[str],
+        *,
+        challenge: bytes,
+        purpose: Purpose,
+        patience_s: float | None = None,
     ) -> list[Answer]:
-        """One answer each, in order. BrokerError: not all were answered, whatever became of them."""
+        """One answer each, in order. BrokerError: not all were answered, whatever became of them.
+
+        *patience_s*: for the answers; None: as the settings say.
+        """
         parts = list(in_payloads(list(tokens), most_bytes=self._most_bytes()))
+        wait_s = patience_s or self._settings.receipt_timeout_s
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._send(proxy, part, challenge, purpose)) for part in parts]
+            tasks = [group.create_task(self._send(proxy, part, challenge, purpose, wait_s)) for part in parts]
         failures = [failure for task in tasks if isinstance(failure := task.result(), BrokerError)]
         if failures:
             self._resting_until_s[proxy.id] = self._clock.boot_s() + REST_S
@@ -125,7 +145,7 @@ class BrokerLink:
         return [answer for task in tasks if isinstance(made := task.result(), list) for answer in made]
 
     async def _send(
-        self, proxy: Proxy, tokens: list[str], challenge: bytes, purpose: Purpose
+        self, proxy: Proxy, tokens: list[str], challenge: bytes, purpose: Purpose, wait_s: float
     ) -> list[Answer] | BrokerError:
         delivery = self._delivery(tokens, is_challenged=True)
         waiting = _Waiting(
@@ -135,16 +155,35 @@ class BrokerLink:
             answered=asyncio.get_running_loop().create_future(),
         )
         self._waiting[delivery.message_id] = waiting
+        publishing = asyncio.create_task(
+            self._keep_publishing(waiting, delivery, purpose), name=f"broker:{proxy.id}"
+        )
         try:
-            async with asyncio.timeout(self._settings.receipt_timeout_s):
-                await self._publish(proxy, delivery, purpose)
+            async with asyncio.timeout(wait_s):
                 return await waiting.answered
         except TimeoutError:
-            return BrokerError(f"no receipts within {self._settings.receipt_timeout_s:g} s")
+            return BrokerError(f"no receipts within {wait_s:g} s")
         except BrokerError as error:
             return error
         finally:
             del self._waiting[delivery.message_id]
+            publishing.cancel()
+            await asyncio.wait([publishing])
+
+    async def _keep_publishing(self, waiting: _Waiting, delivery: BrokeredDelivery, purpose: Purpose) -> None:
+        """Until cancelled (rule 4); or the broker refuses it, which is then the answer."""
+        again_s = self._settings.receipt_timeout_s / _PUBLISHED_TIMES
+        while True:
+            next_s = self._clock.boot_s() + again_s
+            try:
+                await self._publish(waiting.proxy, delivery, purpose, patience_s=again_s)
+            except _UnacknowledgedError:
+                pass  # whether it is stored or not, the receipts count
+            except BrokerError as error:
+                if not waiting.answered.done():
+                    waiting.answered.set_exception(error)
+                return
+            await self._clock.sleep(max(0.0, next_s - self._clock.boot_s()))
 
     def _delivery(self, tokens: list[str], *, is_challenged: bool) -> BrokeredDelivery:
         return BrokeredDelivery(
@@ -154,7 +193,9 @@ class BrokerLink:
             tokens=tuple(tokens),
         )
 
-    async def _publish(self, proxy: Proxy, delivery: BrokeredDelivery, purpose: Purpose) -> None:
+    async def _publish(
+        self, proxy: Proxy, delivery: BrokeredDelivery, purpose: Purpose, *, patience_s: float
+    ) -> None:
         client = self._client
         if client is None or not client.is_connected:
             raise BrokerError("the broker is not connected")
@@ -164,8 +205,10 @@ class BrokerLink:
                 subject,
                 delivery.encode(),
                 stream=self._settings.stream,
-                timeout=self._settings.receipt_timeout_s,
+                timeout=patience_s,
             )
+        except TimeoutError:
+            raise _UnacknowledgedError(f"not acknowledged within {patience_s:g} s") from None
         except broker_failures() as error:
             raise BrokerError(f"not published ({type(error).__name__})") from None
 
@@ -177,7 +220,7 @@ class BrokerLink:
 
     async def _prepare(self, client: Any) -> None:
         await client.subscribe(answer_subject(self._agent), cb=self._hear)
-        await self._check_stream(client.jetstream())
+        await self._check_stream(client.jetstream(timeout=_ASKED_S))
 
     async def _check_stream(self, jetstream: Any) -> None:
         """The stream is there and forgets in time (rule 2). BrokerError."""

@@ -4,6 +4,7 @@ The broker is Debian's nats-server with JetStream and mutual TLS; it is killed b
 """
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from typing import Any, override
 import pytest
 
 from envelope.base64url import b64u_encode
-from envelope.broker import ALL_DELIVERIES, agent_tag, answer_subject, delivery_subject
+from envelope.broker import ALL_DELIVERIES, agent_tag, answer_subject, decode_delivery, delivery_subject
 from envelope.keys import NetworkService
 from key_agent.agent import Agent
 from key_agent.operations import Operations
@@ -260,6 +261,14 @@ async def test_while_only_the_broker_is_left_keys_and_withdrawals_go_on(by_broke
         roads.bench.clock.shift(200)
         await _next_push(roads, agent)
         assert agent.deliveries[roads.proxy.id].is_complete, "the session's challenge is still good"
+        assert roads.link is not None
+        roads.link._resting_until_s[roads.proxy.id] = float("inf")
+        roads.bench.clock.shift(200)
+        await _next_push(roads, agent)
+        assert agent.deliveries[roads.proxy.id].is_complete, (
+            "receipts were missing, but there is nothing else"
+        )
+        assert roads.proxy.holds("s3")
         await operations.kek_revoke()
         assert not roads.proxy.holds("s3")
         assert agent.withdrawals.is_done()
@@ -367,10 +376,40 @@ async def test_a_recorded_delivery_is_refused_when_it_is_played_again(by_broker:
             await operations.kek_revoke()
             assert not roads.proxy.holds("s3")
             for subject, content in recorded[:]:
+                again = dataclasses.replace(decode_delivery(content), message_id=os.urandom(16))
                 await spy.publish(subject, content)
+                await spy.publish(subject, again.encode())
             await spy.flush()
             await until(lambda: roads.proxy.events("envelope-refused") >= 1)
             assert not roads.proxy.holds("s3")
+
+
+async def test_what_comes_twice_is_taken_once_and_answered_twice(by_broker: Roads) -> None:
+    """Whether the message or its answer was lost, the agent's next try finds out what became of it."""
+    roads = by_broker
+    assert roads.broker is not None
+    async with roads.agent() as (agent, operations):
+        await roads.provision(operations, "s3")
+        said: list[tuple[str, bytes]] = []
+        async with connected(roads.broker.settings("spy"), name="spy") as spy:
+
+            async def record(message: Any) -> None:
+                said.append((message.subject, message.data))
+
+            await spy.subscribe("sealgate.>", cb=record)
+            await spy.flush()
+            await _next_push(roads, agent)
+            await until(lambda: len(said) == 2)
+            [asked], [answer] = (
+                [one for one in said if one[1].startswith(kind)] for kind in (b"SGBD", b"SGBA")
+            )
+            accepted = roads.proxy.events("keys-accepted")
+            await spy.publish(*asked)
+            await until(lambda: said.count(answer) == 2, timeout_s=30)
+            assert roads.proxy.events("keys-accepted") == accepted
+            assert roads.proxy.events("envelope-refused") == 0
+            await spy.publish(asked[0], asked[1][:-1] + b"x")
+            await until(lambda: roads.proxy.events("envelope-refused") == 1)
 
 
 async def test_a_stream_that_never_forgets_is_not_used(bench: Bench, tmp_path: Path) -> None:
