@@ -227,6 +227,11 @@ class EnvRetire(Reason, frozen=True, forbid_unknown_fields=True):
     approval: str = ""
 
 
+class Recovery(_Body, frozen=True, forbid_unknown_fields=True):
+    old_kek: str | None = None
+    lost: bool = False
+
+
 class Promotion(_Body, frozen=True, forbid_unknown_fields=True):
     approval: str
     asked: dict[str, Any]
@@ -354,6 +359,24 @@ ROUTES: Final = (
     Route("env_policy_set", "PUT", "/v1/services/{service}/policy", EncryptPolicy, "Choose which one seals"),
     Route("env_promotion", "GET", "/v1/environments/own/promotion", Nothing, "What is to be signed"),
     Route("env_promote", "POST", "/v1/environments/own/promote", Promotion, "This agent becomes the manager"),
+    Route(
+        "env_recovery",
+        "POST",
+        "/v1/environments/own/recovery",
+        Recovery,
+        "What is to be signed so that it comes back when none counts",
+        changes=False,
+    ),
+    Route(
+        "env_new_registry_key",
+        "POST",
+        "/v1/environments/own/registry-key",
+        Nothing,
+        "Another registry key, used from the next start on",
+    ),
+    Route(
+        "env_recover", "POST", "/v1/environments/own/recover", Promotion, "It is the first that comes back"
+    ),
     Route("proxy_remove", "POST", "/v1/proxies/{proxy}/remove", Nothing, "Withdraw everything from a proxy"),
 )
 _BY_NAME: Final = {route.operation: route for route in ROUTES}

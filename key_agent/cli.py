@@ -22,7 +22,7 @@ import typer
 from envelope.errors import SealgateError
 from key_agent import api, app, config, doctor, live_status, setup
 from key_agent.commands import Json
-from key_agent.environments import healing_cli  # noqa: F401 - it adds its commands to `env`
+from key_agent.environments import healing_cli, recovery_cli  # noqa: F401 - they add commands to `env`
 from key_agent.environments.approval_cli import admin_app, approval_app
 from key_agent.environments.cli import environment_app, environments_text
 from key_agent.environments.incident_cli import incident_app

@@ -27,6 +27,7 @@ from key_agent.environments.incident_commands import IncidentCommands
 from key_agent.environments.membership_commands import MembershipCommands
 from key_agent.environments.policy_commands import PolicyCommands
 from key_agent.environments.promotion_commands import PromotionCommands
+from key_agent.environments.recovery_commands import RecoveryCommands
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
 from key_agent.kek_rotation import KekRotation, give_up
@@ -50,7 +51,13 @@ _LOOK_S: Final = 0.1
 
 
 class Operations(
-    KeyCommands, BackupCommands, MembershipCommands, PromotionCommands, IncidentCommands, PolicyCommands
+    KeyCommands,
+    BackupCommands,
+    MembershipCommands,
+    PromotionCommands,
+    RecoveryCommands,
+    IncidentCommands,
+    PolicyCommands,
 ):
     # The KEK.
 

@@ -58,6 +58,8 @@ class Action(StrEnum):
     """Keys are destroyed."""
     ENVIRONMENT_PROMOTE = "environment-promote"
     """An environment becomes the manager's."""
+    ENVIRONMENT_RECOVER = "environment-recover"
+    """An environment becomes the manager's while none counts (recovery.py)."""
     ENVIRONMENT_RETIRE = "environment-retire"
     ADMIN_ADD = "admin-add"
     ADMIN_REMOVE = "admin-remove"

@@ -20,7 +20,7 @@ from key_agent.consent import Consent
 from key_agent.environments.draft import Draft
 from key_agent.environments.etcd import EtcdClient
 from key_agent.environments.founding import FIRST_TERM, founding_rows, kek_body
-from key_agent.environments.leadership import Appointed, Candidate, Elected, Leadership
+from key_agent.environments.leadership import Appointed, Candidate, Elected, ElectedOrAppointed, Leadership
 from key_agent.environments.membership import Membership
 from key_agent.environments.peer_api import PeerRoute, keep_current, listening, make_api
 from key_agent.environments.peer_routes import REFUSALS, PeerRoutes
@@ -29,7 +29,9 @@ from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peering import Peering
 from key_agent.environments.peers import Introduction, JoinRequest, Peers
 from key_agent.environments.proofs import Proofs
+from key_agent.environments.recovery import appointed
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
+from key_agent.environments.registry_key_exchange import finish_exchange
 from key_agent.environments.shared import SharedRegistry
 from key_agent.environments.shared_view import newest_term
 from key_agent.environments.transport_key import transport_files
@@ -130,6 +132,7 @@ class Environments:
         if settings.environments is None:
             return None
         mine = settings.agent
+        await finish_exchange(registry, mine.state_dir)
         key = await asyncio.to_thread(read_or_make_registry_key, mine.state_dir)
         shared = await SharedRegistry.open(registry, key=key, state_dir=mine.state_dir)
         trust = PeerTrust(tenant=mine.tenant, root=root, revocations=revocations, clock=clock)
@@ -280,7 +283,13 @@ class Environments:
             elected=self._elected,
         )
         self.shared.confirm = elected.confirm
-        return elected
+        return ElectedOrAppointed(elected, self._appointed)
+
+    def _appointed(self) -> int | None:
+        """The term that this agent was given while no environment counts, as long as none does."""
+        found = appointed(self.peering.view)
+        is_ours = found is not None and self._current() == (found.term, self.peering.agent_id)
+        return found.term if found is not None and is_ours else None
 
     def _current(self) -> tuple[int, str] | None:
         found = newest_term(self.peering.view)

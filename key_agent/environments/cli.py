@@ -37,7 +37,9 @@ Address = Annotated[str, typer.Option(help="host:port of its data plane, as the 
 BalancerName = Annotated[
     str, typer.Option("--lb-server", help="The name of its server in the load balancer. Default: its id.")
 ]
-PromotionFile = Annotated[Path, typer.Argument(metavar="FILE", help="What `env promotion` wrote.")]
+PromotionFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="What `env promotion`, `recovery` wrote.")
+]
 
 
 @environment_app.command("identity")
@@ -203,14 +205,7 @@ def retire(
 def promotion(context: typer.Context, file: PromotionFile) -> None:
     """Write FILE, for two administrators to sign (`env sign`): that this agent becomes the manager."""
     data = perform(context.obj, "env_promotion")
-    try:
-        write_new_file(file, json.dumps(data, indent=2).encode() + b"\n")
-    except FileExistsError:
-        raise CommandError(
-            f"{file} exists and is not overwritten", "name another file", ExitCode.REFUSED
-        ) from None
-    except OSError as error:
-        raise CommandError(f"{file}: {error.strerror}", "name a file that you may write") from None
+    write_to_sign(file, data)
     show(
         context,
         {"file": str(file), "approval": data["approval"], "statement": data["statement"]},
@@ -229,7 +224,7 @@ def sign(
     key: Annotated[Path, typer.Option(help="Your private key (PEM, mode 0600, no passphrase).")],
 ) -> None:
     """Add your signature to FILE. Needs no agent: do it on a machine of your own."""
-    data, asked = _read_promotion(file)
+    data, asked = read_to_sign(file)
     pem = read_secret_file(key)
     try:
         private = approvals.read_private_key(pem, None)
@@ -253,13 +248,13 @@ def sign(
 @environment_app.command("promote")
 def promote(context: typer.Context, file: PromotionFile) -> None:
     """This agent becomes the manager, by what two administrators have signed in FILE."""
-    data, _ = _read_promotion(file)
+    data, _ = read_to_sign(file)
     result = perform(context.obj, "env_promote", approval=data["approval"], asked=data["asked"])
 
     def text(data: Any) -> str:
         lines = [
             f"{data['environment']} is the manager's environment, term {data['term']}",
-            _spread_text(data),
+            spread_text(data),
         ]
         if data["former"] is not None and not data["former_knows"]:
             lines.append(
@@ -271,23 +266,35 @@ def promote(context: typer.Context, file: PromotionFile) -> None:
     show(context, result, text)
 
 
-def _read_promotion(file: Path) -> tuple[dict[str, Any], ApprovalBody]:
+def write_to_sign(file: Path, data: Any) -> None:
+    """What two administrators are to sign, into a file that is not there yet."""
+    try:
+        write_new_file(file, json.dumps(data, indent=2).encode() + b"\n")
+    except FileExistsError:
+        raise CommandError(
+            f"{file} exists and is not overwritten", "name another file", ExitCode.REFUSED
+        ) from None
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}", "name a file that you may write") from None
+
+
+def read_to_sign(file: Path) -> tuple[dict[str, Any], ApprovalBody]:
+    """What `write_to_sign` wrote, signed or not."""
+    next_step = "give the file that `env promotion` or `env recovery` wrote"
     try:
         data = json.loads(file.read_bytes())
         return data, msgspec.convert(data["asked"], ApprovalBody)
     except OSError as error:
-        raise CommandError(f"{file}: {error.strerror}", "give the file that `env promotion` wrote") from None
+        raise CommandError(f"{file}: {error.strerror}", next_step) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(
-            f"{file}: not a promotion ({type(error).__name__})", "give the file that `env promotion` wrote"
-        ) from None
+        raise CommandError(f"{file}: nothing to sign ({type(error).__name__})", next_step) from None
 
 
 # What people read.
 
 
 def _changed_text(data: Any) -> str:
-    return "\n".join(line for line in (f"{data['environment']}: {data['state']}", _spread_text(data)) if line)
+    return "\n".join(line for line in (f"{data['environment']}: {data['state']}", spread_text(data)) if line)
 
 
 def _policy_text(data: Any) -> str:
@@ -302,10 +309,10 @@ def _policy_text(data: Any) -> str:
         for one in ring["keys"]:
             key = "no active key" if one["key"] is None else f"{one['key']} of {one['owner']}"
             lines.append(f"  {one['environment']}  {use}  {key}")
-    return "\n".join([*lines, *filter(None, [_spread_text(data) if "spread" in data else ""])])
+    return "\n".join([*lines, *filter(None, [spread_text(data) if "spread" in data else ""])])
 
 
-def _spread_text(data: Any) -> str:
+def spread_text(data: Any) -> str:
     late = sorted(name for name, knows in data["spread"].items() if not knows)
     return f"not told yet: {', '.join(late)}; they are as soon as they answer" if late else ""
 

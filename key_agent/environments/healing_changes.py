@@ -9,6 +9,9 @@
    back only trust in signatures that anybody may have made.
 4. Its end is destruction, by two persons: when a re-encryption has found nothing left that it sealed, or when
    what is left is given up by its name.
+5. While no environment counts no key becomes active, so who is appointed to be the first again (recovery.py)
+   comes back without the successors of its keys: its incidents stay as they are until these are made. If it
+   is appointed because every KEK is lost, every key is: two persons may end them in whatever state they are.
 """
 
 from collections.abc import Collection
@@ -29,6 +32,7 @@ from key_agent.environments.incident_changes import (
     undecided,
     use_approval,
 )
+from key_agent.environments.recovery import appointed
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.registry.access import RefusedChangeError
 
@@ -93,6 +97,22 @@ def take_kek(draft: "Draft", told: KekAnnouncement, *, now_ms: int) -> bool:
         msgspec.structs.replace(body, kek_id=told.kek_id, kms_type=told.kek.method),
     )
     return True
+
+
+def recover(draft: "Draft", name: str, *, registry_key: str, kek_id: str, kek: KekBody, now_ms: int) -> None:
+    """*name* is appointed to be the first that comes back (recovery.py): with these keys, and it heals.
+
+    One that has come back by its own word alone goes on.
+    """
+    body = _environment(draft.shared, name)
+    changed = msgspec.structs.replace(
+        body,
+        registry_key=registry_key,
+        registry_key_exposed=body.registry_key_exposed and body.registry_key == registry_key,
+        state=body.state if body.state.counts else EnvironmentState.HEALING,
+    )
+    draft.put(Kind.ENVIRONMENT, name, changed)
+    take_kek(draft, KekAnnouncement(environment=name, kek_id=kek_id, kek=kek), now_ms=now_ms)
 
 
 def open_incidents(shared: "Shared", environment: str) -> dict[str, IncidentBody]:
@@ -202,7 +222,7 @@ def may_rejoin(shared: "Shared", name: str) -> None:
                 f"{len(waiting)} keys of {incident_id} are suspended: nobody has decided about them",
                 f"`key-agent incident cancel {incident_id}` or `key-agent incident compromise {incident_id}`",
             )
-        if IncidentEvent.REJOIN_BEGUN not in _roads(incident.state):
+        if IncidentEvent.REJOIN_BEGUN not in _roads(incident.state) and not _is_first(shared, name):
             raise RefusedChangeError(
                 f"{incident_id} is {incident.state}: keys that were taken away have no successors yet",
                 f"`key-agent incident rekey {incident_id}`",
@@ -224,8 +244,9 @@ def admit(draft: "Draft", name: str, *, load_balancers: Collection[str], now_ms:
         )
     confirmed = f"confirmed by {', '.join(sorted(load_balancers))}"
     _follow(draft, name, EnvironmentEvent.ADMITTED, confirmed, now_ms)
-    for incident_id in open_incidents(draft.shared, name):
-        advance(draft, incident_id, IncidentEvent.REJOIN_BEGUN, now_ms=now_ms)
+    for incident_id, incident in open_incidents(draft.shared, name).items():
+        if IncidentEvent.REJOIN_BEGUN in _roads(incident.state):
+            advance(draft, incident_id, IncidentEvent.REJOIN_BEGUN, now_ms=now_ms)
     return True
 
 
@@ -236,8 +257,9 @@ def readmit(draft: "Draft", name: str, *, now_ms: int) -> bool:
         return False
     incidents = open_incidents(draft.shared, name)
     _follow(draft, name, EnvironmentEvent.KEYS_PROVEN, None, now_ms, ends_incident=True)
-    for incident_id in incidents:
-        advance(draft, incident_id, IncidentEvent.REJOINED, now_ms=now_ms)
+    for incident_id, incident in incidents.items():
+        if IncidentEvent.REJOINED in _roads(incident.state):
+            advance(draft, incident_id, IncidentEvent.REJOINED, now_ms=now_ms)
     return True
 
 
@@ -333,10 +355,12 @@ def retire_keys(
     *rewritten*: keys of which a re-encryption has found nothing left. RefusedChangeError, ApprovalError.
     """
     shared = draft.shared
+    are_lost = accept_loss and are_given_up(shared)
     for key_id in key_ids:
         if (dek := shared.deks.get(key_id)) is None:
             raise RefusedChangeError(f"there is no key {key_id}", "`key-agent key list SERVICE`")
-        if dek.state is not KeyState.DESTROYED and KeyState.DESTROYED not in _ends(dek.state):
+        may_end = are_lost or KeyState.DESTROYED in _ends(dek.state)
+        if dek.state is not KeyState.DESTROYED and not may_end:
             raise RefusedChangeError(
                 f"key {key_id} is {dek.state}: only a deactivated or compromised one is destroyed",
                 "`key-agent key list SERVICE`",
@@ -372,6 +396,12 @@ def retire_keys(
     return True
 
 
+def are_given_up(shared: "Shared") -> bool:
+    """Whether two persons have appointed who is first because no KEK opens any key."""
+    recovery = appointed(shared)
+    return recovery is not None and recovery.succession.lost
+
+
 def _ends(state: KeyState) -> Collection[KeyState]:
     """Where a key that has sealed may go; one that is on its way ends with its rotation."""
     return () if state is KeyState.PRE_ACTIVE else KEY_TRANSITIONS[state]
@@ -379,6 +409,12 @@ def _ends(state: KeyState) -> Collection[KeyState]:
 
 def _roads(state: IncidentState) -> Collection[IncidentEvent]:
     return TRANSITIONS[state]
+
+
+def _is_first(shared: "Shared", name: str) -> bool:
+    """Whether no environment counts and *name* is appointed to be the first again (rule 5)."""
+    recovery = appointed(shared)
+    return recovery is not None and recovery.environment == name
 
 
 def _environment(shared: "Shared", name: str) -> EnvironmentBody:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from envelope.keys import NetworkService
 from key_agent.environments.manager import Manager
+from key_agent.environments.own_wraps import OwnWraps
 from key_agent.environments.presented import present, rescued
 from key_agent.environments.transport_key import KEY_NAME
 from key_agent.environments.workplace import Workplace
@@ -37,6 +38,14 @@ class KeyParts:
         )
         self.manager = Manager(
             wraps=self.wraps,
+            own_wraps=OwnWraps(
+                peering=self._peering,
+                registry=agent.registry,
+                source=agent.source,
+                proofs=environments.proofs,
+                journal=agent.journal,
+                clock=agent.clock,
+            ),
             peering=self._peering,
             journal=agent.journal,
             clock=agent.clock,

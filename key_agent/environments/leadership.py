@@ -10,6 +10,8 @@
 5. A member believes an elected term only if etcd itself says that this agent made the key at that revision
    (`confirm`), now or in its history. That proves who came first, not that it is sound: the rows say that.
 6. No leader, no new keys and no incidents; serving, refreshing and withdrawing need none.
+7. While no environment counts none is elected: two administrators appoint one (recovery.py). It leads until
+   one counts; that one is elected then.
 """
 
 import asyncio
@@ -74,6 +76,29 @@ class Appointed(Leadership):
     async def run(self) -> NoReturn:
         await asyncio.Event().wait()
         raise AssertionError("unreachable: nobody sets it")
+
+
+class ElectedOrAppointed(Leadership):
+    """Rule 7. *appointed*: the term that administrators gave this agent while no environment counts."""
+
+    def __init__(self, elected: Leadership, appointed: Callable[[], int | None]) -> None:
+        self._elected = elected
+        self._appointed = appointed
+
+    @property
+    @override
+    def term(self) -> int | None:
+        elected = self._elected.term
+        return self._appointed() if elected is None else elected
+
+    @property
+    @override
+    def proven_boot_s(self) -> float | None:
+        return self._elected.proven_boot_s
+
+    @override
+    async def run(self) -> NoReturn:
+        await self._elected.run()
 
 
 class Candidate(msgspec.Struct, frozen=True):

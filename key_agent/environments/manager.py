@@ -27,6 +27,7 @@ from key_agent.environments import key_changes as changes
 from key_agent.environments.documents import EncryptPolicy
 from key_agent.environments.draft import Draft
 from key_agent.environments.key_changes import LIVE, WantedKey
+from key_agent.environments.own_wraps import OwnWraps
 from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.peering import Peering
@@ -94,6 +95,7 @@ class Manager:
         self,
         *,
         wraps: Wraps,
+        own_wraps: OwnWraps,
         peering: Peering,
         journal: Journal,
         clock: Clock,
@@ -102,6 +104,7 @@ class Manager:
     ) -> None:
         """*one_at_a_time*: held by whoever makes keys or KEKs at this agent."""
         self._wraps = wraps
+        self._own_wraps = own_wraps
         self._peering = peering
         self._journal = journal
         self._clock = clock
@@ -552,7 +555,7 @@ class Manager:
         own = self._peering.environment
         done = NOTHING_STORED
         if name == own:
-            done = Stored(verified=(), failed=dict.fromkeys(key_ids, "it has no wrap here"))
+            done = await self._own_wraps.take(key_ids)
         else:
             done = await self._wraps.bring(name, key_ids)
         for other in changes.serving_environments(self._peering.view):

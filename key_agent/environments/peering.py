@@ -43,6 +43,7 @@ from key_agent.environments.heartbeats import (
 from key_agent.environments.leadership import Leadership
 from key_agent.environments.peer_transport import PeerAddress, PeerError
 from key_agent.environments.peers import NOTICE_PATH, Ack, Peers
+from key_agent.environments.recovery import appointed
 from key_agent.environments.registry_lease import NEVER_S, Members, Position, RegistryLease
 from key_agent.environments.shared import SharedRegistry
 from key_agent.environments.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
@@ -321,7 +322,7 @@ class Peering:
         self._check(beat, name, body, challenge)
         position = Position(beat.term, beat.epoch)
         self._heard(name, beat, position, latency_s=self._clock.boot_s() - asked_boot_s)
-        if not body.state.counts:
+        if not body.state.counts and not self._is_appointed(name):
             # What a withdrawn environment says proves nothing; its registry is no source of anything.
             self.lease.forget(name)
             return
@@ -439,18 +440,25 @@ class Peering:
         """*agent_id*, a member's agent, brings *delta*. StaleTermError and what `apply` raises but for a gap,
         which is an answer.
 
-        One that does not count brings nothing but a new term of its own, which has to show that it counts.
+        One that does not count brings nothing but a new term of its own, which has to show that it counts, or
+        that none does (recovery.py).
         """
         name = self.environment_of(agent_id)
         body = None if name is None else self._view.environments.get(name)
         begins = delta.signer == agent_id and delta.term > self._view.term
-        if body is not None and not begins and (not body.state.counts or name in self.notices):
+        is_withdrawn = body is not None and (not body.state.counts or name in self.notices)
+        if name is not None and is_withdrawn and not begins and not self._is_appointed(name):
             raise IntegrityError(f"{name} is withdrawn: it brings nothing")
         try:
             await self.apply(delta)
         except EpochGapError:
             return Ack(*self.position, applied=False)
         return Ack(*self.position, applied=True)
+
+    def _is_appointed(self, name: str) -> bool:
+        """Whether none counts, and two administrators have appointed it to be the first again."""
+        recovery = appointed(self._view)
+        return recovery is not None and recovery.environment == name
 
     # Bringing.
 
@@ -580,7 +588,7 @@ class Peering:
         sights = {name: sight for name, sight in self.sights.items() if sight.position is not None}
         for name in sorted(sights, key=lambda one: sights[one].position or Position(0, 0), reverse=True):
             body = self._view.environments.get(name)
-            if body is None or not body.state.counts:
+            if body is None or not (body.state.counts or self._is_appointed(name)):
                 continue
             try:
                 await self.shared.restore(await self.peers.since(name, 0), now_ms=self._now_ms())

@@ -9,6 +9,8 @@
 4. A KEK that was made anew while the environment heals is announced to the manager until the rows name it.
    That makes it nobody's to trust: an administrator compares its fingerprint (`heal-complete --kek`). One
    that a sound environment rotated to is followed by the manager itself.
+5. A KEK from which keys are taken once more, by the word of two administrators (recovery.py), is left alone
+   until an environment counts again; then it is disabled as it was before.
 """
 
 import asyncio
@@ -24,15 +26,16 @@ from key_agent.environments.healing_changes import KekAnnouncement
 from key_agent.environments.incident_changes import KEK_COMPROMISED
 from key_agent.environments.peering import Peering
 from key_agent.environments.proofs import Proofs
+from key_agent.environments.recovery import appointed
 from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
-from key_agent.errors import UnsupportedError
+from key_agent.errors import KekRevokedError, UnsupportedError
 from key_agent.kek_making import KekWish, make_kek
 from key_agent.refresh import next_delay, wait_until
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import KekState
-from key_agent.sources.source import Kek
+from key_agent.sources.source import Kek, Verdict
 
 if TYPE_CHECKING:
     from key_agent.agent import Agent
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _MAX_DELAY_S: Final = 10.0
+_GONE: Final = (Verdict.KEK_DESTROYED, Verdict.KEK_DISABLED, Verdict.KEK_REPLACED)
+"""What would be disabled is not there, or is disabled."""
 
 
 def next_rescue_end_ms(view: Shared, *, after_ms: int) -> int | None:
@@ -104,6 +109,7 @@ class Reaction:
         """Do what the rows ask of this environment. SealgateError: something of it has to be repeated."""
         view = self._peering.view
         rows = {row.reference.kek_id: row for row in await self._agent.registry.keks()}
+        self._disabled &= set(self._ended(view))
         for kek_id in self._ended(view):
             row = rows.get(kek_id)
             if row is not None and row.kek is not None:
@@ -126,6 +132,10 @@ class Reaction:
             # What it wraps is taken back and will be erased; the HSM's owner can destroy the key.
             log.warning("the HSM does not disable a KEK", kek=kek_id, cause=str(error))
             agent.journal.note("kek-disable", outcome="unsupported", kek=kek_id)
+        except KekRevokedError as error:
+            if error.verdict not in _GONE:
+                raise
+            agent.journal.note("kek-disable", outcome="gone", kek=kek_id, cause=error.verdict)
         else:
             agent.journal.note("kek-disable", kek=kek_id)
         self._disabled.add(kek_id)
@@ -162,11 +172,17 @@ class Reaction:
                 self._agent.journal.note("wraps-erased", kek=kek_id, erased=gone, left=left)
 
     def _ended(self, view: Shared) -> list[str]:
-        """Own KEKs that an incident has ended."""
+        """Own KEKs that an incident has ended; one that unwraps once more (rule 5) is not among them yet."""
+        recovery = appointed(view)
+        last = None
+        if recovery is not None and recovery.environment == self._peering.environment:
+            last = recovery.succession.old_kek
         return sorted(
             kek_id
             for kek_id, body in view.keks.items()
-            if body.environment == self._peering.environment and body.state == KEK_COMPROMISED
+            if body.environment == self._peering.environment
+            and body.state == KEK_COMPROMISED
+            and kek_id != last
         )
 
     async def new_kek(self, wish: KekWish) -> KekAnnouncement:

@@ -27,14 +27,19 @@ from runtime.settings import SettingsError, read_secret_file
 NAME: Final = "registry.key"
 
 
-def read_or_make_registry_key(state_dir: Path) -> Ed25519PrivateKey:
+def read_or_make_registry_key(state_dir: Path, *, name: str = NAME) -> Ed25519PrivateKey:
     """The key in *state_dir*, made if there is none yet. SettingsError if the file is no good; OSError."""
-    path = state_dir / NAME
+    path = state_dir / name
     if not os.path.lexists(path):
         key = Ed25519PrivateKey.generate()
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         write_new_file(path, pem)
         return key
+    return read_registry_key_file(path)
+
+
+def read_registry_key_file(path: Path) -> Ed25519PrivateKey:
+    """SettingsError if the file is no good; OSError."""
     secret = read_secret_file(path)
     try:
         found = load_pem_private_key(bytes(secret), password=None)

@@ -27,6 +27,7 @@ from sqlalchemy import Connection
 
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
+from key_agent.environments.approvals import Action
 from key_agent.environments.believing import Believing, Confirm, beside
 from key_agent.environments.documents import (
     ApprovalBody,
@@ -143,8 +144,10 @@ class SharedRegistry:
         cause: str,
         now_ms: int,
         approval: tuple[str, ApprovalBody] | None = None,
+        also: Callable[[Draft], object] | None = None,
     ) -> Delta:
         """This agent holds *term* from now on: appointed by *approval* (id, and what was signed), or elected.
+        *also*: what changes in the same epoch.
 
         It is judged as the others will judge it. StaleTermError; IntegrityError: they would not believe it.
         """
@@ -171,16 +174,21 @@ class SharedRegistry:
                 draft.put(Kind.TERM, term_id(term), body)
                 if approval is not None and grounds.asked is not None:
                     draft.put(Kind.APPROVAL, approval[0], grounds.asked)
+                if also is not None:
+                    also(draft)
 
             return await self._write(state, change, term=term, now_ms=now_ms)
 
     def _grounds(self, state: State, asked: ApprovalBody | None) -> Grounds:
         signers = () if asked is None else tuple(asked.signatures)
+        shared = state.shared
+        # That none counts has to be shown of all of them.
+        is_recovery = asked is not None and asked.action == Action.ENVIRONMENT_RECOVER
         wanted = [
-            (Kind.ENVIRONMENT, self._registry.environment_id),
+            *((Kind.ENVIRONMENT, name) for name in shared.environments if is_recovery),
+            *(() if is_recovery else ((Kind.ENVIRONMENT, self._registry.environment_id),)),
             *((Kind.ADMIN, name) for name in signers),
         ]
-        shared = state.shared
         return Grounds(
             built_on=Head(term=shared.term, epoch=shared.epoch, digest=shared.digest, signature=shared.head),
             rows=tuple(state.rows[key] for key in wanted if key in state.rows),

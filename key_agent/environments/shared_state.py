@@ -28,6 +28,7 @@ class State:
         watched = [key for key in self.rows if key[0] in WATCHED]
         return Known(
             position=(self.shared.term, self.shared.epoch),
+            digest=self.shared.digest,
             terms=self.terms,
             digests={key: self.digests[key] for key in watched},
             bodies={key: self.bodies[key] for key in watched},

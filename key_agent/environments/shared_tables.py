@@ -5,6 +5,7 @@
    signature under the same (the head). It is written in the transaction that writes the rows.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import batched
@@ -102,6 +103,26 @@ def write_seal(c: Connection, key: Ed25519PrivateKey, tenant: str, shared: Share
             head_signature=head.signature,
         )
     )
+
+
+def check_seal(c: Connection, keys: Sequence[Ed25519PrivateKey], tenant: str) -> None:
+    """RegistryTamperedError: there is a seal, and it is by none of *keys*."""
+    seal = read_seal(c)
+    if seal is None:
+        return
+    *others, last = keys
+    for key in others:
+        with contextlib.suppress(RegistryTamperedError):
+            seal.check(key, tenant, seal.head.digest)
+            return
+    seal.check(last, tenant, seal.head.digest)
+
+
+def reseal(c: Connection, key: Ed25519PrivateKey, tenant: str) -> None:
+    """The seal that is there, which the caller has checked, by another key of this agent."""
+    seal = read_seal(c)
+    if seal is not None:
+        c.execute(update(shared_seal).values(signature=key.sign(_seal_bytes(tenant, seal.head)).hex()))
 
 
 def _seal_bytes(tenant: str, head: Head) -> bytes:

@@ -19,6 +19,10 @@
    moment that the administrators have signed. The other history is judged by ours: what the term that both
    have says after ours has left it is not newer than what we know. Its holder has lost it, perhaps for a
    reason, and still has the key.
+7. While no environment counts, what the newest holder writes shows others nothing; is its key in other hands,
+   it writes nothing. Two administrators appoint an environment (recovery.py), as in rule 4, with the registry
+   key and the KEK that they have seen there. Such a term begins though its environment heals, and never while
+   another one counts; and where the key of the holder before is in other hands, on exactly what is known.
 """
 
 import bisect
@@ -49,6 +53,8 @@ from key_agent.environments.documents import (
     read_registry_key,
     row_digest,
 )
+from key_agent.environments.recovery import is_recovery, read_succession, recovery_payload
+from key_agent.environments.states import EnvironmentState
 
 type Key = tuple[Kind, str]
 type Position = tuple[int, int]
@@ -56,6 +62,7 @@ type Position = tuple[int, int]
 
 WATCHED: Final = frozenset({Kind.ENVIRONMENT, Kind.ADMIN})
 """Kinds of rows that a new term is judged by."""
+_ON_ITS_WAY: Final = (EnvironmentState.PROVISIONING, EnvironmentState.JOINING)
 _NO_EPOCH_AFTER: Final = 2**63 - 1
 """No epoch of a term is later."""
 
@@ -80,6 +87,8 @@ class Holder:
     """Of its row."""
     rank: tuple[int, str] = (0, "")
     """Rule 6: the higher one holds."""
+    recovers: bool = False
+    """Rule 7."""
 
     @property
     def key(self) -> Ed25519PublicKey:
@@ -147,6 +156,8 @@ class Known:
     """What somebody has, as far as it decides whom to believe next."""
 
     position: Position = (0, 0)
+    digest: str = ""
+    """Of all rows at that position; "": not known."""
     terms: Terms = field(default_factory=Terms)
     digests: Mapping[Key, bytes] = field(default_factory=dict)
     """Of the rows of WATCHED kinds."""
@@ -204,10 +215,13 @@ def check_goes_on(known: Known, holder: Holder) -> None:
     newest = known.terms.newest
     if known.withdrawn and newest is not None and newest.digest == holder.digest:
         raise IntegrityError(f"{holder.agent} holds term {holder.term}, but is known as withdrawn")
-    environments = {body.name: body for body in known.bodies.values() if isinstance(body, EnvironmentBody)}
-    # By its name: an agent may have had another environment before, that was retired.
-    its = environments.get(holder.environment)
-    if its is not None and not its.state.counts and any(body.state.counts for body in environments.values()):
+    if _is_in_other_hands(known, holder):
+        raise IntegrityError(
+            f"{holder.agent} holds term {holder.term}, but its registry key has been exposed: two "
+            "administrators have to appoint an environment (`key-agent env recovery`)"
+        )
+    its = _known_environment(known, holder)
+    if its is not None and not its.state.counts and not _none_counts(known):
         raise IntegrityError(
             f"{holder.agent} holds term {holder.term}, but its environment is {its.state}: "
             "another one has to follow (`key-agent env promote` there)"
@@ -244,6 +258,7 @@ def _chain(rows: Iterable[SharedRow]) -> Sequence[_Begun]:
             registry_key=body.registry_key,
             digest=digest,
             rank=_rank(body.grounds),
+            recovers=is_recovery(body.grounds),
         )
         found.append(_Begun(holder, row, body))
     if not found:
@@ -285,6 +300,10 @@ def _check_begun(tenant: str, known: Known, before: Terms, previous: Holder, beg
     check_head(tenant, head, previous.key)
     shown = _Shown(tenant, known, before, grounds)
     environment = shown.environment(body)
+    if holder.recovers:
+        _check_recovers(known, previous, head, shown, body)
+        _check_approved(tenant, shown, body, holder.term, grounds)
+        return False
     if (environment.agent_id, environment.registry_key) != (body.agent, body.registry_key):
         raise IntegrityError(f"{body.agent} is not the agent of {body.environment}, or has another key")
     if not environment.state.counts:
@@ -292,8 +311,68 @@ def _check_begun(tenant: str, known: Known, before: Terms, previous: Holder, beg
     if environment.registry_key_exposed:
         raise IntegrityError(f"the registry key of {body.environment} has been exposed")
     if grounds.approval is not None:
-        _check_promotion(tenant, shown, body, holder.term, grounds)
+        _check_approved(tenant, shown, body, holder.term, grounds)
     return grounds.approval is None
+
+
+def _check_recovers(known: Known, previous: Holder, head: Head, shown: "_Shown", body: TermBody) -> None:
+    """Rule 7, but for the approval. IntegrityError."""
+    environments = shown.environments()
+    own = environments[body.environment]
+    if own.agent_id != body.agent:
+        raise IntegrityError(f"{body.agent} is not the agent of {body.environment}")
+    if own.state is EnvironmentState.RETIRED or own.state in _ON_ITS_WAY:
+        raise IntegrityError(f"{body.environment} is {own.state}: it has no keys to begin with")
+    sound = sorted(one.name for one in environments.values() if one.state.counts and one is not own)
+    if sound:
+        raise IntegrityError(
+            f"{', '.join(sound)} counts: no environment is appointed in its place (`key-agent env promote`)"
+        )
+    if body.registry_key == own.registry_key:
+        if own.registry_key_exposed:
+            raise IntegrityError(f"the registry key of {body.environment} has been exposed")
+    elif any(_has_had(one, body.registry_key) for one in environments.values()):
+        raise IntegrityError(f"the registry key of {body.environment} is one that an environment has had")
+    if _is_in_other_hands(known, previous) and (head.epoch, head.digest) != (known.position[1], known.digest):
+        raise IntegrityError(
+            f"{previous.agent}'s registry key has been exposed: what it may have written after epoch "
+            f"{known.position[1]} is not gone on from"
+        )
+
+
+def _has_had(body: EnvironmentBody, registry_key: str) -> bool:
+    return registry_key in (body.registry_key, *(former.registry_key for former in body.former_keys))
+
+
+def _known_environment(known: Known, holder: Holder) -> EnvironmentBody | None:
+    # By its name: an agent may have had another environment before, that was retired.
+    found = known.bodies.get((Kind.ENVIRONMENT, holder.environment))
+    return found if isinstance(found, EnvironmentBody) else None
+
+
+def _none_counts(known: Known) -> bool:
+    bodies = [body for body in known.bodies.values() if isinstance(body, EnvironmentBody)]
+    return bool(bodies) and not any(body.state.counts for body in bodies)
+
+
+def _is_in_other_hands(known: Known, holder: Holder) -> bool:
+    """Whether somebody else may have the key of *holder*, whose term is the newest known, and none counts."""
+    its = _known_environment(known, holder)
+    return (
+        its is not None
+        and its.registry_key_exposed
+        and its.registry_key == holder.registry_key
+        and known.position[0] == holder.term
+        and _none_counts(known)
+    )
+
+
+def _shows_nothing(known: Known, holder: Holder) -> bool:
+    """Rule 5, and rule 7: what *holder* has signed since is no ground for a term."""
+    its = _known_environment(known, holder)
+    if its is not None and not its.state.counts and _none_counts(known) and not holder.recovers:
+        return True
+    return not goes_on(known, holder)
 
 
 class _Shown:
@@ -309,8 +388,8 @@ class _Shown:
                 if (row.term, row.epoch) <= known.position or row.epoch > grounds.built_on.epoch:
                     continue  # not newer than what is known: what is known decides
                 before.check(tenant, row)
-                if not goes_on(known, before.holder(row.term)):
-                    continue  # rule 5: who was withdrawn shows nothing any more
+                if _shows_nothing(known, before.holder(row.term)):
+                    continue
             self._brought[row.key] = read_body(row.kind, row.body)
 
     def environment(self, body: TermBody) -> EnvironmentBody:
@@ -318,6 +397,11 @@ class _Shown:
         if not isinstance(found, EnvironmentBody):
             raise IntegrityError(f"nothing shows that there is an environment {body.environment}")
         return found
+
+    def environments(self) -> dict[str, EnvironmentBody]:
+        """All that there are, by name."""
+        bodies = (*self._known.bodies.values(), *self._brought.values())
+        return {body.name: body for body in bodies if isinstance(body, EnvironmentBody)}
 
     def admins(self, names: Iterable[str]) -> dict[str, AdminBody]:
         """Those of them who may sign."""
@@ -389,13 +473,50 @@ def _signed_base(asked: ApprovalBody) -> tuple[int | None, str]:
     return (epoch, digest) if isinstance(epoch, int) and isinstance(digest, str) else (None, "")
 
 
-def _check_promotion(tenant: str, shown: _Shown, body: TermBody, term: int, grounds: Grounds) -> None:
+def check_recovery(
+    tenant: str,
+    approval: str,
+    asked: ApprovalBody,
+    admins: Mapping[str, AdminBody],
+    *,
+    agent: str,
+    environment: str,
+    registry_key: str,
+    built_on: Head,
+    now_ms: int,
+) -> tuple[str, ...]:
+    """As `check_promotion`, while none counts. ApprovalError; FormatError: it names no KEKs."""
+    by = read_succession(asked.payload)
+    epoch, digest = _signed_base(asked)
+    is_later = epoch is not None and epoch < built_on.epoch
+    return approvals.check_granted(
+        tenant,
+        approval,
+        asked,
+        admins,
+        action=Action.ENVIRONMENT_RECOVER,
+        subject=environment,
+        payload=recovery_payload(
+            agent=agent,
+            environment=environment,
+            registry_key=registry_key,
+            term=built_on.term,
+            epoch=epoch if epoch is not None and is_later else built_on.epoch,
+            digest=digest if is_later else built_on.digest,
+            by=by,
+        ),
+        now_ms=now_ms,
+    )
+
+
+def _check_approved(tenant: str, shown: _Shown, body: TermBody, term: int, grounds: Grounds) -> None:
     approval, asked = grounds.approval or "", grounds.asked
     if term != grounds.built_on.term + 1 or asked is None or asked.used_at_ms is None:
         raise IntegrityError(f"term {term} is not the one that was approved")
     unused = approvals.unused(asked)
+    check = check_recovery if is_recovery(grounds) else check_promotion
     try:
-        check_promotion(
+        check(
             tenant,
             approval,
             unused,

@@ -135,6 +135,7 @@ class Follower:
         watched = [key for key in self._rows if key[0] in WATCHED]
         return Known(
             position=self.position,
+            digest=self._digest,
             terms=self._terms,
             digests={key: row_digest(self._rows[key]) for key in watched},
             bodies={key: self._bodies[key] for key in watched},

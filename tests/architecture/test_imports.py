@@ -51,6 +51,7 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
         "key_agent.environments.approval_cli",
         "key_agent.environments.cli",
         "key_agent.environments.healing_cli",
+        "key_agent.environments.recovery_cli",
         "key_agent.environments.incident_cli",
         "key_agent.environments.old_keys_cli",
         "key_agent.load_balancing.cli",

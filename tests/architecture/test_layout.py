@@ -89,6 +89,10 @@ _DIRECTORY: Final = (
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 _BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
+_RECOVERY = (
+    "tests/key_agent/environments/test_recovery.py",
+    "the road back when no environment counts: right when agents with real rows and databases come back",
+)
 _HEALING = (
     "tests/key_agent/environments/test_healing.py",
     "what an agent does by itself while an environment heals",
@@ -107,6 +111,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/approval_commands.py": _BREACH,
     "key_agent/environments/healing_cli.py": _BREACH,
     "key_agent/environments/incident_cli.py": _BREACH,
+    "key_agent/environments/own_wraps.py": _RECOVERY,
+    "key_agent/environments/recovery_cli.py": _RECOVERY,
+    "key_agent/environments/recovery_commands.py": _RECOVERY,
     "key_agent/environments/incident_commands.py": (
         "tests/key_agent/environments/test_incidents.py",
         "what it asks of Incidents, in one go",

@@ -269,12 +269,13 @@ async def key_site(
     urls: Callable[[str], str] | None = None,
     make_source: MakeSource = lambda _: FakeKeySource(),
     kek_types: Mapping[str, KekType] | None = None,
+    make_member: Callable[[KeySite, str], KeyMember] = KeyMember,
 ) -> AsyncIterator[KeySite]:
     """Environments *names* (a letter each), each the only one until `unite`."""
     site = KeySite(directory, tenant, urls, make_source, kek_types or {})
     try:
         for name in names:
-            site.members[name] = KeyMember(site, name)
+            site.members[name] = make_member(site, name)
         for member in site.members.values():
             await member.start()
         yield site

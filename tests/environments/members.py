@@ -36,6 +36,7 @@ from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peers import Introduction
 from key_agent.environments.promotion_commands import PromotionCommands
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
+from key_agent.environments.registry_key_exchange import finish_exchange
 from key_agent.environments.shared import SharedRegistry
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
@@ -156,6 +157,7 @@ class Member:
         )
         stack.push_async_callback(self.registry.close)
         await self._have_a_kek()
+        await finish_exchange(self.registry, self.directory)
         key = read_or_make_registry_key(self.directory)
         root = self.site.tenant.root.certificate
         trust = PeerTrust(tenant=self.tenant, root=root, revocations=None, clock=self.clock)
