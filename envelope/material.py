@@ -236,6 +236,11 @@ def seal_envelope(
     return token
 
 
+def know_recipient(certificate: x509.Certificate) -> None:
+    """Read *certificate* now, so that the next `seal_envelope` to it is faster. EnvelopeError as there."""
+    _recipient(certificate)
+
+
 def open_envelope(token: str, expected: Expectation) -> Claims:
     """The claims of *token*, once every rule holds; EnvelopeError with the rule's code otherwise.
 

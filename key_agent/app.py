@@ -7,6 +7,7 @@
 
 import asyncio
 import functools
+import gc
 import os
 import random
 from collections.abc import AsyncIterator
@@ -293,6 +294,9 @@ async def serve(
     try:
         async with standby, opened(settings, clock=clock, on_standby=standby.stand_by) as agent:
             await standby.end()
+            # What lives now lives until the end: the collector stops the kill switch for it no more.
+            gc.collect()
+            gc.freeze()
             metrics.LEADS.set_function(lambda: float(agent.registry.leads))
             metrics.TERM.set(agent.registry.term)
             if hangup is not None:

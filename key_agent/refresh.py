@@ -249,6 +249,8 @@ class WithdrawalLoop:
         self._wake = asyncio.Event()
         self._known: dict[str, frozenset[NetworkService]] = {}
         """What was pending when it was last looked at, at that proxy or everywhere."""
+        self._count = 0
+        """How many services those are, at all proxies."""
         self._looked_s = -math.inf
         self.schedule = Schedule()
 
@@ -267,7 +269,7 @@ class WithdrawalLoop:
 
     def count(self) -> int:
         """How many services at how many proxies; as of the last look there, which is cheap."""
-        return sum(map(len, self._known.values()))
+        return self._count
 
     def at_once(self) -> None:
         """Something is to be withdrawn: do not wait for any back-off."""
@@ -290,6 +292,7 @@ class WithdrawalLoop:
     def _look(self, now_s: float) -> None:
         self._looked_s = now_s
         self._known = self.pending()
+        self._count = sum(map(len, self._known.values()))
         self.schedule.keep(self._known, now_s)
 
     def _pending_at(self, name: str) -> frozenset[NetworkService]:
@@ -308,7 +311,9 @@ class WithdrawalLoop:
 
         def delivered(delivery: Delivery) -> None:
             self.schedule.done(name, next_s, succeeded=delivery.is_complete)
-            if left := self._pending_at(name):
+            left = self._pending_at(name)
+            self._count += len(left) - len(self._known.get(name, ()))
+            if left:
                 self._known[name] = left
                 self.schedule.keep(self._known, self._clock.boot_s())
             else:

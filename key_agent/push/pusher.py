@@ -10,9 +10,11 @@
 3. Nothing with keys leaves once pushing has stopped; `stop` ends what is on its way.
 4. Which start of a proxy last answered a push of keys is remembered: another start has none of them (`meet`).
 5. Receipts are values, and kept: memory first, then the registry, those of many proxies together.
+6. What a withdrawal can have ready before it is needed is made ready when the keys have arrived.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,7 +28,7 @@ from envelope.keys import NetworkService
 from key_agent.errors import KeyAgentError
 from key_agent.push.places import Places
 from key_agent.push.recipients import leaf_sha256
-from key_agent.push.sealing import KeySealing, Sealed, Sealing
+from key_agent.push.sealing import KeySealing, Sealed, Sealing, WithdrawalSealing
 from key_agent.push.targets import Targets
 from key_agent.push.transport import Answer, Purpose, PushError, Session, Transport
 from key_agent.registry.model import RECEIPT_SLACK_MS, Proxy, Receipt
@@ -42,6 +44,8 @@ _ATTEMPTS: Final = 2
 _KEYS_AT_ONCE: Final = {"quick": 64, "slow": 192}
 _WITHDRAWALS_AT_ONCE: Final = {"quick": 256, "slow": 768}
 _RECEIPTS_AT_ONCE: Final = 1000
+# While others are on their way receipts wait for theirs: each transaction costs as much as forty receipts.
+_GATHER_S: Final = 0.25
 
 
 class Outcome(StrEnum):
@@ -85,7 +89,7 @@ class Pusher:
         targets: Targets,
         clock: Clock,
         make_key_sealing: Callable[[], KeySealing],
-        withdrawal_sealing: Sealing,
+        withdrawal_sealing: WithdrawalSealing,
         may_push: Callable[[], bool],
         request_timeout_s: float,
     ) -> None:
@@ -109,6 +113,10 @@ class Pusher:
         self._running: set[asyncio.Task[Delivery]] = set()
         self._unstored: list[Receipt] = []
         self._storing: asyncio.Task[None] | None = None
+        self._under_way = 0
+        self._quiet = asyncio.Event()
+        """No delivery is under way."""
+        self._quiet.set()
 
     @property
     def sessions(self) -> Mapping[str, Session]:
@@ -209,6 +217,26 @@ class Pusher:
         *,
         purpose: Purpose,
     ) -> Delivery:
+        self._under_way += 1
+        self._quiet.clear()
+        try:
+            delivery = await self._attempt(proxy, sealing, owners, on_delivery, purpose)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._quiet.set()
+        if purpose is Purpose.KEYS and delivery.accepted:
+            await self._withdrawal_sealing.get_ready(proxy.id)
+        return delivery
+
+    async def _attempt(
+        self,
+        proxy: Proxy,
+        sealing: Sealing,
+        owners: frozenset[NetworkService],
+        on_delivery: OnDelivery,
+        purpose: Purpose,
+    ) -> Delivery:
         receipts: dict[NetworkService, Receipt] = {}
         failure: PushError | None = None
         try:
@@ -271,6 +299,9 @@ class Pusher:
     async def _store(self) -> None:
         """All that wait, together: a thousand proxies that answer at once are no thousand transactions."""
         while self._unstored:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GATHER_S):
+                    await self._quiet.wait()
             some = list(islice(_until_repeated(self._unstored), _RECEIPTS_AT_ONCE))
             del self._unstored[: len(some)]
             try:

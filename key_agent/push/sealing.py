@@ -10,6 +10,7 @@
 """
 
 import asyncio
+import contextlib
 import functools
 import os
 from abc import ABC, abstractmethod
@@ -28,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from envelope.certificates import CertificateError
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, NetworkService
-from envelope.material import Claims, Operation, seal_envelope
+from envelope.material import Claims, Operation, know_recipient, seal_envelope
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.push.recipients import Recipients, read_chain
 from key_agent.push.targets import Targets
@@ -325,6 +326,14 @@ class WithdrawalSealing(Sealing):
         finally:
             for task in ahead:
                 task.cancel()
+
+    async def get_ready(self, proxy_id: str) -> None:
+        """What is slow about the certificates of a proxy's services is done before they are needed."""
+        for some in batched(self._targets.links_at(proxy_id), _SEALED_PER_TURN):
+            for link in some:
+                with contextlib.suppress(SealgateError, ValueError):  # told when it is used
+                    know_recipient(_leaf(link.certificate_pem))
+            await asyncio.sleep(0)
 
     async def _make(self, session: Session, links: Sequence[Link]) -> list[Sealed]:
         now_s = self._clock.wall_s()

@@ -247,6 +247,8 @@ class HttpsTransport(Transport):
         self._key_file = key_file
         self._clients: dict[Proxy, aiohttp.ClientSession] = {}
         self._identity: tuple[int, ...] = ()
+        self._has_looked = False
+        """At the own files, in this turn of the event loop: many requests at once share one look."""
         self._contexts: dict[str, ssl.SSLContext] = {}
         """By authority: a thousand proxies under one need one."""
 
@@ -371,11 +373,7 @@ class HttpsTransport(Transport):
             return answer
 
     async def _client(self, proxy: Proxy) -> aiohttp.ClientSession:
-        identity = _identity(self._certificate_file, self._key_file)
-        if identity != self._identity:
-            # The own certificate was renewed: its files are read for the connections from now on.
-            await self.close()
-            self._identity = identity
+        await self._look_at_files()
         if (client := self._clients.get(proxy)) is not None:
             return client
         for stale in [known for known in self._clients if known.id == proxy.id]:
@@ -404,6 +402,20 @@ class HttpsTransport(Transport):
         )
         self._clients[proxy] = client
         return client
+
+    async def _look_at_files(self) -> None:
+        if self._has_looked:
+            return
+        self._has_looked = True
+        asyncio.get_running_loop().call_soon(self._look_again)
+        identity = _identity(self._certificate_file, self._key_file)
+        if identity != self._identity:
+            # The own certificate was renewed: its files are read for the connections from now on.
+            await self.close()
+            self._identity = identity
+
+    def _look_again(self) -> None:
+        self._has_looked = False
 
     def _context(self, ca_pem: str) -> ssl.SSLContext:
         if (context := self._contexts.get(ca_pem)) is None:

@@ -11,6 +11,7 @@ import pytest
 from key_agent import presence, refresh
 from key_agent.agent import Agent
 from key_agent.operations import Operations
+from key_agent.push import pusher, sealing
 from key_agent.push.places import Places
 from key_agent.push.transport import Purpose
 from key_agent.registry.model import Receipt
@@ -143,6 +144,44 @@ async def test_receipts_that_come_together_are_stored_together(bench: Bench) -> 
         status: Any = await operations.status()
         assert len(status["services"]) == PROXIES * SERVICES
         assert all(row["proxies"][0]["error"] is None for row in status["services"])
+
+
+async def test_receipts_wait_for_those_that_are_under_way(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _many(bench, request_timeout_s=60.0) as (agent, _):
+        await agent.pusher.settle()
+        stored: list[int] = []
+        record = agent.registry.record_receipts
+
+        async def counted(receipts: Sequence[Receipt]) -> None:
+            stored.append(len(receipts))
+            await record(receipts)
+
+        agent.registry.record_receipts = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(pusher, "_GATHER_S", 300.0)
+        await _cycle(agent)
+        await agent.pusher.settle()
+        assert stored == [PROXIES * SERVICES]
+        # ... but not for one that hangs.
+        monkeypatch.setattr(pusher, "_GATHER_S", 0.01)
+        bench.proxies["p00"].hanging = True
+        agent.refresh.at_once()
+        await until(lambda: sum(stored) == (2 * PROXIES - 1) * SERVICES)
+        bench.proxies["p00"].hanging = False
+
+
+async def test_what_a_withdrawal_needs_of_certificates_is_ready_before_it(bench: Bench) -> None:
+    """After a push of keys no certificate is read for a withdrawal any more."""
+    async with _many(bench, proxies=3) as (agent, operations):
+        read = sealing._leaf.cache_info
+        sealing._leaf.cache_clear()
+        await _cycle(agent)
+        await until(lambda: read().misses == 3 * SERVICES)
+        await operations.kek_revoke()
+        assert agent.withdrawals.is_done()
+        assert read().misses == 3 * SERVICES
+        assert read().hits >= 3 * SERVICES
 
 
 async def test_a_later_receipt_is_stored_later(bench: Bench) -> None:
