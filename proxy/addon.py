@@ -36,11 +36,11 @@ from proxy.gate.permit import Collect, permit
 from proxy.keys.cache import KeyCache
 from proxy.message import Fields, RequestHead
 from proxy.metrics import OK, ProxyMetrics
-from proxy.plan import Mode, Route
 from proxy.planner import planned
 from proxy.prefetch import Prefetch
 from proxy.recording import Recorder, Trail, path_of
 from proxy.refusals import Refusal, RefusedError
+from proxy.request import Mode, Route
 from proxy.routing import Holder, Listener, Routing, Wanted
 from proxy.spool import Spools
 from proxy.uploads import UploadStore

@@ -22,10 +22,11 @@ from envelope.keys import ANONYMOUS, NetworkService
 from envelope.multipart import part_sealer
 from envelope.objects import MAGIC, Sealer, has_magic, sealed_length
 from proxy import refusals
+from proxy.conversing import PartOf, Sealed
 from proxy.gate.permit import Piece, Transform
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ExpectedDigest
-from proxy.plan import Decoder, EmptyBody, PartOf, Reshape, Reshaper, Seal, Sealed
+from proxy.plan import Decoder, EmptyBody, Reshape, Reshaper, Seal
 from proxy.refusals import Refusal, RefusedError
 from proxy.uploads import UploadsFullError, UploadsUnavailableError
 from runtime.audit import AuditUnavailableError

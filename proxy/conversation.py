@@ -14,36 +14,22 @@ from typing import Final, override
 from envelope.multipart import Manifest, seal_ending
 from envelope.objects import Header, has_magic, plain_length, sealed_length
 from proxy import refusals
+from proxy.answer_plan import Pass
 from proxy.asking import AnswerTooLongError, AskingError, ServiceAnswer, Source
 from proxy.bodies import SealBody, sealing_key
+from proxy.conversing import Conversation, Inspected, Opened, PartOf, Reply, Sealed, Spooled, StoredKind
 from proxy.gate.permit import Transform
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import AnswerHead, ByteRange, content_range
 from proxy.opening import OpenBody
-from proxy.plan import (
-    NO_EDITS,
-    Conversation,
-    EmptyBody,
-    Forward,
-    Inspected,
-    Opened,
-    OpenRange,
-    PartOf,
-    Pass,
-    Refuse,
-    Reply,
-    Request,
-    Seal,
-    Sealed,
-    Spooled,
-    StoredKind,
-)
+from proxy.plan import EmptyBody, Forward, OpenRange, Refuse, Seal
 from proxy.planner import plan_answer
 from proxy.prefetch import Beginning, Prefetch, kind_of
 from proxy.profile_options import StoredPolicy
 from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import RefusedError
+from proxy.request import NO_EDITS, Request
 from proxy.uploads import UploadStore
 
 OF_ONE_CONNECTION: Final = frozenset(

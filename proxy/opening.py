@@ -20,10 +20,11 @@ from envelope.multipart import CompositeOpener, CompositeRangeOpener, Ending
 from envelope.objects import HEADER_SIZE, MAGIC, Bind, Header, Opener, RangeOpener, has_magic
 from proxy import refusals
 from proxy.anonymous_objects import AnonymousKeys, candidate
+from proxy.answer_plan import BodyMapper
 from proxy.bodies import Meter, refuse
 from proxy.gate.permit import Piece, Transform
 from proxy.keys.cache import DataKey
-from proxy.plan import AskedRange, BodyMapper
+from proxy.ranges import AskedRange
 from proxy.refusals import RefusedError
 
 type FindKey = Callable[[Header], DataKey]

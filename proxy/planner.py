@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from envelope.errors import FormatError
 from envelope.objects import plain_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapSize, OpenPart, OpenWhole, Pass
 from proxy.message import (
     AnswerHead,
     BodyFrame,
@@ -28,35 +29,25 @@ from proxy.message import (
     strong_etag,
 )
 from proxy.plan import (
-    EMPTY_DIRECTORY,
-    NO_EDITS,
     Answer,
-    AnswerPlan,
-    AskedRange,
     Converse,
-    Edits,
     Forward,
     HeadSize,
     LegacyRange,
-    MapSize,
-    Mode,
     Open,
-    OpenPart,
     OpenRange,
-    OpenWhole,
-    Pass,
     PassBody,
     Refuse,
-    Request,
     RequestPlan,
     Reshape,
-    Route,
     Seal,
     Unopened,
 )
 from proxy.profile_options import StoredPolicy
 from proxy.profiles.profile import Profile
+from proxy.ranges import AskedRange
 from proxy.refusals import RefusedError
+from proxy.request import EMPTY_DIRECTORY, NO_EDITS, Edits, Mode, Request, Route
 from proxy.tenants.model import Directory
 
 # Fields of one connection (RFC 9110 7.6.1), and what a client says to a proxy alone.

@@ -28,10 +28,10 @@ from envelope.objects import (
 )
 from proxy.anonymous_objects import candidate
 from proxy.asking import Asking, AskingError, ServiceAnswer, Source
+from proxy.conversing import StoredKind
 from proxy.keys.cache import DataKey
 from proxy.message import content_range, strong_etag
 from proxy.opening import is_part
-from proxy.plan import StoredKind
 
 __all__ = ["Beginning", "Prefetch", "PrefetchError", "Source"]
 

@@ -18,26 +18,19 @@ from envelope.multipart import Ending, Manifest, composite_range
 from envelope.objects import MAGIC, PREFIX_SIZE, Bind, Header, has_magic, plain_length, sealed_range
 from proxy import refusals
 from proxy.anonymous_objects import AnonymousKeys
+from proxy.answer_plan import MapSize, OpenWhole
+from proxy.conversing import StoredKind
 from proxy.gate.permit import CLEAR, Clear
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import AnswerHead, ByteRange, Fields, declared_length, strong_etag
 from proxy.opening import CODINGS, FindKey, OpenBody, OpenRangeBody
-from proxy.plan import (
-    AskedRange,
-    Edits,
-    Going,
-    LegacyRange,
-    MapSize,
-    OpenRange,
-    OpenWhole,
-    RangeRefusal,
-    Route,
-    StoredKind,
-)
+from proxy.plan import Going, LegacyRange, OpenRange
 from proxy.prefetch import Beginning, Prefetch, PrefetchError, Source
 from proxy.profile_options import StoredPolicy
+from proxy.ranges import AskedRange, RangeRefusal
 from proxy.recording import Trail
 from proxy.refusals import RefusedError
+from proxy.request import Edits, Route
 
 log = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Final
 from envelope.keys import KeyId, NetworkService
 from proxy.keys.cache import DataKey
 from proxy.metrics import OK, ProxyMetrics, ServiceMeters
-from proxy.plan import Route
+from proxy.request import Route
 from runtime.audit import AuditLog, AuditUnavailableError
 
 _MAX_PATH: Final = 512

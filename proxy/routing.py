@@ -21,10 +21,10 @@ from cryptography import x509
 from envelope.errors import FormatError
 from envelope.keys import NetworkService
 from proxy import refusals
-from proxy.plan import Mode, Route
 from proxy.profile_options import ProfileOptions
 from proxy.profiles import PROFILES, Profile
 from proxy.refusals import RefusedError
+from proxy.request import Mode, Route
 from proxy.tenants.model import Directory, Listen, ServiceEntry, TenantEntry, Upstream, normal_host
 
 _DEFAULT_PORT: Final = {"https": 443, "http": 80}

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import override
 
 from proxy.bodies import ReshapeBody, SealBody
+from proxy.conversing import Sealed
 from proxy.gate.permit import Collect
-from proxy.plan import Sealed
 from proxy.spool import Spool
 
 

@@ -12,6 +12,7 @@ from mitmproxy.http import HTTPFlow
 from envelope.errors import KeyUnavailableError
 from envelope.keys import NetworkService
 from proxy import refusals
+from proxy.answer_plan import MapWhole
 from proxy.asking import Source
 from proxy.bodies import ReshapeBody, SealBody, refusal_for
 from proxy.collecting import Collecting, CountedBody
@@ -20,12 +21,13 @@ from proxy.gate.permit import Collect
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import AnswerHead
 from proxy.opening import OpenBody, OpenRangeBody
-from proxy.plan import Going, MapWhole, Request, RequestPlan
+from proxy.plan import Going, RequestPlan
 from proxy.prefetch import Prefetch
 from proxy.profiles.profile import Profile
 from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import Refusal
+from proxy.request import Request
 from proxy.resealing import SealOrPassBody
 from proxy.spool import Spools
 from proxy.uploads import UploadStore

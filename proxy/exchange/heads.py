@@ -13,9 +13,10 @@ from proxy import refusals
 from proxy.asking import Outgoing
 from proxy.gate.permit import Collect, Transform
 from proxy.message import AnswerHead
-from proxy.plan import Edits, Going
+from proxy.plan import Going
 from proxy.planner import is_target
 from proxy.refusals import RefusedError
+from proxy.request import Edits
 
 
 def edit(headers: Headers, edits: Edits) -> None:

@@ -12,6 +12,7 @@ from mitmproxy.http import Request as HttpRequest
 from proxy import refusals
 from proxy.bodies import NoBody, ReshapeBody, SealBody, sealing_key
 from proxy.conversation import ServiceConversation
+from proxy.conversing import Reply
 from proxy.exchange.exchange import EXCHANGE, ClientBody, Exchange, Means
 from proxy.exchange.heads import declare, depart, depart_with, sized, stream
 from proxy.gate.permit import CLEAR, Collect, Grant, permit
@@ -20,7 +21,6 @@ from proxy.plan import (
     Answer,
     Converse,
     Decision,
-    Edits,
     Forward,
     Going,
     HeadSize,
@@ -29,7 +29,6 @@ from proxy.plan import (
     OpenRange,
     PassBody,
     Refuse,
-    Reply,
     RequestPlan,
     Reshape,
     Seal,
@@ -37,6 +36,7 @@ from proxy.plan import (
 )
 from proxy.profile_options import SealedUpload
 from proxy.refusals import RefusedError
+from proxy.request import Edits
 from proxy.resealing import SealOrPassBody
 from proxy.spooling import SpoolingBody
 

@@ -333,7 +333,11 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/gate/selftest.py": ("tests/proxy/gate/test_pins.py", "what the engine refuses to start with"),
     "proxy/gate/stream.py": _ROWS,
     "proxy/metrics.py": _JOB,
+    "proxy/answer_plan.py": _PLANS,
+    "proxy/conversing.py": _TALKS,
     "proxy/plan.py": _PLANS,
+    "proxy/ranges.py": _PLANS,
+    "proxy/request.py": _PLANS,
     "proxy/profiles/__init__.py": _PLANS,
     "proxy/profiles/webdav/chunking.py": (
         "tests/integration/test_webdav_chunks.py",

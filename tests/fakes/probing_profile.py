@@ -12,38 +12,30 @@ from typing import ClassVar, Final, override
 from envelope.multipart import Manifest, Part, upload_ref
 from envelope.objects import Sealer, sealed_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
 from proxy.asking import Outgoing
+from proxy.conversing import Conversation, PartOf, Reply, Sealed, Sealing
 from proxy.message import AnswerHead, Fields, RequestHead, byte_range
 from proxy.plan import (
     Answer,
-    AnswerPlan,
-    Conversation,
     Converse,
     Decision,
-    Edits,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
-    MapBody,
-    MapWhole,
     NewSealer,
     Open,
     OpenRange,
-    PartOf,
-    Pass,
     PassBody,
     Proceed,
-    Reply,
-    Request,
     RequestPlan,
     Reshape,
     Seal,
-    Sealed,
-    Sealing,
 )
 from proxy.profiles.profile import Limitation, Profile
 from proxy.refusals import Refusal, RefusedError, Shaped
+from proxy.request import Edits, Request
 
 SECRET: Final = b"the client's"
 FRAME: Final = b"|"

@@ -16,7 +16,8 @@ from proxy.gate.permit import Transform
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ExpectedDigest
 from proxy.opening import OpenBody, OpenRangeBody
-from proxy.plan import AskedRange, EmptyBody
+from proxy.plan import EmptyBody
+from proxy.ranges import AskedRange
 from proxy.refusals import Refusal, RefusedError
 from runtime.audit import AuditUnavailableError
 from tests.fakes.clock import ManualClock

@@ -10,32 +10,26 @@ from hypothesis import strategies as st
 from envelope.keys import NetworkService
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.answer_plan import MapSize, OpenPart, OpenWhole, Pass
 from proxy.message import AnswerHead, Fields, RequestHead
 from proxy.plan import (
-    NO_EDITS,
-    AskedRange,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
     LegacyRange,
-    MapSize,
-    Mode,
     Open,
-    OpenPart,
     OpenRange,
-    OpenWhole,
-    Pass,
-    RangeRefusal,
     Refuse,
     RequestPlan,
-    Route,
     Seal,
 )
 from proxy.planner import plan_answer, plan_request
 from proxy.profiles import PROFILES, UnknownProfileError, profile_named
 from proxy.profiles.s3.options import S3Options
+from proxy.ranges import AskedRange, RangeRefusal
 from proxy.refusals import Refusal
+from proxy.request import NO_EDITS, Mode, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 GENERIC = profile_named("generic")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from envelope.keys import NetworkService
-from proxy.plan import StoredKind
+from proxy.conversing import StoredKind
 from proxy.prefetch import Prefetch, PrefetchError, Source
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from tests.fakes.origin import Exchange, RecordingOrigin, Reply

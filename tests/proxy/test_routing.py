@@ -8,8 +8,8 @@ import pytest
 
 from envelope.keys import NetworkService
 from proxy import refusals
-from proxy.plan import Mode, Route
 from proxy.refusals import Refusal, RefusedError
+from proxy.request import Mode, Route
 from proxy.routing import Routing, Wanted, managed_hosts
 from proxy.tenants.model import (
     ANY_NAME,

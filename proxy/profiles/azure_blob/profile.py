@@ -13,25 +13,21 @@ from typing import ClassVar, Final, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapBody, Pass
 from proxy.asking import Signer, host_field
+from proxy.conversing import Conversation
 from proxy.message import AnswerHead, BodyFrame, Framing, RequestHead, byte_range_of, digest_fields
 from proxy.plan import (
-    AnswerPlan,
-    Conversation,
     Converse,
     Decision,
-    Edits,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
-    MapBody,
     Open,
     OpenRange,
-    Pass,
     Proceed,
     Refuse,
-    Request,
     RequestPlan,
     Seal,
 )
@@ -55,6 +51,7 @@ from proxy.profiles.azure_blob.routes import Kind, find_operation, is_block_blob
 from proxy.profiles.profile import Limitation, Profile
 from proxy.profiles.xml_rewriting import XmlError, document_root
 from proxy.refusals import Refusal, RefusedError, Shaped
+from proxy.request import Edits, Request
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 128 * 1024

@@ -13,6 +13,8 @@ from typing import ClassVar, Final, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, OpenPart, OpenWhole, Pass
+from proxy.conversing import Conversation, Reply
 from proxy.message import (
     AnswerHead,
     BodyFrame,
@@ -23,26 +25,16 @@ from proxy.message import (
     request_digests,
 )
 from proxy.plan import (
-    AnswerPlan,
-    Conversation,
     Converse,
     Decision,
-    Edits,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
-    MapBody,
-    MapWhole,
     Open,
-    OpenPart,
     OpenRange,
-    OpenWhole,
-    Pass,
     Proceed,
     Refuse,
-    Reply,
-    Request,
     RequestPlan,
     Seal,
 )
@@ -64,6 +56,7 @@ from proxy.profiles.gcs.told import (
 from proxy.profiles.json_rewriting import JsonError, JsonListMapper, JsonObject
 from proxy.profiles.profile import Limitation, Profile
 from proxy.refusals import Refusal, RefusedError, Shaped
+from proxy.request import Edits, Request
 
 ANSWER_LIMIT_BYTES: Final = 1024 * 1024
 """Of one object's metadata."""

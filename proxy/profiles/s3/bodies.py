@@ -21,13 +21,13 @@ from envelope.objects import PLAIN_LIMIT
 from proxy import refusals
 from proxy.checksums import CHECKSUMS, Checksum, new_checksum
 from proxy.message import Fields, Framing
-from proxy.plan import Edits, Request
 from proxy.profiles.s3.addressing import parameters
 from proxy.profiles.s3.authentication import UNSIGNED, Authenticated, ChunkKey, Standing
 from proxy.profiles.s3.aws_chunked import AwsChunked
 from proxy.profiles.s3.call import Content
 from proxy.profiles.s3.hoisted import hoisted
 from proxy.refusals import Refusal, RefusedError
+from proxy.request import Edits, Request
 
 CODING: Final = "aws-chunked"
 _PREFIX: Final = "x-amz-checksum-"

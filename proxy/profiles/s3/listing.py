@@ -15,7 +15,8 @@ from urllib.parse import quote, unquote_plus
 
 from envelope.errors import FormatError
 from envelope.objects import plain_length
-from proxy.plan import BodyMapper, Conversation
+from proxy.answer_plan import BodyMapper
+from proxy.conversing import Conversation
 from proxy.profile_options import StoredPolicy
 from proxy.profiles.entry_mapping import Question
 from proxy.profiles.s3 import etags

@@ -5,8 +5,8 @@ from typing import Annotated, override
 
 import msgspec
 
-from proxy.plan import Request
 from proxy.profile_options import ProfileOptions
+from proxy.request import Request
 
 
 class UnknownKeys(StrEnum):

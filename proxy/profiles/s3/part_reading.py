@@ -10,28 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, OpenPart
+from proxy.conversing import Conversation, Inspected, Reply, StoredKind
 from proxy.message import ByteRange
-from proxy.plan import (
-    Answer,
-    AnswerPlan,
-    Conversation,
-    Converse,
-    Decision,
-    Edits,
-    Forward,
-    HeadSize,
-    Inspected,
-    Open,
-    OpenPart,
-    OpenRange,
-    Proceed,
-    Reply,
-    RequestPlan,
-    StoredKind,
-)
+from proxy.plan import Answer, Converse, Decision, Forward, HeadSize, Open, OpenRange, Proceed, RequestPlan
 from proxy.profiles.s3.addressing import without_parameters
 from proxy.profiles.s3.call import Call, reply_of
 from proxy.refusals import RefusedError
+from proxy.request import Edits
 
 _PARAMETER: Final = "partNumber"
 _RANGES: Final = ("if-range", "range")

@@ -26,6 +26,8 @@ from typing import Any, Final
 
 from envelope.objects import PLAIN_LIMIT, sealed_length
 from proxy import refusals, sigv4
+from proxy.answer_plan import AnswerPlan, MapWhole, Pass
+from proxy.conversing import Conversation, Reply
 from proxy.message import AnswerHead, Fields, digest_fields
 from proxy.multipart_form import (
     Collect,
@@ -36,23 +38,14 @@ from proxy.multipart_form import (
     boundary_of,
     ending_bytes,
 )
-from proxy.plan import (
-    AnswerPlan,
-    Conversation,
-    MapWhole,
-    NewSealer,
-    Pass,
-    Reply,
-    Request,
-    RequestPlan,
-    Reshape,
-)
+from proxy.plan import NewSealer, RequestPlan, Reshape
 from proxy.profiles.s3.authentication import SERVICE, Standing, admit
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call
 from proxy.profiles.s3.documents import map_result
 from proxy.profiles.s3.hoisted import is_checksum
 from proxy.profiles.s3.options import MetadataDigests, options_of
 from proxy.refusals import RefusedError
+from proxy.request import Request
 from proxy.sigv4 import Scope
 from proxy.vault.model import UpstreamCredential
 

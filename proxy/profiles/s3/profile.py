@@ -17,27 +17,21 @@ from urllib.parse import urlsplit
 
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapBody, Pass
 from proxy.asking import Signer, host_field
+from proxy.conversing import Conversation
 from proxy.message import AnswerHead, BodyFrame, Framing, RequestHead, byte_range, digest_fields
 from proxy.plan import (
-    AnswerPlan,
-    Conversation,
     Converse,
     Decision,
-    Edits,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
-    MapBody,
-    Mode,
     Open,
     OpenRange,
-    Pass,
     Proceed,
-    RangeRefusal,
     Refuse,
-    Request,
     RequestPlan,
     Seal,
 )
@@ -70,7 +64,9 @@ from proxy.profiles.s3.multipart import PartRules
 from proxy.profiles.s3.options import MetadataDigests, S3Options, options_of
 from proxy.profiles.s3.routes import Kind, find_operation
 from proxy.profiles.s3.signing import Resigner, Unchanged
+from proxy.ranges import RangeRefusal
 from proxy.refusals import Refusal, Shaped
+from proxy.request import Edits, Mode, Request
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 3 * 1024 * 1024

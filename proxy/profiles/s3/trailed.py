@@ -12,9 +12,10 @@ from envelope.objects import Sealer, sealed_length
 from proxy import refusals
 from proxy.checksums import Crc32
 from proxy.message import Fields
-from proxy.plan import Decoder, Edits, NewSealer, Reshape, Reshaper
+from proxy.plan import Decoder, NewSealer, Reshape, Reshaper
 from proxy.profiles.s3.bodies import CODING, Incoming
 from proxy.refusals import RefusedError
+from proxy.request import Edits
 
 PAYLOAD: Final = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 _TRAILER: Final = "x-amz-checksum-crc32"

@@ -19,29 +19,11 @@ from urllib.parse import unquote
 from envelope.multipart import UPLOAD_REF_SIZE, Part, upload_ref
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
 from proxy.asking import ServiceAnswer
+from proxy.conversing import Conversation, PartOf, Reply, Sealed
 from proxy.message import AnswerHead
-from proxy.plan import (
-    NO_EDITS,
-    Answer,
-    AnswerPlan,
-    Conversation,
-    Converse,
-    Decision,
-    Edits,
-    EmptyBody,
-    Forward,
-    MapBody,
-    MapWhole,
-    PartOf,
-    Pass,
-    Proceed,
-    Reply,
-    Request,
-    RequestPlan,
-    Seal,
-    Sealed,
-)
+from proxy.plan import Answer, Converse, Decision, EmptyBody, Forward, Proceed, RequestPlan, Seal
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_with_body
 from proxy.profiles.s3.documents import ResultMapper, error_code, map_parts
@@ -55,6 +37,7 @@ from proxy.profiles.s3.multipart import (
 )
 from proxy.profiles.s3.signing import Unchanged
 from proxy.refusals import RefusedError
+from proxy.request import NO_EDITS, Edits, Request
 from proxy.uploads import Completion, KeptPart, Upload
 
 _CREATE_DROPS: Final = ("x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm")

@@ -13,24 +13,19 @@ from functools import partial
 from typing import ClassVar, Final, override
 
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapSize, OpenWhole, Pass
+from proxy.conversing import Conversation
 from proxy.message import AnswerHead, Framing, RequestHead, request_digests
 from proxy.multipart_form import boundary_of
 from proxy.plan import (
     Answer,
-    AnswerPlan,
-    Conversation,
     Converse,
     Decision,
-    Edits,
     Forward,
     Going,
-    MapSize,
     NewSealer,
-    OpenWhole,
-    Pass,
     Proceed,
     Refuse,
-    Request,
     RequestPlan,
     Reshape,
 )
@@ -43,6 +38,7 @@ from proxy.profiles.web.forms import SealedForm
 from proxy.profiles.web.options import Archives, FormLength, RouteRule, WebOptions
 from proxy.profiles.web.pages import PAGE_TYPE, refusal_page, wants_page
 from proxy.refusals import Refusal, RefusedError, Shaped
+from proxy.request import Edits, Request
 
 HELD_LIMIT_BYTES: Final = 1024 * 1024 * 1024
 """Of a form that is held; all that is held by a process is limited besides (proxy/spool.py)."""

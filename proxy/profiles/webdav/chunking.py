@@ -15,22 +15,9 @@ from typing import Final
 
 from envelope.multipart import Part
 from proxy import refusals
+from proxy.conversing import Conversation, PartOf, Sealed
 from proxy.message import AnswerHead, ExpectedDigest
-from proxy.plan import (
-    NO_EDITS,
-    Answer,
-    Conversation,
-    Converse,
-    Decision,
-    Edits,
-    Handler,
-    PartOf,
-    Refuse,
-    Request,
-    RequestPlan,
-    Seal,
-    Sealed,
-)
+from proxy.plan import Answer, Converse, Decision, Handler, Refuse, RequestPlan, Seal
 from proxy.profiles.webdav.addresses import Addresses
 from proxy.profiles.webdav.chunk_names import (
     FUTURE_FILE,
@@ -40,6 +27,7 @@ from proxy.profiles.webdav.chunk_names import (
     name_behind,
 )
 from proxy.refusals import RefusedError
+from proxy.request import NO_EDITS, Edits, Request
 from proxy.uploads import KeptPart, Upload
 
 _TOTAL: Final = "oc-total-length"

@@ -9,7 +9,8 @@ import pytest
 
 from envelope.objects import Opener, Sealer
 from proxy import refusals
-from proxy.plan import Answer, Converse, PartOf, Refuse, Reply, Reshape
+from proxy.conversing import PartOf, Reply
+from proxy.plan import Answer, Converse, Refuse, Reshape
 from proxy.profiles.gcs import multipart
 from proxy.profiles.gcs.told import MARK
 from proxy.refusals import RefusedError

@@ -8,22 +8,17 @@ import pytest
 
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.answer_plan import AnswerPlan, MapBody, MapSize, MapWhole, OpenWhole, Pass
+from proxy.conversing import Conversation
 from proxy.message import AnswerHead, ByteRange, Fields, RequestHead
 from proxy.plan import (
-    AnswerPlan,
-    Conversation,
     Converse,
     EmptyBody,
     Forward,
     Going,
     HeadSize,
-    MapBody,
-    MapSize,
-    MapWhole,
     Open,
     OpenRange,
-    OpenWhole,
-    Pass,
     Proceed,
     Refuse,
     RequestPlan,

@@ -19,26 +19,16 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.multipart import TRAILER_SIZE, CompositeOpener, Manifest, ending_range, open_ending
 from envelope.objects import Header, Sealer
 from proxy import refusals
+from proxy.conversing import Conversation, Inspected, PartOf, Reply
 from proxy.keys.cache import DataKey, KeyCache
 from proxy.message import ByteRange, Fields, RequestHead
-from proxy.plan import (
-    Answer,
-    Conversation,
-    Converse,
-    Inspected,
-    Mode,
-    PartOf,
-    Refuse,
-    Reply,
-    Request,
-    Reshape,
-    Route,
-)
+from proxy.plan import Answer, Converse, Refuse, Reshape
 from proxy.planner import request_of
 from proxy.profiles.gcs import resumable
 from proxy.profiles.gcs.routes import operation_of
 from proxy.profiles.gcs.sessions import GRANULE_BYTES
 from proxy.refusals import RefusedError
+from proxy.request import Mode, Request, Route
 from proxy.spool import Spools
 from proxy.spooling import HeldUpload
 from proxy.tenants.model import LegacyPolicy, Listen, ServiceEntry, Upstream

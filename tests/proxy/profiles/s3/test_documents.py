@@ -14,7 +14,6 @@ from envelope.multipart import Part
 from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
-from proxy.plan import NO_EDITS, Mode, Request, Route
 from proxy.profiles.s3.documents import (
     ResultMapper,
     check_request,
@@ -26,6 +25,7 @@ from proxy.profiles.s3.documents import (
     spliced,
 )
 from proxy.refusals import RefusedError
+from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from proxy.uploads import Completion, KeptPart
 

@@ -6,8 +6,8 @@ import pytest
 
 from envelope.keys import NetworkService
 from proxy.message import AnswerHead, BodyFrame, Fields, Framing, RequestHead
-from proxy.plan import NO_EDITS, Mode, Request, Route
 from proxy.profiles.web.addresses import at_client, at_service
+from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 APP = "https://app.example"

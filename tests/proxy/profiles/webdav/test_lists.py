@@ -11,8 +11,8 @@ from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import NetworkService
 from envelope.objects import sealed_length
 from proxy import refusals
+from proxy.conversing import Conversation, Inspected, StoredKind
 from proxy.message import BodyFrame, Fields, Framing, RequestHead
-from proxy.plan import NO_EDITS, Conversation, Inspected, Mode, Request, Route, StoredKind
 from proxy.profile_options import ProfileOptions, StoredPolicy
 from proxy.profiles.webdav.lists import (
     address_mapper,
@@ -23,6 +23,7 @@ from proxy.profiles.webdav.lists import (
 )
 from proxy.profiles.xml_rewriting import XmlError
 from proxy.refusals import RefusedError
+from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 type Sizes = Mapping[str, int | Exception | None]
