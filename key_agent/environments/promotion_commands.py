@@ -14,6 +14,7 @@ from key_agent.environments import approvals
 from key_agent.environments.approvals import Action, ApprovalError
 from key_agent.environments.documents import ApprovalBody, Head
 from key_agent.environments.environment_commands import EnvironmentCommands
+from key_agent.environments.recovery import none_counts
 from key_agent.environments.shared_view import newest_term
 from key_agent.environments.standing import lease_s_of
 from key_agent.environments.terms import check_promotion, promotion_payload
@@ -121,7 +122,9 @@ class PromotionCommands(EnvironmentCommands):
         if own is None or not own.state.counts:
             raise RefusedChangeError(
                 f"this environment is {'none of the set' if own is None else own.state}",
-                "promote one that serves",
+                "no environment counts: `key-agent env recovery`"
+                if none_counts(peering.view)
+                else "promote one that serves",
             )
         if own.registry_key_exposed:
             raise RefusedChangeError(

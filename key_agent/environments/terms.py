@@ -301,7 +301,7 @@ def _check_begun(tenant: str, known: Known, before: Terms, previous: Holder, beg
     shown = _Shown(tenant, known, before, grounds)
     environment = shown.environment(body)
     if holder.recovers:
-        _check_recovers(known, previous, head, shown, body)
+        _check_recovers(known, previous, grounds, shown, body)
         _check_approved(tenant, shown, body, holder.term, grounds)
         return False
     if (environment.agent_id, environment.registry_key) != (body.agent, body.registry_key):
@@ -315,7 +315,9 @@ def _check_begun(tenant: str, known: Known, before: Terms, previous: Holder, beg
     return grounds.approval is None
 
 
-def _check_recovers(known: Known, previous: Holder, head: Head, shown: "_Shown", body: TermBody) -> None:
+def _check_recovers(
+    known: Known, previous: Holder, grounds: Grounds, shown: "_Shown", body: TermBody
+) -> None:
     """Rule 7, but for the approval. IntegrityError."""
     environments = shown.environments()
     own = environments[body.environment]
@@ -333,7 +335,10 @@ def _check_recovers(known: Known, previous: Holder, head: Head, shown: "_Shown",
             raise IntegrityError(f"the registry key of {body.environment} has been exposed")
     elif any(_has_had(one, body.registry_key) for one in environments.values()):
         raise IntegrityError(f"the registry key of {body.environment} is one that an environment has had")
-    if _is_in_other_hands(known, previous) and (head.epoch, head.digest) != (known.position[1], known.digest):
+    exactly = (known.position[1], known.digest)
+    bases: set[tuple[int | None, str]] = {(grounds.built_on.epoch, grounds.built_on.digest)}
+    bases |= set() if grounds.asked is None else {_signed_base(grounds.asked)}
+    if _is_in_other_hands(known, previous) and bases != {exactly}:
         raise IntegrityError(
             f"{previous.agent}'s registry key has been exposed: what it may have written after epoch "
             f"{known.position[1]} is not gone on from"
