@@ -21,6 +21,7 @@ from cryptography import x509
 
 from envelope.errors import SealgateError
 from key_agent import metrics
+from key_agent.clock_watch import ClockWatch
 from key_agent.consent import Change, Consent, EnvironmentStanding, Standing
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials, Lifetimes, Signing
@@ -151,6 +152,7 @@ class Agent:
             jitter=jitter,
             on_delivery=self._keys_delivered,
         )
+        self.clock_watch = ClockWatch(clock=clock, journal=journal, push_at_once=self.refresh.at_once)
         self.withdrawals = WithdrawalLoop(
             pusher=self.pusher,
             targets=targets,
@@ -236,6 +238,7 @@ class Agent:
                 self.is_running = True
                 tasks.append(group.create_task(self.watch.run(), name="kek-watch"))
                 tasks.append(group.create_task(self.refresh.run(), name="refresh"))
+                tasks.append(group.create_task(self.clock_watch.run(), name="clock-watch"))
                 tasks.append(group.create_task(self.presence.run(), name="presence"))
                 tasks.append(group.create_task(self.rotations.run(), name="rotations"))
                 tasks.append(group.create_task(self.lifetimes.run(), name="lifetimes"))

@@ -75,6 +75,13 @@ PROXY_ANSWERS: Final = Gauge(
     namespace=NAMESPACE,
     registry=REGISTRY,
 )
+PROXY_CLOCK: Final = Gauge(
+    "agent_proxy_clock_ahead_seconds",
+    "By how much a proxy's wall clock was ahead of this agent's when it was last asked; negative: behind",
+    ["proxy"],
+    namespace=NAMESPACE,
+    registry=REGISTRY,
+)
 RETURNS: Final = Counter(
     "agent_proxy_returns",
     "Pushes brought forward because a proxy had restarted or was back",

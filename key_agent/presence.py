@@ -8,6 +8,8 @@
    new starts, or comes and goes, waits twice as long each time (`Patience`): none can keep the HSM busy.
 4. Nobody waits for it: a question has a deadline and a connection of its own, and proxies that do not answer
    queue apart from those that do.
+5. Its answer has the time that it is there. A clock that differs by more than CLOCKS_DIFFER_S is soon one by
+   which pushes are refused: it is said before the keys have run out.
 """
 
 import asyncio
@@ -33,6 +35,8 @@ CONCURRENT: Final = 64
 MAX_QUESTIONS_PER_S: Final = 50
 """More proxies than that in `presence_s` are asked less often: a hint is not worth a core."""
 MAX_TIMEOUT_S: Final = 5.0
+CLOCKS_DIFFER_S: Final = 15.0
+"""Half of what proxies let pass (docs/format.md)."""
 GATHER_S: Final = 0.25
 """Proxies seen within this time are pushed to together: they then need one unwrapping in the HSM."""
 
@@ -106,6 +110,8 @@ class PresenceLoop:
         self._returned: set[str] = set()
         self._noticed: dict[str, bytes] = {}
         """The instance of each proxy that a push was last brought forward for."""
+        self._differing: set[str] = set()
+        """Proxies whose clock was said to differ."""
         self._sightings: dict[str, Sighting] = {}
 
     def sighting(self, proxy_id: str) -> Sighting | None:
@@ -140,6 +146,7 @@ class PresenceLoop:
         for gone in self._sightings.keys() - fed.keys():
             del self._sightings[gone]
             self._noticed.pop(gone, None)
+            self._differing.discard(gone)
         now_s = self._clock.boot_s()
         self._schedule.keep(fed, now_s)
         for name in self._schedule.take_due(now_s):
@@ -182,6 +189,7 @@ class PresenceLoop:
             self._sightings[proxy.id] = Sighting(answers=False, since_ms=now_ms, error=str(found))
             log.warning("a proxy does not answer", proxy=proxy.id, error=str(found))
             return
+        self._compare_clocks(proxy.id, (found.time_ms - now_ms) / 1000)
         is_back = before is not None and not before.answers
         if before is None or is_back:
             self._sightings[proxy.id] = Sighting(answers=True, since_ms=now_ms)
@@ -196,3 +204,16 @@ class PresenceLoop:
             self._noticed[proxy.id] = found.instance
             metrics.RETURNS.labels(proxy.id).inc()
             self._returned.add(proxy.id)
+
+    def _compare_clocks(self, proxy_id: str, ahead_s: float) -> None:
+        """Rule 5. The answer's way here is in *ahead_s*, at most MAX_TIMEOUT_S."""
+        metrics.PROXY_CLOCK.labels(proxy_id).set(ahead_s)
+        differs = abs(ahead_s) > CLOCKS_DIFFER_S
+        if differs == (proxy_id in self._differing):
+            return
+        if differs:
+            self._differing.add(proxy_id)
+            log.error("a proxy's clock differs: it will refuse keys", proxy=proxy_id, ahead_s=round(ahead_s))
+        else:
+            self._differing.discard(proxy_id)
+            log.info("a proxy's clock is as ours again", proxy=proxy_id)

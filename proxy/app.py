@@ -165,7 +165,7 @@ class ProxyProcess:
                 recorded_file=settings.proxy.audit_file.with_suffix(".revision"),
             )
             directory = await watch.load()
-            keys = KeyCache(clock)
+            keys = KeyCache(clock, on_clock_set=self._clock_was_set)
             parts.callback(keys.close)
             mine = settings.environment
             self._environments = environments = Environments(
@@ -272,6 +272,12 @@ class ProxyProcess:
 
     def _forget_past(self) -> None:
         _present(self._receiver).forget_past()
+
+    def _clock_was_set(self, ahead_s: float) -> None:
+        """Keys may have ended for it, or pushes may have been refused: agents come anew in some seconds."""
+        log.warning("the wall clock was set", ahead_s=round(ahead_s, 1))
+        if self._receiver is not None:
+            self._receiver.forget_past()
 
     @contextlib.asynccontextmanager
     async def _health(self, fleet: Fleet | None) -> AsyncIterator[None]:

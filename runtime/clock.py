@@ -13,6 +13,7 @@ import time
 from typing import Final, Protocol
 
 LONGEST_NAP_S: Final = 1.0
+_READINGS: Final = 5
 
 
 class Clock(Protocol):
@@ -38,3 +39,17 @@ class SystemClock:
         await asyncio.sleep(min(delay_s, LONGEST_NAP_S))
         while (left_s := end_s - self.boot_s()) > 0:  # noqa: ASYNC110 - no event tells of a suspension
             await asyncio.sleep(min(left_s, LONGEST_NAP_S))
+
+
+def wall_ahead_s(clock: Clock) -> float:
+    """By how much the wall clock is ahead of the boot clock: a number that changes when somebody sets it, and
+    when the machine was paused and it was set right after that.
+
+    Of several readings the closest counts: a process may be held up between the two clocks.
+    """
+
+    def reading() -> tuple[float, float]:
+        before_s, wall_s, after_s = clock.boot_s(), clock.wall_s(), clock.boot_s()
+        return after_s - before_s, wall_s - before_s
+
+    return min(reading() for _ in range(_READINGS))[1]

@@ -2,7 +2,9 @@
 
 1. A deadline is a point on the boot clock. Whoever holds a key asks `DataKey.check` before every piece.
    A virtual machine that is paused, or restored from an image, has a boot clock that stood still: the time by
-   which the wall clock then jumps ahead is taken off every deadline.
+   which the wall clock then jumps ahead is taken off every deadline. Whoever set it, and why, cannot be told
+   from here: a key that ends too early comes anew, one that ends too late opens what is forbidden. So agents
+   are to be asked for keys whenever the wall clock was set, either way (`on_clock_set`).
 2. A refresh prolongs the very object that running bodies hold; withdrawal, suspension, expiry end it.
 3. What has ended is overwritten, at once when it is taken back, and by the sweeper when its time is up.
 4. A withdrawal beats every push that was issued before it, whatever the order of arrival and whoever sent it.
@@ -31,7 +33,7 @@ from envelope.keys import ANONYMOUS, KeyId, KeyMaterial, KeyState, KeyUse, Netwo
 from envelope.material import Operation
 from envelope.memory import wipe
 from envelope.xaes import Xaes256Gcm
-from runtime.clock import Clock
+from runtime.clock import Clock, wall_ahead_s
 
 MAX_KEYS_PER_SERVICE: Final = 1024
 """An envelope of 64 KiB holds about 250 keys; `add` may collect a few of them."""
@@ -42,7 +44,7 @@ MAX_MISSES: Final = 256
 MISS_TTL_S: Final = 60.0
 SWEEP_INTERVAL_S: Final = 1.0
 LOST_TIME_S: Final = 1.0
-"""Less than this between two looks is the clocks' own drift."""
+"""The wall clock was set by less: not worth a word yet. Several such count together."""
 
 _STOPPING_STATES: Final = {
     KeyState.SUSPENDED: Unavailable.SUSPENDED,
@@ -350,12 +352,15 @@ class _Deadlines(TLRUCache[tuple[NetworkService, KeyId], DataKey]):
 class KeyCache:
     """Keys by network service and key id, each until its deadline. One event loop, no threads."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, on_clock_set: Callable[[float], None] | None = None) -> None:
+        """*on_clock_set*: hears by how many seconds the wall clock was set, negative: back; after keys were
+        shortened for it. It must not wait and must not raise."""
         self._clock = clock
+        self._on_clock_set = on_clock_set
         self._slots: dict[NetworkService, _Slot] = {}
         self._deadlines = _Deadlines(clock, self._on_expired)
-        self._ahead_s = self._wall_ahead_s()
-        """The most by which the wall clock was ever ahead of the boot clock."""
+        self._ahead_s = wall_ahead_s(self._clock)
+        """By how much the wall clock was ahead of the boot clock when it was set last, as far as we saw."""
 
     @override
     def __repr__(self) -> str:
@@ -446,10 +451,18 @@ class KeyCache:
 
     def take_off_lost_time(self) -> None:
         """Shorten every key by the time that the wall clock has seen and the boot clock has not."""
-        ahead_s = self._wall_ahead_s()
-        lost_s, self._ahead_s = ahead_s - self._ahead_s, max(ahead_s, self._ahead_s)
-        if lost_s < LOST_TIME_S:
+        ahead_s = wall_ahead_s(self._clock)
+        lost_s = ahead_s - self._ahead_s
+        if abs(lost_s) < LOST_TIME_S:
             return
+        # Set back, it is believed too: else nobody would see the time that is lost after that.
+        self._ahead_s = ahead_s
+        if lost_s > 0:
+            self._shorten(lost_s)
+        if self._on_clock_set is not None:
+            self._on_clock_set(lost_s)
+
+    def _shorten(self, lost_s: float) -> None:
         for slot in self._slots.values():
             slot.word_deadline_boot_s -= lost_s
             for key in list(slot.keys.values()):
@@ -459,9 +472,6 @@ class KeyCache:
                 else:
                     self._deadlines.pop((key.owner, key.key_id), None)
                     self._on_expired(key)
-
-    def _wall_ahead_s(self) -> float:
-        return self._clock.wall_s() - self._clock.boot_s()
 
     async def run_sweeper(self) -> NoReturn:
         """Overwrite what expires, also when nobody asks for it."""

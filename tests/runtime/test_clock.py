@@ -4,7 +4,7 @@ from typing import override
 
 import pytest
 
-from runtime.clock import Clock, SystemClock
+from runtime.clock import Clock, SystemClock, wall_ahead_s
 from tests.fakes.clock import BOOT_S, WALL_S, ManualClock
 
 
@@ -99,3 +99,29 @@ async def test_waiting_for_sleepers_ends() -> None:
     clock = ManualClock()
     with pytest.raises(TimeoutError, match="0 sleepers"):
         await clock.wait_for_sleepers(1, timeout_s=0.01)
+
+
+class HeldUp(ManualClock):
+    """Between its two clocks the reader is held up, once each time."""
+
+    for_s = 0.0
+
+    @override
+    def wall_s(self) -> float:
+        found = super().wall_s()
+        if self.for_s:
+            lost, self.for_s = self.for_s, 0.0
+            self.shift(lost)
+        return found
+
+
+def test_how_far_the_wall_clock_is_ahead_changes_when_it_is_set_alone() -> None:
+    clock = HeldUp()
+    at_first_s = wall_ahead_s(clock)
+    assert at_first_s == WALL_S - BOOT_S
+    clock.shift(1000)
+    assert wall_ahead_s(clock) == at_first_s
+    clock.for_s = 5.0
+    assert wall_ahead_s(clock) == at_first_s, "not by who is held up between two readings"
+    clock.set_wall(clock.wall_s() - 30)
+    assert wall_ahead_s(clock) == at_first_s - 30

@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -65,9 +69,21 @@ async def test_b_30_48_54_a_rescue_ends_an_hsm_hangs_and_clocks_jump(site: Site)
         early = [one for one in calls if one.status != 200 and one.ended_s < end_s - 5]
         assert not early, (end_s, early[:3])
         assert calls[0].status == 200, "B-48: the keys that it has go on"
-        while_b_has_keys_s = time.monotonic() - (time.time() - end_s)
+        right_again_s = time.time()
+        while_b_has_keys_s = time.monotonic() - (right_again_s - end_s)
+        # B-54: no clock is wrong any more. Nobody waits for the next refresh.
+        await site.all_are_up()
     missed = [text for at_s, text in callers.errors if at_s < while_b_has_keys_s - 1]
     assert missed == [], "B-48: those whom the load balancer sends notice nothing"
+    drained_s = _was_drained(site, b, since_s=calls[0].began_s)
+    if drained_s < end_s - 1:  # on a machine as fast as that
+        assert callers.errors == [], "nor do they when b's keys have ended"
+    for name in clocks:
+        proxy = site[name].proxies[0]
+        times = [event.at_s for event in events(proxy.program.log, "the wall clock was set")]
+        assert len(times) == 2, "there and back"
+        due = events(site[name].agent.log, "keys are due at once")
+        assert [event for event in due if event.at_s > times[1]], f"{name}: its agent came by itself"
 
     # B-30: the time that was approved is over.
     await site.all_are_up()
@@ -104,9 +120,47 @@ async def _until_refused(
             assert time.time() < end_s + 60, "the keys never end"
             await asyncio.sleep(0.05)
         if hangs:
-            # A request to the HSM has 10 s, a new worker 20 s: these keys end before, those of 330 s do not.
             await until(lambda: _is_drained(site, proxy), timeout_s=120)
     return end_s, calls
+
+
+def _was_drained(site: Site, one: SiteEnvironment, *, since_s: float) -> float:
+    """B-48, by the logs: when callers were sent elsewhere, for the hang, and before it was an outage."""
+    slow = events(one.agent.log, "the HSM is slow", since_s)
+    drained = [
+        event
+        for event in events(site.balanced.lb_agent.log, "answers HAProxy", since_s)
+        if event.fields["server"] == one.proxies[0].name and event.fields["answer"] == "drain"
+    ]
+    found = events(one.agent.log, "consent", since_s)
+    outages = [event for event in found if event.fields["standing"] == "silent"]
+    quick = events(one.agent.log, "the HSM is quick again", since_s)
+    assert slow, "it was felt"
+    assert drained, "callers were sent elsewhere"
+    assert slow[0].at_s < drained[0].at_s
+    assert all(drained[0].at_s < outage.at_s for outage in outages), "long before it was an outage"
+    assert quick, "it is over, by itself"
+    assert quick[-1].at_s > slow[-1].at_s
+    return drained[0].at_s
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of a program's log."""
+
+    at_s: float
+    fields: dict[str, Any]
+
+
+def events(log: Path, name: str, since_s: float = 0.0) -> list[Event]:
+    """The lines of this event since that moment, oldest first."""
+    found = []
+    for line in log.read_text().splitlines():
+        if name in line and line.startswith("{"):
+            fields = json.loads(line)
+            if fields["event"] == name:
+                found.append(Event(datetime.fromisoformat(fields["timestamp"]).timestamp(), fields))
+    return [event for event in found if event.at_s >= since_s]
 
 
 async def _is_drained(site: Site, proxy: SiteProxy) -> bool:

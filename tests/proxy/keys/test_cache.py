@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from typing import override
 
 import pytest
 
@@ -500,9 +501,69 @@ async def test_keys_that_arrive_right_after_the_jump_keep_their_time(
     sweeper = asyncio.create_task(cache.run_sweeper())
     await clock.advance(2)
     assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 2)
-    for shift_s in (-3600, 3600):  # set back and set right again: no time was lost
-        clock.set_wall(clock.wall_s() + shift_s)
-        await clock.advance(2)
-    assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 6)
+    clock.set_wall(clock.wall_s() - 3600)
+    await clock.advance(2)
+    assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 4), "set back: nothing was lost"
     sweeper.cancel()
     await asyncio.gather(sweeper, return_exceptions=True)
+
+
+async def test_a_clock_that_is_set_back_hides_no_time_that_is_lost_after_it(clock: ManualClock) -> None:
+    """Set back by an hour, by a correction or on purpose; then the machine is paused for as long. That the
+    clock is where it was does not show that no time has passed.
+    """
+    heard: list[float] = []
+    cache = KeyCache(clock, on_clock_set=heard.append)
+    sweeper = asyncio.create_task(cache.run_sweeper())
+    try:
+        install(cache, clock, material())
+        held = cache.sealing_key(DRIVE)
+        await clock.advance(2)
+        assert heard == []
+        clock.set_wall(clock.wall_s() - 3600)
+        await clock.advance(2)
+        held.check()
+        clock.set_wall(clock.wall_s() + 3600)
+        await clock.advance(2)
+        assert why_not_seal(cache) is Unavailable.EXPIRED
+        assert heard == pytest.approx([-3600, 3600])
+    finally:
+        sweeper.cancel()
+        await asyncio.gather(sweeper, return_exceptions=True)
+
+
+def test_small_steps_of_the_wall_clock_count_together(clock: ManualClock) -> None:
+    heard: list[float] = []
+    cache = KeyCache(clock, on_clock_set=heard.append)
+    install(cache, clock, material())
+    for _ in range(20):
+        clock.set_wall(clock.wall_s() + 0.3)
+        cache.take_off_lost_time()
+    assert sum(heard) == pytest.approx(6.0, abs=1.0)
+    assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 6, abs=1.0)
+
+
+class HeldUpClock(ManualClock):
+    """Whoever reads the wall clock for the first time after `hold_up` is not run again for *seconds*."""
+
+    held_up_s = 0.0
+
+    @override
+    def wall_s(self) -> float:
+        found = super().wall_s()
+        if self.held_up_s:
+            lost, self.held_up_s = self.held_up_s, 0.0
+            self.shift(lost)
+        return found
+
+
+def test_a_process_that_is_held_up_between_two_readings_has_no_clock_that_was_set() -> None:
+    clock = HeldUpClock()
+    heard: list[float] = []
+    cache = KeyCache(clock, on_clock_set=heard.append)
+    install(cache, clock, material())
+    for _ in range(3):
+        clock.held_up_s = 5.0
+        cache.take_off_lost_time()
+    assert heard == []
+    assert cache.sealing_key(DRIVE).valid_for_s == pytest.approx(VALIDITY_S - 15)
