@@ -96,7 +96,7 @@ def open_incident(
                 )
             return incident_id, False
     for incident_id, body in shared.incidents.items():
-        if not body.state.is_over and _is_same(body, declared):
+        if not body.state.is_over and _is_same(body, declared) and not _is_behind(body):
             return incident_id, False
     if environment.state is EnvironmentState.RETIRED:
         raise RefusedChangeError(f"environment {declared.environment} is retired", "nothing is served there")
@@ -478,6 +478,13 @@ def _is_same(body: IncidentBody, declared: Declaration) -> bool:
         and body.declared_service == declared.service
         and body.keep_keys == declared.keep_keys
     )
+
+
+def _is_behind(body: IncidentBody) -> bool:
+    """Whether what it took away has been replaced: who is breached in the same way now is breached anew."""
+    if body.kind.heals:
+        return IncidentEvent.REJOINED in body.steps
+    return body.kind is IncidentKind.SERVICE_CERT and IncidentEvent.SUCCEEDED in body.steps
 
 
 def _environment(shared: "Shared", name: str) -> EnvironmentBody:

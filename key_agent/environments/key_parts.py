@@ -33,6 +33,7 @@ class KeyParts:
             transport_key_file=environments.state_dir / KEY_NAME,
             links=self._links,
             push=self._push,
+            journal=agent.journal,
             clock=agent.clock,
             interval_s=agent.rhythm.interval_s,
         )
@@ -54,7 +55,7 @@ class KeyParts:
         )
         agent.registry.presenter = self._present
         environments.routes += [*self.wraps.routes(), *self.manager.routes()]
-        environments.tasks.append(("manager", self.manager.run))
+        environments.tasks += [("manager", self.manager.run), ("deliveries", self.wraps.refusals.run)]
 
     def _links(self, owners: Collection[NetworkService]) -> list[Link]:
         found = places(self._agent.targets, frozenset(owners))

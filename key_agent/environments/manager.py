@@ -24,6 +24,7 @@ import structlog
 from envelope.errors import SealgateError
 from envelope.keys import KeyState, KeyUse, NetworkService
 from key_agent.environments import key_changes as changes
+from key_agent.environments.deliveries import HELD
 from key_agent.environments.documents import EncryptPolicy
 from key_agent.environments.draft import Draft
 from key_agent.environments.key_changes import LIVE, WantedKey
@@ -515,7 +516,9 @@ class Manager:
                 await self._peering.spread([name], timeout_s=_CATCH_UP_S)
             stored = await self._bring(name, wanted)
             standing.proven |= set(stored.verified)
-            standing.failed = dict(stored.failed)
+            standing.failed = {key_id: why for key_id, why in stored.failed.items() if why != HELD}
+            if HELD in stored.failed.values():  # an answer was lost: what it has is asked, not assumed
+                standing.looked_boot_s = None
         else:
             standing.failed = {}
         coming = [key_id for key_id in keys if view.deks[key_id].state is KeyState.PRE_ACTIVE]
@@ -562,7 +565,11 @@ class Manager:
             if not done.failed or other in (own, name):
                 continue
             theirs = self.standings.get(other)
-            wanted = [key_id for key_id in done.failed if theirs is None or key_id in theirs.proven]
+            wanted = [
+                key_id
+                for key_id, why in done.failed.items()
+                if why != HELD and (theirs is None or key_id in theirs.proven)
+            ]
             if wanted:
                 try:
                     done |= await self._wraps.ask_to_bring(other, name, wanted)

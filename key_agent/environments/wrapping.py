@@ -6,11 +6,11 @@
    has wrapped, and only then says `verified`. What it says is asked for again: a wrap that is lost or damaged
    later is noticed and brought once more.
 3. Only the manager may have keys made, or sent on to a third environment. Anybody who counts may deliver:
-   what does not fit the check value is no key.
+   what does not fit the check value is no key, and what is not lacked is not taken in (deliveries.py).
 4. A healing environment is given nothing, and stores nothing that it is given (system B, claim 7).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
 from typing import Annotated, Final
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from envelope.base64url import b64u_decode
 from envelope.errors import FormatError, IntegrityError, MisuseError
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
+from key_agent.environments.deliveries import Refusals, Why, judge
 from key_agent.environments.documents import DekBody
 from key_agent.environments.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peer_transport import PeerError
@@ -30,11 +31,12 @@ from key_agent.environments.peers import WRAPS_PATH
 from key_agent.environments.proofs import Proofs
 from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.states import EnvironmentState
+from key_agent.journal import Journal
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import UNSERVED_MS, Link
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
-from key_agent.registry.wrap_rows import after_sequences, sound_wraps, store_wraps
+from key_agent.registry.wrap_rows import after_sequences, sound_among, sound_wraps, store_wraps
 from key_agent.sources.source import (
     Arrival,
     Destination,
@@ -168,6 +170,7 @@ class Wraps:
         transport_key_file: Path,
         links: Callable[[Collection[NetworkService]], Collection[Link]],
         push: Callable[[Collection[NetworkService]], None],
+        journal: Journal,
         clock: Clock,
         interval_s: float,
     ) -> None:
@@ -184,6 +187,9 @@ class Wraps:
         self._push = push
         self._clock = clock
         self._patience_s = 2 * interval_s
+        self.refusals = Refusals(journal, clock)
+        self._unopenable: tuple[str, frozenset[str]] = ("", frozenset())
+        """A KEK, and the keys that the HSM has not opened with it when it was last asked."""
         self._asked_boot_s: dict[str, float] = {}
         """When it was first asked whether a key's proxies have it."""
 
@@ -206,42 +212,75 @@ class Wraps:
             raise RefusedChangeError(f"the KEK is {state}", "see `key-agent kek status`")
         return row.kek
 
-    async def store(self, delivery: Delivery) -> Stored:
-        """Take in what is for us. RefusedChangeError: this environment takes none. KeySourceError."""
+    async def store(self, delivery: Delivery, *, sender: str) -> Stored:
+        """Take in what is for us and lacked here, from the agent *sender*.
+
+        RefusedChangeError: this environment takes none. KeySourceError.
+        """
         shared = await self._peering.shared.snapshot()
         own = shared.environments.get(self._peering.environment)
         if own is None or own.state not in HAVE_KEYS:
             state = "not one of several" if own is None else own.state
-            raise RefusedChangeError(f"{self._peering.environment} is {state}: it stores no keys", "wait")
-        kek = await self.kek()
+            why = f"{self._peering.environment} is {state}: it stores no keys"
+            self._refuse(sender, {Why.STATE: _all(delivery, why)})
+            raise RefusedChangeError(why, "wait")
+        try:
+            kek = await self.kek()
+        except RefusedChangeError as error:
+            self._refuse(sender, {Why.STATE: _all(delivery, str(error))})
+            raise
         if (delivery.environment, delivery.kek_id) != (self._peering.environment, kek.reference.kek_id):
-            why = f"it is for KEK {delivery.kek_id}, the one of today is {kek.reference.kek_id}"
-            return Stored(verified=(), failed={key.key_id: why for key in delivery.keys})
-        return await self._take(kek, delivery, shared)
+            why = (
+                f"it is for KEK {delivery.kek_id} of {delivery.environment}, "
+                f"the one of today is {kek.reference.kek_id} of {self._peering.environment}"
+            )
+            failed = {Why.DESTINATION: _all(delivery, why)}
+            self._refuse(sender, failed)
+            return Stored(verified=(), failed=failed[Why.DESTINATION])
+        return await self._take(kek, delivery, shared, own.state, sender)
 
-    async def _take(self, kek: Kek, delivery: Delivery, shared: Shared) -> Stored:
-        failed: dict[str, str] = {}
+    async def _take(
+        self, kek: Kek, delivery: Delivery, shared: Shared, state: EnvironmentState, sender: str
+    ) -> Stored:
+        refused: dict[Why, dict[str, str]] = {}
+        held = await self._held(kek.reference.kek_id, [key.key_id for key in delivery.keys])
         arrivals: dict[Route, list[Arrival]] = {Route.PUBLIC: [], Route.PEER: []}
         for sealed in delivery.keys:
             body = shared.deks.get(sealed.key_id)
-            if body is None or body.state is KeyState.DESTROYED:
-                failed[sealed.key_id] = "the signed rows know no such key" if body is None else body.state
-                continue
-            arrivals[sealed.route].append(_arrival(sealed, body, delivery))
+            if (found := judge(sealed.key_id, body, own=state, held=held)) is not None:
+                refused.setdefault(found[0], {})[sealed.key_id] = found[1]
+            elif body is not None:
+                arrivals[sealed.route].append(_arrival(sealed, body, delivery))
+        self._refuse(sender, refused)
+        failed = {key_id: why for keys in refused.values() for key_id, why in keys.items()}
         verified: list[str] = []
         for route, some in arrivals.items():
             if not some:
                 continue
             made = await self._source.import_keys(kek, some, transport_key_file=self._transport_key_file)
             self._proofs.opened(made.keys)
-            failed |= {str(key_id): why for key_id, why in made.failed_keys.items()}
+            bad = {str(key_id): why for key_id, why in made.failed_keys.items()}
+            self._refuse(sender, {Why.PARCEL: bad})
+            failed |= bad
             stored = await self._keep(made.keys, route)
             verified += stored
             left = {str(key.key_id) for key in made.keys} - set(stored)
             failed |= dict.fromkeys(left, "the signed rows have changed meanwhile")
         if verified:
+            self._unopenable = (self._unopenable[0], self._unopenable[1] - set(verified))
             self._push({NetworkService.parse(shared.deks[key_id].service) for key_id in verified})
         return Stored(verified=tuple(verified), failed=failed)
+
+    async def _held(self, kek_id: str, key_ids: Sequence[str]) -> set[str]:
+        """Those with a sound wrap that the HSM has not failed to open."""
+        sound = await self._registry.transact(lambda c: sound_among(c, kek_id, key_ids))
+        return sound - (self._unopenable[1] if self._unopenable[0] == kek_id else frozenset())
+
+    def _refuse(self, sender: str, refused: Mapping[Why, Mapping[str, str]]) -> None:
+        for why, keys in refused.items():
+            if keys:
+                environment = self._peering.environment_of(sender)
+                self.refusals.tell(sender, environment, why, next(iter(keys.values())), list(keys))
 
     async def _keep(self, keys: Sequence[WrappedKey], route: Route) -> list[str]:
         now_ms = int(self._clock.wall_s() * 1000)
@@ -263,6 +302,9 @@ class Wraps:
             ]
             failed = await self._proofs.unopenable(self._source, row.kek, held)
             missing |= {str(key_id): why for key_id, why in failed.items()}
+            opened = wanted - {str(key_id) for key_id in failed}
+            before = self._unopenable[1] if self._unopenable[0] == look.kek_id else frozenset[str]()
+            self._unopenable = (look.kek_id, (before - opened) | {str(key_id) for key_id in failed})
         return missing
 
     async def waiting(self, key_ids: Collection[str]) -> dict[str, str]:
@@ -433,9 +475,12 @@ class Wraps:
     async def _answer_delivery(self, call: PeerCall) -> bytes:
         shared = self._peering.view
         sender = self._peering.environment_of(call.agent_id)
-        if sender is None or not (shared.environments[sender].state.counts or self._is_manager(call)):
-            raise IntegrityError(f"{call.agent_id} is of no environment that counts: it delivers nothing")
-        return msgspec.json.encode(await self.store(read_message(call, Delivery)))
+        delivery = read_message(call, Delivery)
+        if sender is None or not shared.environments[sender].state.counts:
+            why = f"{call.agent_id} is of no environment that counts: it delivers nothing"
+            self._refuse(call.agent_id, {Why.SENDER: _all(delivery, why)})
+            raise IntegrityError(why)
+        return msgspec.json.encode(await self.store(delivery, sender=call.agent_id))
 
     async def _answer_look(self, call: PeerCall) -> bytes:
         return msgspec.json.encode(Missing(missing=await self.missing(read_message(call, Look))))
@@ -484,6 +529,10 @@ class Wraps:
             return False
         body = self._peering.view.environments.get(found[1].environment)
         return body is not None and body.state.counts
+
+
+def _all(delivery: Delivery, why: str) -> dict[str, str]:
+    return {key.key_id: why for key in delivery.keys}
 
 
 def _arrival(sealed: SealedKey, body: DekBody, delivery: Delivery) -> Arrival:

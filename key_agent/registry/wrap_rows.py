@@ -75,6 +75,17 @@ def sound_wraps(c: Connection, kek_id: str) -> set[str]:
     return {row.dek_id for row in c.execute(query) if is_sound(row)}
 
 
+def sound_among(c: Connection, kek_id: str, key_ids: Collection[str]) -> set[str]:
+    """Of these keys, those that `sound_wraps` would name."""
+    found: set[str] = set()
+    for some in batched(sorted(key_ids), _AT_ONCE):
+        query = select(dek_wrap).where(
+            dek_wrap.c.kek_id == kek_id, dek_wrap.c.state == VERIFIED, dek_wrap.c.dek_id.in_(some)
+        )
+        found |= {row.dek_id for row in c.execute(query) if is_sound(row)}
+    return found
+
+
 def after_sequences(c: Connection, key_ids: Collection[str]) -> dict[str, tuple[str, int]]:
     """For each key: its network service, and the sequence that its proxies have to have passed."""
     found: dict[str, tuple[str, int]] = {}

@@ -110,6 +110,21 @@ def test_the_whole_road_each_step_once_and_each_repeated(world: World) -> None:
     assert world.change(lambda draft: changes.close(draft, "inc-1", now_ms=world.now_ms))
 
 
+def test_a_breach_after_its_return_is_another_one_though_the_first_is_not_closed(world: World) -> None:
+    """Objects are still written anew for the first, for weeks maybe."""
+    breach(world)
+    rekey(world)
+    told = announce(world)
+    complete(world, fingerprint=fingerprint(told))
+    admit(world, "lb-1")
+    assert breach(world) == "inc-1", "it has not returned"
+    world.change(lambda draft: healing.readmit(draft, "a", now_ms=world.now_ms))
+    assert state(world) is E.ACTIVE
+    assert breach(world) == "inc-2"
+    assert (state(world), world.rows.environments["a"].incident_id) == (E.HEALING, "inc-2")
+    assert (incident(world), incident(world, "inc-2")) == (IncidentState.REENCRYPTING, IncidentState.OPEN)
+
+
 def test_a_suspicion_that_was_none_returns_by_the_same_road(world: World) -> None:
     breach(world, K.SUSPECTED)
     complete(world)

@@ -85,6 +85,16 @@ def test_the_same_breach_under_another_key_is_the_same_incident(world: World) ->
     assert open_it(world, opening(environment="b", key="k3")) == ("inc-2", True)
 
 
+def test_a_service_that_is_breached_once_more_loses_its_new_keys_too(world: World) -> None:
+    open_it(world, opening(K.SERVICE_CERT))
+    new = [world.add_key("s3", owner, S.ACTIVE) for owner in "abc"]
+    assert open_it(world, opening(K.SERVICE_CERT, key="k2")) == ("inc-1", False)
+    assert succeed(world)
+    assert {world.rows.deks[key_id].state for key_id in new} == {S.ACTIVE}
+    assert open_it(world, opening(K.SERVICE_CERT, key="k3")) == ("inc-2", True)
+    assert {world.rows.deks[key_id].state for key_id in new} == {S.COMPROMISED}
+
+
 def test_a_key_of_another_incident_is_refused(world: World) -> None:
     open_it(world, opening())
     before = world.rows

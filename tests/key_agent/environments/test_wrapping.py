@@ -120,7 +120,7 @@ async def test_whoever_heals_is_sent_nothing_and_stores_nothing(site: KeySite) -
         with pytest.raises(RefusedChangeError):
             site["a"].wraps.destination("b")
         with pytest.raises(RefusedChangeError):
-            await site["b"].wraps.store(delivery)
+            await site["b"].wraps.store(delivery, sender="agent-a")
 
 
 async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite) -> None:
@@ -129,7 +129,8 @@ async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite
     one, two = good.keys
 
     async def stored(*keys: SealedKey, **changes: str) -> Stored:
-        return await site["b"].wraps.store(msgspec.structs.replace(good, keys=keys, **changes))
+        delivery = msgspec.structs.replace(good, keys=keys, **changes)
+        return await site["b"].wraps.store(delivery, sender="agent-a")
 
     flipped = msgspec.structs.replace(one, sealed=one.sealed[:-1] + bytes([one.sealed[-1] ^ 1]))
     exchanged = msgspec.structs.replace(one, sealed=two.sealed)
@@ -142,6 +143,7 @@ async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite
     assert (await stored(one, environment="a")).verified == ()
     assert await site["b"].wrapped() == before
     # One bad parcel spoils no other.
+    await site["b"].sql("DELETE FROM dek_wrap WHERE dek_id = :kid", kid=two.key_id)
     assert (await stored(flipped, two)).verified == (two.key_id,)
     assert await site["b"].opens(before)
 
@@ -157,7 +159,8 @@ async def test_more_keys_than_are_proven_at_once_are_all_asked_about(site: KeySi
 async def test_what_was_taken_in_is_not_opened_again_at_once_unless_it_was_changed(site: KeySite) -> None:
     """The fake HSM would not open it any more: that is seen for a row that is another one now."""
     delivery = await parcels_for(site, "b")
-    kids = sorted((await site["b"].wraps.store(delivery)).verified)
+    await site["b"].sql("DELETE FROM dek_wrap")
+    kids = sorted((await site["b"].wraps.store(delivery, sender="agent-a")).verified)
     source, kek = site["b"].source, await site["b"].kek()
     assert isinstance(source, FakeKeySource)
     look = Look(kek_id=kek.reference.kek_id, keys=tuple(kids), prove=True)
@@ -180,7 +183,7 @@ async def test_a_destroyed_key_is_not_brought_back(site: KeySite) -> None:
     await site["a"].change(change)
     await site.in_step()
     assert gone not in await site["b"].wrapped()
-    found = await site["b"].wraps.store(delivery)
+    found = await site["b"].wraps.store(delivery, sender="agent-a")
     assert gone in found.failed
     assert gone not in await site["b"].wrapped()
 
