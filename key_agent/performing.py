@@ -10,7 +10,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final, cast
+from pathlib import Path
+from typing import Annotated, Any, Final, cast
 
 import typer
 
@@ -27,6 +28,8 @@ type Options = cli.Options[config.Settings]
 # These take keys back, so they need the loop that does, also where no agent runs.
 _WITHDRAWING: Final = frozenset({"kek_revoke", "service_remove", "proxy_remove"})
 _LOCK_PATIENCE_S: Final = 10.0
+
+YesFlag = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 def perform(options: Options, operation: str, **arguments: object) -> Json:
@@ -76,3 +79,11 @@ def confirm(options: Options, warning: str, *, yes: bool) -> None:
 
 def show(context: typer.Context, data: Json, text: Callable[[Any], str]) -> None:
     context.obj.emit(data, lambda: text(data).rstrip("\n"))
+
+
+def read_pem(path: Path) -> str:
+    """The text of a certificate file. CommandError if it is none."""
+    try:
+        return path.read_text(encoding="ascii")
+    except UnicodeDecodeError:
+        raise CommandError(f"{path}: not PEM", "give a certificate in PEM form", ExitCode.REFUSED) from None

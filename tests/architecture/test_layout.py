@@ -25,6 +25,10 @@ _PROCESS: Final = (
     "tests/key_agent/test_agent_softhsm.py",
     "only a real process with a real HSM shows that it is right",
 )
+_COMMANDS: Final = (
+    "tests/key_agent/test_agent_softhsm.py",
+    "commands: given to a real agent with a real HSM; what they say, in test_cli.py",
+)
 _WORKER: Final = (
     "tests/key_agent/sources/test_pkcs11.py",
     "runs in the worker process only, seen through its answers",
@@ -186,6 +190,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/shared_state.py": _SHARED,
     "key_agent/environments/shared_view.py": _SHARED,
     "key_agent/environments/workplace.py": _PEERING,
+    "key_agent/environments/own_word.py": _PEERING,
+    "key_agent/environments/peer_rows.py": _PEERING,
+    "key_agent/environments/peer_sights.py": _PEERING,
     "key_agent/registry/wrap_rows.py": (
         "tests/key_agent/environments/test_manager.py",
         "seen where keys of several environments are stored, lost and damaged",
@@ -211,6 +218,14 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/push/pusher.py": _AGENT,
     "key_agent/push/recipients.py": _AGENT,
     "key_agent/push/sealing.py": _AGENT,
+    "key_agent/backup_cli.py": _COMMANDS,
+    "key_agent/kek_cli.py": _COMMANDS,
+    "key_agent/key_cli.py": _COMMANDS,
+    "key_agent/proxy_cli.py": _COMMANDS,
+    "key_agent/reinstating_cli.py": _COMMANDS,
+    "key_agent/service_cli.py": _COMMANDS,
+    "key_agent/status_cli.py": _COMMANDS,
+    "key_agent/wording.py": ("tests/key_agent/test_cli.py", "what all commands say alike"),
     "key_agent/performing.py": (
         "tests/key_agent/test_cli.py",
         "what all commands do, seen through them",

@@ -11,7 +11,6 @@ from sqlalchemy import delete
 
 from envelope.certificates import CertificateError
 from envelope.keys import KeyState, NetworkService
-from key_agent.cli import status_text
 from key_agent.consent import Standing
 from key_agent.errors import KeySourceError
 from key_agent.registry.model import KekRow
@@ -19,6 +18,7 @@ from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError, Registry
 from key_agent.registry.tables import dek_wrap
 from key_agent.sources.source import Kek, Verdict
+from key_agent.status_cli import status_text
 from runtime.audit import AuditUnavailableError
 from tests.fakes.proxies import pem
 from tests.key_agent.conftest import RHYTHM, Bench, until

@@ -14,7 +14,7 @@ from sqlalchemy import delete
 from envelope.keys import KeyState, NetworkService
 from key_agent.agent import Agent
 from key_agent.backup import RESERVED_SERVICE, BackupError
-from key_agent.cli import imported_text
+from key_agent.backup_cli import imported_text
 from key_agent.consent import Standing
 from key_agent.operations import Operations
 from key_agent.registry.states import REVOKED_BY_COMMAND, KekState

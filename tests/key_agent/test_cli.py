@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from key_agent import doctor
-from key_agent.cli import _outcomes, program, status_text
+from key_agent.cli import program
+from key_agent.status_cli import lifetime_text, rotation_text, status_text
+from key_agent.wording import outcomes_text, time_text
 from runtime import cli
 from runtime.doctor import Check, as_text
 from tests.key_agent.conftest import Bench
@@ -226,15 +228,15 @@ async def test_a_proxy_that_was_removed_leaves_the_status_page_once_it_holds_not
 
 def test_a_failed_push_says_where_to_look() -> None:
     row = {"proxy": "p1", "outcome": "failed", "error": "wrong-proxy: ...", "may_hold_keys_until_ms": None}
-    assert "key-agent doctor" in _outcomes({"proxies": [row]})
-    assert "doctor" not in _outcomes({"proxies": [row | {"outcome": "pending"}]})
+    assert "key-agent doctor" in outcomes_text({"proxies": [row]})
+    assert "doctor" not in outcomes_text({"proxies": [row | {"outcome": "pending"}]})
 
 
 def test_times_are_in_utc() -> None:
-    from key_agent.cli import _time
-
-    assert _time(0) == "1970-01-01 00:00:00Z"
-    assert _time(int(datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC).timestamp() * 1000)) == "2026-05-04 03:02:01Z"
+    assert time_text(0) == "1970-01-01 00:00:00Z"
+    assert (
+        time_text(int(datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC).timestamp() * 1000)) == "2026-05-04 03:02:01Z"
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,8 +285,6 @@ def test_an_existing_file_is_no_backup_to_be(
 
 
 def test_how_a_rotation_and_an_end_are_told() -> None:
-    from key_agent.cli import _lifetime_text, rotation_text
-
     row = {
         "service": "acme/s3",
         "use": "data",
@@ -309,9 +309,9 @@ def test_how_a_rotation_and_an_end_are_told() -> None:
         "days_left": 3.2,
         "problem": None,
     }
-    assert _lifetime_text(end) == "tls: ends 2027-01-01, in 3 days"
-    assert _lifetime_text(end | {"days_left": -1.0}) == "tls: EXPIRED 2027-01-01"
-    assert _lifetime_text(end | {"not_after": None, "days_left": None}) == "tls: nobody can tell when it ends"
+    assert lifetime_text(end) == "tls: ends 2027-01-01, in 3 days"
+    assert lifetime_text(end | {"days_left": -1.0}) == "tls: EXPIRED 2027-01-01"
+    assert lifetime_text(end | {"not_after": None, "days_left": None}) == "tls: nobody can tell when it ends"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from envelope.keys import KeyId, KeyState, NetworkService
-from key_agent.cli import loss_text
+from key_agent.key_cli import loss_text
 from key_agent.operations import Operations
 from key_agent.registry.store import RefusedChangeError
 from runtime.audit import AuditUnavailableError

@@ -12,11 +12,11 @@ import pytest
 from envelope.keys import KeyState, NetworkService
 from key_agent import restoration
 from key_agent.agent import Agent
-from key_agent.cli import restorable_text, restored_text
 from key_agent.errors import KekRevokedError, KeySourceError
 from key_agent.operations import Operations
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
+from key_agent.reinstating_cli import restorable_text, restored_text
 from key_agent.sources.source import Kek, Verdict
 from runtime.audit import AuditUnavailableError
 from tests.key_agent.conftest import Bench, until
