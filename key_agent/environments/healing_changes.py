@@ -116,11 +116,13 @@ def recover(draft: "Draft", name: str, *, registry_key: str, kek_id: str, kek: K
 
 
 def open_incidents(shared: "Shared", environment: str) -> dict[str, IncidentBody]:
-    """Those of an environment that are not over and make it heal, oldest first."""
+    """Those that an environment heals because of, oldest first; it has returned after all others."""
     mine = {
         incident_id: body
         for incident_id, body in shared.incidents.items()
-        if body.environment == environment and body.kind.heals and not body.state.is_over
+        if body.environment == environment
+        and body.kind.heals
+        and not (body.state.is_over or body.state is IncidentState.REENCRYPTING)
     }
     return dict(sorted(mine.items(), key=lambda one: one[1].number))
 

@@ -70,7 +70,7 @@ class Site:
 
     async def everywhere(self, key_id: str, state: str) -> None:
         async def done() -> bool:
-            return {self.states(name)[key_id] for name in ALL} == {state}
+            return {self.states(name).get(key_id) for name in ALL} == {state}
 
         await until(done, timeout_s=90)
 

@@ -3,21 +3,30 @@
 import asyncio
 import contextlib
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Final
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
 from key_agent.environments.healing import KEK_PATH
 from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peers import REGISTRY_PATH
+from key_agent.environments.peers import REGISTRY_PATH, WRAPS_PATH
+from key_agent.state_dir import AUDIT_NAME
 from runtime.cli import CommandError
-from tests.environments.site import SiteEnvironment, until
+from runtime.tls import client_context
+from tests.environments.site import SiteEnvironment, SiteProxy, until
 from tests.scenarios.balanced_site import KEY
-from tests.scenarios.healing_site import ALL, Site, in_step, position, promote, site_for_tests
+from tests.scenarios.healing_site import ALL, PLAIN, Site, call, in_step, position, promote, site_for_tests
+from tests.scenarios.recorder import Recorded, recorded
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+
+ENVELOPES_PATH: Final = "/push/v1/envelopes"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="site")
@@ -135,3 +144,269 @@ async def _announcement(as_c: Callable[..., Awaitable[bytes]], made: Mapping[str
     [body] = [row["body"] for row in rows["rows"] if row["kind"] == "kek" and row["id"] == made["kek"]]
     kek = json.loads(body) if isinstance(body, str) else body
     return json.dumps({"environment": "c", "kek_id": made["kek"], "kek": kek}).encode()
+
+
+# B-45: what carries keys.
+
+
+async def test_b_45_a_delivery_of_wraps_brings_nothing_when_it_is_played_again(site: Site) -> None:
+    """By a member that serves, by the former manager, by one that heals; in this incident and in the next."""
+    balanced, a, b = site.balanced, site["a"], site["b"]
+    async with (
+        _deliveries(site, "b") as to_b,
+        _deliveries(site, "c") as to_c,
+        site.speaking_as("a") as as_a,
+        site.speaking_as("b") as as_b,
+        site.speaking_as("c") as as_c,
+    ):
+        await a.ask("rotate", service=KEY)
+        first_b, first_c = to_b[0], to_c[0]
+        assert (first_b.agent_id, first_c.agent_id) == ("agent-a", "agent-a")
+        new = {site.active(name) for name in ALL}
+        assert _kids(first_b) == _kids(first_c) == new
+
+        # What is there already, by another member; for another environment, or said to be for this one.
+        for body in (first_b.body, first_c.body, _readdressed(first_c, first_b), _exchanged(first_b)):
+            await _in_vain(site, as_c, "b", body)
+        await _told(site, "b", ("agent-c", "held"), ("agent-c", "destination"))
+        # One key's wrap under the id of another, which is lacked.
+        lost = site.active("b")
+        _lose_wrap(b, lost)
+        answer = json.loads(await as_c("b", "PUT", WRAPS_PATH, _exchanged(first_b)))
+        assert answer["verified"] == []
+        # By the former manager. The new one has brought what was lost.
+        await promote(site, b)
+        await until(lambda: in_step(site), timeout_s=90)
+        await until(lambda: _has_wrap(site, "b", lost), timeout_s=90)
+        await _in_vain(site, as_a, "c", first_c.body)
+        await _told(site, "c", ("agent-a", "held"))
+        await promote(site, a)
+        await until(lambda: in_step(site), timeout_s=90)
+
+        # A rotation that is given up destroys its keys; a breach compromises one.
+        given_up = await _given_up(site, to_b)
+        await _in_vain(site, as_c, "b", to_b[-1].body)
+        dek = await balanced.open_incident("b", "dek", keys=[lost])
+        await balanced.rekey(dek)
+        await site.everywhere(lost, "compromised")
+        await until(lambda: in_step(site), timeout_s=90)
+        await _in_vain(site, as_c, "b", first_b.body)
+        await _told(site, "b", ("agent-c", "key-state"))
+
+        # c heals: it brings nothing, and takes nothing, while it returns either.
+        runtime = await balanced.open_incident("c", "runtime")
+        await balanced.rekey(runtime)
+        await until(lambda: in_step(site), timeout_s=90)
+        await _in_vain(site, as_c, "b", first_b.body, refused="not_believed")
+        await _in_vain(site, as_b, "c", first_c.body, refused="stores no keys")
+        await _told(site, "b", ("agent-c", "sender"))
+        await _told(site, "c", ("agent-b", "state"))
+        await balanced.heal_complete("c")
+        del to_c[:]
+        playing = asyncio.create_task(_play_on(as_b, "c", first_c.body), name="play")
+        try:
+            joined = await balanced.rejoin("c")
+        finally:
+            playing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await playing
+        assert (joined["state"], joined["problems"]) == ("active", {})
+        await site.all_are_up()
+        # Its KEK is another one; and what came under the new one is there.
+        again = [one for one in to_c if one.agent_id == "agent-a"]
+        assert _kids(*again) == {kid for kid, state in site.states("c").items() if state != "destroyed"}
+        assert not _kids(*again) & given_up
+        for one in (first_c, *again):
+            await _in_vain(site, as_b, "c", one.body)
+        await _told(site, "c", ("agent-b", "destination"), ("agent-b", "held"))
+
+        # The next incident.
+        second = await balanced.open_incident("c", "runtime")
+        await balanced.rekey(second)
+        await until(lambda: in_step(site), timeout_s=90)
+        for one in (first_c, *again):
+            await _in_vain(site, as_b, "c", one.body, refused="stores no keys")
+        await balanced.bring_back("c", second)
+        await site.all_are_up()
+        for one in (first_c, *again):
+            await _in_vain(site, as_b, "c", one.body)
+    assert {site.states(name)[lost] for name in ALL} == {"compromised"}
+    for incident in (dek, runtime, second):
+        await balanced.manager.ask("incident_close", incident=incident)
+
+
+def _deliveries(site: Site, name: str) -> AbstractAsyncContextManager[list[Recorded]]:
+    """Deliveries of wraps to that environment's agent."""
+    lb = site.balanced.lb_config.parent
+    return recorded(
+        site[name].network,
+        path=WRAPS_PATH,
+        server=_tls(site[name].directory),
+        roots=[site.balanced.site.tenant.root.certificate],
+        clients={site[other].agent_id: _tls(site[other].directory) for other in ALL} | {"lb-1": _tls(lb)},
+    )
+
+
+def _tls(directory: Path) -> tuple[Path, Path]:
+    return directory / "tls.pem", directory / "tls.key"
+
+
+def _kids(*deliveries: Recorded) -> set[str]:
+    return {key["key_id"] for one in deliveries for key in json.loads(one.body)["keys"]}
+
+
+def _readdressed(one: Recorded, other: Recorded) -> bytes:
+    """*one* for the environment and KEK of *other*."""
+    to = json.loads(other.body)
+    return json.dumps(
+        json.loads(one.body) | {"environment": to["environment"], "kek_id": to["kek_id"]}
+    ).encode()
+
+
+def _exchanged(one: Recorded) -> bytes:
+    """Each key's wrap under the id of the next."""
+    document = json.loads(one.body)
+    keys = document["keys"]
+    sealed = [key["sealed"] for key in keys]
+    document["keys"] = [
+        key | {"sealed": other} for key, other in zip(keys, sealed[1:] + sealed[:1], strict=True)
+    ]
+    return json.dumps(document).encode()
+
+
+async def _in_vain(
+    site: Site, speaks: Callable[..., Awaitable[bytes]], to: str, body: bytes, *, refused: str | None = None
+) -> None:
+    """Nothing in any database moves; *refused*: in words that the answer has."""
+    before = await _everything(site)
+    if refused is None:
+        answer = json.loads(await speaks(to, "PUT", WRAPS_PATH, body))
+        assert answer["verified"] == []
+        assert answer["failed"].keys() == {key["key_id"] for key in json.loads(body)["keys"]}
+    else:
+        with pytest.raises(PeerError, match=refused):
+            await speaks(to, "PUT", WRAPS_PATH, body)
+    assert await _everything(site) == before
+
+
+async def _everything(site: Site) -> dict[str, object]:
+    wraps = "SELECT dek_id, kek_id, state, wrapped, made_at_ms FROM dek_wrap ORDER BY dek_id, kek_id"
+    return {
+        name: (site.states(name), site.balanced.query(site[name], wraps), await position(site[name]))
+        for name in ALL
+    }
+
+
+async def _told(site: Site, at: str, *refusals: tuple[str, str]) -> None:
+    """The audit log there names these agents, each with the reason."""
+
+    async def written() -> bool:
+        lines = (site[at].state_dir / AUDIT_NAME).read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        found = {(one["agent"], one["reason"]) for one in events if one["action"] == "wraps-refused"}
+        return found >= set(refusals)
+
+    await until(written, timeout_s=30)
+
+
+def _lose_wrap(one: SiteEnvironment, kid: str) -> None:
+    """By a hand in its database."""
+    with contextlib.closing(sqlite3.connect(one.state_dir / "registry.db", timeout=20)) as connection:
+        connection.execute("DELETE FROM dek_wrap WHERE dek_id = ?", (kid,))
+        connection.commit()
+
+
+async def _has_wrap(site: Site, name: str, kid: str) -> bool:
+    found = site.balanced.query(site[name], "SELECT dek_id FROM dek_wrap WHERE state = 'verified'")
+    return (kid,) in found
+
+
+async def _given_up(site: Site, to_b: list[Recorded]) -> set[str]:
+    """The keys of a rotation that b has got, and c never; destroyed in all environments."""
+    before = len(to_b)
+    site["c"].agent.freeze()
+    try:
+        rotating = asyncio.create_task(site["a"].ask("rotate", service=KEY), name="rotate")
+
+        async def at_b() -> bool:
+            return len(to_b) > before
+
+        await until(at_b, timeout_s=60)
+        await site["a"].ask("rotate_cancel", service=KEY)
+    finally:
+        site["c"].agent.thaw()
+    await rotating
+    kids = _kids(*to_b[before:])
+    for kid in kids:
+        await site.everywhere(kid, "destroyed")
+    await until(lambda: in_step(site), timeout_s=90)
+    return kids
+
+
+async def _play_on(speaks: Callable[..., Awaitable[bytes]], to: str, body: bytes) -> None:
+    while True:
+        with contextlib.suppress(PeerError):
+            assert json.loads(await speaks(to, "PUT", WRAPS_PATH, body))["verified"] == []
+        await asyncio.sleep(0)
+
+
+async def test_b_45_an_old_envelope_gives_a_proxy_nothing(site: Site) -> None:
+    """Keys for b's proxy, as its agent has pushed them; played again by that agent and by another."""
+    balanced, b = site.balanced, site["b"]
+    [proxy] = b.proxies
+    root, directory = balanced.site.tenant.root.certificate, balanced.site.directory
+    async with recorded(
+        proxy.push,
+        path=ENVELOPES_PATH,
+        server=(directory / "server.pem", directory / "server.key"),
+        roots=[root],
+        clients={b.agent_id: _tls(b.directory)},
+    ) as pushed:
+        before = site.active("b")
+        await site["a"].ask("rotate", service=KEY)
+        assert site.active("b") != before
+        await until(lambda: balanced.serve("b"), timeout_s=60)
+        old = [one.body for one in pushed]
+        assert old
+    for by in ("b", "c"):
+        assert "accepted" not in await _play_envelopes(site, old, by=by)
+    assert (await call(proxy)).status == 200, "those that it has are not disturbed"
+
+    incident = await balanced.open_incident("b", "runtime")
+    await until(lambda: _refuses(proxy), timeout_s=60)
+    for by in ("b", "c"):
+        assert "accepted" not in await _play_envelopes(site, old, by=by)
+        assert (await call(proxy)).status == 503
+    await balanced.bring_back("b", incident)
+    await site.all_are_up()
+    for by in ("b", "c"):
+        assert "accepted" not in await _play_envelopes(site, old, by=by)
+    status, document = await proxy.call(f"keys/{KEY}/encrypt", {"plaintext": PLAIN})
+    assert status == 200, document
+    assert site.states("b")[before] != "active"
+    await balanced.manager.ask("incident_close", incident=incident)
+    lines = (proxy.config.parent / "state" / "audit.jsonl").read_text().splitlines()
+    refused = [one for one in map(json.loads, lines) if one["action"] == "envelope-refused"]
+    assert {one["agent"] for one in refused} == {"agent-b", "agent-c"}
+
+
+async def _refuses(proxy: SiteProxy) -> bool:
+    return (await call(proxy)).status == 503
+
+
+async def _play_envelopes(site: Site, bodies: list[bytes], *, by: str) -> set[str]:
+    """What that agent's identity is told of each envelope: `accepted`, or why not."""
+    [proxy] = site["b"].proxies
+    files = _tls(site[by].directory)
+    context = client_context(site.balanced.site.ca_file, *files)
+    told: set[str] = set()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+        for body in bodies:
+            url = f"https://localhost:{proxy.push.port}{ENVELOPES_PATH}"
+            headers = {"Content-Type": "application/json"}
+            async with session.post(url, data=body, headers=headers) as answer:
+                document = await answer.json(content_type=None)
+                told |= {one.get("code") or one["status"] for one in document.get("receipts", [])}
+                if answer.status != 200:
+                    told.add(document["code"])
+    return told

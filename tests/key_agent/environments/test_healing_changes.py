@@ -123,6 +123,20 @@ def test_a_breach_after_its_return_is_another_one_though_the_first_is_not_closed
     assert breach(world) == "inc-2"
     assert (state(world), world.rows.environments["a"].incident_id) == (E.HEALING, "inc-2")
     assert (incident(world), incident(world, "inc-2")) == (IncidentState.REENCRYPTING, IncidentState.OPEN)
+    # Its way back is no longer because of the first, and changes nothing of it.
+    first = world.rows.incidents["inc-1"]
+    with pytest.raises(RefusedChangeError, match="inc-2"):
+        complete(world, fingerprint=fingerprint(told))
+    complete(world, fingerprint=fingerprint(announce(world, "kek-a3")))
+    with pytest.raises(RefusedChangeError, match="inc-2 is open"):
+        admit(world, "lb-1")
+    rekey(world, "inc-2")
+    admit(world, "lb-1")
+    world.change(lambda draft: healing.readmit(draft, "a", now_ms=world.now_ms))
+    assert (state(world), incident(world, "inc-2")) == (E.ACTIVE, IncidentState.REENCRYPTING)
+    assert world.rows.incidents["inc-1"] == first
+    for name in ("inc-1", "inc-2"):
+        assert world.change(lambda draft, name=name: changes.close(draft, name, now_ms=world.now_ms))
 
 
 def test_a_suspicion_that_was_none_returns_by_the_same_road(world: World) -> None:
