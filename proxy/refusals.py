@@ -306,8 +306,8 @@ UPLOAD_SIZE: Final = _refusal(
 CHECKSUM_OF_PARTS: Final = _refusal(
     501,
     "checksum-of-parts",
-    "A checksum of a whole object cannot be compared when the object is completed from parts.",
-    "Leave it out: every part is compared with its own checksum when it comes.",
+    "A checksum of the whole object cannot be compared: not every part came with one of this algorithm.",
+    "Send every part with such a checksum, or leave the whole's out: parts are compared with their own.",
 )
 FOREIGN_DESTINATION: Final = _refusal(
     502,  # RFC 4918 9.8.5, 9.9.4

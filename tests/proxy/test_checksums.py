@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.checksums import CHECKSUMS, Crc32C, Crc64Nvme, new_checksum
+from proxy.checksums import CHECKSUMS, COMBINED, CombinedCrc, Crc32C, Crc64Nvme, new_checksum
 
 POLYNOMIALS = {"crc32": (0xEDB88320, 32), "crc32c": (0x82F63B78, 32), "crc64nvme": (0x9A6C9329AC4BC9B5, 64)}
 
@@ -95,3 +95,32 @@ def test_a_crc_goes_on_behind_what_is_known(data: bytes, cut: int) -> None:
     behind = Crc32C(before.digest())
     behind.update(data[cut:])
     assert behind.digest() == checksum("crc32c", data)
+
+
+@pytest.mark.parametrize("name", list(COMBINED))
+@given(pieces=st.lists(st.binary(max_size=300), max_size=6))
+def test_the_crc_of_pieces_is_made_of_theirs(name: str, pieces: list[bytes]) -> None:
+    combined = CombinedCrc(name)
+    for piece in pieces:
+        combined.add(bit_by_bit(piece, name), len(piece))
+    assert combined.digest() == bit_by_bit(b"".join(pieces), name)
+
+
+@pytest.mark.parametrize("name", list(COMBINED))
+def test_large_pieces_are_combined(name: str) -> None:
+    """Lengths with many bits; two orders of one content's pieces differ."""
+    first, second = os.urandom(1_048_575), os.urandom(700_001)
+    for pieces in ((first, second), (second, first)):
+        combined = CombinedCrc(name)
+        for piece in pieces:
+            combined.add(checksum(name, piece), len(piece))
+        assert combined.digest() == checksum(name, b"".join(pieces))
+
+
+def test_what_is_no_crc_of_a_piece_is_not_combined() -> None:
+    combined = CombinedCrc("crc32")
+    for value, length in ((bytes(8), 1), (b"", 1), (bytes(4), -1)):
+        with pytest.raises(ValueError, match="no checksum"):
+            combined.add(value, length)
+    with pytest.raises(KeyError):
+        CombinedCrc("sha256")

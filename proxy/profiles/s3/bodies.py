@@ -58,6 +58,8 @@ class Expected(NamedTuple):
     algorithm: str
     value: bytes
     refusal: Refusal
+    is_checksum: bool = False
+    """`x-amz-checksum-*`, in whatever place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +75,16 @@ class CheckedBody:
     """The decoder of one upload: undoes aws-chunked, and compares checksums at the end (rule 1)."""
 
     def __init__(
-        self, coded: AwsChunked | None, expected: tuple[Expected, ...], announced: frozenset[str]
+        self,
+        coded: AwsChunked | None,
+        expected: tuple[Expected, ...],
+        announced: frozenset[str],
+        *,
+        sums: dict[str, bytes] | None = None,
     ) -> None:
+        """*sums*: filled at the end, with the checksums that the request named as such."""
         self._coded = coded
+        self._told = sums
         self._expected = expected
         self._announced = announced
         algorithms = {item.algorithm for item in expected} | {_algorithm(name) for name in announced}
@@ -96,6 +105,8 @@ class CheckedBody:
         for item in expected:
             if not hmac.compare_digest(self._sums[item.algorithm].digest(), item.value):
                 raise RefusedError(item.refusal)
+        if self._told is not None:
+            self._told.update((item.algorithm, item.value) for item in expected if item.is_checksum)
         return b""
 
 
@@ -112,17 +123,20 @@ def read_head(request: Request, authenticated: Authenticated) -> Incoming:
     key = _chunk_key(payload, authenticated) if is_coded else None
     edits = request.edits.also(drop={*GONE, *(name for name in fields if name.startswith(_PREFIX))})
 
+    sums: dict[str, bytes] = {}
+
     def decoder() -> CheckedBody:
         coded = None
         if is_coded:
             coded = AwsChunked(decoded_bytes=plain_bytes, announced=announced, key=key)
-        return CheckedBody(coded, expected, announced)
+        return CheckedBody(coded, expected, announced, sums=sums)
 
     return Incoming(
         content=Content(
             plain_bytes=plain_bytes,
             decoder=decoder if is_coded or expected else None,
             sent_bytes=request.frame.length_bytes,
+            sums=sums,
         ),
         edits=without_coding(edits, fields) if CODING in codings else edits,
     )
@@ -141,8 +155,13 @@ def without_coding(edits: Edits, fields: Fields) -> Edits:
     return edits.also(put=(("content-encoding", ",".join(kept)),))
 
 
-def read_document(authenticated: Authenticated, fields: Fields, body: bytes) -> bytes:
-    """A small body that was collected, decoded and checked. RefusedError."""
+def read_document(
+    authenticated: Authenticated, fields: Fields, body: bytes, *, has_checksums: bool = True
+) -> bytes:
+    """A small body that was collected, decoded and checked. RefusedError.
+
+    *has_checksums*: `x-amz-checksum-*` in the head are of this body.
+    """
     payload = authenticated.payload or UNSIGNED
     is_coded = payload.startswith(_STREAMING) or "x-amz-decoded-content-length" in fields
     announced = _announced(fields, payload) if is_coded else frozenset[str]()
@@ -153,7 +172,8 @@ def read_document(authenticated: Authenticated, fields: Fields, body: bytes) -> 
             announced=announced,
             key=_chunk_key(payload, authenticated),
         )
-    checked = CheckedBody(coded, tuple(_all_expected(fields, {}, payload)), announced)
+    expected = _all_expected(fields, {}, payload, has_checksums=has_checksums)
+    checked = CheckedBody(coded, tuple(expected), announced)
     plain = checked.feed(body)
     return plain + checked.finish()
 
@@ -207,7 +227,9 @@ def _algorithm(name: str) -> str:
     return algorithm
 
 
-def _all_expected(fields: Fields, in_query: dict[str, str], payload: str) -> Iterator[Expected]:
+def _all_expected(
+    fields: Fields, in_query: dict[str, str], payload: str, *, has_checksums: bool = True
+) -> Iterator[Expected]:
     for value in fields.all("content-md5"):
         yield Expected("md5", _decoded("md5", value), refusals.BAD_DIGEST)
     if _HEX_SHA256.fullmatch(payload):
@@ -215,7 +237,7 @@ def _all_expected(fields: Fields, in_query: dict[str, str], payload: str) -> Ite
     elif payload != UNSIGNED and not payload.startswith(_STREAMING):
         raise RefusedError(refusals.AUTHORIZATION_MALFORMED)
     for name in fields:
-        if _is_value(name):
+        if has_checksums and _is_value(name):
             for value in fields.all(name):
                 yield _expected(name, value)
     for name, value in in_query.items():
@@ -229,7 +251,7 @@ def _is_value(name: str) -> bool:
 
 def _expected(name: str, value: str) -> Expected:
     algorithm = _algorithm(name)
-    return Expected(algorithm, _decoded(algorithm, value), refusals.BAD_DIGEST)
+    return Expected(algorithm, _decoded(algorithm, value), refusals.BAD_DIGEST, is_checksum=True)
 
 
 def _decoded(algorithm: str, text: str) -> bytes:

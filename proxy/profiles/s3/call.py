@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import quote
 
@@ -53,6 +53,8 @@ class Content:
     decoder: Callable[[], Decoder] | None = None
     sent_bytes: int | None = None
     """As it comes, framing included; None: it is not said."""
+    sums: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """When it has come: the checksums that its request named, by algorithm; they were compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,11 +151,15 @@ def read_completion(document: bytes) -> list[ListedPart]:
     return reader.parts
 
 
-def asked_for(listed: Iterable[ListedPart]) -> bytes:
-    """SHA-256 of a list of parts: two of the same are one wish, asked for again."""
+def asked_for(listed: Iterable[ListedPart], also: Iterable[str] = ()) -> bytes:
+    """SHA-256 of a list of parts, and of what else is said: two of the same are one wish, asked for again."""
     digest = hashlib.sha256()
     for entry in listed:
         digest.update(f"{entry.number} {entry.tag.lower()}\n".encode())
+        for name, text in sorted(entry.checksums.items()):
+            digest.update(f"{name}={text}\n".encode("utf-8", "surrogatepass"))
+    for line in also:
+        digest.update(f"{line}\n".encode())
     return digest.digest()
 
 

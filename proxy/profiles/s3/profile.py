@@ -119,7 +119,10 @@ class S3Profile(Profile):
         ("HeadObject", "size and ETag as GET shows them"),
         ("CopyObject", "the service copies ciphertext; objects in parts are copied in parts"),
         ("CreateMultipartUpload, UploadPart, UploadPartCopy", "each part is sealed by itself"),
-        ("CompleteMultipartUpload", "a manifest is added; it makes the parts one object"),
+        (
+            "CompleteMultipartUpload",
+            "a manifest is added; it makes the parts one object; checksums of the whole are compared",
+        ),
         ("AbortMultipartUpload, ListParts", "pass, the manifest hidden, sizes and ETags mapped"),
         ("ListObjects, ListObjectsV2, ListObjectVersions", "sizes and ETags mapped as the list streams"),
         ("GetObjectAttributes", "sizes and ETag mapped, checksums dropped"),
@@ -228,7 +231,12 @@ class S3Profile(Profile):
             edits=edits.also(drop=GONE),
             sign=sign,
             rules=PartRules(min_part_bytes=options.min_part_bytes, max_parts=options.max_parts),
-            read=lambda body: read_document(authenticated, head.fields, body),
+            read=lambda body: read_document(
+                authenticated,
+                head.fields,
+                body,
+                has_checksums=operation.kind is not Kind.COMPLETE_UPLOAD,
+            ),
         )
         if operation.kind in _CONTENT:
             incoming = read_head(replace(request, edits=edits), authenticated)

@@ -12,19 +12,21 @@
 """
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 from urllib.parse import unquote
 
 from envelope.multipart import UPLOAD_REF_SIZE, Part, upload_ref
-from envelope.objects import sealed_length
+from envelope.objects import Header, sealed_length
 from proxy import refusals
 from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
 from proxy.asking import ServiceAnswer
 from proxy.conversing import Conversation, PartOf, Reply, Sealed
+from proxy.keys.cache import DataKey
 from proxy.message import AnswerHead
 from proxy.plan import Answer, Converse, Decision, EmptyBody, Forward, Proceed, RequestPlan, Seal
-from proxy.profiles.s3 import etags
+from proxy.profiles.s3 import etags, part_checksums
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_with_body
 from proxy.profiles.s3.documents import ResultMapper, error_code, map_parts
 from proxy.profiles.s3.multipart import (
@@ -35,6 +37,7 @@ from proxy.profiles.s3.multipart import (
     plan_completion,
     read_completion,
 )
+from proxy.profiles.s3.part_checksums import Said
 from proxy.profiles.s3.signing import Unchanged
 from proxy.refusals import RefusedError
 from proxy.request import NO_EDITS, Edits, Request
@@ -42,7 +45,6 @@ from proxy.uploads import Completion, KeptPart, Upload
 
 _CREATE_DROPS: Final = ("x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm")
 """The service would want checksums of ciphertext with every part."""
-_CHECKSUM: Final = "x-amz-checksum-"
 _ERROR: Final = "Error"
 _FRAMING_BYTES: Final = 64 * 1024
 _MAX_SIZE_DIGITS: Final = 15
@@ -89,7 +91,8 @@ def plan_part(call: Call) -> RequestPlan:
 
     async def remember(talk: Conversation, answer: AnswerHead, sealed: Sealed) -> Edits:
         part = Part(number, sealed.stored_bytes, sealed.commitment)
-        await talk.uploads.add_part(upload, KeptPart(part=part, tag=tag_of(answer)))
+        sums = await _sealed_sums(talk, upload, part, content.sums)
+        await talk.uploads.add_part(upload, KeptPart(part=part, tag=tag_of(answer), digests=sums))
         return NO_EDITS
 
     length = str(sealed_length(content.plain_bytes))
@@ -108,13 +111,23 @@ def plan_part(call: Call) -> RequestPlan:
     return Converse(
         edits=call.asking_edits(),
         sign=call.sign,
-        handler=lambda talk: _upload_held(talk, upload, number),
+        handler=lambda talk: _upload_held(talk, upload, number, content.sums),
         limit_bytes=content.sent_bytes or 2 * content.plain_bytes + _FRAMING_BYTES,
         spool=seal,
     )
 
 
-async def _upload_held(talk: Conversation, upload: Upload, number: int) -> Decision:
+async def _sealed_sums(
+    talk: Conversation, upload: Upload, part: Part, sums: Mapping[str, bytes]
+) -> bytes | None:
+    if not sums:
+        return None
+    return part_checksums.sealed_sums(sums, await talk.sealing_key(), upload.ref, part)
+
+
+async def _upload_held(
+    talk: Conversation, upload: Upload, number: int, sums: Mapping[str, bytes]
+) -> Decision:
     """A part that may be the last one: sealed into the spool, sent from there, and kept for the manifest."""
     held = talk.spooled
     if held is None or held.sealed is None:
@@ -125,7 +138,8 @@ async def _upload_held(talk: Conversation, upload: Upload, number: int) -> Decis
         if answer.status != 200:
             return Answer(reply=await reply_with_body(answer))
         part = Part(number, held.stored_bytes, held.sealed.commitment)
-        kept = KeptPart(part=part, tag=tag_of(answer))
+        digests = await _sealed_sums(talk, upload, part, sums)
+        kept = KeptPart(part=part, tag=tag_of(answer), digests=digests)
         await talk.uploads.add_part(upload, kept, held=held.read(0, held.stored_bytes))
         return Answer(reply=reply_of(answer))
 
@@ -150,21 +164,20 @@ class Completed:
 
 
 def plan_complete(call: Call) -> RequestPlan:
-    """RefusedError for a checksum of the whole: only those of its parts have been seen."""
-    if any(name.startswith(_CHECKSUM) and name not in _CREATE_DROPS for name in call.fields):
-        raise RefusedError(refusals.CHECKSUM_OF_PARTS)
+    """RefusedError for a checksum of the whole that is none."""
+    said = part_checksums.said_of_whole(call.fields)
     return Converse(
         edits=call.asking_edits(),
         sign=call.sign,
-        handler=lambda talk: _complete(talk, call),
+        handler=lambda talk: _complete(talk, call, said),
         limit_bytes=MAX_COMPLETION_BYTES,
     )
 
 
-async def _complete(talk: Conversation, call: Call) -> Decision:
+async def _complete(talk: Conversation, call: Call, said: Sequence[Said]) -> Decision:
     upload = upload_of(call)
     listed = [_at_the_service(entry) for entry in read_completion(call.read(talk.body))]
-    asked = asked_for(listed)
+    asked = asked_for(listed, (item.spelt() for item in said))
     recorded = await talk.uploads.completion(upload)
     if recorded is not None and recorded.asked == asked:
         return _completing(call, upload, recorded)
@@ -174,6 +187,9 @@ async def _complete(talk: Conversation, call: Call) -> Decision:
     ref = upload_ref(call.parameters["uploadId"])
     plan = plan_completion(listed, kept, call.rules, upload_ref=ref)
     _check_size(call, plan.manifest.plain_bytes)
+    if part_checksums.is_asked(said, listed):
+        find_key = _each_once(talk.opening_key)
+        await part_checksums.compare(said, listed, plan.parts, find_key=find_key, upload_ref=upload.ref)
     ending = await talk.ending(plan.manifest)
     if plan.joined is not None:
         held = await talk.uploads.held(upload, plan.joined)
@@ -193,6 +209,18 @@ async def _complete(talk: Conversation, call: Call) -> Decision:
     )
     await talk.uploads.complete(upload, completion)
     return _completing(call, upload, completion)
+
+
+def _each_once(opening_key: Callable[[Header], DataKey]) -> Callable[[Header], DataKey]:
+    """*opening_key*, asked once for each key: an upload has thousands of parts."""
+    keys: dict[bytes, DataKey] = {}
+
+    def find_key(header: Header) -> DataKey:
+        if header.key_id.raw not in keys:
+            keys[header.key_id.raw] = opening_key(header)
+        return keys[header.key_id.raw]
+
+    return find_key
 
 
 async def _unknown(talk: Conversation, call: Call) -> Reply | None:
@@ -219,7 +247,11 @@ def _check_size(call: Call, plain_bytes: int) -> None:
 def _completing(call: Call, upload: Upload, completion: Completion) -> Proceed:
     edits = call.edits.also(
         # What they said of the plaintext has been compared.
-        drop=("content-encoding", "x-amz-mp-object-size", "x-amz-checksum-type"),
+        drop=(
+            "content-encoding",
+            "x-amz-mp-object-size",
+            *(name for name in call.fields if name.startswith(part_checksums.PREFIX)),
+        ),
     )
     plan = Forward(edits=edits, sign=call.sign, memo=Completed(upload=upload, completion=completion))
     return Proceed(plan=plan, body=completion.request)
