@@ -38,6 +38,7 @@ from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
 from key_agent.rotation import RotationLoop
 from key_agent.sources.source import Diagnosis, Kek, KeySource
+from key_agent.sources.verdict import NEXT_STEPS
 from runtime.clock import Clock
 
 __all__ = ["Agent", "Rhythm", "Signing", "Surroundings"]
@@ -152,7 +153,9 @@ class Agent:
             jitter=jitter,
             on_delivery=self._keys_delivered,
         )
-        self.clock_watch = ClockWatch(clock=clock, journal=journal, push_at_once=self.refresh.at_once)
+        self.clock_watch = ClockWatch(
+            clock=clock, journal=journal, look_s=rhythm.watch_s, push_at_once=self.refresh.at_once
+        )
         self.withdrawals = WithdrawalLoop(
             pusher=self.pusher,
             targets=targets,
@@ -301,11 +304,11 @@ class Agent:
     def reasons_not_ready(self) -> list[str]:
         reasons = self.reasons_not_alive()
         if self.consent.standing is not Standing.CONSENTED:
-            diagnosis = self.consent.diagnosis
-            reasons.append(
-                f"no keys are pushed: {self.consent.standing}"
-                + ("" if diagnosis is None else f" ({diagnosis.verdict}: {diagnosis.detail})")
-            )
+            reason = f"no keys are pushed: {self.consent.standing}"
+            if (found := self.consent.diagnosis) is not None:
+                reason += f" ({found.verdict}: {found.detail})"
+                reason += f"; {NEXT_STEPS[found.verdict]}" if found.verdict in NEXT_STEPS else ""
+            reasons.append(reason)
         if (slow := self.source.pace.slow) is not None:
             reasons.append(f"slow: {slow}")
         if self.consent.environment is not EnvironmentStanding.SERVES:

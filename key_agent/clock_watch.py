@@ -15,7 +15,6 @@ import structlog
 from key_agent.journal import Journal
 from runtime.clock import Clock, wall_ahead_s
 
-LOOK_S: Final = 1.0
 SET_S: Final = 5.0
 """Proxies let 30 s pass: less than this makes nobody refuse anything."""
 
@@ -23,16 +22,19 @@ log = structlog.get_logger(__name__)
 
 
 class ClockWatch:
-    def __init__(self, *, clock: Clock, journal: Journal, push_at_once: Callable[[], None]) -> None:
-        """*push_at_once* must not wait and must not raise."""
+    def __init__(
+        self, *, clock: Clock, journal: Journal, look_s: float, push_at_once: Callable[[], None]
+    ) -> None:
+        """*look_s*: between two looks. *push_at_once* must not wait and must not raise."""
         self._clock = clock
         self._journal = journal
+        self._look_s = look_s
         self._push_at_once = push_at_once
         self._ahead_s = wall_ahead_s(clock)
 
     async def run(self) -> NoReturn:
         while True:
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(self._look_s)
             self.look()
 
     def look(self) -> None:

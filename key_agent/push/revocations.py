@@ -74,9 +74,12 @@ class Revocations:
         return min(ends, default=None)
 
     def standing(self, *, now_s: float) -> tuple[object, ...]:
-        """Differs when `check` may answer otherwise than before: other lists, or one that has ended."""
-        end = self.next_update()
-        return (self._lists.version, end is not None and datetime.fromtimestamp(now_s, UTC) > end)
+        """Differs when `check` may answer otherwise than before: other lists, or one that ended or began."""
+        now = datetime.fromtimestamp(now_s, UTC)
+        out_of_date = frozenset(
+            issuer for issuer, crl in self._lists.by_issuer.items() if _out_of_date(crl, now) is not None
+        )
+        return (self._lists.version, out_of_date)
 
     def check(self, chain: Sequence[x509.Certificate], *, now_s: float) -> None:
         """CertificateError "revoked" or "revocation-list" if one of *chain* (leaf first, root last) is not
@@ -108,14 +111,8 @@ class Revocations:
             if not _is_signed(crl, issuer):
                 raise CertificateError("revocation-list", f"{self._path}: a list is not signed by its issuer")
             self._signers[crl.issuer] = issuer
-        end = crl.next_update_utc
-        if end is None or now > end:
-            ended = "has no end" if end is None else f"ended {end.isoformat()}"
-            raise CertificateError(
-                "revocation-list", f"{self._path}: the revocation list {ended}" + self._because()
-            )
-        if crl.last_update_utc > now + _CLOCK_SLACK:
-            raise CertificateError("revocation-list", f"{self._path}: a list from the future")
+        if (why := _out_of_date(crl, now)) is not None:
+            raise CertificateError("revocation-list", f"{self._path}: {why}" + self._because())
 
     def _because(self) -> str:
         return f" ({self.problem})" if self.problem else ""
@@ -128,6 +125,16 @@ class Revocations:
         ours = found.get(self._root.subject)
         if ours is not None and not _is_signed(ours, self._root):
             raise ValueError("not signed by the tenant's root")
+
+
+def _out_of_date(crl: x509.CertificateRevocationList, now: datetime) -> str | None:
+    """Why *crl* does not count at *now*; None: it does."""
+    end = crl.next_update_utc
+    if end is None or now > end:
+        return "the revocation list " + ("has no end" if end is None else f"ended {end.isoformat()}")
+    if crl.last_update_utc > now + _CLOCK_SLACK:
+        return "a list from the future"
+    return None
 
 
 def _is_signed(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:

@@ -6,7 +6,8 @@
 3. Sequence and token ids are remembered per issuer and network service. They count from the moment an
    envelope has verified, before it is installed, so that two connections cannot install out of order.
    Between issuers only time orders, and an issuer's sequences may have run ahead of it: they are cut to the
-   second in which the envelope was issued, or one agent could lock out the others for ever.
+   second in which the envelope was issued, or one agent could lock out the others for ever. A withdrawal by
+   a clock that is not ours counts all the same, as the last that can have been issued by ours.
 4. Accepting keys is an audit event on disk before the keys are in the cache. Without it they are dropped.
    A withdrawal works the other way round: first the keys of all that are taken back are gone, then it is
    recorded, and a log that cannot be written makes the receipt an error, never the keys available. One that
@@ -48,6 +49,7 @@ from envelope.certificates import (
 from envelope.errors import EnvelopeError, SealgateError
 from envelope.keys import NetworkService
 from envelope.material import (
+    MAX_AHEAD_S,
     NONCE_SIZE,
     Claims,
     Expectation,
@@ -450,7 +452,7 @@ class Receiver:
                 )
             raise EnvelopeError("purpose", "it came as a withdrawal and is none")
         # The wall clock may be set back: it never adds to the validity.
-        valid_for_s = min(claims.expires_at_s - now_s, self._validity_s)
+        valid_for_s = max(0.0, min(claims.expires_at_s - now_s, self._validity_s))
         track.highest = claims.sequence
         track.live_tokens[claims.token_id] = received_boot_s + valid_for_s
         return _Opened(
@@ -534,7 +536,12 @@ class Receiver:
 
     def _withdraw(self, opened: _Opened) -> None:
         claims = opened.claims
-        self._cache.withdraw(claims.owner, sequence=_rank(claims))
+        now_s = self._clock.wall_s()
+        if claims.issued_at_s - MAX_AHEAD_S <= now_s < claims.expires_at_s:
+            rank = _rank(claims)
+        else:
+            rank = int(now_s + MAX_AHEAD_S + 1) * 1000
+        self._cache.withdraw(claims.owner, sequence=rank)
         _log.warning(
             "keys withdrawn", service=str(claims.owner), agent=claims.issuer, sequence=claims.sequence
         )

@@ -767,11 +767,23 @@ def test_any_bit_of_the_token() -> None:
     ],
 )
 def test_the_window(now_s: float, fits: bool) -> None:
-    token = _seal(_claims())
+    several = [_seal(_claims(_data_key())), _seal(_claims(operation=Operation.ADD))]
+    for token in several:
+        if fits:
+            open_envelope(token, _expectation(now_s=now_s))
+        else:
+            assert _code(token, _expectation(now_s=now_s)) == "time"
+    # To take all keys back needs no clock that is right; what proves that it is of now, it needs.
+    withdrawal = _seal(_claims())
+    assert open_envelope(withdrawal, _expectation(now_s=now_s)).keys == ()
+    assert _code(withdrawal, _expectation(now_s=now_s, nonce=NONCE[::-1])) == "nonce"
+    assert _code(withdrawal, _expectation(now_s=now_s, last_sequence=7)) == "sequence"
+    unasked = _seal(replace(_claims(), nonce=None))
+    expected = _expectation(now_s=now_s, nonce=None)
     if fits:
-        open_envelope(token, _expectation(now_s=now_s))
+        open_envelope(unasked, expected)
     else:
-        assert _code(token, _expectation(now_s=now_s)) == "time"
+        assert _code(unasked, expected) == "time"
 
 
 @pytest.mark.parametrize(

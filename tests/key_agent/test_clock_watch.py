@@ -13,7 +13,7 @@ from key_agent.presence import CLOCKS_DIFFER_S
 from runtime.audit import AuditLog
 from tests.fakes.clock import ManualClock
 from tests.fakes.proxies import FakeProxy
-from tests.key_agent.conftest import Bench, until
+from tests.key_agent.conftest import RHYTHM, Bench, until
 
 S3 = NetworkService("acme", "s3")
 JUMP_S = 600.0
@@ -24,7 +24,9 @@ async def test_a_clock_that_is_set_brings_a_push_forward_either_way(
 ) -> None:
     pushes: list[float] = []
     journal = Journal(AuditLog.open(tmp_path / "audit.jsonl", clock))
-    watch = ClockWatch(clock=clock, journal=journal, push_at_once=lambda: pushes.append(clock.boot_s()))
+    watch = ClockWatch(
+        clock=clock, journal=journal, look_s=5.0, push_at_once=lambda: pushes.append(clock.boot_s())
+    )
     clock.shift(86_400)
     watch.look()
     assert pushes == [], "time passes: nobody has set it"
@@ -71,7 +73,7 @@ async def test_an_agent_whose_clock_was_wrong_pushes_as_soon_as_it_is_right(
         await bench.provision(operations)
         before = len(proxy.accepted)
         bench.clock.set_wall(bench.clock.wall_s() + by_s)
-        await bench.clock.advance(1.5)
+        await bench.clock.advance(RHYTHM.watch_s)
         # Noticed at once, tried at once, and refused; then again after 1, 2, 4 ... s.
         schedule, due_s = agent.refresh.schedule, 0.0
         for failures in range(1, 8):
@@ -83,7 +85,7 @@ async def test_an_agent_whose_clock_was_wrong_pushes_as_soon_as_it_is_right(
         assert len(proxy.accepted) == before
         assert proxy.valid_keys(S3), "what it has goes on until its end"
         bench.clock.set_wall(bench.clock.wall_s() - by_s)
-        await bench.clock.advance(1.5)
+        await bench.clock.advance(RHYTHM.watch_s)
         await until(lambda: len(proxy.accepted) > before)
 
 

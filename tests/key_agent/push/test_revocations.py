@@ -118,3 +118,17 @@ def test_a_chain_whose_authority_has_no_list_is_refused(acme: Tenant, path: Path
         revocations.check(
             (other.service("s3").certificate, other.root.certificate, acme.root.certificate), now_s=NOW_S
         )
+
+
+def test_the_standing_changes_with_each_of_several_lists(acme: Tenant, path: Path) -> None:
+    """Whoever keeps a connection open judges it anew when this differs: also by the list that ends second."""
+    other = make_tenant("globex")
+    write_lists(path, make_list(acme.root, days=7), make_list(other.root, days=3))
+    revocations = Revocations(path, acme.root.certificate)
+
+    def at(days: float) -> object:
+        return revocations.standing(now_s=(LAST_UPDATE + timedelta(days=days)).timestamp())
+
+    several = [at(-1), at(1), at(4), at(8)]
+    assert [several.index(one) for one in several] == [0, 1, 2, 3]
+    assert (at(1), at(4)) == (at(2), at(6)), "nothing ends in between"

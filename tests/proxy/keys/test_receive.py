@@ -16,7 +16,7 @@ from envelope import derive
 from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import KeyMaterial, KeyState, KeyUse
-from envelope.material import MAX_SEQUENCE, Operation
+from envelope.material import MAX_AHEAD_S, MAX_SEQUENCE, Operation
 from proxy.encryption_service.model import NamedKey, ServiceDirectory
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
@@ -660,6 +660,48 @@ async def test_a_push_with_a_sequence_from_the_future_loses_to_another_agents_la
     (receipt,) = await proxy.receiver.receive(acme.name, "branch", [withdrawal])
     assert receipt.status == "accepted"
     assert await proxy.push(acme, far) == ["sequence"]
+
+
+@pytest.mark.parametrize("ahead_s", [-86_400, -600, 600, 86_400])
+async def test_a_withdrawal_needs_no_clock_that_is_right(
+    proxy: Proxy, acme: HostedTenant, ahead_s: int
+) -> None:
+    """The agent's clock is wrong, or ours, which is the same: keys are refused for it, a withdrawal is not.
+
+    And who withdraws by such a clock, a rogue as well, locks out nobody for longer than another could.
+    """
+    other_signing = acme.pki.agent_signing("branch")
+
+    async def branch_pushes(ago_s: int) -> str:
+        challenge = proxy.receiver.open_session(
+            acme.name, "branch", signing_certificate=other_signing.certificate
+        ).challenge
+        issued_at_s = int(proxy.clock.wall_s()) - ago_s
+        token = acme.seal(
+            proxy.clock, challenge, acme.key(), sequence=issued_at_s * 1000, issued_at_s=issued_at_s,
+            signing=other_signing, issuer="branch",
+        )  # fmt: skip
+        (receipt,) = await proxy.receiver.receive(acme.name, "branch", [token])
+        return receipt.code or receipt.status
+
+    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
+    held = proxy.cache.sealing_key(acme.owner())
+    theirs_s = int(proxy.clock.wall_s()) + ahead_s
+    challenge = proxy.challenge(acme)
+    keys = acme.seal(proxy.clock, challenge, acme.key(), issued_at_s=theirs_s)
+    assert await proxy.push(acme, keys) == ["time"]
+    unasked = acme.seal(proxy.clock, None, issued_at_s=theirs_s)
+    receipts = await proxy.receiver.receive(acme.name, acme.agent_id, [unasked], is_challenged=False)
+    assert [receipt.code for receipt in receipts] == ["time"], "it may have been kept back for years"
+    held.check()
+    withdrawal = acme.seal(proxy.clock, challenge, issued_at_s=theirs_s, sequence=MAX_SEQUENCE - 1)
+    assert await proxy.push(acme, withdrawal) == ["accepted"]
+    with pytest.raises(KeyUnavailableError):
+        held.check()
+    assert await proxy.push(acme, withdrawal) == ["sequence"], "once"
+    assert await branch_pushes(ago_s=1) == "sequence", "issued before it was withdrawn"
+    proxy.clock.shift(MAX_AHEAD_S + 2)
+    assert await branch_pushes(ago_s=0) == "accepted"
 
 
 class HungDisk(AuditLog):
