@@ -69,6 +69,7 @@ def test_a_configuration_that_is_not_there_is_told_as_json(
         ("key-agent", "incident verify"),
         ("key-agent", "env sign"),
         ("key-agent", "env promote"),
+        ("key-agent", "env recover"),
         ("sealgate", "errors"),
         ("sealgate", "inspect"),
         ("sealgate", "profile list"),
@@ -90,7 +91,11 @@ def test_a_configuration_that_is_not_there_is_told_as_json(
         words += [parameter, value] if parameter.startswith("-") else [value]
     if any("--yes" in parameter.opts for parameter in _parameters(PROGRAMS[program], command)):
         words.append("--yes")
-    if (program, command) in {("key-agent", "backup export"), ("key-agent", "env promotion")}:
+    if (program, command) in {
+        ("key-agent", "backup export"),
+        ("key-agent", "env promotion"),
+        ("key-agent", "env recovery"),
+    }:
         words[-1] = str(tmp_path / "new")
     code = cli.main(PROGRAMS[program], [*words, "--json", "--config", str(tmp_path / "none.toml")])
     out, err = capsys.readouterr()
