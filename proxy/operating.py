@@ -10,7 +10,7 @@ import errno
 import os
 import pwd
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError
-from proxy.tenants.model import Listen
+from proxy.tenants.model import Listen, TunnelRule
 from runtime import cli
 from runtime.cli import CommandError, ExitCode
 from runtime.clock import SystemClock
@@ -132,6 +132,29 @@ def parse_owner(text: str) -> NetworkService:
         return NetworkService.parse(text)
     except FormatError as error:
         raise usage_error(error, "give tenant/service, as `sealgate list` shows them") from None
+
+
+def listen_from(text: str | None) -> Listen | None:
+    try:
+        return None if text is None else Listen.parse(text)
+    except FormatError as error:
+        raise usage_error(
+            error, "give an IP address and a port: 127.0.0.1:3128, 0.0.0.0:443, [::]:443"
+        ) from None
+
+
+def host_rules(patterns: Sequence[str] | None) -> frozenset[str]:
+    """Host names and *.domains. CommandError if one is neither."""
+    try:
+        return frozenset(TunnelRule.parse(pattern).pattern for pattern in patterns or ())
+    except FormatError as error:
+        raise usage_error(error, "give host names, or *.domain.example for all below it") from None
+
+
+def check_exclusive(one: str, has_one: bool, other: str, has_other: bool) -> None:
+    """CommandError where both options were given."""
+    if has_one and has_other:
+        raise CommandError(f"{one} and {other} exclude each other", "give one of them", ExitCode.USAGE)
 
 
 def certificate_from(path: Path) -> x509.Certificate:

@@ -86,6 +86,11 @@ _SHARED: Final = (
     "tests/key_agent/environments/test_shared.py",
     "a part of the shared registry, seen through it on both databases",
 )
+_PROXY_COMMANDS: Final = ("tests/proxy/test_cli.py", "commands: what each does is seen through them all")
+_SERVICE_COMMANDS: Final = (
+    "tests/proxy/encryption_service/test_cli.py",
+    "commands: given one after the other, as an operator does",
+)
 _DIRECTORY: Final = (
     "tests/proxy/tenants/test_directory.py",
     "a part of the directory: what is provisioned is found again, what is refused is not, on both databases",
@@ -364,7 +369,16 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "proxy/profiles/generic.py": _PLANS,
     "proxy/profiles/profile.py": _PLANS,
-    "proxy/operating.py": ("tests/proxy/test_cli.py", "what every command does, seen through the commands"),
+    "proxy/encryption_service/credential_cli.py": _SERVICE_COMMANDS,
+    "proxy/encryption_service/dialect_cli.py": _SERVICE_COMMANDS,
+    "proxy/encryption_service/key_cli.py": _SERVICE_COMMANDS,
+    "proxy/encryption_service/provisioning.py": _SERVICE_COMMANDS,
+    "proxy/errors_cli.py": _PROXY_COMMANDS,
+    "proxy/inspect_cli.py": _PROXY_COMMANDS,
+    "proxy/network_service_cli.py": _PROXY_COMMANDS,
+    "proxy/operating.py": _PROXY_COMMANDS,
+    "proxy/profile_cli.py": _PROXY_COMMANDS,
+    "proxy/tenant_cli.py": _PROXY_COMMANDS,
     "proxy/tenants/directory_rows.py": _DIRECTORY,
     "proxy/tenants/errors.py": _DIRECTORY,
     "proxy/tenants/key_files.py": _DIRECTORY,
