@@ -14,7 +14,9 @@
    refuses to open: to move the file away, and with it the evidence, is for a person to do.
 
 7. A file that is large or old enough is closed, and the chain goes on in the next one (audit_files.py). A
-   rotation that fails changes nothing: the file is written on, and it is tried again later. When the log is
+   rotation that fails changes nothing: the file is written on, and it is tried again later. Where an event of
+   the data path finds that it is due, most of the file is synced in a thread first, and the file written on
+   meanwhile: what the rotation itself has to sync is then little. When the log is
    opened the written file is verified (about 10 µs per line), and that it goes on from the last closed one.
 """
 
@@ -59,6 +61,8 @@ FAILURES: Final = Counter(
     registry=REGISTRY,
 )
 _READ_BYTES: Final = 1 << 20
+_LITTLE_BYTES: Final = 256 << 10
+"""What an event loop may have synced: some hundred events."""
 _RETRIES: Final = 16
 """A rotation that failed is tried again when the file has grown by this part of what it may hold."""
 
@@ -91,6 +95,11 @@ class AuditLog:
         self._rotation = RotationSettings()
         self._rotate_at_bytes = self._rotation.max_bytes
         self._rotate_at_s = float("inf")
+        self._synced_bytes = 0
+        """So much of the file is on disk, as far as `_sync_aside` has seen to it."""
+        self._asides = 0
+        """How often it has, for this file."""
+        self._syncing: threading.Thread | None = None
 
     @classmethod
     def open(cls, path: Path, clock: Clock, rotation: RotationSettings | None = None) -> Self:
@@ -163,6 +172,10 @@ class AuditLog:
 
         AuditUnavailableError if the log cannot be used at all.
         """
+        # Twice as much each time: who writes faster than the disk takes it comes to an end, too.
+        if not waits and self._size_bytes - self._synced_bytes > _LITTLE_BYTES << self._asides:
+            self._begin_sync_aside()
+            return
         if not self._sync_lock.acquire(blocking=waits):
             return  # rule 3: an event of the data path waits for no sync; a later one will find its time
         try:
@@ -173,6 +186,24 @@ class AuditLog:
                     self._begin_next()
         finally:
             self._sync_lock.release()
+
+    def _begin_sync_aside(self) -> None:
+        """Rule 7, unless a thread is at it."""
+        if self._syncing is None or not self._syncing.is_alive():
+            self._syncing = threading.Thread(target=self._sync_aside, name="audit-sync", daemon=True)
+            self._syncing.start()
+
+    def _sync_aside(self) -> None:
+        with self._sync_lock:  # so no rotation exchanges the file meanwhile
+            size_bytes = self._size_bytes
+            if self._failure is not None:
+                return
+            try:
+                self._sync()
+            except AuditUnavailableError as error:  # rule 4: from now on it refuses
+                log.error("audit log refused", cause=str(error))  # noqa: TRY400 - nothing to trace
+                return
+            self._synced_bytes, self._asides = size_bytes, self._asides + 1
 
     def _begin_next(self) -> None:
         """Whatever can fail is done before the first name changes."""
@@ -220,6 +251,7 @@ class AuditLog:
     def _begun(self, head: Head, size_bytes: int) -> None:
         """The file begins with the one event that *head* is of."""
         self._head, self._size_bytes = head, size_bytes
+        self._synced_bytes = self._asides = 0
         self._rotate_at_bytes = self._rotation.max_bytes
         self._rotate_at_s = self._clock.wall_s() + self._rotation.max_age_s
 

@@ -68,6 +68,8 @@ def add_audit[S](
 
 def _told(data: Mapping[str, object]) -> str:
     text = f"{data['file']}: {data['events']} events, chain holds\n  head {data['head']}"
+    if not data["events"]:
+        text += "\n  empty: whether it was cut to nothing only a recorded head can tell (--expect)"
     if data["torn_bytes"]:
         text += f"\n  {data['torn_bytes']} bytes of a torn last line"
     if closed := data.get("closed"):

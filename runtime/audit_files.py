@@ -8,6 +8,8 @@
    moved away, and a head that was recorded proves them.
 4. Between two steps of a rotation, and where somebody has taken the written file away, there are closed files
    and no written one: whoever opens the log goes on from the last closed one, and CONTINUED says `recovered`.
+5. So an empty file that follows closed ones was cut to nothing, or its writer ended in the instant in which
+   it began it. A reader beside a writer looks again before it says so.
 """
 
 import json
@@ -99,6 +101,16 @@ def read_files(path: Path, *, expected: Head | None = None) -> Files:
 
     BrokenChainError, with the file's name in its reason where it is a closed one. OSError.
     """
+    found = _read_files(path, expected)
+    for _ in range(_TRIES):
+        if not (found.closed and found.written.size_bytes == 0 and not found.written.torn):
+            return found
+        time.sleep(_PAUSE_S)
+        found = _read_files(path, expected)
+    raise BrokenChainError(1, f"it is empty, though it goes on from {found.closed[-1].name}")
+
+
+def _read_files(path: Path, expected: Head | None) -> Files:
     with _opened(path) as written:
         chain, found = _read(written, None)
         closed = closed_files(path)

@@ -75,6 +75,19 @@ def test_a_cut_end_shows_against_a_recorded_head(
     assert "event 3 with its recorded hash is not in this chain" in capsys.readouterr().err
 
 
+def test_what_is_cut_to_nothing_is_refused_where_something_tells_and_said_where_nothing_does(
+    program: typer.Typer, tmp_path: Path, heads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"")
+    assert _run(program, "--file", path) == 0
+    assert "empty: whether it was cut to nothing only a recorded head can tell" in capsys.readouterr().out
+    assert _run(program, "--file", path, "--expect", heads[0]) == 3
+    capsys.readouterr()
+    path.with_name(f"{path.name}.000000000003").write_bytes(b"")
+    assert _run(program, "--file", path) == 3, "there was one before it"
+
+
 def test_usage(program: typer.Typer, tmp_path: Path, heads: list[str]) -> None:
     assert _run(program, "--file", tmp_path / "none") == 2
     assert _run(program, "--file", tmp_path / "log", "--expect", "3") == 2

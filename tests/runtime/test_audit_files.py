@@ -3,11 +3,14 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import override
 
 import pytest
 
@@ -342,3 +345,116 @@ def test_a_file_that_cannot_be_read(path: Path, clock: ManualClock) -> None:
     os.mkdir(last)  # noqa: PTH102 - of the name of a file
     with pytest.raises(AuditUnavailableError, match="cannot be read"):
         AuditLog.open(path, clock)
+
+
+# What a rotation syncs, and who waits for it.
+
+
+class Watched(AuditLog):
+    """Remembers how much of each file was there when it was synced last; a sync can be held up, or fail."""
+
+    synced: dict[int, int]
+    let: threading.Event
+    waits: threading.Event
+    fails = False
+
+    @classmethod
+    def watched(cls, path: Path, clock: ManualClock, rotation: RotationSettings) -> "Watched":
+        log = cls.open(path, clock, rotation)
+        log.synced, log.let, log.waits = {}, threading.Event(), threading.Event()
+        log.let.set()
+        return log
+
+    @override
+    def _sync(self) -> None:
+        if hasattr(self, "let") and not self.let.is_set():
+            self.waits.set()
+            assert self.let.wait(60)
+        if self.fails:
+            raise self._fail("was not synced (a test)", "check the disk, then restart")
+        status = os.fstat(self._descriptor)
+        super()._sync()
+        if hasattr(self, "synced"):
+            self.synced[status.st_ino] = status.st_size
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_on_disk_whole_before_it_is_closed(path: Path, clock: ManualClock, durable: bool) -> None:
+    """Else a power cut could take the end of a file whose name says what it ends with."""
+    log = Watched.watched(path, clock, SMALL)
+    for number in range(60):
+        log.append("object.sealed", number=number, durable=durable)
+    log.close()
+    closed = closed_files(path)
+    assert len(closed) > 2
+    assert {file: log.synced.get(file.stat().st_ino) for file in closed} == {
+        file: file.stat().st_size for file in closed
+    }
+
+
+LARGE = RotationSettings(max_bytes=400_000)
+"""More than an event loop may have synced."""
+
+
+def fill(log: AuditLog, clock: ManualClock) -> int:
+    """Write until the file is due; how many events."""
+    for number in itertools.count():
+        if log.path.stat().st_size >= LARGE.max_bytes:
+            return number
+        log.append("object.sealed", number=number, padding="x" * 3000, durable=False)
+    raise AssertionError("unreachable")
+
+
+def test_the_data_path_waits_for_no_disk_when_a_large_file_is_due(path: Path, clock: ManualClock) -> None:
+    log = Watched.watched(path, clock, LARGE)
+    count = fill(log, clock)
+    log.let.clear()
+    log.append("object.sealed", number=count, durable=False)
+    assert log.waits.wait(60), "somebody syncs it"
+    for number in range(count + 1, count + 20):
+        log.append("object.sealed", number=number, durable=False)
+    assert closed_files(path) == [], "the disk hangs: it is written on"
+    log.let.set()
+    deadline_s = time.monotonic() + 60
+    number = count + 20
+    while not closed_files(path):  # with the first event after that
+        assert time.monotonic() < deadline_s
+        log.append("object.sealed", number=number, durable=False)
+        number += 1
+        time.sleep(0.001)
+    log.close()
+    assert numbers(path) == list(range(number))
+    (closed,) = closed_files(path)
+    assert log.synced[closed.stat().st_ino] == closed.stat().st_size
+    read_files(path)
+
+
+def write_for_a_minute(log: AuditLog) -> None:
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        log.append("object.sealed", durable=False)
+        time.sleep(0.001)
+
+
+def test_a_sync_aside_that_fails_refuses_as_any_other(path: Path, clock: ManualClock) -> None:
+    log = Watched.watched(path, clock, LARGE)
+    fill(log, clock)
+    log.fails = True
+    with pytest.raises(AuditUnavailableError, match="was not synced"):
+        write_for_a_minute(log)
+    with pytest.raises(AuditUnavailableError, match="was not synced"):
+        log.append("object.sealed")
+    log.close()
+    assert closed_files(path) == []
+
+
+def test_a_written_file_that_was_cut_to_nothing_is_refused(path: Path, clock: ManualClock) -> None:
+    """The closed ones say that it has to go on. Without such only a recorded head can tell."""
+    write(path, clock)
+    *_, last = closed_files(path)
+    path.write_bytes(b"")
+    with pytest.raises(BrokenChainError, match=f"it is empty, though it goes on from {re.escape(last.name)}"):
+        read_files(path)
+    log = AuditLog.open(path, clock, SMALL)  # which says `recovered`: it is no secret
+    log.close()
+    assert read_files(path).written.size_bytes > 0
