@@ -29,7 +29,7 @@ from key_agent.environments.peer_trust import PeerTrust
 from key_agent.environments.peering import Peering
 from key_agent.environments.peers import Introduction, JoinRequest, Peers
 from key_agent.environments.proofs import Proofs
-from key_agent.environments.recovery import appointed
+from key_agent.environments.recovery import appointed, is_in_other_hands
 from key_agent.environments.registry_key import public_text, read_or_make_registry_key
 from key_agent.environments.registry_key_exchange import finish_exchange
 from key_agent.environments.shared import SharedRegistry
@@ -293,7 +293,9 @@ class Environments:
 
     def _current(self) -> tuple[int, str] | None:
         found = newest_term(self.peering.view)
-        return None if found is None else (found[0], found[1].agent)
+        if found is None or is_in_other_hands(self.peering.view):
+            return None
+        return found[0], found[1].agent
 
     def _may_lead(self) -> bool:
         own = self.peering.view.environments.get(self.peering.environment)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from key_agent.commands import Commands, Json
 from key_agent.environments.documents import EnvironmentBody
+from key_agent.environments.recovery import none_counts
 from key_agent.environments.registry_key import fingerprint_of
 from key_agent.environments.registry_lease import NEVER_S
 from key_agent.environments.shared_view import newest_term
@@ -166,7 +167,9 @@ class EnvironmentCommands(Commands):
             where = "none is" if manager is None else f"it is {manager[1].agent} of {manager[1].environment}"
             raise RefusedChangeError(
                 f"this agent is not the manager: {where}",
-                "give the command there, or `key-agent env promote` this one",
+                "no environment counts: `key-agent env recovery` at the one that is to come back first"
+                if none_counts(peering.view)
+                else "give the command there, or `key-agent env promote` this one",
             )
         return term
 

@@ -86,6 +86,15 @@ def none_counts(shared: "Shared") -> bool:
     return bool(bodies) and not any(body.state.counts for body in bodies)
 
 
+def is_in_other_hands(shared: "Shared") -> bool:
+    """Whether the newest term's holder writes nothing: none counts, and its registry key was exposed."""
+    if not shared.terms or not none_counts(shared):
+        return False
+    body = shared.terms[max(shared.terms)]
+    own = shared.environments.get(body.environment)
+    return own is not None and own.registry_key_exposed and own.registry_key == body.registry_key
+
+
 def appointed(shared: "Shared") -> Recovery | None:
     """The environment that is appointed, as long as none counts (rule 3)."""
     if not shared.terms or not none_counts(shared):

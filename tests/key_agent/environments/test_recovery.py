@@ -1,6 +1,7 @@
 """No environment counts: two administrators appoint one, which takes its own keys and brings others back."""
 
 import asyncio
+import base64
 import json
 import os
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from key_agent.environments import approvals
 from key_agent.environments.approvals import Action, ApprovalError
 from key_agent.environments.documents import ApprovalBody, Kind
 from key_agent.environments.draft import Draft
+from key_agent.environments.evidence import verify_bundle
 from key_agent.environments.healing_changes import retire_payload
 from key_agent.environments.recovery import appointed
 from key_agent.environments.shared_errors import StaleTermError
@@ -129,8 +131,13 @@ async def test_where_every_registry_key_was_exposed_another_one_is_named_by_two(
     await b.commands.env_new_kek()
     with pytest.raises(RefusedChangeError, match="was breached"):
         await b.commands.env_recovery()
-    # Whoever has a's registry key leads no more: nothing that it writes is even begun.
+    # Whoever has a's registry key leads no more: nothing that it writes is even begun. Looking goes on.
     a = site["a"]
+    assert not a.peering.leads
+    with pytest.raises(RefusedChangeError) as refused:
+        await a.commands.env_add(environment="d", fingerprint="00")
+    assert "env recovery" in refused.value.next_step
+    assert (await a.commands.incident_status(incident="inc-3"))["state"] == "open"
     for _ in range(2):
         with pytest.raises(IntegrityError, match="env recovery"):
             await a.environments.shared.write(_sound("a"), term=1, now_ms=a.now_ms())
@@ -159,6 +166,12 @@ async def test_where_every_registry_key_was_exposed_another_one_is_named_by_two(
     await bring_back(site, "a", "c", at="b")
     await site.keys.in_step()
     await until(lambda: all(site[name].peering.verdict.state == "active" for name in "abc"), timeout_s=60)
+    # All of that proves itself, by the tenant's root and the first manager's key.
+    evidence = await b.commands.incident_evidence(incident="inc-2")
+    account = verify_bundle(
+        base64.b64decode(evidence["content_base64"]), root=site.keys.tenant.root.certificate, tenant="acme"
+    )
+    assert account.incident_id == "inc-2"
 
 
 def _sound(name: str) -> Callable[[Draft], None]:
