@@ -29,8 +29,9 @@ from key_agent.environments.acknowledgements import (
 from key_agent.environments.breaches import Declaration, IncidentEvent, IncidentKind, IncidentState
 from key_agent.environments.draft import Draft
 from key_agent.environments.incident_changes import Opening
+from key_agent.environments.own_word import Notice
 from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peering import Notice, Peering
+from key_agent.environments.peering import Peering
 from key_agent.environments.registry_lease import Position
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal

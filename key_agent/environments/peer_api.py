@@ -2,8 +2,9 @@
 
 1. Nobody is answered whose certificate is not an agent's of this tenant, at this moment (peer_trust.py).
    What only members may do is refused to everybody else of the tenant.
-2. A handshake, a body and a request each have their time; a peer has so many requests at once, and all
-   together so many: one environment that hangs or floods takes nothing from the others.
+2. A handshake, a body and an answer each have their time, large ones as long as they take at a decent rate;
+   a peer has so many requests at once, and all together so many, until the answer is gone: one environment
+   that hangs, dribbles or floods takes nothing from the others.
 3. A refusal is a problem document with a stable code; what it tells can be seen by whoever is a member.
 4. A renewed certificate is shown to every connection a second after its files changed, without a restart.
 """
@@ -23,7 +24,7 @@ from cryptography import x509
 
 from envelope.certificates import CertificateError, Role, read_identity
 from envelope.errors import SealgateError
-from key_agent.environments.peer_transport import version_of
+from key_agent.environments.peer_transport import allowed_s, version_of
 from key_agent.environments.peer_trust import PeerTrust
 from runtime.clock import Clock
 from runtime.serve import GRACE_S, Handler, ProblemError, make_application, running
@@ -34,6 +35,9 @@ log = structlog.get_logger(__name__)
 MAX_BODY_BYTES: Final = 64 << 20
 """A whole registry, of some 30,000 keys."""
 BODY_TIMEOUT_S: Final = 30.0
+AT_MOST_S: Final = 150.0
+"""For a body, or an answer, of any size: half of the usual registry lease."""
+_PIECE_BYTES: Final = 1 << 16
 HANDSHAKE_TIMEOUT_S: Final = 5.0
 AT_ONCE_PER_AGENT: Final = 8
 AT_ONCE: Final = 64
@@ -130,13 +134,11 @@ class _Door:
             try:
                 body = await _body(request, route.limit_bytes, self._body_timeout_s)
                 answer = await route.handle(PeerCall(caller, body, request.query))
+                return await _answered(request, answer, self._body_timeout_s)
             except SealgateError as error:
                 raise self._refusal(error) from error
             finally:
                 self._places.leave(caller)
-            return web.Response(
-                body=answer, content_type="application/json", headers={"Cache-Control": "no-store"}
-            )
 
         return handle
 
@@ -168,10 +170,13 @@ class _Door:
 
 async def _body(request: web.Request, limit_bytes: int, timeout_s: float) -> bytes:
     content = bytearray()
+    began_s = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(timeout_s):
-            async for piece in request.content.iter_chunked(1 << 16):
+        async with asyncio.timeout(timeout_s) as deadline:
+            async for piece in request.content.iter_chunked(_PIECE_BYTES):
                 content += piece
+                patience_s = allowed_s(len(content), timeout_s=timeout_s, at_most_s=AT_MOST_S)
+                deadline.reschedule(began_s + patience_s)
                 if len(content) > limit_bytes:
                     raise ProblemError(
                         413, "too-large", f"More than {limit_bytes} bytes.", "Send it in several requests."
@@ -181,6 +186,26 @@ async def _body(request: web.Request, limit_bytes: int, timeout_s: float) -> byt
             408, "slow", f"The body took more than {timeout_s:g} s.", "Send it faster."
         ) from None
     return bytes(content)
+
+
+async def _answered(request: web.Request, answer: bytes, timeout_s: float) -> web.StreamResponse:
+    """*answer*; a large one is on its way when this returns, or was not taken in time."""
+    headers = {"Cache-Control": "no-store", "Content-Type": "application/json"}
+    if len(answer) <= _PIECE_BYTES:
+        return web.Response(body=answer, headers=headers)
+    response = web.StreamResponse(headers=headers)
+    response.content_length = len(answer)
+    began_s = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            await response.prepare(request)
+            for at in range(0, len(answer), _PIECE_BYTES):
+                await response.write(answer[at : at + _PIECE_BYTES])
+                deadline.reschedule(began_s + allowed_s(at, timeout_s=timeout_s, at_most_s=AT_MOST_S))
+    except (TimeoutError, ConnectionError):
+        if request.transport is not None:
+            request.transport.abort()
+    return response
 
 
 @asynccontextmanager

@@ -18,8 +18,9 @@ from key_agent import metrics
 from key_agent.environments.documents import MAX_DELTA_BYTES, decode_delta, encode_delta
 from key_agent.environments.heartbeats import Question
 from key_agent.environments.membership import Membership
+from key_agent.environments.own_word import Notice
 from key_agent.environments.peer_api import PeerCall, PeerRoute, Refusal
-from key_agent.environments.peering import Notice, Peering
+from key_agent.environments.peering import Peering
 from key_agent.environments.peers import (
     DIGEST_PATH,
     HEARTBEAT_PATH,
@@ -78,7 +79,9 @@ class PeerRoutes:
 
     async def _offer(self, call: PeerCall) -> bytes:
         try:
-            return msgspec.json.encode(await self._peering.offered(decode_delta(call.body), call.agent_id))
+            return msgspec.json.encode(
+                await self._peering.rows.offered(decode_delta(call.body), call.agent_id)
+            )
         except StaleTermError:
             metrics.FENCING_REJECTS.inc()
             raise

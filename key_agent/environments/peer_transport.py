@@ -1,7 +1,8 @@
 """Requests to the agents of other environments: mutual TLS, bounded in time and size, connections kept warm.
 
 1. Every call has a deadline for all of it, and a shorter one for the connection: an environment that hangs
-   delays nobody but itself.
+   delays nobody but itself. An answer of many rows has as long as it takes at MIN_BYTES_PER_S, and a bound:
+   it may be slow, but one that dribbles is cut off.
 2. Answers are bounded and parsed strictly. What cannot be understood is a failure; no text of a peer reaches
    log or terminal but cut and printable.
 3. A kept connection that has died is replaced at once, and the request sent again: every request of the
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import io
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +29,7 @@ from key_agent.errors import KeyAgentError
 
 MAX_ANSWER_BYTES: Final = 64 << 20
 CONNECT_TIMEOUT_S: Final = 2.0
+MIN_BYTES_PER_S: Final = 128 << 10
 _CONNECTIONS_PER_PEER: Final = 4
 _KEEPALIVE_S: Final = 60.0
 # Middle boxes forget connections that are silent, and tell nobody.
@@ -78,15 +81,29 @@ class PeerTransport:
         body: bytes | None = None,
         *,
         timeout_s: float,
+        at_most_s: float | None = None,
         limit_bytes: int = MAX_ANSWER_BYTES,
     ) -> bytes:
-        """The body of the answer 200. PeerError for everything else."""
+        """The body of the answer 200. PeerError for everything else.
+
+        *timeout_s*: for all of it; with *at_most_s* each MIN_BYTES_PER_S of the answer are worth another
+        second, up to that.
+        """
+        began_s = asyncio.get_running_loop().time()
+
+        def progress(received: int) -> None:
+            if at_most_s is not None:
+                deadline.reschedule(began_s + allowed_s(received, timeout_s=timeout_s, at_most_s=at_most_s))
+
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._request(peer, method, path, body, limit_bytes)
+            async with asyncio.timeout(timeout_s) as deadline:
+                return await self._request(
+                    peer, method, path, body, limit_bytes=limit_bytes, progress=progress
+                )
         except TimeoutError:
+            took_s = asyncio.get_running_loop().time() - began_s
             raise PeerError(
-                "timeout", f"{peer.agent_id} at {peer.url}: no answer within {timeout_s:g} s"
+                "timeout", f"{peer.agent_id} at {peer.url}: no answer within {took_s:.3g} s"
             ) from None
 
     async def call[T](
@@ -120,18 +137,25 @@ class PeerTransport:
             await client.close()
 
     async def _request(
-        self, peer: PeerAddress, method: str, path: str, body: bytes | None, limit_bytes: int
+        self,
+        peer: PeerAddress,
+        method: str,
+        path: str,
+        body: bytes | None,
+        *,
+        limit_bytes: int,
+        progress: Callable[[int], None],
     ) -> bytes:
         try:
             client = await self._client(peer)
             try:
-                return await _exchange(client, method, path, body, limit_bytes)
+                return await _exchange(client, method, path, body, limit_bytes=limit_bytes, progress=progress)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError):
                 if client.closed:
                     raise
-                return await _exchange(client, method, path, body, limit_bytes)
+                return await _exchange(client, method, path, body, limit_bytes=limit_bytes, progress=progress)
         except aiohttp.ClientSSLError as error:
             raise PeerError("tls", f"{peer.agent_id} at {peer.url}: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -179,8 +203,19 @@ class PeerTransport:
         return client
 
 
+def allowed_s(received: int, *, timeout_s: float, at_most_s: float) -> float:
+    """How long an answer of which so many bytes are here may take, from the question on."""
+    return max(timeout_s, min(at_most_s, timeout_s + received / MIN_BYTES_PER_S))
+
+
 async def _exchange(
-    client: aiohttp.ClientSession, method: str, path: str, body: bytes | None, limit_bytes: int
+    client: aiohttp.ClientSession,
+    method: str,
+    path: str,
+    body: bytes | None,
+    *,
+    limit_bytes: int,
+    progress: Callable[[int], None],
 ) -> bytes:
     # As a stream: aiohttp warns of large `bytes`.
     data = None if body is None else io.BytesIO(body)
@@ -190,6 +225,7 @@ async def _exchange(
             content += piece
             if len(content) > limit_bytes:
                 raise PeerError("bad-answer", f"more than {limit_bytes} bytes")
+            progress(len(content))
         if response.status != 200:
             raise _problem(response.status, bytes(content))
         return bytes(content)

@@ -1,22 +1,22 @@
 """What keeps an environment's agent in step with the others: ask, follow, bring, and stop when it cannot.
 
-1. Every few seconds each other agent is asked where it stands, each by a task of its own: one that hangs
-   holds up nobody. The answers feed the registry lease (registry_lease.py); what follows from that and from
-   the own row is acted upon at once (standing.py).
+1. Every few seconds each other agent is asked where it stands, each by a task of its own that does nothing
+   else: one that hangs holds up nobody, and neither does a long transaction, here or there. The answers feed
+   the registry lease (registry_lease.py); what follows from that and from the own row is acted upon at once
+   (standing.py).
 2. Whoever has something newer is asked for it; who leads brings what is newer to whoever has it not, as soon
-   as it is written and then until it is acknowledged.
+   as it is written and then until it is acknowledged: by another task (peer_rows.py).
 3. A claim to be newer counts until it is shown or refuted. A head that the known term's holder has not
    signed refutes it at once; rows that are not signed as they must be, or are not given, refute it as well: a
    breached environment can stop itself, not the others.
 4. The own registry is verified every VERIFY_S and whenever somebody's digest differs at the same epoch. What
    is found tampered with withdraws the environment, is told, and is replaced by what the others have.
 5. An environment may say of itself, without any manager, that it is not to be trusted (`declare`). That is
-   written beside the database first, so a restart does not undo it, and ends when the signed row says it too.
+   written beside the database first (own_word.py), and ends when the signed row says it too.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -24,7 +24,7 @@ import msgspec
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from envelope.errors import IntegrityError, SealgateError
+from envelope.errors import SealgateError
 from key_agent.consent import Consent, EnvironmentStanding
 from key_agent.environments.documents import (
     Delta,
@@ -41,12 +41,15 @@ from key_agent.environments.heartbeats import (
     sign_heartbeat,
 )
 from key_agent.environments.leadership import Leadership
+from key_agent.environments.own_word import Declaration, Notice
+from key_agent.environments.peer_rows import PeerRows
+from key_agent.environments.peer_sights import Sights
 from key_agent.environments.peer_transport import PeerAddress, PeerError
-from key_agent.environments.peers import NOTICE_PATH, Ack, Peers
+from key_agent.environments.peers import NOTICE_PATH, Peers
 from key_agent.environments.recovery import appointed
 from key_agent.environments.registry_lease import NEVER_S, Members, Position, RegistryLease
 from key_agent.environments.shared import SharedRegistry
-from key_agent.environments.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
+from key_agent.environments.shared_errors import RegistryTamperedError
 from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.standing import Verdict, judge, lease_s_of
 from key_agent.environments.states import EnvironmentState
@@ -54,7 +57,6 @@ from key_agent.journal import Journal
 from key_agent.refresh import wait_until
 from key_agent.registry.database import RegistryError
 from runtime.clock import Clock
-from runtime.files import replace_file
 
 log = structlog.get_logger(__name__)
 
@@ -62,30 +64,6 @@ VERIFY_S: Final = 30.0
 _LOOK_S: Final = 0.25
 """Between two looks at the clock: a lease ends that much late at most."""
 _FIRST_RETRY_S: Final = 0.2
-_BRING_ATTEMPTS: Final = 4
-DECLARATION_NAME: Final = "healing.json"
-
-
-class Notice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An environment's own word that it is not to be trusted (rule 5). Its agent's certificate proves it."""
-
-    environment: str
-    reason: str
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sight:
-    """What is known of another environment's agent, for people and load balancers."""
-
-    answers: bool
-    since_ms: int
-    position: Position | None = None
-    digest: str | None = None
-    state: str | None = None
-    """As it acts itself."""
-    latency_s: float | None = None
-    error: str | None = None
 
 
 class Peering:
@@ -114,22 +92,24 @@ class Peering:
         self._journal = journal
         self._clock = clock
         self._heartbeat_s = heartbeat_s
-        self._declaration_file = state_dir / DECLARATION_NAME
-        self._declared = _read_declaration(self._declaration_file)
+        self._declaration = Declaration(state_dir)
         self.leadership: Leadership | None = None
         """Set by whoever composes the agent, before `run`."""
         self.ratify: Callable[[Notice], Awaitable[None]] | None = None
         """What the manager does with a notice; incidents.py's."""
         self.lease = RegistryLease()
-        self.sights: dict[str, Sight] = {}
+        self.sights = Sights()
         self.notices: dict[str, Notice] = {}
         """By environment: its own word, until the signed rows say it."""
         self._view = Shared()
+        self.rows = PeerRows(self, journal)
         self._wakes: dict[str, asyncio.Event] = {}
+        """By environment: it is to be asked now."""
+        self._moves: dict[str, asyncio.Event] = {}
+        """By environment: there may be rows to pull from it, or to bring to it."""
         self._changed = asyncio.Event()
         self._verify = asyncio.Event()
         self._listeners: list[Callable[[Shared], None]] = []
-        self._pulling = asyncio.Lock()
         self._was_proven = False
         self.tampered: str | None = None
         self.verdict = self._judge()
@@ -176,7 +156,7 @@ class Peering:
     async def changed(self) -> None:
         """This agent has written shared rows: bring them to the others."""
         await self.load()
-        for wake in self._wakes.values():
+        for wake in (*self._moves.values(), *self._wakes.values()):
             wake.set()
 
     async def spread(self, environments: Iterable[str], *, timeout_s: float) -> dict[str, bool]:
@@ -186,7 +166,7 @@ class Peering:
         async def one(name: str) -> bool:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self.bring(name)
+                    await self.rows.bring(name)
             except (PeerError, TimeoutError):
                 return False
             return True
@@ -221,22 +201,19 @@ class Peering:
         """This environment is not to be trusted from now on (rule 5). OSError: it could not be written, but
         it counts.
         """
-        self._declared = reason
+        self._declaration.reason = reason
         self.evaluate()
         try:
-            content = msgspec.json.encode({"reason": reason})
-            await asyncio.to_thread(replace_file, self._declaration_file, content)
+            await asyncio.to_thread(self._declaration.write)
         finally:
             self._journal.note("environment-declared", outcome="healing", reason=reason)
             await self.tell_notice()
 
     async def tell_notice(self) -> None:
         """The own word, to everybody who can be reached."""
-        if self._declared is None:
+        if (reason := self._declaration.reason) is None:
             return
-        notice = Notice(
-            environment=self.environment, reason=self._declared, at_ms=int(self._clock.wall_s() * 1000)
-        )
+        notice = Notice(environment=self.environment, reason=reason, at_ms=self._now_ms())
         if self.leads and self.ratify is not None:
             await self.ratify(notice)
         body = msgspec.json.encode(notice)
@@ -248,43 +225,71 @@ class Peering:
 
     async def run(self) -> NoReturn:
         """Until cancelled; a bug ends it."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._judge_for_ever(), name="peering:standing")
-            group.create_task(self._verify_for_ever(), name="peering:verify")
-            if self.leadership is not None:
-                group.create_task(self.leadership.run(), name="peering:leadership")
-            following: dict[str, asyncio.Task[NoReturn]] = {}
-            while True:
-                wanted = set(self.others())
-                for name in following.keys() - wanted:
-                    following.pop(name).cancel()
-                    self.sights.pop(name, None)
-                    self.lease.forget(name)
-                for name in wanted - following.keys():
-                    self._wakes[name] = asyncio.Event()
-                    following[name] = group.create_task(self._follow(name), name=f"peering:{name}")
-                await wait_until(self._clock, self._changed, None)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._judge_for_ever(), name="peering:standing")
+                group.create_task(self._verify_for_ever(), name="peering:verify")
+                if self.leadership is not None:
+                    group.create_task(self.leadership.run(), name="peering:leadership")
+                await self._follow_all(group)
+        finally:
+            await self.rows.stop()
         raise AssertionError("unreachable: the loop above does not end")
 
-    async def _follow(self, name: str) -> NoReturn:
+    async def _follow_all(self, group: asyncio.TaskGroup) -> NoReturn:
+        following: dict[str, list[asyncio.Task[NoReturn]]] = {}
+        while True:
+            wanted = set(self.others())
+            for name in following.keys() - wanted:
+                for task in following.pop(name):
+                    task.cancel()
+                self.sights.pop(name, None)
+                self.lease.forget(name)
+            for name in wanted - following.keys():
+                self._wakes[name], self._moves[name] = asyncio.Event(), asyncio.Event()
+                following[name] = [
+                    group.create_task(self._ask_for_ever(name), name=f"peering:{name}"),
+                    group.create_task(self._move_for_ever(name), name=f"peering:{name}:rows"),
+                ]
+            await wait_until(self._clock, self._changed, None)
+
+    async def _ask_for_ever(self, name: str) -> NoReturn:
+        """What keeps the lease: no row, no database and no lock is waited for here (rule 1)."""
         failures = 0
         while True:
             began_s = self._clock.boot_s()
             try:
-                await self.ask(name)
-                if self.leads and self.tampered is None:
-                    await self.bring(name)
+                await self._ask(name)
                 failures = 0
+                self._moves[name].set()
             except PeerError as error:
                 failures += 1
-                self._not_heard(name, error)
+                self.sights.failed(name, error, now_ms=self._now_ms())
+            await wait_until(self._clock, self._wakes[name], began_s + self._retry_s(failures))
+
+    async def _move_for_ever(self, name: str) -> NoReturn:
+        failures = 0
+        while True:
+            await wait_until(self._clock, self._moves[name], None)
+            began_s = self._clock.boot_s()
+            try:
+                await self.rows.settle(name)
+                if self.leads and self.tampered is None:
+                    await self.rows.bring(name)
+                failures = 0
+                continue
+            except PeerError as error:
+                self.sights.failed(name, error, now_ms=self._now_ms())
             except RegistryError as error:  # it is read anew when it works again
-                failures += 1
                 log.warning("the registry cannot be used", cause=str(error))
-            delay_s = self._heartbeat_s
-            if failures:
-                delay_s = min(delay_s, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
-            await wait_until(self._clock, self._wakes[name], began_s + delay_s)
+            failures += 1
+            await wait_until(self._clock, self._moves[name], began_s + self._retry_s(failures))
+            self._wake(name)  # where it stands now decides what is to be done
+
+    def _retry_s(self, failures: int) -> float:
+        if not failures:
+            return self._heartbeat_s
+        return min(self._heartbeat_s, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
 
     async def _judge_for_ever(self) -> NoReturn:
         while True:
@@ -305,14 +310,17 @@ class Peering:
                 log.warning("the registry cannot be verified", cause=str(error))
             if self.tampered is not None:
                 await self._restore()
-            if self._declared is not None:
-                await self.tell_notice()
+            await self.tell_notice()
             await wait_until(self._clock, self._verify, self._clock.boot_s() + VERIFY_S)
 
     # Asking.
 
     async def ask(self, name: str) -> None:
         """One question to *name*, and what follows from the answer. PeerError, RegistryError."""
+        await self._ask(name)
+        await self.rows.settle(name)
+
+    async def _ask(self, name: str) -> None:
         body = self._view.environments.get(name)
         if body is None:
             raise PeerError("unknown", f"there is no environment {name}")
@@ -321,19 +329,20 @@ class Peering:
         beat = await self.peers.heartbeat(name, question)
         self._check(beat, name, body, challenge)
         position = Position(beat.term, beat.epoch)
-        self._heard(name, beat, position, latency_s=self._clock.boot_s() - asked_boot_s)
-        if not body.state.counts and not self._is_appointed(name):
+        latency_s = self._clock.boot_s() - asked_boot_s
+        self.sights.heard(name, beat, latency_s=latency_s, now_ms=self._now_ms())
+        if not body.state.counts and not self.is_appointed(name):
             # What a withdrawn environment says proves nothing; its registry is no source of anything.
             self.lease.forget(name)
             return
         if not self._is_of_our_term(beat):
             # A lie; or the term has two holders, and then it is all of it that tells which one holds.
             self.lease.forget(name)
-            await self._pull_all(name)
+            self.rows.claimed(name, is_other_history=True)
             return
         self.lease.heard(name, position, asked_boot_s=asked_boot_s, proven_ago_s=beat.proven_ago_s)
         if position > self.position:
-            await self._pull(name)
+            self.rows.claimed(name, is_other_history=False)
         elif position == self.position and beat.digest != self._view.digest and self.tampered is None:
             log.error("the registries differ at the same epoch", peer=name, epoch=position.epoch)
             self.lease.forget(name)
@@ -365,124 +374,15 @@ class Peering:
             return False
         return True
 
-    def _heard(self, name: str, beat: Heartbeat, position: Position, *, latency_s: float) -> None:
-        before = self.sights.get(name)
-        if before is None or not before.answers:
-            log.info("an environment answers", peer=name)
-        self.sights[name] = Sight(
-            answers=True,
-            since_ms=self._now_ms() if before is None or not before.answers else before.since_ms,
-            position=position,
-            digest=beat.digest,
-            state=beat.state,
-            latency_s=latency_s
-            if before is None or before.latency_s is None
-            else 0.7 * before.latency_s + 0.3 * latency_s,
-        )
-
-    def _not_heard(self, name: str, error: PeerError) -> None:
-        before = self.sights.get(name)
-        if before is None or before.answers:
-            log.warning("an environment does not answer", peer=name, cause=str(error))
-        self.sights[name] = Sight(
-            answers=False,
-            since_ms=self._now_ms() if before is None or before.answers else before.since_ms,
-            position=None if before is None else before.position,
-            digest=None if before is None else before.digest,
-            state=None if before is None else before.state,
-            error=str(error),
-        )
-
-    async def _pull(self, name: str) -> None:
-        """Have what *name* has. PeerError, RegistryError; its lies refute its claim (rule 3)."""
-        async with self._pulling:
-            sight = self.sights[name]
-            if sight.position is not None and sight.position <= self.position:
-                return  # another one has brought it meanwhile
-            await self._take_over(name, self._view.epoch)
-
-    async def _pull_all(self, name: str) -> None:
-        """As `_pull`, of another history."""
-        async with self._pulling:
-            await self._take_over(name, 0)
-
-    async def _take_over(self, name: str, epoch: int) -> None:
-        """What *name* has after *epoch*. PeerError, RegistryError."""
-        try:
-            delta = await self.peers.since(name, epoch)
-            try:
-                await self.apply(delta)
-            except EpochGapError:
-                if epoch == 0:
-                    raise
-                await self.apply(await self.peers.since(name, 0))
-        except (StaleTermError, EpochGapError) as error:
-            self.lease.forget(name)
-            raise PeerError("claim", f"{name} has nothing newer after all: {error}") from None
-        except SealgateError as error:
-            if isinstance(error, RegistryError):
-                raise
-            self.lease.forget(name)  # what is not given is not there, however often it is claimed
-            if isinstance(error, PeerError):
-                raise
-            log.error(  # noqa: TRY400 - expected of a breached one
-                "rows of another environment are not as they must be", peer=name, cause=str(error)
-            )
-            self._journal.note("peer-refused", outcome="failed", peer=name, reason=str(error))
-            raise PeerError("claim", f"{name}: {error}") from None
-
     async def apply(self, delta: Delta) -> None:
         """Take over *delta*. StaleTermError, EpochGapError, IntegrityError, RegistryTamperedError ..."""
         await self.shared.apply(delta, now_ms=self._now_ms())
         await self.load()
 
-    async def offered(self, delta: Delta, agent_id: str) -> Ack:
-        """*agent_id*, a member's agent, brings *delta*. StaleTermError and what `apply` raises but for a gap,
-        which is an answer.
-
-        One that does not count brings nothing but a new term of its own, which has to show that it counts, or
-        that none does (recovery.py).
-        """
-        name = self.environment_of(agent_id)
-        body = None if name is None else self._view.environments.get(name)
-        begins = delta.signer == agent_id and delta.term > self._view.term
-        is_withdrawn = body is not None and (not body.state.counts or name in self.notices)
-        if name is not None and is_withdrawn and not begins and not self._is_appointed(name):
-            raise IntegrityError(f"{name} is withdrawn: it brings nothing")
-        try:
-            await self.apply(delta)
-        except EpochGapError:
-            return Ack(*self.position, applied=False)
-        return Ack(*self.position, applied=True)
-
-    def _is_appointed(self, name: str) -> bool:
+    def is_appointed(self, name: str) -> bool:
         """Whether none counts, and two administrators have appointed it to be the first again."""
         recovery = appointed(self._view)
         return recovery is not None and recovery.environment == name
-
-    # Bringing.
-
-    async def bring(self, name: str) -> None:
-        """What *name* does not have yet, until it has it. PeerError, RegistryError."""
-        sight = self.sights.get(name)
-        theirs = Position(0, 0) if sight is None or sight.position is None else sight.position
-        if theirs == self.position:
-            return
-        # A history that ours did not follow has to be replaced, not continued.
-        epoch = theirs.epoch if theirs < self.position and theirs.term == self.position.term else 0
-        for _ in range(_BRING_ATTEMPTS):
-            delta = await self.shared.since(epoch)
-            ack = await self.peers.send_delta(name, delta)
-            theirs = Position(ack.term, ack.epoch)
-            if (sight := self.sights.get(name)) is not None:
-                self.sights[name] = Sight(
-                    answers=True, since_ms=sight.since_ms, position=theirs, digest=sight.digest,
-                    state=sight.state, latency_s=sight.latency_s,
-                )  # fmt: skip
-            if ack.applied and theirs >= self.position:
-                return
-            epoch = theirs.epoch if theirs.epoch <= self.position.epoch else 0
-        raise PeerError("gap", f"{name} stays at epoch {theirs.epoch}")
 
     # Answering.
 
@@ -541,7 +441,7 @@ class Peering:
             self._view.environments.get(self.environment),
             is_shared=self.is_united,
             tampered=self.tampered,
-            declared=self._declared,
+            declared=self._declaration.reason,
             proven_boot_s=self.proven_boot_s(),
             was_proven=self._was_proven,
             lease_s=lease_s_of(self._view),
@@ -563,9 +463,9 @@ class Peering:
         before, self._view = self._view, view
         self.lease.applied(self.position)
         own = view.environments.get(self.environment)
-        if self._declared is not None and own is not None and own.state is EnvironmentState.HEALING:
-            self._declared = None  # the signed row says it now
-            self._declaration_file.unlink(missing_ok=True)
+        is_declared = self._declaration.reason is not None
+        if is_declared and own is not None and own.state is EnvironmentState.HEALING:
+            self._declaration.end()  # the signed row says it now
         for name in list(self.notices):
             body = view.environments.get(name)
             if body is None or not body.state.counts:
@@ -588,10 +488,12 @@ class Peering:
         sights = {name: sight for name, sight in self.sights.items() if sight.position is not None}
         for name in sorted(sights, key=lambda one: sights[one].position or Position(0, 0), reverse=True):
             body = self._view.environments.get(name)
-            if body is None or not (body.state.counts or self._is_appointed(name)):
+            if body is None or not (body.state.counts or self.is_appointed(name)):
                 continue
             try:
-                await self.shared.restore(await self.peers.since(name, 0), now_ms=self._now_ms())
+                await self.shared.restore(
+                    await self.peers.since(name, 0, at_most_s=self.rows.patience_s), now_ms=self._now_ms()
+                )
                 await self.shared.verify()
             except SealgateError as error:
                 log.warning("the registry is not restored yet", peer=name, cause=str(error))
@@ -603,17 +505,3 @@ class Peering:
 
     def _now_ms(self) -> int:
         return int(self._clock.wall_s() * 1000)
-
-
-def _read_declaration(file: Path) -> str | None:
-    """An unreadable one still says that the environment is not to be trusted."""
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return f"{file}: {error.strerror}"
-    try:
-        return str(msgspec.json.decode(content, type=dict[str, str])["reason"])
-    except (msgspec.MsgspecError, UnicodeError, KeyError):
-        return f"{file} says so, and not why"

@@ -22,7 +22,7 @@ from key_agent.environments.documents import (
     read_registry_key,
 )
 from key_agent.environments.heartbeats import Heartbeat, Question
-from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peer_transport import MIN_BYTES_PER_S, PeerAddress, PeerError, PeerTransport
 
 HEARTBEAT_PATH: Final = "/v1/env/heartbeat"
 REGISTRY_PATH: Final = "/v1/env/registry"
@@ -128,22 +128,30 @@ class Peers:
 
     async def send_delta(self, environment: str, delta: Delta) -> Ack:
         """PeerError `stale_term`: it has seen a higher term than the delta's."""
+        body = encode_delta(delta)
         content = await self.post(
             environment,
             REGISTRY_PATH,
-            encode_delta(delta),
+            body,
             method="PUT",
-            timeout_s=self._timeout_s + len(delta.rows) * PER_ROW_S,
+            timeout_s=self._timeout_s + len(delta.rows) * PER_ROW_S + len(body) / MIN_BYTES_PER_S,
         )
         try:
             return msgspec.json.decode(content, type=Ack)
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise PeerError("bad-answer", f"{environment}: no acknowledgement") from None
 
-    async def since(self, environment: str, epoch: int) -> Delta:
-        """What its registry has that is newer than *epoch*; 0: all of it. PeerError."""
+    async def since(self, environment: str, epoch: int, *, at_most_s: float | None = None) -> Delta:
+        """What its registry has that is newer than *epoch*; 0: all of it. PeerError.
+
+        It may take as long as it comes at a decent rate, but no longer than *at_most_s*.
+        """
         content = await self._transport.request(
-            self._address(environment), "GET", f"{REGISTRY_PATH}?after={epoch}", timeout_s=self._timeout_s
+            self._address(environment),
+            "GET",
+            f"{REGISTRY_PATH}?after={epoch}",
+            timeout_s=self._timeout_s,
+            at_most_s=at_most_s,
         )
         try:
             return decode_delta(content)

@@ -81,6 +81,8 @@ class SharedRegistry:
         self._verified: dict[Key, bytes] = {}
         """Digest of each row whose signature was found right."""
         self._state: State | None = None
+        self._committed: State | None = None
+        """The newest that was right, while the next is written or all is verified."""
         self._mark = MarkFile(state_dir, key, tenant=registry.tenant_id, environment=registry.environment_id)
         self._believing = Believing(registry.tenant_id)
         self._one_at_a_time = asyncio.Lock()
@@ -311,6 +313,8 @@ class SharedRegistry:
 
     async def since(self, epoch: int) -> Delta:
         """What changed after *epoch*; everything for 0. RegistryTamperedError, RegistryError."""
+        if self._one_at_a_time.locked() and self._committed is not None:
+            return self._delta(self._committed, epoch)  # as true as a moment ago, and nobody waits for it
         async with self._one_at_a_time:
             return self._delta(await self._loaded(), epoch)
 
@@ -322,12 +326,20 @@ class SharedRegistry:
 
     async def _loaded(self) -> State:
         if self._state is None:
-            mark = await self._mark.read()
-            self._state = await self._registry.transact(lambda c: self._load(c, mark))
-            shared = self._state.shared
-            if mark is None or mark.position < (shared.term, shared.epoch):
-                await self._mark.follow(self._state, self._mark.restrictions)
+            try:
+                self._state = self._committed = await self._read()
+            except RegistryTamperedError:
+                self._committed = None
+                raise
         return self._state
+
+    async def _read(self) -> State:
+        mark = await self._mark.read()
+        state = await self._registry.transact(lambda c: self._load(c, mark))
+        shared = state.shared
+        if mark is None or mark.position < (shared.term, shared.epoch):
+            await self._mark.follow(state, self._mark.restrictions)
+        return state
 
     def _load(self, c: Connection, mark: Mark | None) -> State:
         rows, seal = read_rows(c), read_seal(c)
@@ -480,7 +492,7 @@ class SharedRegistry:
         await self._registry.transact(work)
         await self._mark.follow(after, restrictions)
         self._verified |= {row.key: after.digests[row.key] for row in written}
-        self._state = after
+        self._state = self._committed = after
 
     def _delta(self, state: State, epoch: int) -> Delta:
         return delta_of(state, epoch, tenant_id=self._tenant, agent_id=self._registry.agent_id)

@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives import hashes
 from certs.pki import Credential
 from envelope.certificates import Role
 from envelope.errors import SealgateError
+from key_agent.environments import peer_transport
+from key_agent.environments.documents import Delta, Kind, SharedRow, encode_delta
 from key_agent.environments.peer_api import (
     AT_ONCE_PER_AGENT,
     LOOK_AT_FILES_S,
@@ -28,13 +30,15 @@ from key_agent.environments.peer_api import (
     listening,
     make_api,
 )
-from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport, allowed_s
 from key_agent.environments.peer_trust import PeerTrust
+from key_agent.environments.peers import Peers
 from key_agent.push.revocations import Revocations
 from runtime.tls import ServerTls, server_context
 from tests.environments.fault_proxy import Fault, FaultProxy
 from tests.fakes.clock import ManualClock
 from tests.fakes.resolver import silent_name_servers
+from tests.key_agent.conftest import until
 from tests.pki import Tenant, write_certificate, write_credential
 
 
@@ -525,3 +529,160 @@ async def test_peers_are_shown_a_renewed_certificate_without_a_restart(
         finally:
             following.cancel()
             await asyncio.wait([following])
+
+
+class Skipping:
+    """The event loop's time, which a test moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loop = asyncio.get_running_loop()
+        real, self._ahead_s = loop.time, 0.0
+        monkeypatch.setattr(loop, "time", lambda: real() + self._ahead_s)
+
+    def skip(self, seconds: float) -> None:
+        self._ahead_s += seconds
+
+
+@asynccontextmanager
+async def slow_server(side: Side, content: bytes, steps: "asyncio.Queue[int]") -> AsyncIterator[PeerAddress]:
+    """Answers with as much more of *content* as *steps* says, again and again."""
+
+    open_ones: list[asyncio.StreamWriter] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_ones.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n\r\n".encode())
+            sent = 0
+            while sent < len(content):
+                more = await steps.get()
+                writer.write(content[sent : sent + more])
+                await writer.drain()
+                sent += more
+            await reader.read()
+        writer.close()
+
+    context = server_context(*side.files, client_roots=[side.tenant.root.certificate])
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    try:
+        yield PeerAddress(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", side.agent_id)
+    finally:
+        server.close()
+        for writer in open_ones:
+            writer.transport.abort()
+        await server.wait_closed()
+
+
+def many_rows() -> bytes:
+    """A delta of 20,000 rows, as an agent answers it."""
+    rows = tuple(
+        SharedRow(
+            kind=Kind.DEK,
+            id=f"{number:032x}",
+            term=1,
+            epoch=1,
+            signer="b",
+            body="x" * 400,
+            signature="ab" * 64,
+        )
+        for number in range(20_000)
+    )
+    return encode_delta(
+        Delta(tenant="acme", term=1, epoch_from=0, epoch_to=1, rows=rows, digest="00", signer="b")
+    )
+
+
+async def test_many_rows_may_take_as_long_as_they_come(
+    acme: Tenant, make_side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 rows over a connection that needs a minute, with 20 s for what is small."""
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    content, steps = many_rows(), asyncio.Queue[int]()
+    half = len(content) // 2
+    received = [0]
+
+    def noting(here: int, **times: float) -> float:
+        received.append(here)
+        return allowed_s(here, **times)
+
+    monkeypatch.setattr(peer_transport, "allowed_s", noting)
+    async with slow_server(b, content, steps) as peer, a.transport() as transport:
+        clock = Skipping(monkeypatch)
+        peers = Peers(transport, address=lambda _name: peer, timeout_s=20)
+        asking = asyncio.create_task(peers.since("b", 0, at_most_s=150))
+        steps.put_nowait(half)
+        await until(lambda: received[-1] >= half)
+        clock.skip(40)
+        await until(lambda: not asking.done())
+        steps.put_nowait(len(content))
+        delta = await asking
+        assert len(delta.rows) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("step", "skipped_s"),
+    [pytest.param(1000, 25, id="dribbles"), pytest.param(8_000_000, 160, id="takes-more-than-all-may")],
+)
+async def test_who_dribbles_is_cut_off(
+    acme: Tenant,
+    make_side: Callable[..., Side],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    step: int,
+    skipped_s: float,
+) -> None:
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    content, steps = many_rows(), asyncio.Queue[int]()
+    received = [0]
+
+    def noting(here: int, **times: float) -> float:
+        received.append(here)
+        return allowed_s(here, **times)
+
+    monkeypatch.setattr(peer_transport, "allowed_s", noting)
+    async with slow_server(b, content, steps) as peer, a.transport() as transport:
+        clock = Skipping(monkeypatch)
+        peers = Peers(transport, address=lambda _name: peer, timeout_s=20)
+        asking = asyncio.create_task(peers.since("b", 0, at_most_s=150))
+        steps.put_nowait(step)
+        await until(lambda: received[-1] >= step)
+        clock.skip(skipped_s)
+        with pytest.raises(PeerError) as refused:
+            await asking
+        assert refused.value.code == "timeout"
+
+
+async def test_an_answer_that_is_not_taken_keeps_its_place_and_ends(
+    acme: Tenant, make_side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for much and reads nothing has its own places only, and no more memory than those."""
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+
+    async def much(_call: PeerCall) -> bytes:
+        return bytes(32 << 20)
+
+    async with (
+        b.serving(PeerRoute("GET", "/v1/env/much", much)) as peer,
+        a.transport() as transport,
+        contextlib.AsyncExitStack() as open_ones,
+    ):
+        context = a.trust.client_context(*a.files, agent_id="b")
+        port = int(peer.url.rpartition(":")[2])
+        readers: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        for _ in range(AT_ONCE_PER_AGENT):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, limit=1024)
+            open_ones.callback(writer.transport.abort)
+            writer.write(b"GET /v1/env/much HTTP/1.1\r\nHost: b\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            readers.append((reader, writer))
+        with pytest.raises(PeerError) as refused:
+            await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=30)
+        assert refused.value.code == "busy"
+        Skipping(monkeypatch).skip(200)
+        for reader, _ in readers:
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(1 << 20):
+                    pass
+        answer = await transport.request(peer, "GET", "/v1/env/anyone", timeout_s=30)
+        assert msgspec.json.decode(answer, type=Echoed).caller == "a"

@@ -15,8 +15,8 @@ from envelope.errors import IntegrityError
 from key_agent.consent import EnvironmentStanding
 from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.draft import Draft
-from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peering import DECLARATION_NAME
+from key_agent.environments.own_word import DECLARATION_NAME
+from key_agent.environments.peer_transport import PeerAddress, PeerError
 from key_agent.environments.peers import HEARTBEAT_PATH, REGISTRY_PATH
 from key_agent.environments.registry_key import read_or_make_registry_key
 from key_agent.environments.registry_lease import Position
@@ -159,7 +159,7 @@ async def test_a_manager_that_was_cut_off_is_fenced_when_another_was_promoted(si
     assert a.peering.position.epoch > b.peering.position.epoch
     stale = await a.environments.shared.since(0)
     with pytest.raises(StaleTermError):
-        await c.peering.offered(stale, "agent-a")
+        await c.peering.rows.offered(stale, "agent-a")
     a.reconnect()
     with pytest.raises(PeerError) as refused:
         await a.environments.peers.send_delta("c", stale)
@@ -470,6 +470,83 @@ async def test_heartbeats_and_digests_are_all_that_is_said_when_nothing_happens(
     await until(lambda: len(a.transport.calls) > 5)
     assert {path for _, _, path in a.transport.calls} == {HEARTBEAT_PATH}
     assert REGISTRY_PATH not in {path for _, _, path in a.transport.calls}
+
+
+def held_up(member: Member, verb: str, agent_id: str) -> asyncio.Event:
+    """Rows from or to that agent, which *member* asks for or brings, are on their way until it is set."""
+    gate = asyncio.Event()
+    real = member.transport.request
+
+    async def request(
+        peer: PeerAddress, method: str, path: str, body: bytes | None = None, **more: Any
+    ) -> bytes:
+        if (method, peer.agent_id) == (verb, agent_id) and path.startswith(REGISTRY_PATH):
+            member.transport.calls.append((peer.agent_id, f"{method} begun", path))
+            await gate.wait()
+        return await real(peer, method, path, body, **more)
+
+    member.transport.request = request  # type: ignore[method-assign]
+    return gate
+
+
+async def test_rows_that_are_long_on_their_way_keep_nobody_from_being_heard(site: MembersSite) -> None:
+    """Two that need each other's voice do not lose it over the rows that one brings or the other asks for."""
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+    brought, pulled = held_up(a, "PUT", b.agent_id), held_up(b, "GET", a.agent_id)
+    c.cut_off()
+    await a.change(renamed("c", "new"))
+    await until(lambda: (b.agent_id, "PUT begun", REGISTRY_PATH) in a.transport.calls)
+    await until(lambda: any(how == "GET begun" for _, how, _ in b.transport.calls))
+    began_s = a.clock.boot_s()
+    await until(lambda: a.peering.proven_boot_s() > began_s)
+    asked = b.transport.calls.count((a.agent_id, "POST", HEARTBEAT_PATH))
+    await until(lambda: b.transport.calls.count((a.agent_id, "POST", HEARTBEAT_PATH)) > asked + 2)
+    assert b.peering.position < a.peering.position
+    pulled.set()
+    brought.set()
+    await site.in_step("a", "b")
+    await until(lambda: b.peering.proven_boot_s() > began_s)
+
+
+async def test_rows_are_brought_once_whoever_waits_for_them(site: MembersSite) -> None:
+    a, b = site["a"], site["b"]
+    await site.in_step()
+    held_up(b, "GET", a.agent_id)
+    held_up(b, "GET", site["c"].agent_id)
+    gate = held_up(a, "PUT", b.agent_id)
+    a.transport.calls.clear()
+    await a.change(renamed("c", "new"))
+    assert await a.peering.spread(["b", "c"], timeout_s=0.2) == {"b": False, "c": True}
+    spreading = asyncio.create_task(a.peering.spread(["b"], timeout_s=60))
+    gate.set()
+    assert await spreading == {"b": True}
+    assert a.transport.calls.count((b.agent_id, "PUT", REGISTRY_PATH)) == 1
+
+
+async def test_rows_are_given_while_others_are_written(site: MembersSite) -> None:
+    """A database that takes its time keeps nobody waiting for what is known."""
+    a = site["a"]
+    await site.in_step()
+    shared, registry = a.environments.shared, a.registry
+    before = await shared.since(0)
+    gate, is_begun = asyncio.Event(), asyncio.Event()
+    real = registry.transact
+
+    async def slow(work: Any) -> Any:
+        is_begun.set()
+        await gate.wait()
+        return await real(work)
+
+    registry.transact = slow  # type: ignore[method-assign]
+    writing = asyncio.create_task(a.change(renamed("c", "new")))
+    await is_begun.wait()
+    async with asyncio.timeout(60):
+        assert await shared.since(0) == before
+    assert not writing.done()
+    gate.set()
+    await writing
+    assert (await shared.since(0)).epoch_to == before.epoch_to + 1
 
 
 @pytest.mark.skipif(
