@@ -34,9 +34,11 @@ from envelope.base64url import b64u_decode
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.encryption_service.model import DialectName, XksSettings, XksStore
+from proxy.tenants.credential_store import Grant, issue_credential
+from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.named_key_store import add_key
 from proxy.tenants.recipient_store import import_certificate
-from proxy.tenants.service_store import Grant, ServiceStore
 from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from tests.proxy.encryption_service.aws_signer import Credentials, amz_date, authorization
@@ -168,16 +170,15 @@ def service(directory: Path, *, workers: int = 1) -> Iterator[Service]:
     roots = {tenant: pki.make_root(tenant) for tenant in _TENANTS}
     recipients, tokens, agents = {}, {}, {}
     with DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock()) as store:
-        entries = ServiceStore(store)
         for tenant, root in roots.items():
             owner = NetworkService(tenant, _KEY)
             add_tenant(store, tenant, root.certificate, actor="bench")
-            csr = entries.add_key(owner, actor="bench")
+            csr = add_key(store, owner, actor="bench")
             recipients[owner] = pki.sign_service_csr(root, csr)
             import_certificate(store, owner, recipients[owner], actor="bench")
-            entries.set_dialect(tenant, DialectName.TRANSIT, actor="bench")
+            set_dialect(store, tenant, DialectName.TRANSIT, actor="bench")
             grant = Grant(tenant=tenant, dialect=DialectName.TRANSIT, label="bench")
-            tokens[tenant] = entries.issue(grant, actor="bench").secret
+            tokens[tenant] = issue_credential(store, grant, actor="bench").secret
             files = pki.write_credential(
                 pki.issue_agent_tls(root, tenant, _AGENT), directory, f"agent-{tenant}"
             )
@@ -185,9 +186,11 @@ def service(directory: Path, *, workers: int = 1) -> Iterator[Service]:
             context.load_cert_chain(*files)
             agents[tenant] = (context, pki.issue_agent_signing(root, tenant, _AGENT))
         stores = XksSettings(stores=(XksStore(prefix=_PREFIX, keys={"k1": _KEY}),))
-        entries.set_dialect("bench", DialectName.XKS, settings=stores, actor="bench")
-        issued = entries.issue(
-            Grant(tenant="bench", dialect=DialectName.XKS, label="kms", endpoint=_PREFIX), actor="bench"
+        set_dialect(store, "bench", DialectName.XKS, settings=stores, actor="bench")
+        issued = issue_credential(
+            store,
+            Grant(tenant="bench", dialect=DialectName.XKS, label="kms", endpoint=_PREFIX),
+            actor="bench",
         )
     settings = directory / "sealgate.toml"
     settings.write_text(

@@ -30,8 +30,15 @@ from proxy.operating import (
 )
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
+from proxy.tenants.credential_store import (
+    Grant,
+    Issued,
+    issue_credential,
+    revoke_credential,
+    rotate_credential,
+    rotate_file_key,
+)
 from proxy.tenants.service_rows import joined
-from proxy.tenants.service_store import Grant, Issued, ServiceStore
 from runtime.cli import CommandError, ExitCode
 
 credential_app = typer.Typer(no_args_is_help=True, help="Credentials of the encryption service's callers.")
@@ -110,7 +117,7 @@ def credential_issue(  # noqa: PLR0917 - typer calls it by name
         )
         pair = None if access_key_file is None else _access_key(access_key_file)
         token = None if token_file is None else _token(token_file)
-        issued = ServiceStore(operator.store).issue(grant, actor=operator.actor, access_key=pair, token=token)
+        issued = issue_credential(operator.store, grant, actor=operator.actor, access_key=pair, token=token)
         _show_issued(operator, issued, secret_file, is_known=token is not None)
 
 
@@ -152,7 +159,8 @@ def credential_rotate(
         _check_secret_file(secret_file)
         now_s = operator.store.now_ms() / 1000
         ends_s = None if overlap is None else now_s + _seconds(overlap)
-        issued = ServiceStore(operator.store).rotate(
+        issued = rotate_credential(
+            operator.store,
             credential,
             actor=operator.actor,
             old_ends_s=ends_s,
@@ -165,7 +173,7 @@ def credential_rotate(
 def credential_revoke(context: typer.Context, credential: CredentialId) -> None:
     """Let nobody in by this credential any more."""
     with operating(context) as operator:
-        entry = ServiceStore(operator.store).revoke(credential, actor=operator.actor)
+        entry = revoke_credential(operator.store, credential, actor=operator.actor)
         say_effective(
             operator,
             {"changed": True, "revoked": entry.id, "tenant": entry.tenant},
@@ -177,7 +185,7 @@ def credential_revoke(context: typer.Context, credential: CredentialId) -> None:
 def credential_rotate_file_key(context: typer.Context) -> None:
     """Seal the stored secrets of SigV4 credentials by a new file key, and remove the old one."""
     with operating(context) as operator:
-        count = ServiceStore(operator.store).rotate_file_key(actor=operator.actor)
+        count = rotate_file_key(operator.store, actor=operator.actor)
         say_effective(
             operator, {"changed": True, "resealed": count}, f"{count} secret(s) sealed by a new file key"
         )

@@ -18,8 +18,8 @@ from proxy.operating import (
     operating,
     usage_error,
 )
+from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.service_rows import parse_settings
-from proxy.tenants.service_store import ServiceStore
 from runtime.cli import CommandError, ExitCode
 
 dialect_app = typer.Typer(no_args_is_help=True, help="What the encryption service speaks, tenant by tenant.")
@@ -90,7 +90,8 @@ def _set_dialect(
 ) -> None:
     with operating(context) as operator:
         before = operator.store.revision()
-        entry = ServiceStore(operator.store).set_dialect(
+        entry = set_dialect(
+            operator.store,
             check_name("tenant", tenant),
             dialect,
             actor=operator.actor,

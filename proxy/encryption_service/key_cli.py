@@ -21,9 +21,9 @@ from proxy.operating import (
     write_csr,
 )
 from proxy.tenants.certificates import KeyType
+from proxy.tenants.named_key_store import add_key, remove_key, set_blocked
 from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
 from proxy.tenants.service_rows import joined
-from proxy.tenants.service_store import ServiceStore
 
 key_app = typer.Typer(no_args_is_help=True, help="Named keys of the encryption service.")
 
@@ -52,7 +52,6 @@ def key_add(  # noqa: PLR0917 - typer calls it by name
     with operating(context) as operator:
         owner = parse_owner(name)
         check_csr_file(csr)
-        store = ServiceStore(operator.store)
         operations = None if not operation else frozenset(operation)
         known = operator.store.snapshot().encryption_service.keys.get(owner)
         same = known is not None and (known.use, known.algorithm) == (use, algorithm)
@@ -60,7 +59,8 @@ def key_add(  # noqa: PLR0917 - typer calls it by name
             request = certificate_request(operator.store, owner)
         else:
             known = None
-            request = store.add_key(
+            request = add_key(
+                operator.store,
                 owner,
                 actor=operator.actor,
                 use=use,
@@ -135,16 +135,14 @@ def key_remove(context: typer.Context, name: KeyName) -> None:
     """Remove a named key from this proxy. What it has encrypted opens again when it is provisioned again."""
     with operating(context) as operator:
         owner = parse_owner(name)
-        ServiceStore(operator.store).remove_key(owner, actor=operator.actor)
+        remove_key(operator.store, owner, actor=operator.actor)
         say_effective(operator, {"changed": True, "removed": str(owner)}, f"key {owner} removed")
 
 
 def _set_blocked(context: typer.Context, name: str, *, blocked: bool) -> None:
     with operating(context) as operator:
         before = operator.store.revision()
-        key = ServiceStore(operator.store).set_blocked(
-            parse_owner(name), blocked=blocked, actor=operator.actor
-        )
+        key = set_blocked(operator.store, parse_owner(name), blocked=blocked, actor=operator.actor)
         _show_key(operator, key, changed=operator.store.revision() != before)
 
 

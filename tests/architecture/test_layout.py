@@ -95,6 +95,10 @@ _DIRECTORY: Final = (
     "tests/proxy/tenants/test_directory.py",
     "a part of the directory: what is provisioned is found again, what is refused is not, on both databases",
 )
+_SERVICE_STORES: Final = (
+    "tests/proxy/tenants/test_encryption_service_stores.py",
+    "keys, dialects and credentials name each other: right when they do so together",
+)
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 _BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
@@ -379,6 +383,9 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/operating.py": _PROXY_COMMANDS,
     "proxy/profile_cli.py": _PROXY_COMMANDS,
     "proxy/tenant_cli.py": _PROXY_COMMANDS,
+    "proxy/tenants/credential_store.py": _SERVICE_STORES,
+    "proxy/tenants/dialect_store.py": _SERVICE_STORES,
+    "proxy/tenants/named_key_store.py": _SERVICE_STORES,
     "proxy/tenants/directory_rows.py": _DIRECTORY,
     "proxy/tenants/errors.py": _DIRECTORY,
     "proxy/tenants/key_files.py": _DIRECTORY,
@@ -387,7 +394,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/tenants/rules.py": _DIRECTORY,
     "proxy/tenants/tenant_store.py": _DIRECTORY,
     "proxy/tenants/service_rows.py": (
-        "tests/proxy/tenants/test_service_store.py",
+        "tests/proxy/tenants/test_encryption_service_stores.py",
         "rows read as they were written, on both databases",
     ),
     "proxy/workers/link.py": _WORKERS,

@@ -35,9 +35,11 @@ from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
 from key_agent import api
 from proxy.encryption_service.credentials import new_bearer
 from proxy.encryption_service.model import DialectName
+from proxy.tenants.credential_store import Grant, issue_credential
+from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.named_key_store import add_key
 from proxy.tenants.recipient_store import import_certificate
-from proxy.tenants.service_store import Grant, ServiceStore
 from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from tests import pki
@@ -161,9 +163,8 @@ class SiteProxy:
     ) -> Path:
         """Have it host *service*; the file of the certificate to tell the agent."""
         owner = NetworkService(TENANT, service)
-        entries = ServiceStore(self.store)
         signs = None if algorithm is None else SigningAlgorithm(algorithm)
-        csr = entries.add_key(owner, use=KeyUse(use), algorithm=signs, actor="test")
+        csr = add_key(self.store, owner, use=KeyUse(use), algorithm=signs, actor="test")
         signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
         import_certificate(self.store, owner, signed, actor="test")
         file = pki.write_certificate(signed, self.config.parent / f"{service}.pem")
@@ -434,10 +435,9 @@ def _proxy(
     """)
     store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
     add_tenant(store, TENANT, tenant.root.certificate, actor="test")
-    entries = ServiceStore(store)
-    entries.set_dialect(TENANT, DialectName.NATIVE, actor="test")
+    set_dialect(store, TENANT, DialectName.NATIVE, actor="test")
     grant = Grant(tenant=TENANT, dialect=DialectName.NATIVE, label="test")
-    entries.issue(grant, actor="test", token=token)
+    issue_credential(store, grant, actor="test", token=token)
     made = SiteProxy(
         name,
         config,

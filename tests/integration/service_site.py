@@ -19,9 +19,11 @@ from envelope.base64url import b64u_decode
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
 from proxy.encryption_service.model import DialectName
+from proxy.tenants.credential_store import Grant, issue_credential
+from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.named_key_store import add_key
 from proxy.tenants.recipient_store import import_certificate
-from proxy.tenants.service_store import Grant, ServiceStore
 from proxy.tenants.tenant_store import add_tenant
 from runtime.clock import SystemClock
 from runtime.tls import client_context
@@ -64,14 +66,13 @@ class Site:
         state.mkdir(mode=0o700)
         push_port, health_port, port = free_port(), free_port(), free_port()
         with DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock()) as store:
-            entries = ServiceStore(store)
             add_tenant(store, "acme", tenant.root.certificate, actor="test")
-            csr = entries.add_key(OWNER, actor="test")
+            csr = add_key(store, OWNER, actor="test")
             recipient = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
             import_certificate(store, OWNER, recipient, actor="test")
-            entries.set_dialect("acme", DialectName.TRANSIT, actor="test")
+            set_dialect(store, "acme", DialectName.TRANSIT, actor="test")
             grant = Grant(tenant="acme", dialect=DialectName.TRANSIT, label="test")
-            token = entries.issue(grant, actor="test").secret
+            token = issue_credential(store, grant, actor="test").secret
         config = directory / "sealgate.toml"
         config.write_text(f"""
             [proxy]

@@ -15,7 +15,7 @@ import pytest
 
 from envelope.audit import EMPTY
 from proxy import config
-from proxy.tenants.service_store import ServiceStore
+from proxy.tenants.named_key_store import set_blocked
 from runtime.audit_files import read_chain
 from runtime.settings import SettingsError
 from tests.children import output_of
@@ -154,7 +154,7 @@ async def test_workers_follow_the_directory_and_end_with_their_proxy(tmp_path: P
     async with site.running() as process:
         await site.push()
         with site.store() as store:
-            ServiceStore(store).set_blocked(OWNER, blocked=True, actor="test")
+            set_blocked(store, OWNER, blocked=True, actor="test")
         async with asyncio.timeout(30):
             while {(await site.encrypt())[0] for _ in range(10)} != {400}:
                 await asyncio.sleep(0.02)

@@ -19,10 +19,11 @@ from envelope.inspect import Kind, describe
 from envelope.keys import KeyId, NetworkService
 from proxy.encryption_service.credentials import new_access_key
 from proxy.encryption_service.model import DialectName, XksSettings, XksStore
+from proxy.tenants.credential_store import Grant, issue_credential
+from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.model import Listen, Upstream
 from proxy.tenants.network_service_store import add_service
 from proxy.tenants.recipient_store import import_certificate
-from proxy.tenants.service_store import Grant, ServiceStore
 from tests import pki
 from tests.environments.administrators import approved
 from tests.environments.site import TENANT, SiteEnvironment, until
@@ -400,10 +401,11 @@ def _provider(site: Site) -> Provider:
     store = XksStore(prefix=prefix, keys={"orders": KEY})
     for name in ALL:
         for proxy in site[name].proxies:
-            entries = ServiceStore(proxy.store)
-            entries.set_dialect(TENANT, DialectName.XKS, settings=XksSettings(stores=(store,)), actor="test")
+            set_dialect(
+                proxy.store, TENANT, DialectName.XKS, settings=XksSettings(stores=(store,)), actor="test"
+            )
             grant = Grant(tenant=TENANT, dialect=DialectName.XKS, label="aws", endpoint=prefix)
-            entries.issue(grant, actor="test", access_key=access_key)
+            issue_credential(proxy.store, grant, actor="test", access_key=access_key)
     return Provider(f"http://{site.balanced.front}/{prefix}", access_key)
 
 

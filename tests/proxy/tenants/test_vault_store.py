@@ -5,11 +5,11 @@ from sqlalchemy import create_engine, text
 
 from envelope.errors import FormatError
 from envelope.keys import NetworkService
+from proxy.tenants.credential_store import rotate_file_key
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.errors import ChangeRefusedError, NotThereError
 from proxy.tenants.model import Upstream
 from proxy.tenants.network_service_store import add_service, remove_service
-from proxy.tenants.service_store import ServiceStore
 from proxy.tenants.tenant_store import add_tenant
 from proxy.tenants.vault_store import add_credential, remove_credential
 from proxy.vault.model import Secrets, VaultError
@@ -132,7 +132,7 @@ def test_rotating_the_file_key_seals_the_vault_anew(place: Place, ready: Directo
     add_credential(ready, S3, "KEY", Secrets(client_secret=SECRET), actor=ACTOR)
     before = ready.snapshot().services[S3].credentials["KEY"]
     old = list((place.state_dir / "file-keys").iterdir())
-    assert ServiceStore(ready).rotate_file_key(actor=ACTOR) == 1
+    assert rotate_file_key(ready, actor=ACTOR) == 1
     after = ready.snapshot().services[S3].credentials["KEY"]
     assert after.sealed[:8] != before.sealed[:8]
     assert after.open().client_secret == SECRET
@@ -150,4 +150,4 @@ def test_a_secret_that_does_not_open_stops_the_rotation(place: Place, ready: Dir
         connection.execute(text("UPDATE upstream_credential SET access_key = 'OTHER'"))
     engine.dispose()
     with pytest.raises(ChangeRefusedError, match="does not open"):
-        ServiceStore(ready).rotate_file_key(actor=ACTOR)
+        rotate_file_key(ready, actor=ACTOR)

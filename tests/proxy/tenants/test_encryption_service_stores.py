@@ -37,12 +37,21 @@ from proxy.encryption_service.model import (
 )
 from proxy.tenants import migrations
 from proxy.tenants.certificates import read_private_key
+from proxy.tenants.credential_store import (
+    Grant,
+    Issued,
+    issue_credential,
+    revoke_credential,
+    rotate_credential,
+    rotate_file_key,
+)
+from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError, NotThereError
 from proxy.tenants.model import Upstream
+from proxy.tenants.named_key_store import add_key, remove_key, set_blocked
 from proxy.tenants.network_service_store import add_service, remove_service, update_service
 from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
-from proxy.tenants.service_store import Grant, Issued, ServiceStore
 from proxy.tenants.tenant_store import add_tenant, remove_tenant
 from tests.pki import Tenant
 from tests.proxy.tenants.places import BOTH, Place, make_place, sign
@@ -65,12 +74,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def service(store: DirectoryStore, acme: Tenant, globex: Tenant) -> ServiceStore:
+def provisioned(store: DirectoryStore, acme: Tenant, globex: Tenant) -> DirectoryStore:
+    """Two tenants, one with a key."""
     for tenant in (acme, globex):
         add_tenant(store, tenant.name, tenant.root.certificate, actor=ACTOR)
-    service = ServiceStore(store)
-    service.add_key(ORDERS, actor=ACTOR)
-    return service
+    add_key(store, ORDERS, actor=ACTOR)
+    return store
 
 
 def xks(*prefixes: str, key: str = "orders") -> XksSettings:
@@ -97,9 +106,10 @@ def refused(attempt: Callable[[], object], store: DirectoryStore) -> str:
 
 @on_both
 def test_a_named_key_is_a_recipient_without_an_upstream(
-    place: Place, store: DirectoryStore, service: ServiceStore, acme: Tenant
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore, acme: Tenant
 ) -> None:
-    csr = service.add_key(
+    csr = add_key(
+        provisioned,
         SIGNER,
         actor=ACTOR,
         use=KeyUse.SIGN,
@@ -130,7 +140,9 @@ def test_a_named_key_is_a_recipient_without_an_upstream(
         )
 
 
-def test_a_key_is_renewed_like_a_service(store: DirectoryStore, service: ServiceStore, acme: Tenant) -> None:
+def test_a_key_is_renewed_like_a_service(
+    store: DirectoryStore, provisioned: DirectoryStore, acme: Tenant
+) -> None:
     csr = certificate_request(store, ORDERS)
     import_certificate(store, ORDERS, sign(acme, csr), actor=ACTOR)
     renewed = renew_key(store, ORDERS, actor=ACTOR)
@@ -152,25 +164,29 @@ def test_a_key_is_renewed_like_a_service(store: DirectoryStore, service: Service
 )
 def test_use_algorithm_and_operations_fit(
     store: DirectoryStore,
-    service: ServiceStore,
+    provisioned: DirectoryStore,
     use: KeyUse,
     algorithm: SigningAlgorithm | None,
     operations: frozenset[Op] | None,
 ) -> None:
     refused(
-        lambda: service.add_key(SIGNER, actor=ACTOR, use=use, algorithm=algorithm, operations=operations),
+        lambda: add_key(
+            provisioned, SIGNER, actor=ACTOR, use=use, algorithm=algorithm, operations=operations
+        ),
         store,
     )
 
 
-def test_names_are_shared_with_services(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+def test_names_are_shared_with_services(
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore
+) -> None:
     upstream = Upstream.parse("https://drive.example")
     drive = NetworkService("acme", "drive")
     add_service(store, drive, upstream, actor=ACTOR)
     files = place.files()
-    refused(lambda: service.add_key(drive, actor=ACTOR), store)
-    refused(lambda: service.add_key(ORDERS, actor=ACTOR), store)
-    refused(lambda: service.add_key(NetworkService("nobody", "x"), actor=ACTOR), store)
+    refused(lambda: add_key(provisioned, drive, actor=ACTOR), store)
+    refused(lambda: add_key(provisioned, ORDERS, actor=ACTOR), store)
+    refused(lambda: add_key(provisioned, NetworkService("nobody", "x"), actor=ACTOR), store)
     refused(lambda: add_service(store, ORDERS, Upstream.parse("https://x.example"), actor=ACTOR), store)
     with pytest.raises(NotThereError):
         remove_service(store, ORDERS, actor=ACTOR)
@@ -180,51 +196,51 @@ def test_names_are_shared_with_services(place: Place, store: DirectoryStore, ser
 
 
 @on_both
-def test_two_keys_have_no_upstream_in_common(service: ServiceStore) -> None:
+def test_two_keys_have_no_upstream_in_common(provisioned: DirectoryStore) -> None:
     """The uniqueness of upstreams does not count what is null."""
     for number in range(3):
-        service.add_key(NetworkService("acme", f"k{number}"), actor=ACTOR)
+        add_key(provisioned, NetworkService("acme", f"k{number}"), actor=ACTOR)
 
 
-def test_blocking_is_a_change_once(store: DirectoryStore, service: ServiceStore) -> None:
-    assert service.set_blocked(ORDERS, blocked=True, actor=ACTOR).blocked
+def test_blocking_is_a_change_once(store: DirectoryStore, provisioned: DirectoryStore) -> None:
+    assert set_blocked(provisioned, ORDERS, blocked=True, actor=ACTOR).blocked
     revision = store.revision()
-    assert service.set_blocked(ORDERS, blocked=True, actor=ACTOR).blocked
+    assert set_blocked(provisioned, ORDERS, blocked=True, actor=ACTOR).blocked
     assert store.revision() == revision
-    assert not service.set_blocked(ORDERS, blocked=False, actor=ACTOR).blocked
+    assert not set_blocked(provisioned, ORDERS, blocked=False, actor=ACTOR).blocked
     with pytest.raises(NotThereError):
-        service.set_blocked(SIGNER, blocked=True, actor=ACTOR)
+        set_blocked(provisioned, SIGNER, blocked=True, actor=ACTOR)
     assert [change.action for change in store.history(after=3)] == ["key-blocked", "key-unblocked"]
 
 
-def test_a_key_that_is_named_stays(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
-    service.set_dialect("acme", XKS, settings=xks("prefix"), actor=ACTOR)
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
+def test_a_key_that_is_named_stays(place: Place, store: DirectoryStore, provisioned: DirectoryStore) -> None:
+    set_dialect(provisioned, "acme", XKS, settings=xks("prefix"), actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
     grant = Grant(tenant="acme", dialect=NATIVE, label="x", keys=frozenset({"orders"}))
-    issued = service.issue(grant, actor=ACTOR)
-    why = refused(lambda: service.remove_key(ORDERS, actor=ACTOR), store)
+    issued = issue_credential(provisioned, grant, actor=ACTOR)
+    why = refused(lambda: remove_key(provisioned, ORDERS, actor=ACTOR), store)
     assert issued.entry.id in why
     assert "xks" in why
-    service.revoke(issued.entry.id, actor=ACTOR)
-    service.set_dialect("acme", XKS, settings=XksSettings(), actor=ACTOR)
+    revoke_credential(provisioned, issued.entry.id, actor=ACTOR)
+    set_dialect(provisioned, "acme", XKS, settings=XksSettings(), actor=ACTOR)
     assert sum("orders" in name for name in place.files()) == 1
-    service.remove_key(ORDERS, actor=ACTOR)
+    remove_key(provisioned, ORDERS, actor=ACTOR)
     assert sum("orders" in name for name in place.files()) == 0
     with pytest.raises(NotThereError):
-        service.remove_key(ORDERS, actor=ACTOR)
-    service.add_key(ORDERS, actor=ACTOR)
+        remove_key(provisioned, ORDERS, actor=ACTOR)
+    add_key(provisioned, ORDERS, actor=ACTOR)
 
 
 @on_both
 def test_a_tenant_goes_with_its_dialects_and_credentials(
-    store: DirectoryStore, service: ServiceStore
+    store: DirectoryStore, provisioned: DirectoryStore
 ) -> None:
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
-    service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
+    issue_credential(provisioned, Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR)
     assert "sealgate key remove acme/orders" in refused_next(
         lambda: remove_tenant(store, "acme", actor=ACTOR)
     )
-    service.remove_key(ORDERS, actor=ACTOR)
+    remove_key(provisioned, ORDERS, actor=ACTOR)
     remove_tenant(store, "acme", actor=ACTOR)
     left = store.snapshot().encryption_service
     assert (dict(left.keys), dict(left.dialects), dict(left.credentials)) == ({}, {}, {})
@@ -239,24 +255,24 @@ def refused_next(attempt: Callable[[], object]) -> str:
 # Dialects.
 
 
-def test_a_dialect_is_off_until_it_is_switched_on(store: DirectoryStore, service: ServiceStore) -> None:
+def test_a_dialect_is_off_until_it_is_switched_on(store: DirectoryStore, provisioned: DirectoryStore) -> None:
     assert store.snapshot().encryption_service.dialect("acme", NATIVE) is None
-    assert service.set_dialect("acme", NATIVE, enabled=True, actor=ACTOR).settings == NativeSettings()
-    assert service.set_dialect("acme", TRANSIT, actor=ACTOR).settings == TransitSettings()
+    assert set_dialect(provisioned, "acme", NATIVE, enabled=True, actor=ACTOR).settings == NativeSettings()
+    assert set_dialect(provisioned, "acme", TRANSIT, actor=ACTOR).settings == TransitSettings()
     revision = store.revision()
-    service.set_dialect("acme", NATIVE, enabled=True, actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, enabled=True, actor=ACTOR)
     assert store.revision() == revision
-    off = service.set_dialect("acme", TRANSIT, enabled=False, actor=ACTOR)
+    off = set_dialect(provisioned, "acme", TRANSIT, enabled=False, actor=ACTOR)
     assert (off.enabled, off.settings) == (False, TransitSettings())
     assert store.snapshot().encryption_service.dialect("acme", TRANSIT) is None
     assert store.snapshot().encryption_service.dialect("globex", NATIVE) is None
-    refused(lambda: service.set_dialect("acme", XKS, enabled=True, actor=ACTOR), store)
-    refused(lambda: service.set_dialect("acme", KACLS, enabled=True, actor=ACTOR), store)
+    refused(lambda: set_dialect(provisioned, "acme", XKS, enabled=True, actor=ACTOR), store)
+    refused(lambda: set_dialect(provisioned, "acme", KACLS, enabled=True, actor=ACTOR), store)
 
 
 @on_both
-def test_settings_are_read_as_they_were_written(place: Place, service: ServiceStore) -> None:
-    service.add_key(SIGNER, actor=ACTOR, use=KeyUse.SIGN, algorithm=SigningAlgorithm.RS256)
+def test_settings_are_read_as_they_were_written(place: Place, provisioned: DirectoryStore) -> None:
+    add_key(provisioned, SIGNER, actor=ACTOR, use=KeyUse.SIGN, algorithm=SigningAlgorithm.RS256)
     wanted: dict[DialectName, DialectSettings] = {
         NATIVE: NativeSettings(),
         XKS: xks("a/b_c-D", "other"),
@@ -270,7 +286,7 @@ def test_settings_are_read_as_they_were_written(place: Place, service: ServiceSt
         ),
     }
     for dialect, settings in wanted.items():
-        service.set_dialect("acme", dialect, settings=settings, actor=ACTOR)
+        set_dialect(provisioned, "acme", dialect, settings=settings, actor=ACTOR)
     with place.open() as again:
         found = again.snapshot().encryption_service.dialects
         assert {name: found["acme", name].settings for name in DialectName} == wanted
@@ -314,27 +330,33 @@ BAD_SETTINGS: list[tuple[DialectName, DialectSettings]] = [
 ]
 
 
-def test_settings_that_break_a_rule_are_refused(store: DirectoryStore, service: ServiceStore) -> None:
-    service.add_key(SIGNER, actor=ACTOR, use=KeyUse.SIGN, algorithm=SigningAlgorithm.RS256)
+def test_settings_that_break_a_rule_are_refused(store: DirectoryStore, provisioned: DirectoryStore) -> None:
+    add_key(provisioned, SIGNER, actor=ACTOR, use=KeyUse.SIGN, algorithm=SigningAlgorithm.RS256)
     for dialect, settings in BAD_SETTINGS:
         refused(
-            lambda dialect=dialect, settings=settings: service.set_dialect(  # type: ignore[misc]
-                "acme", dialect, settings=settings, actor=ACTOR
+            lambda dialect=dialect, settings=settings: set_dialect(
+                provisioned,  # type: ignore[misc]
+                "acme",
+                dialect,
+                settings=settings,
+                actor=ACTOR,
             ),
             store,
         )
     longest = "a" * (128 - len("//kms/xks/v1"))
-    service.set_dialect("acme", XKS, settings=xks(longest), actor=ACTOR)
+    set_dialect(provisioned, "acme", XKS, settings=xks(longest), actor=ACTOR)
 
 
-def test_what_yields_the_tenant_is_one_tenants(store: DirectoryStore, service: ServiceStore) -> None:
-    service.add_key(NetworkService("globex", "orders"), actor=ACTOR)
-    service.set_dialect("acme", XKS, settings=xks("taken"), actor=ACTOR)
-    service.set_dialect("acme", KACLS, settings=kacls(), actor=ACTOR)
-    refused(lambda: service.set_dialect("globex", XKS, settings=xks("free", "taken"), actor=ACTOR), store)
-    refused(lambda: service.set_dialect("globex", KACLS, settings=kacls(), actor=ACTOR), store)
-    service.set_dialect("acme", XKS, enabled=False, actor=ACTOR)  # and it stays the tenant's
-    refused(lambda: service.set_dialect("globex", XKS, settings=xks("taken"), actor=ACTOR), store)
+def test_what_yields_the_tenant_is_one_tenants(store: DirectoryStore, provisioned: DirectoryStore) -> None:
+    add_key(provisioned, NetworkService("globex", "orders"), actor=ACTOR)
+    set_dialect(provisioned, "acme", XKS, settings=xks("taken"), actor=ACTOR)
+    set_dialect(provisioned, "acme", KACLS, settings=kacls(), actor=ACTOR)
+    refused(
+        lambda: set_dialect(provisioned, "globex", XKS, settings=xks("free", "taken"), actor=ACTOR), store
+    )
+    refused(lambda: set_dialect(provisioned, "globex", KACLS, settings=kacls(), actor=ACTOR), store)
+    set_dialect(provisioned, "acme", XKS, enabled=False, actor=ACTOR)  # and it stays the tenant's
+    refused(lambda: set_dialect(provisioned, "globex", XKS, settings=xks("taken"), actor=ACTOR), store)
 
 
 # Credentials.
@@ -359,9 +381,9 @@ def enters(store: DirectoryStore, place: Place, issued: Issued) -> bool:
 
 @on_both
 def test_a_credential_is_issued_used_and_revoked(
-    place: Place, store: DirectoryStore, service: ServiceStore
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore
 ) -> None:
-    service.set_dialect("acme", TRANSIT, actor=ACTOR)
+    set_dialect(provisioned, "acme", TRANSIT, actor=ACTOR)
     grant = Grant(
         tenant="acme",
         dialect=TRANSIT,
@@ -373,27 +395,29 @@ def test_a_credential_is_issued_used_and_revoked(
         not_after_s=place.clock.wall_s() + 3600,
         requests_per_s=2.5,
     )
-    issued = service.issue(grant, actor=ACTOR)
+    issued = issue_credential(provisioned, grant, actor=ACTOR)
     with place.open() as again:
         found = again.snapshot().encryption_service.credentials[issued.entry.id]
     assert found == issued.entry
     assert enters(store, place, issued)
     place.clock.shift(3600)
     assert not enters(store, place, issued)
-    assert service.revoke(issued.entry.id, actor=ACTOR) == issued.entry
+    assert revoke_credential(provisioned, issued.entry.id, actor=ACTOR) == issued.entry
     assert store.snapshot().encryption_service.credentials == {}
     with pytest.raises(NotThereError):
-        service.revoke(issued.entry.id, actor=ACTOR)
+        revoke_credential(provisioned, issued.entry.id, actor=ACTOR)
 
 
 @on_both
-def test_secrets_stand_nowhere(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
+def test_secrets_stand_nowhere(place: Place, store: DirectoryStore, provisioned: DirectoryStore) -> None:
     """Neither in the database nor in the history, nor in files but the file key; nor in a repr."""
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
-    service.set_dialect("acme", XKS, settings=xks("prefix"), actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
+    set_dialect(provisioned, "acme", XKS, settings=xks("prefix"), actor=ACTOR)
     made = [
-        service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR),
-        service.issue(Grant(tenant="acme", dialect=XKS, label="x", endpoint="prefix"), actor=ACTOR),
+        issue_credential(provisioned, Grant(tenant="acme", dialect=NATIVE, label="x"), actor=ACTOR),
+        issue_credential(
+            provisioned, Grant(tenant="acme", dialect=XKS, label="x", endpoint="prefix"), actor=ACTOR
+        ),
     ]
     store.close()
     everything = b"".join(path.read_bytes() for path in place.state_dir.rglob("*") if path.is_file())
@@ -411,42 +435,53 @@ def test_secrets_stand_nowhere(place: Place, store: DirectoryStore, service: Ser
 
 
 def test_an_xks_credential_is_for_one_key_store(
-    place: Place, store: DirectoryStore, service: ServiceStore
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore
 ) -> None:
-    service.set_dialect("acme", XKS, settings=xks("one", "two"), actor=ACTOR)
-    refused(lambda: service.issue(Grant(tenant="acme", dialect=XKS, label="x"), actor=ACTOR), store)
+    set_dialect(provisioned, "acme", XKS, settings=xks("one", "two"), actor=ACTOR)
     refused(
-        lambda: service.issue(Grant(tenant="acme", dialect=XKS, label="x", endpoint="three"), actor=ACTOR),
+        lambda: issue_credential(provisioned, Grant(tenant="acme", dialect=XKS, label="x"), actor=ACTOR),
         store,
     )
-    issued = service.issue(Grant(tenant="acme", dialect=XKS, label="x", endpoint="one"), actor=ACTOR)
+    refused(
+        lambda: issue_credential(
+            provisioned, Grant(tenant="acme", dialect=XKS, label="x", endpoint="three"), actor=ACTOR
+        ),
+        store,
+    )
+    issued = issue_credential(
+        provisioned, Grant(tenant="acme", dialect=XKS, label="x", endpoint="one"), actor=ACTOR
+    )
     assert enters(store, place, issued)
-    refused(lambda: service.set_dialect("acme", XKS, settings=xks("two"), actor=ACTOR), store)
-    service.revoke(issued.entry.id, actor=ACTOR)
-    service.set_dialect("acme", XKS, settings=xks("two"), actor=ACTOR)
+    refused(lambda: set_dialect(provisioned, "acme", XKS, settings=xks("two"), actor=ACTOR), store)
+    revoke_credential(provisioned, issued.entry.id, actor=ACTOR)
+    set_dialect(provisioned, "acme", XKS, settings=xks("two"), actor=ACTOR)
 
 
-def test_an_access_key_of_the_tenants_own(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
-    service.set_dialect("acme", XKS, settings=xks("one"), actor=ACTOR)
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
+def test_an_access_key_of_the_tenants_own(
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore
+) -> None:
+    set_dialect(provisioned, "acme", XKS, settings=xks("one"), actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
     grant = Grant(tenant="acme", dialect=XKS, label="x", endpoint="one")
     pair = ("A" * 20, "s" * 64)
-    issued = service.issue(grant, actor=ACTOR, access_key=pair)
+    issued = issue_credential(provisioned, grant, actor=ACTOR, access_key=pair)
     assert (issued.entry.id, issued.secret) == pair
     assert enters(store, place, issued)
-    refused(lambda: service.issue(grant, actor=ACTOR, access_key=pair), store)
+    refused(lambda: issue_credential(provisioned, grant, actor=ACTOR, access_key=pair), store)
     with pytest.raises(FormatError):
-        service.issue(grant, actor=ACTOR, access_key=("A" * 20, "short"))
+        issue_credential(provisioned, grant, actor=ACTOR, access_key=("A" * 20, "short"))
     native = Grant(tenant="acme", dialect=NATIVE, label="x")
-    refused(lambda: service.issue(native, actor=ACTOR, access_key=("B" * 20, "s" * 64)), store)
-    refused(lambda: service.issue(grant, actor=ACTOR, token=new_bearer().token), store)
+    refused(
+        lambda: issue_credential(provisioned, native, actor=ACTOR, access_key=("B" * 20, "s" * 64)), store
+    )
+    refused(lambda: issue_credential(provisioned, grant, actor=ACTOR, token=new_bearer().token), store)
 
 
-def test_grants_that_name_nothing_are_refused(store: DirectoryStore, service: ServiceStore) -> None:
+def test_grants_that_name_nothing_are_refused(store: DirectoryStore, provisioned: DirectoryStore) -> None:
     native = Grant(tenant="acme", dialect=NATIVE, label="x")
-    refused(lambda: service.issue(native, actor=ACTOR), store)  # the dialect is not set up
+    refused(lambda: issue_credential(provisioned, native, actor=ACTOR), store)  # the dialect is not set up
     for dialect in (NATIVE, TRANSIT):
-        service.set_dialect("acme", dialect, actor=ACTOR)
+        set_dialect(provisioned, "acme", dialect, actor=ACTOR)
     for grant in (
         Grant(tenant="nobody", dialect=NATIVE, label="x"),
         Grant(tenant="globex", dialect=NATIVE, label="x"),
@@ -461,15 +496,15 @@ def test_grants_that_name_nothing_are_refused(store: DirectoryStore, service: Se
         Grant(tenant="acme", dialect=TRANSIT, label="x", endpoint="other"),
         Grant(tenant="acme", dialect=NATIVE, label="x", requests_per_s=0),
     ):
-        refused(lambda grant=grant: service.issue(grant, actor=ACTOR), store)  # type: ignore[misc]
+        refused(lambda grant=grant: issue_credential(provisioned, grant, actor=ACTOR), store)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("dialect", [NATIVE, XKS])
 def test_rotation_has_two_live_at_once_and_no_third(
-    place: Place, store: DirectoryStore, service: ServiceStore, dialect: DialectName
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore, dialect: DialectName
 ) -> None:
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
-    service.set_dialect("acme", XKS, settings=xks("one"), actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
+    set_dialect(provisioned, "acme", XKS, settings=xks("one"), actor=ACTOR)
     grant = Grant(
         tenant="acme",
         dialect=dialect,
@@ -479,55 +514,60 @@ def test_rotation_has_two_live_at_once_and_no_third(
         endpoint="one" if dialect is XKS else None,
         networks=(ip_network("127.0.0.0/8"),),
     )
-    first = service.issue(grant, actor=ACTOR)
-    second = service.rotate(first.entry.id, actor=ACTOR, old_ends_s=None)
+    first = issue_credential(provisioned, grant, actor=ACTOR)
+    second = rotate_credential(provisioned, first.entry.id, actor=ACTOR, old_ends_s=None)
     assert enters(store, place, first)
     assert enters(store, place, second)
     for name in ("tenant", "dialect", "label", "keys", "operations", "endpoint", "networks", "not_after_s"):
         assert getattr(second.entry, name) == getattr(first.entry, name)
     assert second.entry.replaces == first.entry.id
     for one in (first, second):
-        refused(lambda one=one: service.rotate(one.entry.id, actor=ACTOR, old_ends_s=None), store)  # type: ignore[misc]
-    service.revoke(first.entry.id, actor=ACTOR)
+        name = one.entry.id
+        refused(lambda name=name: rotate_credential(store, name, actor=ACTOR, old_ends_s=None), store)  # type: ignore[misc]
+    revoke_credential(provisioned, first.entry.id, actor=ACTOR)
     assert not enters(store, place, first)
-    third = service.rotate(second.entry.id, actor=ACTOR, old_ends_s=place.clock.wall_s() + 60)
+    third = rotate_credential(provisioned, second.entry.id, actor=ACTOR, old_ends_s=place.clock.wall_s() + 60)
     assert enters(store, place, second)
     place.clock.shift(60)
     assert not enters(store, place, second)
     assert enters(store, place, third)
-    fourth = service.rotate(third.entry.id, actor=ACTOR, old_ends_s=None)  # what has ended does not count
+    fourth = rotate_credential(
+        provisioned, third.entry.id, actor=ACTOR, old_ends_s=None
+    )  # what has ended does not count
     assert enters(store, place, fourth)
     with pytest.raises(NotThereError):
-        service.rotate("nothing", actor=ACTOR, old_ends_s=None)
+        rotate_credential(provisioned, "nothing", actor=ACTOR, old_ends_s=None)
 
 
 def test_rotation_lengthens_no_life_unasked(
-    place: Place, store: DirectoryStore, service: ServiceStore
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore
 ) -> None:
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
     end_s = place.clock.wall_s() + 60
-    first = service.issue(Grant(tenant="acme", dialect=NATIVE, label="x", not_after_s=end_s), actor=ACTOR)
-    second = service.rotate(first.entry.id, actor=ACTOR, old_ends_s=end_s + 3600)
+    first = issue_credential(
+        provisioned, Grant(tenant="acme", dialect=NATIVE, label="x", not_after_s=end_s), actor=ACTOR
+    )
+    second = rotate_credential(provisioned, first.entry.id, actor=ACTOR, old_ends_s=end_s + 3600)
     found = store.snapshot().encryption_service.credentials
     assert found[first.entry.id].not_after_s == found[second.entry.id].not_after_s == end_s
-    service.revoke(first.entry.id, actor=ACTOR)
+    revoke_credential(provisioned, first.entry.id, actor=ACTOR)
     place.clock.shift(61)
-    refused(lambda: service.rotate(second.entry.id, actor=ACTOR, old_ends_s=None), store)
+    refused(lambda: rotate_credential(provisioned, second.entry.id, actor=ACTOR, old_ends_s=None), store)
     later_s = place.clock.wall_s() + 60
-    third = service.rotate(second.entry.id, actor=ACTOR, old_ends_s=None, ends_s=later_s)
+    third = rotate_credential(provisioned, second.entry.id, actor=ACTOR, old_ends_s=None, ends_s=later_s)
     assert third.entry.not_after_s == later_s
     assert enters(store, place, third)
 
 
 @on_both
-def test_the_file_key_is_rotated(place: Place, store: DirectoryStore, service: ServiceStore) -> None:
-    service.set_dialect("acme", XKS, settings=xks("one"), actor=ACTOR)
+def test_the_file_key_is_rotated(place: Place, store: DirectoryStore, provisioned: DirectoryStore) -> None:
+    set_dialect(provisioned, "acme", XKS, settings=xks("one"), actor=ACTOR)
     grant = Grant(tenant="acme", dialect=XKS, label="x", endpoint="one")
-    made = [service.issue(grant, actor=ACTOR) for _ in range(3)]
+    made = [issue_credential(provisioned, grant, actor=ACTOR) for _ in range(3)]
     directory = place.state_dir / FILE_KEY_DIRECTORY
     (old,) = directory.iterdir()
     running = access_of(store, place)
-    assert service.rotate_file_key(actor=ACTOR) == 3
+    assert rotate_file_key(provisioned, actor=ACTOR) == 3
     (new,) = directory.iterdir()
     assert new != old
     assert stat.S_IMODE(new.stat().st_mode) == 0o600
@@ -544,18 +584,20 @@ def test_the_file_key_is_rotated(place: Place, store: DirectoryStore, service: S
             text("UPDATE service_credential SET verifier = :verifier WHERE id = :id"),
             {"verifier": os.urandom(80), "id": made[2].entry.id},
         )
-    assert made[2].entry.id in refused(lambda: service.rotate_file_key(actor=ACTOR), store)
+    assert made[2].entry.id in refused(lambda: rotate_file_key(provisioned, actor=ACTOR), store)
     assert list(directory.iterdir()) == [new]
     now = store.snapshot().encryption_service.credentials
     assert all(now[issued.entry.id].verifier == verifiers[issued.entry.id] for issued in made[:2])
 
 
-def test_every_change_is_in_the_history_with_its_actor(store: DirectoryStore, service: ServiceStore) -> None:
-    service.set_dialect("acme", NATIVE, actor="alice")
-    issued = service.issue(Grant(tenant="acme", dialect=NATIVE, label="x"), actor="bob")
-    service.rotate(issued.entry.id, actor="carol", old_ends_s=None)
-    service.revoke(issued.entry.id, actor="dave")
-    service.rotate_file_key(actor="erin")
+def test_every_change_is_in_the_history_with_its_actor(
+    store: DirectoryStore, provisioned: DirectoryStore
+) -> None:
+    set_dialect(provisioned, "acme", NATIVE, actor="alice")
+    issued = issue_credential(provisioned, Grant(tenant="acme", dialect=NATIVE, label="x"), actor="bob")
+    rotate_credential(provisioned, issued.entry.id, actor="carol", old_ends_s=None)
+    revoke_credential(provisioned, issued.entry.id, actor="dave")
+    rotate_file_key(provisioned, actor="erin")
     changes = store.history(after=2)
     assert [(change.action, change.actor) for change in changes] == [
         ("key-added", ACTOR),
@@ -596,7 +638,7 @@ def test_a_directory_of_the_version_before_is_taken_along(place: Place, acme: Te
         directory = store.snapshot()
         drive = directory.services[NetworkService("acme", "drive")]
         assert (str(drive.upstream), drive.profile) == ("https://drive.example:443", "generic")
-        ServiceStore(store).add_key(ORDERS, actor=ACTOR)
+        add_key(store, ORDERS, actor=ACTOR)
         taken = Upstream.parse("https://drive.example")
         with pytest.raises(ChangeRefusedError):
             add_service(store, NetworkService("acme", "again"), taken, actor=ACTOR)
@@ -610,9 +652,9 @@ def test_a_directory_of_the_version_before_is_taken_along(place: Place, acme: Te
 
 
 def test_a_row_that_cannot_be_read_is_an_unusable_database(
-    store: DirectoryStore, service: ServiceStore
+    store: DirectoryStore, provisioned: DirectoryStore
 ) -> None:
-    service.set_dialect("acme", NATIVE, actor=ACTOR)
+    set_dialect(provisioned, "acme", NATIVE, actor=ACTOR)
     with store._transaction() as connection:
         connection.execute(text("UPDATE service_dialect SET settings = '{\"unknown\": 1}'"))
     with pytest.raises(DirectoryUnavailableError, match="unknown"):
