@@ -4,6 +4,8 @@
    has to find out first is a question; the answer waits for it, and a few are asked at the same time.
 2. A document that cannot be rewritten, and whatever a judge or a question raises, refuses the answer; what
    has left by then stays without an end.
+3. A piece is gone through slice by slice, and others have their turn in between: a quarter of a mebibyte of
+   the smallest entries is a second's work.
 """
 
 import asyncio
@@ -16,6 +18,7 @@ from proxy.refusals import Refusal, RefusedError
 
 _WAITING: Final = 8
 """Entries of one answer that are looked into at the same time."""
+_SLICE_BYTES: Final = 4096
 
 type Question = Callable[[], Awaitable[None]]
 """What has to be found out before an entry can go on; it makes the edits itself."""
@@ -55,36 +58,69 @@ class EntryMapper[Entry: Rendered]:
         self._refusal = refusal
         self._queue: list[bytes | Entry] = []
         self._questions: list[Question] = []
+        self._waits = memoryview(b"")
+        """Of the last piece: what was not looked at yet."""
+        self._made = bytearray()
 
     @property
     def pending(self) -> bool:
-        return bool(self._questions)
+        return bool(self._questions or self._waits)
 
     def feed(self, piece: bytes) -> bytes:
-        return self._through(lambda: self._rewriter.feed(piece))
+        if self.pending:
+            raise RefusedError(refusals.INTERNAL)
+        self._waits = memoryview(piece)
+        self._go_on()
+        return self._take()
 
     def finish(self) -> bytes:
         """No entry is found complete here: its end was there when it came."""
-        made = self._through(self._rewriter.finish)
+        if self.pending:
+            raise RefusedError(refusals.INTERNAL)
+        self._through(self._rewriter.finish)
         if self._questions:
             raise RefusedError(refusals.INTERNAL)
-        return made
+        return self._take()
 
-    def _through(self, step: Callable[[], list[bytes | Entry]]) -> bytes:
+    def _go_on(self) -> None:
+        """One slice further."""
+        piece, self._waits = bytes(self._waits[:_SLICE_BYTES]), self._waits[_SLICE_BYTES:]
+        self._through(lambda: self._rewriter.feed(piece))
+
+    def _through(self, step: Callable[[], list[bytes | Entry]]) -> None:
         try:
             for part in step():
                 if isinstance(part, self._kind) and (question := self._judge(part)) is not None:
                     self._questions.append(question)
                 self._queue.append(part)
-            return b"" if self._questions else self._rendered()
+            if not self._questions:
+                self._render()
         except self._error as error:
             raise RefusedError(self._refusal) from error
 
-    def _rendered(self) -> bytes:
+    def _render(self) -> None:
         queue, self._queue = self._queue, []
-        return b"".join(part if isinstance(part, bytes) else part.render() for part in queue)
+        for part in queue:
+            self._made += part if isinstance(part, bytes) else part.render()
+
+    def _take(self) -> bytes:
+        """What is rendered, unless something is to be waited for."""
+        if self.pending:
+            return b""
+        made, self._made = self._made, bytearray()
+        return bytes(made)
 
     async def settle(self) -> None:
+        await self._answered()
+        while self._waits:
+            await asyncio.sleep(0)
+            self._go_on()
+            await self._answered()
+
+    async def _answered(self) -> None:
+        """What the entries wait for is known, and they are rendered."""
+        if not self._questions:
+            return
         questions, self._questions = iter(self._questions), []
         try:
             while batch := list(islice(questions, _WAITING)):
@@ -95,6 +131,7 @@ class EntryMapper[Entry: Rendered]:
             raise RefusedError(self._refusal) from errors
         except* RefusedError as errors:
             raise next(_leaves(errors)) from None
+        self._render()
 
 
 async def _asked(question: Question) -> None:

@@ -40,7 +40,10 @@ class Limits:
     """Of arrays and objects in each other."""
     token_bytes: int = 64 * 1024
     """Of a member's name, and of a number or literal, in what streams."""
-    element_bytes: int = 1024 * 1024
+    element_bytes: int = 256 * 1024
+    """A Cloud Storage object's resource: 8 KiB of metadata, a hundred entries of access."""
+    members: int = 4096
+    """Of one object whose members are looked at."""
 
 
 LIMITS: Final = Limits()
@@ -106,6 +109,8 @@ class JsonObject:
                 raise JsonError("lies too deep")
             if name in self._members:
                 raise JsonError("has a member twice")
+            if len(self._members) >= self._limits.members:
+                raise JsonError("has too many members")
             self._members[name] = _Member(name, start, value_start, at, value)
             at = self._skip(at)
             if text[at] == "}":

@@ -103,13 +103,16 @@ def test_an_object_in_an_object() -> None:
 def test_an_object_of_very_many_members() -> None:
     """Each is looked at once: looked up among the others, these would take longer than a test may."""
     members = ",".join(f'"{number:x}":1' for number in range(100_000))
-    parsed = JsonObject(f'{{"m":{{{members}}}}}'.encode())
+    parsed = JsonObject(f'{{"m":{{{members}}}}}'.encode(), limits=Limits(members=100_000))
     inner = parsed.inner("m")
     assert inner is not None
     inner.remove("0", "186a0")
     inner.put("z", 2)
     made = parsed.render().decode()
     assert made == f'{{"m":{{{members.removeprefix('"0":1,')}, "z": 2}}}}'
+    for limit in (99_999, Limits().members):  # edited, it would hold everybody else up
+        with pytest.raises(JsonError, match="too many"):
+            JsonObject(f"{{{members}}}".encode(), limits=Limits(members=limit))
 
 
 def test_texts() -> None:
@@ -373,4 +376,44 @@ async def test_what_fails_refuses_the_answer() -> None:
     for data in (b'{"items": [1]}', b'{"items": [{}', b"<html>"):
         with pytest.raises(RefusedError) as caught:
             await mapped(JsonListMapper("items", lambda _: None), data)
+        assert caught.value.refusal is refusals.SERVICE_ANSWER
+
+
+async def test_others_have_their_turn_while_a_large_piece_is_gone_through() -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def judge(element: JsonObject) -> Question | None:
+        async def ask() -> None:
+            element.replace("n", -1)
+
+        return ask if element.value("n") == 5000 else None
+
+    items = [{"n": number} for number in range(8000)]
+    data = json.dumps({"items": items}, separators=(",", ":")).encode()
+    mapper = JsonListMapper("items", judge)
+    waiting = asyncio.create_task(others(), name="others")
+    assert mapper.feed(data) == b""
+    was_pending = mapper.pending
+    with pytest.raises(RefusedError):
+        mapper.feed(b" ")
+    with pytest.raises(RefusedError):
+        mapper.finish()
+    await mapper.settle()
+    waiting.cancel()
+    assert turns >= len(data) // 4096
+    assert (was_pending, mapper.pending) == (True, False)
+    assert mapper.feed(b"\n") + mapper.finish() == data.replace(b'{"n":5000}', b'{"n":-1}') + b"\n"
+
+
+async def test_what_is_not_well_formed_refuses_whatever_slice_it_lies_in() -> None:
+    for place in (10, 5_000, 50_000):
+        data = b'{"items": [' + b" " * place + b"1]}"
+        with pytest.raises(RefusedError) as caught:
+            await mapped(JsonListMapper("items", lambda _: None), data, 100_000)
         assert caught.value.refusal is refusals.SERVICE_ANSWER
