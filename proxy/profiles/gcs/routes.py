@@ -115,10 +115,7 @@ def session_id(target: str, bucket: str) -> str | None:
 
 
 def _parameters(query: str) -> dict[str, str]:
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, encoding="utf-8", errors="surrogateescape")
-    except ValueError:
-        raise RefusedError(refusals.BAD_MESSAGE) from None
+    pairs = parse_qsl(query, keep_blank_values=True, encoding="utf-8", errors="surrogateescape")
     names = [name for name, _ in pairs]
     folded = [name.lower() for name in names]
     if ";" in query or any(
