@@ -180,7 +180,7 @@ async def test_a_hang_is_told_before_the_time_out_and_is_over_when_the_hsm_answe
 
 async def test_a_start_that_hangs_is_told_too(make_source: MakeSource, fake: FakeModule, kek: Kek) -> None:
     source = make_source(fake.settings(slow_after_s=0.1, start_timeout_s=START_ALLOWANCE_S + 3))
-    fake.fail(C_Login="hang")
+    fake.fail(C_Initialize="hang")
     asking = asyncio.create_task(source.diagnose(kek), name="diagnosis")
     await until(lambda: is_slow(source.pace), timeout_s=60)
     assert not asking.done()
