@@ -27,6 +27,8 @@ class Report:
     serves: bool
     state: str
     latency_s: float
+    reason: str | None = None
+    """Why, for people."""
 
 
 def answer(

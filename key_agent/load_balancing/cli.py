@@ -117,6 +117,7 @@ def _status_lines(found: LbStatus) -> str:
         lines.append(f"agent {agent.agent}  {agent.word}{cause} ({ago})")
     for one in found.servers:
         rows, own = one.state or "in no row", one.says or "silent"
+        own += "" if one.reason is None else f", {one.reason}"
         lines.append(f"server {one.server}  {one.answer}  ({one.environment}: {rows}; itself: {own})")
     return "\n".join(lines)
 

@@ -60,6 +60,7 @@ _CHECK_S: Final = 1.0
 _REVOCATIONS_S: Final = 5.0
 _MAX_NAME_BYTES: Final = 128
 _MAX_STATUS_BYTES: Final = 64 << 10
+_MAX_REASON_CHARS: Final = 200
 _SILENCE: Final = (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError, ValueError)
 
 
@@ -71,6 +72,7 @@ class _Status(msgspec.Struct):
 class _TenantStatus(msgspec.Struct):
     serves: bool = False
     state: str = "untold"
+    reason: str | None = None
 
 
 class StateFileError(Exception):
@@ -213,6 +215,7 @@ class LbAgent:
                     environment=one.environment,
                     state=self._follower.state_of(one.environment),
                     says=None if (report := self._report(one.name)) is None else report.state,
+                    reason=None if report is None else report.reason,
                     answer=self.line(one.name).strip(),
                 )
                 for one in self._settings.servers
@@ -290,7 +293,9 @@ class LbAgent:
                 status = msgspec.json.decode(content, type=_Status)
                 own = status.tenants.get(tenant, _TenantStatus())
                 self._latencies_s[server.name] = smoothed(self._latencies_s.get(server.name), took_s)
-                report = Report(serves=own.serves, state=own.state, latency_s=took_s)
+                report = Report(
+                    serves=own.serves, state=own.state, latency_s=took_s, reason=_shown(own.reason)
+                )
                 self._reports[server.name] = (report, self._clock.boot_s())
             await self._clock.sleep(self._settings.lb_agent.poll_s)
 
@@ -312,6 +317,11 @@ class LbAgent:
                     )
                     self._acked[agent.id], last_s = position, now_s
             await self._clock.sleep(self._settings.lb_agent.poll_s / 2)
+
+
+def _shown(reason: str | None) -> str | None:
+    """What a server gives as its reason, as far as a terminal should see it."""
+    return None if reason is None else "".join(filter(str.isprintable, reason[:_MAX_REASON_CHARS]))
 
 
 def _remembered(follower: Follower, file: Path) -> tuple[int, frozenset[bytes]] | None:

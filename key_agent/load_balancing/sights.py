@@ -46,6 +46,8 @@ class ServerSight(msgspec.Struct, frozen=True, kw_only=True):
     """Of the environment, by the newest rows; None: it stands in none."""
     says: str | None
     """The server's own word; None: it is silent."""
+    reason: str | None = None
+    """Why, as it says."""
     answer: str
 
 

@@ -36,6 +36,7 @@ class DataPlane:
     geo: str | None = None
     serves: bool = True
     state: str = "active"
+    reason: str | None = None
     delay_s: float = 0.0
     served: int = 0
     refused: int = 0
@@ -53,7 +54,7 @@ class DataPlane:
 
     async def _status(self, _request: web.Request) -> web.Response:
         await asyncio.sleep(self.delay_s)
-        told = {"acme": {"serves": self.serves, "state": self.state}}
+        told = {"acme": {"serves": self.serves, "state": self.state, "reason": self.reason}}
         return web.json_response({"serves": self.serves, "tenants": told})
 
     async def _serve(self, request: web.Request) -> web.Response:

@@ -88,6 +88,14 @@ def test_status_shows_why_rows_are_not_believed(tmp_path: Path) -> None:
         agents=(AgentSight(agent="agent-a", word=Word.DOUBTED, cause="rows of other instead of acme"),),
         servers=(
             ServerSight(server="a-1", environment="a", state=None, says="active", answer="down #unknown"),
+            ServerSight(
+                server="b-1",
+                environment="b",
+                state="active",
+                says="draining",
+                reason="slow: no answer",
+                answer="drain",
+            ),
         ),
     )
     file = written(tmp_path, GOOD)
@@ -98,6 +106,7 @@ def test_status_shows_why_rows_are_not_believed(tmp_path: Path) -> None:
     assert "EVERY SERVER IS DOWN" in done.stdout
     assert "agent-a  doubted: rows of other instead of acme (never heard)" in done.stdout
     assert "a-1  down #unknown" in done.stdout
+    assert "b-1  drain  (b: active; itself: draining, slow: no answer)" in done.stdout
 
 
 @pytest.mark.parametrize("line", [b"", b"down #unknown\n", b'{"load_balancer": 7}\n'])

@@ -171,6 +171,7 @@ async def test_who_asks_is_told_whom_it_believes(world: World) -> None:
     """By the port that HAProxy asks; `key-agent lb status` shows the same."""
     await until(lambda: world.says("a") == "up ready 100%")
     await world.site["b"].stop()
+    world.planes["c"].reason = "INC-7\x1b[2J" + "x" * 1000
     world.planes["c"].serves, world.planes["c"].state = False, "healing"
 
     async def told() -> LbStatus:
@@ -189,6 +190,9 @@ async def test_who_asks_is_told_whom_it_believes(world: World) -> None:
     assert found.stale is None
     assert found.epoch == world.site["a"].peering.view.epoch
     assert [one.answer for one in found.servers] == ["up ready 100%", "up ready 100%", "down #healing"]
+    assert found.servers[0].reason is None
+    assert (found.servers[2].reason or "").startswith("INC-7[2Jxxx"), "without what a terminal would act on"
+    assert len(found.servers[2].reason or "") < 200
     assert found.agents[1].cause is not None
     assert found.agents[1].heard_s is not None, "it was heard before"
 
