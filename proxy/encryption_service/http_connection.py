@@ -6,9 +6,10 @@
    document: one line of JSON always. A request that was not understood, not read to its end or came too
    slowly ends the connection, after the answer: what follows on it could be taken for another request.
 3. Every wait has an end: for a head, a body (idle, and a slowest rate), the next request, an answer, a client
-   that does not read, and for the rest of what was refused. The sweeper of the site looks at them.
-4. A body or an answer that streams stops the other side when it is ahead. A stream that fails is cut by a
-   reset: its chunked end is never sent.
+   that does not read, and for the rest of what was refused. The sweeper of the site looks at them
+   (`http_site`).
+4. A body (`body_stream`) or an answer that streams stops the other side when it is ahead. A stream that fails
+   is cut by a reset: its chunked end is never sent.
 5. Who was told that it asks too much (429) has its next request looked at PAUSE_S later: a client that goes
    on at once would cost, refused, nearly what it costs served.
 6. Of a body that does not come at once it is asked whose it is before any of it is kept (`kept_bodies`).
@@ -17,166 +18,28 @@
 
 import asyncio
 import contextlib
-import json
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from http import HTTPStatus
 from typing import Final, override
 
 import structlog
 
-from envelope.errors import SealgateError
+from proxy.encryption_service.body_stream import READ_AHEAD_BYTES, BodyCutError, BodyStream
 from proxy.encryption_service.call import Answer, Call, Peer, StreamingAnswer
 from proxy.encryption_service.dialects.dialect import Dialect, Trouble
 from proxy.encryption_service.http_messages import Head, MalformedError, RequestReader, answer_head
-from proxy.encryption_service.kept_bodies import STRANGER, KeptBodies
-from proxy.encryption_service.metrics import ServiceMetrics
-from proxy.encryption_service.settings import HttpLimits
+from proxy.encryption_service.http_site import Site, Waiting, problem_answer
+from proxy.encryption_service.kept_bodies import STRANGER
 
 IN_A_ROW: Final = 16
 """Requests of one connection served before the others' turn comes."""
-READ_AHEAD_BYTES: Final = 64 << 10
-"""Received and not yet wanted; the socket's buffer holds the rest."""
 LINGER_BYTES: Final = 1 << 20
 PAUSE_S: Final = 0.02
 """Too short to harm other tenants' calls that share the connection: AWS KMS waits 0.25 s."""
-MAX_PREFIXES: Final = 64
-"""Heads of answers kept for a second; most answers are alike but for their length."""
-_PROBLEM: Final = "application/problem+json"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-type _Prefix = tuple[int, str, tuple[tuple[str, str], ...], bool]
-
 _log: Final = structlog.get_logger("service.http")
-
-
-class BodyCutError(SealgateError):
-    """The rest of a streamed body will not come: the client is gone, too slow, or sends no HTTP."""
-
-    def __init__(self, cause: str, trouble: Trouble) -> None:
-        super().__init__(cause)
-        self.trouble = trouble
-
-
-class Waiting(Enum):
-    """What a connection waits for, and by that how long."""
-
-    HEAD = auto()
-    BODY = auto()
-    ANSWER = auto()
-    NEXT = auto()
-    WRITE = auto()
-    LINGER = auto()
-
-
-@dataclass(slots=True, kw_only=True)
-class Site:
-    """What all connections of one listener share. `now_s` and `date` are the sweeper's, of its last look."""
-
-    dialects: tuple[Dialect, ...]
-    scheme: str
-    limits: HttpLimits
-    metrics: ServiceMetrics
-    identify: Callable[[asyncio.BaseTransport, str], Peer | None]
-    """The peer behind a new transport and its address; None: close without a word."""
-    now_s: float = 0.0
-    date: str = ""
-    stopping: bool = False
-    kept: KeptBodies = field(default_factory=KeptBodies)
-    connections: set["HttpConnection"] = field(default_factory=set)
-    longest_s: Mapping[Waiting, float] = field(init=False)
-    _prefixes: dict[_Prefix, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        limits = self.limits
-        self.longest_s = {
-            Waiting.HEAD: limits.head_s,
-            Waiting.BODY: limits.body_idle_s,
-            Waiting.ANSWER: 2 * limits.answer_s,  # the call's own end comes first
-            Waiting.NEXT: limits.keep_alive_s,
-            Waiting.WRITE: limits.write_s,
-            Waiting.LINGER: limits.linger_s,
-        }
-
-    def dialect_of(self, path: str) -> Dialect | None:
-        """Who claims *path*. Of an unclaimed one the listener's only dialect may speak."""
-        for dialect in self.dialects:
-            if dialect.claims(path):
-                return dialect
-        return self.dialects[0] if len(self.dialects) == 1 else None
-
-    def head_of(self, answer: Answer, *, length: int, close: bool) -> bytes:
-        """The head of *answer*, whose body has *length* bytes; what repeats is made once a second."""
-        key = (answer.status, answer.content_type, answer.headers, close)
-        prefix = self._prefixes.get(key)
-        if prefix is None:
-            prefix = answer_head(
-                answer.status, answer.content_type, None, answer.headers, close=close, date=self.date
-            )
-            prefix = prefix.replace(b"Transfer-Encoding: chunked\r\n", b"", 1).removesuffix(b"\r\n")
-            if len(self._prefixes) < MAX_PREFIXES:
-                self._prefixes[key] = prefix
-        if answer.status == HTTPStatus.NO_CONTENT:  # which must not have a length
-            return prefix + b"\r\n"
-        return b"%bContent-Length: %d\r\n\r\n" % (prefix, length)
-
-    def tick(self, now_s: float, date: str) -> None:
-        """A look of the sweeper: every connection that has waited too long hears of it."""
-        self.now_s = now_s
-        if date != self.date:
-            self.date = date
-            self._prefixes.clear()
-        for connection in list(self.connections):
-            if now_s >= connection.deadline_s or connection.is_too_slow(now_s):
-                connection.expired()
-
-
-class BodyStream(AsyncIterator[bytes]):
-    """The body of one call as an iterator that never holds more than was read ahead."""
-
-    def __init__(self, wanted: "HttpConnection") -> None:
-        self._connection = wanted
-        self._pieces: deque[bytes] = deque()
-        self._held = 0
-        self._complete = False
-        self._failure: BodyCutError | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def is_full(self) -> bool:
-        return self._held >= READ_AHEAD_BYTES
-
-    def put(self, pieces: Iterable[bytes], *, complete: bool) -> None:
-        for piece in pieces:
-            self._pieces.append(piece)
-            self._held += len(piece)
-        self._complete = complete
-        self._changed.set()
-
-    def fail(self, cause: str, trouble: Trouble = Trouble.MALFORMED_HTTP) -> None:
-        """Whoever reads on gets BodyCutError, unless all has come."""
-        if not self._complete and self._failure is None:
-            self._failure = BodyCutError(cause, trouble)
-            self._changed.set()
-
-    @override
-    async def __anext__(self) -> bytes:
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            if self._pieces:
-                piece = self._pieces.popleft()
-                self._held -= len(piece)
-                if not self.is_full:
-                    self._connection.wants_more()
-                return piece
-            if self._complete:
-                raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
 
 
 class HttpConnection(asyncio.Protocol):
@@ -336,7 +199,7 @@ class HttpConnection(asyncio.Protocol):
 
     # ---- requests
 
-    def wants_more(self) -> None:
+    def _wants_more(self) -> None:
         """The stream has room again."""
         if self._stream is not None and not self._ending:
             self._advance()
@@ -413,7 +276,7 @@ class HttpConnection(asyncio.Protocol):
                     return True
                 self._write(_CONTINUE)
         if streams:
-            self._stream = BodyStream(self)
+            self._stream = BodyStream(self._wants_more)
             self._call(dialect, self._described(head, stream=self._stream))
         return True
 
@@ -655,24 +518,6 @@ class HttpConnection(asyncio.Protocol):
     def _wait_for(self, waiting: Waiting) -> None:
         self._waiting = waiting
         self.deadline_s = self._site.now_s + self._site.longest_s[waiting]
-
-
-def problem_answer(status: HTTPStatus, code: str, detail: str) -> Answer:
-    """RFC 9457 on one line, for what no dialect speaks for."""
-    document = {
-        "type": "about:blank",
-        "title": status.phrase,
-        "status": status.value,
-        "code": code,
-        "detail": detail,
-        "next_step": "See the documentation of the encryption service's dialects.",
-    }
-    return Answer(
-        status=status.value,
-        body=json.dumps(document).encode() + b"\n",
-        content_type=_PROBLEM,
-        headers=(("Cache-Control", "no-store"),),
-    )
 
 
 def _too_large(dialect: Dialect) -> str:

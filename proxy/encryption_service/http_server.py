@@ -29,7 +29,8 @@ from cryptography.x509.oid import NameOID
 
 from proxy.encryption_service.call import Peer
 from proxy.encryption_service.dialects.dialect import Dialect
-from proxy.encryption_service.http_connection import HttpConnection, Site
+from proxy.encryption_service.http_connection import HttpConnection
+from proxy.encryption_service.http_site import Site
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
 from proxy.encryption_service.settings import EncryptionServiceSettings, HttpLimits, ListenSettings

@@ -95,6 +95,10 @@ _DIRECTORY: Final = (
     "tests/proxy/tenants/test_directory.py",
     "a part of the directory: what is provisioned is found again, what is refused is not, on both databases",
 )
+_CONNECTIONS: Final = (
+    "tests/proxy/encryption_service/test_http_connection.py",
+    "a part of what connections do: seen on sockets",
+)
 _SERVICE_STORES: Final = (
     "tests/proxy/tenants/test_encryption_service_stores.py",
     "keys, dialects and credentials name each other: right when they do so together",
@@ -373,6 +377,8 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "proxy/profiles/generic.py": _PLANS,
     "proxy/profiles/profile.py": _PLANS,
+    "proxy/encryption_service/body_stream.py": _CONNECTIONS,
+    "proxy/encryption_service/http_site.py": _CONNECTIONS,
     "proxy/encryption_service/credential_cli.py": _SERVICE_COMMANDS,
     "proxy/encryption_service/dialect_cli.py": _SERVICE_COMMANDS,
     "proxy/encryption_service/key_cli.py": _SERVICE_COMMANDS,

@@ -6,13 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.encryption_service.http_connection import (
-    IN_A_ROW,
-    LINGER_BYTES,
-    PAUSE_S,
-    READ_AHEAD_BYTES,
-    BodyCutError,
-)
+from proxy.encryption_service.body_stream import READ_AHEAD_BYTES, BodyCutError
+from proxy.encryption_service.http_connection import IN_A_ROW, LINGER_BYTES, PAUSE_S, HttpConnection
 from proxy.encryption_service.http_server import TICK_S, ServiceServer
 from proxy.encryption_service.kept_bodies import KeptBodies
 from proxy.encryption_service.metrics import ServiceMetrics
@@ -23,6 +18,10 @@ from tests.fakes.clock import ManualClock
 from tests.proxy.encryption_service.echo import MAX_BODY_BYTES, Client, Echo, request
 
 LIMITS = HttpLimits(body_bytes_per_s=1000, answer_s=60)
+
+
+def connections_of(server: ServiceServer) -> list[HttpConnection]:
+    return [one for one in server.listeners[0].site.connections if isinstance(one, HttpConnection)]
 
 
 @asynccontextmanager
@@ -97,8 +96,8 @@ async def test_a_long_pipeline_neither_starves_others_nor_fills_the_memory() -> 
         at = next(index for index, call in enumerate(echo.calls) if call.path == "/e/other")
         assert at - before < 50 * IN_A_ROW
         # Its answers are not read: the server stops reading too.
-        await until(lambda: any(c._writable is not None for c in server.listeners[0].site.connections))
-        for connection in server.listeners[0].site.connections:
+        await until(lambda: any(c._writable is not None for c in connections_of(server)))
+        for connection in connections_of(server):
             assert connection._reader.buffered_bytes < READ_AHEAD_BYTES + 300_000
         served = len(echo.calls)
         assert served < 20_000
@@ -254,7 +253,7 @@ async def test_slow_heads_slow_bodies_and_idle_connections_end() -> None:
         await until(lambda: len(connections) == 1)
         for letter in b"POST /e/ec":  # a letter a second: progress does not help
             await dripping.send(bytes([letter]))
-            await until(lambda: next(iter(connections))._reader.buffered_bytes)
+            await until(lambda: connections_of(server)[0]._reader.buffered_bytes)
             await clock.advance(1)
         await clock.advance(2 * TICK_S)
         late = await dripping.reply()
@@ -264,7 +263,7 @@ async def test_slow_heads_slow_bodies_and_idle_connections_end() -> None:
 
         stuck = await Client.connect(port)
         await stuck.send(b"POST /e/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
-        await until(lambda: connections and next(iter(connections))._reader.body_bytes == 3)
+        await until(lambda: connections and connections_of(server)[0]._reader.body_bytes == 3)
         await clock.advance(LIMITS.body_idle_s + 2 * TICK_S)
         late = await stuck.reply()
         assert (late.status, late.json["trouble"]) == (408, "timeout")
@@ -273,10 +272,10 @@ async def test_slow_heads_slow_bodies_and_idle_connections_end() -> None:
 
         crawling = await Client.connect(port)
         await crawling.send(b"POST /e/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n")
-        await until(lambda: connections and next(iter(connections))._head is not None)
+        await until(lambda: connections and connections_of(server)[0]._head is not None)
         for sent in range(1, 20):  # never idle, but slower than any honest client
             await crawling.send(b"x")
-            await until(lambda: not connections or next(iter(connections))._reader.body_bytes == sent)  # noqa: B023 - awaited here
+            await until(lambda: not connections or connections_of(server)[0]._reader.body_bytes == sent)  # noqa: B023 - awaited here
             await clock.advance(2)
             if crawling.reader._buffer:  # type: ignore[attr-defined]
                 break
@@ -298,7 +297,7 @@ async def test_a_client_that_does_not_read_is_cut() -> None:
         client = await Client.connect(port)
         await client.send(request("/e/big"))
         connections = server.listeners[0].site.connections
-        await until(lambda: connections and next(iter(connections))._writable is not None)
+        await until(lambda: connections and connections_of(server)[0]._writable is not None)
         await clock.advance(LIMITS.write_s + 2 * TICK_S)
         await until(lambda: not connections)
 
@@ -315,7 +314,7 @@ async def test_a_call_that_waits_too_long_is_overload_and_one_whose_client_left_
         await client.send(request("/e/wait", b"x"))
         await until(lambda: len(echo.calls) == 2)
         client.reset()
-        await until(lambda: not server.listeners[0].site.connections)
+        await until(lambda: not connections_of(server))
         await until(
             lambda: not [task for task in asyncio.all_tasks() if task.get_name() == "service:transit"]
         )
@@ -376,7 +375,7 @@ async def test_neither_side_of_a_stream_runs_ahead() -> None:
         await client.send(b"POST /e/consume HTTP/1.1\r\nHost: x\r\nContent-Length: 67108864\r\n\r\n")
         sending = asyncio.create_task(client.send(bytes(64 << 20)))
         await until(lambda: echo.calls)
-        (connection,) = server.listeners[0].site.connections
+        (connection,) = connections_of(server)
         await until(lambda: connection._stream is not None and connection._stream.is_full)
         stream = connection._stream
         assert stream is not None

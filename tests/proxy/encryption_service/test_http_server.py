@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from certs.pki import Credential, certify, name
 from envelope.certificates import key_usage
+from proxy.encryption_service.http_connection import HttpConnection
 from proxy.encryption_service.http_server import TICK_S, ServiceServer
 from proxy.encryption_service.kept_bodies import KeptBodies
 from proxy.encryption_service.metrics import ServiceMetrics
@@ -348,7 +349,10 @@ async def test_stopping_ends_what_is_idle_at_once_and_what_is_under_way_in_time(
         await stuck.send(b"POST /e/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
         await until(lambda: len(echo.calls) == 2)
         await until(
-            lambda: all(not one._reader.buffered_bytes for one in server.listeners[0].site.connections)
+            lambda: all(
+                isinstance(one, HttpConnection) and not one._reader.buffered_bytes
+                for one in server.listeners[0].site.connections
+            )
         )
         stopping = asyncio.create_task(server.stop(grace_s=1))
         assert await idle.ended() == b""
