@@ -32,7 +32,7 @@ from key_agent.environments.incident_changes import (
     undecided,
     use_approval,
 )
-from key_agent.environments.recovery import appointed
+from key_agent.environments.recovery import appointed, none_counts
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.registry.access import RefusedChangeError
 
@@ -227,7 +227,9 @@ def may_rejoin(shared: "Shared", name: str) -> None:
         if IncidentEvent.REJOIN_BEGUN not in _roads(incident.state) and not _is_first(shared, name):
             raise RefusedChangeError(
                 f"{incident_id} is {incident.state}: keys that were taken away have no successors yet",
-                f"`key-agent incident rekey {incident_id}`",
+                f"no environment counts, so none becomes active: `key-agent env recovery` at {name}"
+                if none_counts(shared)
+                else f"`key-agent incident rekey {incident_id}`",
             )
 
 

@@ -597,10 +597,12 @@ class Manager:
             )
         if named is not None:
             return named
+        if not counted:
+            raise RefusedChangeError(
+                "no environment counts: none makes keys now", "`key-agent env recovery` where it is to begin"
+            )
         own = self._peering.environment
-        if own in counted or not counted:
-            return own
-        return counted[0]
+        return own if own in counted else counted[0]
 
     async def _make_some(self, wanted: Sequence[WantedKey], generator: str) -> list[str]:
         view, own = self._peering.view, self._peering.environment

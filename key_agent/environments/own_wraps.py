@@ -14,7 +14,7 @@ from typing import Final
 
 from key_agent.environments.peering import Peering
 from key_agent.environments.proofs import Proofs
-from key_agent.environments.recovery import Recovery, appointed
+from key_agent.environments.recovery import Recovery, appointed, none_counts
 from key_agent.environments.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.wrapping import BATCH, Stored
@@ -58,7 +58,12 @@ class OwnWraps:
         recovery = self._approved(shared)
         old_kek_id = None if recovery is None else recovery.succession.old_kek
         if recovery is None or old_kek_id is None:
-            return Stored(verified=(), failed=dict.fromkeys(key_ids, NO_WRAP))
+            why = (
+                f"{NO_WRAP}: `key-agent env recovery`"
+                if recovery is None and none_counts(shared)
+                else NO_WRAP
+            )
+            return Stored(verified=(), failed=dict.fromkeys(key_ids, why))
         old, new = await self._keks(recovery, old_kek_id)
         await self._journal.record(
             "env-recover",

@@ -377,6 +377,32 @@ async def test_what_is_no_key_of_the_signed_rows_is_not_taken_from_the_kek_of_be
     assert len(await a.wrapped()) == 2
 
 
+async def test_without_two_administrators_the_manager_makes_no_keys_and_says_what_leads_back(
+    site: HealingSite,
+) -> None:
+    """Its registry key is its own, so it goes on writing; nobody else follows, and it stores nothing."""
+    old = await all_kek(site)
+    a = site["a"]
+    a.fake.disable(old["a"], enabled=True)
+    [_, _, key_id] = sorted(states(a))
+    approval = await site.approve("a", Action.INCIDENT_COMPROMISE, "inc-3", {"keys": [key_id]})
+    await a.commands.incident_compromise(incident="inc-3", keys=[key_id], approval=approval)
+    with pytest.raises(RefusedChangeError, match="none makes keys") as refused:
+        await a.commands.incident_rekey(incident="inc-3")
+    assert "env recovery" in refused.value.next_step
+    fingerprint = await site.renew("a", at="a")
+    await site.complete("a", fingerprint, at="a")
+    with pytest.raises(RefusedChangeError, match="no successors") as refused:
+        await site.rejoin("a", at="a")
+    assert "env recovery" in refused.value.next_step
+    assert await a.wrapped() == {}
+    recovery = await site.recover("a")
+    await site.complete("a", recovery["kek_fingerprint"], at="a")
+    assert (await site.rejoin("a", at="a"))["state"] == "active"
+    await site.rekey("inc-3", at="a")
+    assert states(a)[key_id] is S.COMPROMISED
+
+
 async def test_its_kek_disabled_again_it_heals_again_and_can_return(site: HealingSite) -> None:
     old = await all_kek(site)
     a = site["a"]
