@@ -23,9 +23,9 @@ from key_agent.environments.incident_changes import without_successor
 from key_agent.environments.incident_commands import IncidentCommands
 from key_agent.environments.incident_parts import IncidentParts
 from key_agent.environments.membership_commands import MembershipCommands
+from key_agent.environments.own_wraps import OwnWraps
 from key_agent.environments.promotion_commands import PromotionCommands
 from key_agent.environments.recovery_commands import RecoveryCommands
-from key_agent.registry.model import KekRow
 from tests.environments.key_site import FILES, KeyMember, KeySite, key_site
 from tests.fakes.key_source import FakeKeySource
 from tests.key_agent.conftest import until
@@ -69,8 +69,10 @@ class HealingMember(KeyMember):
             self.consent.adopt(await self.registry.current_kek())
         self.targets.load(await self.registry.book())
 
-    async def kek_row(self, kek_id: str) -> KekRow:
-        return next(row for row in await self.registry.keks() if row.reference.kek_id == kek_id)
+    @property
+    def own_wraps(self) -> OwnWraps:
+        """What takes keys from its own KEK of before."""
+        return self.manager._own_wraps
 
     def audit(self) -> str:
         return (self.directory / "audit.jsonl").read_text()

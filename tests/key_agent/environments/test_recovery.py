@@ -98,7 +98,10 @@ async def test_from_its_own_wraps_to_all_environments_active(site: HealingSite) 
         assert site[name].peering.view.terms.keys() == a.peering.view.terms.keys()
     assert a.fake.keks[old.reference.label, old.reference.object_id].enabled, "it is left alone meanwhile"
     await site.complete("a", recovery["kek_fingerprint"], at="a")
-    assert await wraps(a, recovery["new_kek"]) == 0, "nothing is stored by that"
+    for member in (a, site["b"]):  # its own word would not be enough
+        told = await member.own_wraps.take(sorted(before))
+        assert (told.verified, set(told.failed)) == ((), set(before))
+    assert await wraps(a, recovery["new_kek"]) == 0, "nothing is stored before the load balancers know"
     found = await site.rejoin("a", at="a")
     assert (found["state"], found["problems"]) == ("active", {})
     assert await a.opens(before)
