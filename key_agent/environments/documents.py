@@ -9,6 +9,8 @@
    the digest, whoever has relayed them. It is bounded before memory is spent on it.
 4. A term's row says on what it was begun (`Grounds`): terms.py judges that.
 5. Nothing here is secret: keys stand as ids, check values and states.
+6. No value here refers to another that refers back: the garbage collector leaves them out (`gc=False`), or
+   tens of thousands of rows would hold the event loop up each time it looks at everything.
 """
 
 import functools
@@ -71,11 +73,11 @@ class AdminState(StrEnum):
     REMOVED = "removed"
 
 
-class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Body(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """Of a row."""
 
 
-class TenantBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TenantBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """One row, id = the tenant's. Settings of all environments together."""
 
     home_environment: Name
@@ -84,7 +86,7 @@ class TenantBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A key becomes active with at least so many verified wraps."""
 
 
-class FormerKey(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FormerKey(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """A registry key that an environment had, and until when."""
 
     agent_id: Name
@@ -92,7 +94,7 @@ class FormerKey(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     until_epoch: Number
 
 
-class EnvironmentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EnvironmentBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     name: Name
     agent_id: Name
     api_url: Text
@@ -119,7 +121,7 @@ class EnvironmentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Somebody else may have it since a breach of the agent: no term can begin with it."""
 
 
-class KekBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class KekBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     environment: Name
     version: Number
     method: Name
@@ -132,7 +134,7 @@ class KekBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of the KEK itself: healing may demand one that is younger than an incident."""
 
 
-class ServiceBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServiceBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """id: tenant/service."""
 
     removed: bool = False
@@ -144,7 +146,7 @@ class ServiceBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rotate_after_days: Number | None = None
 
 
-class RingBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RingBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """Keys of one service and use. id: 32 hex digits."""
 
     service: Name
@@ -152,7 +154,7 @@ class RingBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     algorithm: Name | None = None
 
 
-class DekBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DekBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """One key. id: its key id in hex."""
 
     ring: Name
@@ -179,7 +181,7 @@ class DekBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of a signing key, JSON."""
 
 
-class IncidentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class IncidentBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """id: inc-N."""
 
     number: Number
@@ -201,7 +203,7 @@ class IncidentBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     steps: dict[str, Ms]
 
 
-class IncidentKeyBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class IncidentKeyBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """id: incident/key id. What an incident means for one key."""
 
     incident_id: Name
@@ -213,7 +215,7 @@ class IncidentKeyBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     replaced_by: Hex | None = None
 
 
-class AdminBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AdminBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """id: the administrator's name."""
 
     name: Name
@@ -224,7 +226,7 @@ class AdminBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     added_by: Text
 
 
-class ApprovalBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ApprovalBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """id: a- and 16 hex digits."""
 
     action: Name
@@ -239,7 +241,7 @@ class ApprovalBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     used_for: Text | None = None
 
 
-class SharedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SharedRow(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     kind: Kind
     id: Name
     term: Number
@@ -254,7 +256,7 @@ class SharedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return (self.kind, self.id)
 
 
-class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Head(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """Where a registry stands, by the word of whoever holds that term."""
 
     term: Number
@@ -263,7 +265,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     signature: Hex = ""
 
 
-class Grounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Grounds(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """Why a term that is not the first may begin: for agents that know nothing newer than the one before."""
 
     built_on: Head
@@ -275,7 +277,7 @@ class Grounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """As they stood there: the environment that begins the term, and the administrators who have signed."""
 
 
-class TermBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TermBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """id: the term in 20 digits. Who is the manager as long as it is the newest."""
 
     agent: Name
@@ -305,7 +307,7 @@ BODIES: Final[Mapping[Kind, type[Body]]] = {
 }
 
 
-class Delta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Delta(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """All rows that changed after `epoch_from`, as they are at `epoch_to`."""
 
     tenant: Name

@@ -1,5 +1,6 @@
 """Rows have one form, and a signature that fits nothing else."""
 
+import gc
 import json
 from typing import Any
 
@@ -221,3 +222,16 @@ def test_a_digest_depends_on_every_row_and_not_on_their_order() -> None:
     assert digest_of(entries) == digest_of(reversed(entries))
     assert len({digest_of(entries[:count]) for count in range(4)}) == 4
     assert digest_of([(entries[0][0], entries[1][1])]) != digest_of(entries[:1])
+
+
+def test_rows_are_not_the_collectors() -> None:
+    """Tens of thousands of them would hold the event loop up each time it looks at everything (rule 6)."""
+    row = SharedRow(kind=Kind.DEK, id="1", term=1, epoch=1, signer="agent-a", body="{}", signature="ab")
+    assert not gc.is_tracked(row)
+    shapes = [
+        found
+        for found in vars(documents).values()
+        if isinstance(found, type) and issubclass(found, msgspec.Struct)
+    ]
+    assert len(shapes) >= 15
+    assert [found.__name__ for found in shapes if found.__struct_config__.gc] == []
