@@ -31,7 +31,7 @@ from key_agent.errors import KeySourceError
 from key_agent.operations import Operations
 from key_agent.registry.database import RegistryError, RegistryInUseError
 from key_agent.registry.store import RefusedChangeError
-from key_agent.sources.verdict import Verdict
+from key_agent.sources.verdict import NEXT_STEPS, Verdict
 from key_agent.state_dir import StateLockedError
 from runtime.cli import CommandError, ExitCode, explain
 from runtime.observe import REGISTRY
@@ -448,6 +448,8 @@ def explain_agent(error: Exception) -> CommandError:
             next_step = "`key-agent doctor` looks closer"
             if withdrawn:
                 next_step = "`key-agent reinstate` after a revocation"
+            elif error.verdict in (Verdict.DENIED, Verdict.THROTTLED):
+                next_step = NEXT_STEPS[error.verdict]
             elif error.verdict is Verdict.AUTH_PIN:
                 next_step = "write the right PIN into that file: until it changes no login is tried again"
             return CommandError(

@@ -19,6 +19,7 @@ import structlog
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import KekState
 from key_agent.sources.source import Diagnosis, Kek, Verdict
+from key_agent.sources.verdict import NEXT_STEPS
 from runtime.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -33,6 +34,10 @@ class Standing(StrEnum):
     """Nobody can tell (outage, ambiguous KEK): push nothing, withdraw nothing."""
     LOGIN_REFUSED = "login-refused"
     """Like silent, and no further login until the PIN file changes."""
+    DENIED = "denied"
+    """Like silent: the key server does not let us. Ends by itself once it does."""
+    THROTTLED = "throttled"
+    """Like silent: the key server wants to be asked less. It works, so callers need not go elsewhere."""
     SUSPENDED = "suspended"
     """The token was emptied or exchanged: withdrawn until it is back."""
     REVOKED = "revoked"
@@ -64,9 +69,14 @@ _BY_VERDICT: Final[Mapping[Verdict, Standing]] = {
     Verdict.KEK_AMBIGUOUS: Standing.SILENT,
     Verdict.UNREACHABLE: Standing.SILENT,
     Verdict.UNSUPPORTED: Standing.SILENT,
+    Verdict.DENIED: Standing.DENIED,
+    Verdict.THROTTLED: Standing.THROTTLED,
     Verdict.AUTH_PIN: Standing.LOGIN_REFUSED,
     Verdict.AUTH_LOCKED: Standing.LOGIN_REFUSED,
 }
+_NOBODY_CAN_TELL: Final = frozenset(
+    {Standing.SILENT, Standing.LOGIN_REFUSED, Standing.DENIED, Standing.THROTTLED}
+)
 _BY_STATE: Final[Mapping[KekState, Standing]] = {
     KekState.ACTIVE: Standing.UNPROVEN,
     KekState.SUSPENDED: Standing.SUSPENDED,
@@ -80,7 +90,7 @@ def next_standing(standing: Standing, verdict: Verdict) -> Standing:
     if standing in (Standing.REVOKED, Standing.NO_KEK):
         return standing
     new = _BY_VERDICT[verdict]
-    if standing is Standing.SUSPENDED and new in (Standing.SILENT, Standing.LOGIN_REFUSED):
+    if standing is Standing.SUSPENDED and new in _NOBODY_CAN_TELL:
         # Withdrawn stays withdrawn while nobody can tell.
         return standing
     return new
@@ -181,9 +191,10 @@ class Consent:
         if old is new:
             return
         self.since_ms = self._now_ms()
-        detail = None if self.diagnosis is None else self.diagnosis.detail
+        found = self.diagnosis
+        detail, next_step = (None, None) if found is None else (found.detail, NEXT_STEPS.get(found.verdict))
         report = log.info if new in (Standing.CONSENTED, Standing.UNPROVEN, Standing.NO_KEK) else log.error
-        report("consent", standing=new, before=old, detail=detail)
+        report("consent", standing=new, before=old, detail=detail, next_step=next_step)
         self._tell(old)
 
     def _tell(self, old: Standing) -> None:

@@ -18,6 +18,7 @@ from envelope.certificates import CertificateError
 from key_agent import app, config
 from key_agent.config import Settings
 from key_agent.errors import KeyAgentError
+from key_agent.sources.verdict import NEXT_STEPS
 from key_agent.state_dir import AUDIT_NAME, StateDirError, check_state_dir
 from runtime import machine
 from runtime.cli import CommandError
@@ -186,20 +187,9 @@ def _hsm(found: Any) -> Iterator[Check]:
             "key-agent reinstate --restore uses it again; key-agent reinstate makes a new one",
         )
     else:
-        yield failed("kek", f"{verdict}: {detail}", _MEND.get(verdict, "see the HSM's own tools and logs"))
-
-
-_MEND: Final = {
-    "kek_destroyed": "key-agent reinstate; or restore the HSM's backup and key-agent reinstate --restore",
-    "kek_disabled": "enable it in the HSM, then key-agent reinstate --restore",
-    "kek_expired": "key-agent reinstate",
-    "kek_replaced": "find out who made a key of the same name; key-agent reinstate",
-    "kek_ambiguous": "remove the other keys of the same name from the token",
-    "token_changed": "bring the token back; if it is lost: key-agent reinstate",
-    "unreachable": "switch the HSM on, check its network and its client's configuration",
-    "auth_pin": "write the right PIN into pkcs11.pin_file",
-    "auth_locked": "unlock the token with its security officer's PIN, then write the PIN file anew",
-}
+        yield failed(
+            "kek", f"{verdict}: {detail}", NEXT_STEPS.get(verdict, "see the HSM's own tools and logs")
+        )
 
 
 def _facts(facts: Any) -> str:

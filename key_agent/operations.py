@@ -42,6 +42,7 @@ from key_agent.registry.store import RefusedChangeError
 from key_agent.restoration import Restoration
 from key_agent.rotation import hosts_of
 from key_agent.sources.source import Kek, NewKey, Verdict
+from key_agent.sources.verdict import NEXT_STEPS
 from runtime.audit import AuditUnavailableError
 
 log = structlog.get_logger(__name__)
@@ -479,6 +480,7 @@ class Operations(
             else {
                 "verdict": consent.diagnosis.verdict,
                 "detail": consent.diagnosis.detail,
+                "next_step": NEXT_STEPS.get(consent.diagnosis.verdict),
                 "at_ms": consent.diagnosed_at_ms,
             },
             "kek": None if row is None else _kek_json(row),

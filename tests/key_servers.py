@@ -189,6 +189,15 @@ path "transit/keys/sealgate-*"    { capabilities = ["read"] }
         status, answer = self.call("LIST", "transit/keys")
         return list(answer["data"]["keys"]) if status == 200 else []
 
+    def throttle(self, *, rate: float | None, interval_s: int = 1) -> None:
+        """So many requests about keys in so many seconds, from each address; None: as many as come."""
+        self.ask("POST", "sys/quotas/config", {"enable_rate_limit_response_headers": True})
+        if rate is None:
+            self.call("DELETE", "sys/quotas/rate-limit/keys")
+            return
+        limit = {"path": "transit", "rate": rate, "interval": f"{interval_s}s"}
+        self.ask("POST", "sys/quotas/rate-limit/keys", limit)
+
     def settings(self, **changes: Any) -> OpenBaoSettings:
         made = OpenBaoSettings(url=self.url, token_file=self.token_file, ca_file=self.ca_file)
         return msgspec.structs.replace(made, **changes)

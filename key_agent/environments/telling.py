@@ -7,7 +7,8 @@
 4. An environment by itself, without shared rows, tells nobody anything.
 5. One that is active while its KEK cannot be used (an HSM that hangs, a refused login, a revoked KEK) says
    that it is draining, so load balancers send callers to the others. Its proxies go on with the keys that
-   they have, as long as those are valid and not taken back. So does one whose HSM is merely slow
+   they have, as long as those are valid and not taken back. (A key server that throttles us works, and the
+   others would be throttled next.) So does one whose HSM is merely slow
    (sources/pace.py): long before a time-out tells that it hangs, callers are elsewhere.
 """
 
@@ -39,7 +40,7 @@ TIMEOUT_S: Final = 5.0
 CONCURRENT: Final = 128
 _FIRST_RETRY_S: Final = 0.25
 _MAX_RETRY_S: Final = 5.0
-_USABLE: Final = frozenset({Standing.CONSENTED, Standing.UNPROVEN})
+_USABLE: Final = frozenset({Standing.CONSENTED, Standing.UNPROVEN, Standing.THROTTLED})
 """What is known of the KEK while there is no reason to go elsewhere (rule 5)."""
 
 

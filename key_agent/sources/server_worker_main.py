@@ -85,7 +85,9 @@ class _Worker(worker_process.Answerer):
             return super().answer(request)
         except Unsupported as error:
             return wire.Failed(verdict=Verdict.UNSUPPORTED, detail=str(error))
-        except (ServerUnavailableError, KeyGoneError) as error:
+        except ServerUnavailableError as error:
+            return wire.Failed(verdict=error.verdict, detail=str(error), retry_after_s=error.retry_after_s)
+        except KeyGoneError as error:
             return wire.Failed(verdict=Verdict.UNREACHABLE, detail=str(error))
         except ImportError as error:
             return wire.Failed(

@@ -188,6 +188,7 @@ class Done(Message, tag="done"):
 class Failed(Message, tag="failed"):
     verdict: Verdict
     detail: str
+    retry_after_s: float = 0.0
 
 
 class KekMade(Message, tag="kek-made"):
@@ -229,6 +230,7 @@ class Sealed(Message, tag="sealed"):
 class Diagnosed(Message, tag="diagnosed"):
     verdict: Verdict
     detail: str
+    retry_after_s: float = 0.0
 
 
 class Described(Message, tag="described"):

@@ -65,7 +65,9 @@ class Answerer(ABC):
                 return wire.Sealed(results=self.seal_envelopes(request))
             case wire.Diagnose():
                 found = self.diagnose(request)
-                return wire.Diagnosed(verdict=found.verdict, detail=found.detail)
+                return wire.Diagnosed(
+                    verdict=found.verdict, detail=found.detail, retry_after_s=found.retry_after_s
+                )
             case wire.Describe():
                 return wire.Described(facts=self.describe(request))
         return wire.Done()

@@ -6,6 +6,8 @@
    outage.
 4. A diagnosis takes two passes, the second in a new worker; that one counts (hsm.md 5).
 5. Best effort against what Python cannot wipe: a worker that has handled KM does not grow old.
+6. A server that throttles us is left alone for as long as it says (back_off.py). That is an answer, so no
+   second pass follows it; operators' requests go there all the same.
 """
 
 from abc import abstractmethod
@@ -20,6 +22,7 @@ import structlog
 from envelope.keys import KeyId
 from key_agent.errors import KeySourceError, error_of
 from key_agent.sources import wire
+from key_agent.sources.back_off import BackOff
 from key_agent.sources.pace import SLOW_AFTER_S
 from key_agent.sources.source import (
     Arrival,
@@ -94,6 +97,7 @@ class WorkerSource(KeySource):
         self.pace = worker.pace
         self._limits = limits
         self._clock = clock
+        self._back_off = BackOff(clock)
         self._last_material_s: float | None = None
         self._batch_size = FIRST_BATCH
 
@@ -290,7 +294,7 @@ class WorkerSource(KeySource):
     @override
     async def diagnose(self, kek: Kek) -> Diagnosis:
         first = await self._one_pass(kek, fresh=self._is_worker_to_be_retired())
-        if first.verdict is Verdict.OK or first.verdict.is_login_refusal:
+        if first.verdict in (Verdict.OK, Verdict.THROTTLED) or first.verdict.is_login_refusal:
             return first
         second = await self._one_pass(kek, fresh=True)
         _log.info(
@@ -312,6 +316,8 @@ class WorkerSource(KeySource):
         await self._worker.close()
 
     async def _one_pass(self, kek: Kek, *, fresh: bool) -> Diagnosis:
+        if (spared := self._spared()) is not None:
+            return spared
         try:
             reply = await self._worker.request(
                 wire.Diagnose(kek=kek, now_s=self._clock.wall_s()), fresh=fresh
@@ -319,15 +325,19 @@ class WorkerSource(KeySource):
             found = _expect(reply, wire.Diagnosed)
         except KeySourceError as error:
             return error.diagnosis
+        self._note(found.verdict, found.retry_after_s)
         return Diagnosis(found.verdict, found.detail)
 
     async def _ask_about(self, keks: Sequence[Kek], message: wire.Message) -> wire.Reply:
         """The answer; a failure that the worker answered is diagnosed: revoked, unreachable, or once more."""
+        if (spared := self._spared()) is not None:
+            raise error_of(spared)
         self._last_material_s = self._clock.boot_s()
         reply = await self._worker.request(message)
         if not isinstance(reply, wire.Failed):
             return reply
-        if not reply.verdict.is_login_refusal:
+        self._note(reply.verdict, reply.retry_after_s)
+        if not reply.verdict.is_login_refusal and reply.verdict is not Verdict.THROTTLED:
             for kek in keks:
                 diagnosis = await self.diagnose(kek)
                 if diagnosis.verdict is not Verdict.OK:
@@ -335,7 +345,20 @@ class WorkerSource(KeySource):
             reply = await self._worker.request(message)
             if not isinstance(reply, wire.Failed):
                 return reply
+            self._note(reply.verdict, reply.retry_after_s)
         raise self._unproven(reply)
+
+    def _spared(self) -> Diagnosis | None:
+        """What is found while the server is left alone; None: it may be asked."""
+        if (left_s := self._back_off.left_s()) > 0:
+            return Diagnosis(Verdict.THROTTLED, f"the key server is not asked again for {left_s:.0f} s")
+        return None
+
+    def _note(self, verdict: Verdict, retry_after_s: float) -> None:
+        if verdict is Verdict.THROTTLED:
+            self._back_off.throttled(retry_after_s)
+        elif verdict is not Verdict.UNREACHABLE:
+            self._back_off.answered()
 
     async def _administer(self, message: wire.Message) -> wire.Reply:
         """An operator's request, in a new worker: modules cache slots and keys until C_Finalize."""

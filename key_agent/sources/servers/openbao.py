@@ -4,7 +4,8 @@
 2. A missing key is never encrypted with: a token that may create would make a new one. So the key is looked
    for before the first encryption of a connection, and revocation is told by decrypting (work.py).
 3. What the engine says of a key: 400 with one of `_KEY_SAYS`. A sealed server, a missing mount, a token that
-   may not, every 5xx, and any text not known here say nothing about a key.
+   may not, every 5xx, and any text not known here say nothing about a key. 403 (denied) and 429 (throttled)
+   are told apart from the others, for people and for what the agent asks next.
 4. The token is read from its file at each connection, renewed while it is renewable, and is in no message.
 """
 
@@ -28,6 +29,8 @@ from key_agent.sources.servers.server import (
     Item,
     KeyGoneError,
     KeyServer,
+    ServerDeniedError,
+    ServerThrottledError,
     ServerUnavailableError,
     Standing,
     Unopened,
@@ -72,6 +75,8 @@ class OpenBao(KeyServer):
         self._connection: http.client.HTTPConnection | None = None
         self._token = ""
         self._renew_at_s = 0.0
+        self._retry_after_s = 0.0
+        """As the last answer said."""
         self._seen: set[str] = set()
 
     @override
@@ -232,7 +237,14 @@ class OpenBao(KeyServer):
         if 200 <= status < 300:
             return body
         text = "; ".join(_errors(body) or [])[:200]
-        raise ServerUnavailableError(f"HTTP {status}{': ' + text if text else ''}")
+        told = f"HTTP {status}{': ' + text if text else ''}"
+        match status:
+            case 403:
+                raise ServerDeniedError(told)
+            case 429:
+                raise ServerThrottledError(told, retry_after_s=self._retry_after_s)
+            case _:
+                raise ServerUnavailableError(told)
 
     def _call(
         self, method: str, path: str, body: object = None, *, anonymous: bool = False
@@ -259,6 +271,7 @@ class OpenBao(KeyServer):
         content = None if body is None else json.dumps(body).encode()
         connection.request(method, f"{self._address.path.rstrip('/')}/v1/{path}", content, headers)
         answer = connection.getresponse()
+        self._retry_after_s = _seconds(answer.getheader("Retry-After"))
         data = answer.read(ANSWER_LIMIT + 1)
         if len(data) > ANSWER_LIMIT:
             raise ValueError("the answer is too long")
@@ -289,6 +302,8 @@ class OpenBao(KeyServer):
         if time.monotonic() < self._renew_at_s:
             return
         status, body = self._exchange("GET", "auth/token/lookup-self", None, anonymous=False)
+        if status == 429:  # nobody knows when it ends: it is looked at with the next question
+            self._sound(status, body)
         told = _data(body) if status == 200 else {}
         ttl_s = told.get("ttl")
         if not isinstance(ttl_s, int) or ttl_s <= 0:
@@ -310,6 +325,11 @@ def _data(body: object) -> dict[str, Any]:
 def _errors(body: object) -> list[str] | None:
     told = body.get("errors") if isinstance(body, dict) else None
     return [str(text) for text in told] if isinstance(told, list) else None
+
+
+def _seconds(text: str | None) -> float:
+    """Of a Retry-After header (RFC 9110, 10.2.3): a number of seconds, or 0. A date is not taken."""
+    return float(text) if text is not None and re.fullmatch("[0-9]{1,5}", text) else 0.0
 
 
 def _b64(data: bytes) -> str:

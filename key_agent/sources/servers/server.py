@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Final
 
 from key_agent.sources.source import WrapMethod
+from key_agent.sources.verdict import Verdict
 
 MAX_BATCH: Final = 100
 """Items per call; some servers refuse more with associated data (hsm.md 8.2)."""
@@ -37,7 +38,26 @@ class Found:
 
 
 class ServerUnavailableError(Exception):
-    """No answer that says anything about a key: network, TLS, credentials, sealed, overload."""
+    """No answer that says anything about a key: network, TLS, sealed, and its two kinds below."""
+
+    verdict = Verdict.UNREACHABLE
+    retry_after_s = 0.0
+
+
+class ServerDeniedError(ServerUnavailableError):
+    """The server does not let us: our credentials, or what they may do."""
+
+    verdict = Verdict.DENIED
+
+
+class ServerThrottledError(ServerUnavailableError):
+    """The server has had more requests than it allows. *retry_after_s*: when it takes another; 0: unknown."""
+
+    verdict = Verdict.THROTTLED
+
+    def __init__(self, detail: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
 class KeyGoneError(Exception):

@@ -235,7 +235,7 @@ def diagnose(server: KeyServer, kek: Kek, *, now_s: float) -> Diagnosis:
     try:
         return _diagnose(server, kek, now_s)
     except ServerUnavailableError as error:
-        return Diagnosis(Verdict.UNREACHABLE, str(error))
+        return Diagnosis(error.verdict, str(error), error.retry_after_s)
     except KeyGoneError as error:
         # Gone between two questions: the next look finds it so.
         return Diagnosis(Verdict.UNREACHABLE, f"the key changed meanwhile: {error}")

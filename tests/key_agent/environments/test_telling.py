@@ -168,6 +168,8 @@ async def test_one_that_is_away_is_tried_again_a_quarter_of_a_second_later(tmp_p
         ("active", Standing.CONSENTED, "active"),
         ("active", Standing.UNPROVEN, "active"),
         ("active", Standing.SILENT, "draining"),
+        ("active", Standing.DENIED, "draining"),
+        ("active", Standing.THROTTLED, "active"),
         ("active", Standing.LOGIN_REFUSED, "draining"),
         ("active", Standing.REVOKED, "draining"),
         ("active", Standing.SUSPENDED, "draining"),

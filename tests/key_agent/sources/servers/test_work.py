@@ -12,13 +12,14 @@ import pytest
 from envelope.keys import KeyId, NetworkService
 from key_agent.errors import KeySourceError, UnsupportedError
 from key_agent.sources.envelopes import WrappedKeyError, canary_binding
-from key_agent.sources.servers import work
+from key_agent.sources.servers import openbao, work
 from key_agent.sources.servers.kmip import Kmip
 from key_agent.sources.servers.openbao import OpenBao
 from key_agent.sources.servers.server import (
     Item,
     KeyGoneError,
     KeyServer,
+    ServerThrottledError,
     ServerUnavailableError,
     Standing,
     Unopened,
@@ -261,14 +262,30 @@ def test_outages_of_openbao_are_none_of_the_keys(bao: BaoServer) -> None:
     kek = _make(server)
     good = bao.token_file.read_text()
     bao.token_file.write_text("s.nobody")
-    assert _verdict(server, kek) is Verdict.UNREACHABLE
+    assert _verdict(server, kek) is Verdict.DENIED
     bao.token_file.write_text(good)
+    assert _verdict(server, kek) is Verdict.OK
+    # Its rights are taken away, and what it asks about is somebody else's: no word about the key.
+    bao.ask(
+        "PUT", "sys/policies/acl/agent", {"policy": 'path "transit/random/*" { capabilities = ["update"] }'}
+    )
+    assert _verdict(server, kek) is Verdict.DENIED
+    bao.ask("PUT", "sys/policies/acl/agent", {"policy": bao.POLICY})
+    assert _verdict(server, kek) is Verdict.OK
+    bao.throttle(rate=1, interval_s=30)
+    found = [work.diagnose(server, kek, now_s=NOW_S) for _ in range(3)]
+    assert (found[-1].verdict, 0 < found[-1].retry_after_s <= 30) == (Verdict.THROTTLED, True), found
+    with pytest.raises(ServerThrottledError) as caught:
+        server.open(work.name_of(kek.reference), [Item(kek.canary_ciphertext, b"x")])
+    assert caught.value.retry_after_s > 0
+    bao.throttle(rate=None)
+    assert _verdict(server, kek) is Verdict.OK
     bao.ask("PUT", "sys/seal")
     assert _verdict(server, kek) is Verdict.UNREACHABLE
     bao.unseal()
     assert _verdict(server, kek) is Verdict.OK
     bao.ask("DELETE", "sys/mounts/transit")
-    assert _verdict(server, kek) is Verdict.UNREACHABLE
+    assert _verdict(server, kek) is Verdict.DENIED  # it does not say more of what is not there
     bao.ask("POST", "sys/mounts/transit", {"type": "transit"})
     # An emptied engine of the same name: that is an emptied token.
     assert _verdict(server, kek) is Verdict.TOKEN_CHANGED
@@ -398,6 +415,24 @@ def test_nothing_is_an_answer_that_is_none(bao: BaoServer) -> None:
         real._call = functools.partial(_answered, answer)  # type: ignore[method-assign]
         with pytest.raises(ServerUnavailableError):
             real.open("sealgate-k", [Item(b"vault:v1:x", b"b")])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (None, 0),
+        ("0", 0),
+        ("7", 7),
+        ("86400", 86400),
+        ("-1", 0),
+        ("1e9", 0),
+        ("nan", 0),
+        ("1000000", 0),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0),
+    ],
+)
+def test_how_long_to_wait_is_a_number_of_seconds_or_nothing(text: str | None, seconds: float) -> None:
+    assert openbao._seconds(text) == seconds
 
 
 def test_unopened_is_told_from_gone(server: KeyServer) -> None:
