@@ -203,6 +203,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/shared_state.py": _SHARED,
     "key_agent/environments/shared_view.py": _SHARED,
     "key_agent/environments/workplace.py": _PEERING,
+    "key_agent/environments/forewords.py": _PEERING,
     "key_agent/environments/own_word.py": _PEERING,
     "key_agent/environments/peer_rows.py": _PEERING,
     "key_agent/environments/peer_sights.py": _PEERING,
@@ -379,6 +380,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/profiles/profile.py": _PLANS,
     "proxy/encryption_service/body_stream.py": _CONNECTIONS,
     "proxy/encryption_service/http_site.py": _CONNECTIONS,
+    "proxy/encryption_service/key_states.py": (
+        "tests/proxy/encryption_service/test_core.py",
+        "what a state allows is what the core's calls are answered",
+    ),
     "proxy/encryption_service/credential_cli.py": _SERVICE_COMMANDS,
     "proxy/encryption_service/dialect_cli.py": _SERVICE_COMMANDS,
     "proxy/encryption_service/key_cli.py": _SERVICE_COMMANDS,

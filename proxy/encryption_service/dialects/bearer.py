@@ -140,7 +140,7 @@ class BearerCalls:
         """KeyNotFound; AccessDenied for a name that the credential is not for and no key has."""
         work.key = name
         try:
-            found = work.named_key = self.core.find(caller.tenant, name)
+            found = work.named_key = self.core.states.find(caller.tenant, name)
         except KeyNotFound:
             keys = self._keys_of(caller)
             if keys is not None and name not in keys:
@@ -156,7 +156,7 @@ class BearerCalls:
             if keys is not None and key.name not in keys:
                 continue
             try:
-                found.append(self.core.find(caller.tenant, key.name))
+                found.append(self.core.states.find(caller.tenant, key.name))
             except KeyNotFound:
                 continue
         return found

@@ -17,7 +17,7 @@ from envelope.errors import FormatError
 from envelope.keys import KeyId
 from proxy.encryption_service.access import Caller
 from proxy.encryption_service.call import Answer
-from proxy.encryption_service.core import Core, Entry, Outcome, Standing, Ticket
+from proxy.encryption_service.core import Core, Entry, Outcome, Ticket
 from proxy.encryption_service.dialects import kacls_blob as blobs
 from proxy.encryption_service.dialects import kacls_messages as messages
 from proxy.encryption_service.dialects import kacls_private_keys as private_keys
@@ -36,6 +36,7 @@ from proxy.encryption_service.dialects.kacls_policy import (
     delegation_claims,
 )
 from proxy.encryption_service.errors import DoesNotVerify, Revoked, Stale
+from proxy.encryption_service.key_states import Standing
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectName, Op
 from proxy.encryption_service.outbound import OutboundError
@@ -165,7 +166,7 @@ class KaclsCalls:
     def _leave(self, exchange: Exchange, caller: Caller, op: Op) -> Ticket:
         """Leave to use the wrapping key. The errors of `Core.find` and `Core.admit`."""
         exchange.key = exchange.kacls.endpoint.wrapping_key
-        return self._core.admit(caller, self._core.find(caller.tenant, exchange.key), op)
+        return self._core.admit(caller, self._core.states.find(caller.tenant, exchange.key), op)
 
     def _sealed(self, exchange: Exchange, ticket: Ticket, kind: Kind, content: Content) -> str:
         blob = blobs.seal(self._core, ticket, kind, content)
@@ -194,8 +195,8 @@ class KaclsCalls:
 
     def _status(self, exchange: Exchange) -> Answer:
         kacls = exchange.kacls
-        key = self._core.find(kacls.tenant, kacls.endpoint.wrapping_key)
-        match self._core.standing(kacls.tenant, key):
+        key = self._core.states.find(kacls.tenant, kacls.endpoint.wrapping_key)
+        match self._core.states.standing(kacls.tenant, key):
             case Standing.REVOKED:
                 raise Revoked("the keys were withdrawn by their owner")
             case Standing.STALE:

@@ -17,9 +17,10 @@ from joserfc.jwk import RSAKey
 from envelope.base64url import b64u_encode
 from envelope.keys import KeyState, SigningAlgorithm
 from proxy.encryption_service.access import Caller
-from proxy.encryption_service.core import Core, KeyVersion, RsaPadding, SignatureScheme, Ticket
+from proxy.encryption_service.core import Core, RsaPadding, SignatureScheme, Ticket
 from proxy.encryption_service.dialects.kacls_endpoint import CERTS, Kacls
 from proxy.encryption_service.errors import KeyNotFound, ServiceError, UsageRefused
+from proxy.encryption_service.key_states import KeyVersion
 from proxy.encryption_service.model import NamedKey, Op
 from proxy.encryption_service.tokens import ALGORITHM, KeySource
 
@@ -56,7 +57,8 @@ class Identity:
         """
         key = self._key(kacls)
         ticket = self._core.admit(caller, key, Op.SIGN)
-        active = [version for version in self._core.versions(key) if version.state is KeyState.ACTIVE][-1]
+        versions = self._core.states.versions(key)
+        active = [version for version in versions if version.state is KeyState.ACTIVE][-1]
         header = {"alg": ALGORITHM, "kid": str(active.key_id), "typ": "JWT"}
         signed = f"{_part(header)}.{_part(claims)}"
         signature = self._core.sign(ticket, signed.encode(), _SCHEME, version=active.version)
@@ -66,7 +68,7 @@ class Identity:
         name = kacls.endpoint.signing_key
         if name is None:
             raise KeyNotFound("this KACLS has no signing key")
-        key = self._core.find(kacls.tenant, name)
+        key = self._core.states.find(kacls.tenant, name)
         if key.algorithm is not SigningAlgorithm.RS256:
             raise UsageRefused("a KACLS signs by RS256, its signing key does not")
         return key
@@ -74,7 +76,7 @@ class Identity:
     def _published(self, key: NamedKey) -> list[KeyVersion]:
         if key.blocked:
             return []
-        return [version for version in self._core.versions(key) if version.state in _PUBLISHED]
+        return [version for version in self._core.states.versions(key) if version.state in _PUBLISHED]
 
 
 class KeysOfCall:

@@ -19,7 +19,7 @@ from envelope.errors import KeyUnavailableError
 from envelope.keys import KeyUse
 from proxy.encryption_service.access import Access, Caller
 from proxy.encryption_service.call import Answer, Call, DuplicateHeaderError, StreamingAnswer
-from proxy.encryption_service.core import Core, KeyVersion, Purpose, Ticket
+from proxy.encryption_service.core import Core, Purpose, Ticket
 from proxy.encryption_service.dialects import native_bodies as bodies
 from proxy.encryption_service.dialects.bearer import BearerCalls, Work
 from proxy.encryption_service.dialects.dialect import Dialect, Trouble
@@ -53,6 +53,7 @@ from proxy.encryption_service.errors import (
     ServiceError,
     TooLarge,
 )
+from proxy.encryption_service.key_states import KeyVersion
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectName, NamedKey, NativeSettings, Op, ServiceDirectory
 from proxy.encryption_service.signatures import SignatureScheme
@@ -400,7 +401,7 @@ class NativeDialect(Dialect):
         if path == f"{PREFIX}/status":
             work.operation = "status"
             _check_method(method, "GET")
-            standing = self._core.standing(caller.tenant)
+            standing = self._core.states.standing(caller.tenant)
             self._calls.record(work)
             return _json(bodies.Status(tenant=caller.tenant, standing=standing.value))
         if path == WELL_KNOWN_KEYS:
@@ -425,8 +426,8 @@ class NativeDialect(Dialect):
             algorithm=_DATA_ALGORITHM if key.use is KeyUse.DATA else str(key.algorithm),
             operations=sorted(op.value for op in allowed),
             blocked=key.blocked,
-            standing=self._core.standing(key.tenant, key).value,
-            versions=[_version(version) for version in self._core.versions(key)],
+            standing=self._core.states.standing(key.tenant, key).value,
+            versions=[_version(version) for version in self._core.states.versions(key)],
         )
 
     # Streams.

@@ -195,7 +195,7 @@ class NativeObjects:
 
     def _named(self, work: Work, caller: Caller, rings: Sequence[NamedKey], key_id: KeyId) -> _Tried:
         work.key_id = key_id
-        ring = self._core.holder_of(caller.tenant, rings, key_id)
+        ring = self._core.states.holder_of(caller.tenant, rings, key_id)
         work.key, work.named_key = ring.name, ring
         try:
             ticket = self._core.admit(caller, ring, Op.DECRYPT)

@@ -128,7 +128,7 @@ class NativeTokens:
 
     def key_set(self, tenant: str, keys: Iterable[NamedKey]) -> bytes:
         """The JWK set (RFC 7517 5) of *keys*, all environments'. Withdrawn, Stale."""
-        found = self._calls.core.public_keys(tenant, keys)
+        found = self._calls.core.states.public_keys(tenant, keys)
         documents = [
             public_jwk(version.public_key, version.key_id, str(key.algorithm))
             for key, version in found

@@ -213,7 +213,7 @@ class TransitDialect(Dialect):
         return answer_for(error, work.op, work.named_key, self._type_of)
 
     def _type_of(self, key: NamedKey) -> str:
-        return type_of(key, self._core.versions(key))
+        return type_of(key, self._core.states.versions(key))
 
 
 def _below(path: str, mount: str) -> str | None:

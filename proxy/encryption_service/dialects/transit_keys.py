@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from envelope.keys import KeyState, KeyUse, SigningAlgorithm
 from proxy.encryption_service.call import Answer
-from proxy.encryption_service.core import KeyVersion, Standing
 from proxy.encryption_service.dialects.bearer import BearerCalls
 from proxy.encryption_service.dialects.transit_bodies import encode_base64
 from proxy.encryption_service.dialects.transit_call import READING, WRITING, TransitRequest, success
@@ -22,6 +21,7 @@ from proxy.encryption_service.dialects.transit_errors import (
     VaultError,
 )
 from proxy.encryption_service.errors import KeyNotFound, Revoked, Stale
+from proxy.encryption_service.key_states import KeyVersion, Standing
 from proxy.encryption_service.model import NamedKey, Op
 
 DATA_TYPE: Final = "aes256-gcm96"
@@ -76,8 +76,8 @@ class KeyCalls:
             key = self._calls.describable(request.work, request.caller, name)
         except KeyNotFound:
             raise VaultError(404) from None
-        described = describe(key, self._core.versions(key))
-        standing = self._core.standing(key.tenant, key)
+        described = describe(key, self._core.states.versions(key))
+        standing = self._core.states.standing(key.tenant, key)
         if standing is Standing.REVOKED:
             raise Revoked("the keys were withdrawn by their owner")
         if standing is Standing.STALE:

@@ -11,7 +11,6 @@ from urllib.parse import parse_qsl
 
 from proxy.encryption_service.access import Caller
 from proxy.encryption_service.call import Answer, Call
-from proxy.encryption_service.core import Standing
 from proxy.encryption_service.dialects.bearer import BearerCalls, Work
 from proxy.encryption_service.dialects.transit_bodies import NoBody, Reader
 from proxy.encryption_service.dialects.transit_call import (
@@ -26,6 +25,7 @@ from proxy.encryption_service.dialects.transit_call import (
 from proxy.encryption_service.dialects.transit_errors import DENIED, UNSUPPORTED_OPERATION, VaultError
 from proxy.encryption_service.dialects.transit_keys import rfc3339
 from proxy.encryption_service.errors import NotAuthenticated
+from proxy.encryption_service.key_states import Standing
 from proxy.encryption_service.model import DialectName, ServiceDirectory
 
 HEALTH_CALLS: Final = frozenset({"health", "seal-status", "leader", "init"})
@@ -115,7 +115,7 @@ class SystemCalls:
         if headers.get(TOKEN_HEADER) or "authorization" in headers:
             try:
                 caller = self._calls.authenticate(work, token_of(headers), call)
-                return self._core.standing(caller.tenant)
+                return self._core.states.standing(caller.tenant)
             except NotAuthenticated:
                 pass  # a wrong token learns as much as none
         tenants = [
@@ -123,7 +123,7 @@ class SystemCalls:
             for (tenant, dialect), entry in directory.dialects.items()
             if dialect is DialectName.TRANSIT and entry.enabled
         ]
-        return self._core.standing(tenants[0]) if len(tenants) == 1 else Standing.SERVING
+        return self._core.states.standing(tenants[0]) if len(tenants) == 1 else Standing.SERVING
 
 
 def _health_status(query: str, *, sealed: bool) -> int:

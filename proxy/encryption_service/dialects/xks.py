@@ -30,7 +30,7 @@ from envelope.keys import KeyId, KeyState, KeyUse
 from proxy.encryption_service import sigv4
 from proxy.encryption_service.access import Access, Caller
 from proxy.encryption_service.call import Answer, Call
-from proxy.encryption_service.core import Core, Entry, Outcome, Purpose, Standing, Ticket
+from proxy.encryption_service.core import Core, Entry, Outcome, Purpose, Ticket
 from proxy.encryption_service.dialects import xks_messages as messages
 from proxy.encryption_service.dialects.dialect import Dialect, Trouble
 from proxy.encryption_service.dialects.xks_errors import (
@@ -57,6 +57,7 @@ from proxy.encryption_service.errors import (
     Stale,
     UsageRefused,
 )
+from proxy.encryption_service.key_states import Standing
 from proxy.encryption_service.limits import Limiter
 from proxy.encryption_service.model import DialectEntry, DialectName, NamedKey, Op, ServiceDirectory, XksStore
 from proxy.encryption_service.settings import XksFleet
@@ -282,7 +283,7 @@ class XksDialect(Dialect):
         name = store.keys.get(record.route.key_id)
         if name is None:
             raise KeyNotFound("there is no such external key in this key store")
-        key = self._core.find(record.tenant, name)
+        key = self._core.states.find(record.tenant, name)
         if key.use is not KeyUse.DATA:
             raise KeyNotFound("the external key is not an AES-256 key")
         return key
@@ -380,7 +381,7 @@ class XksDialect(Dialect):
         del store, caller
         request = self._asks_health.read(body)
         record.note(request.request_metadata)
-        standing = self._core.standing(record.tenant)
+        standing = self._core.states.standing(record.tenant)
         if standing is Standing.REVOKED:
             raise Revoked("the keys of this key store were withdrawn by their owner")
         self._try_cipher()
@@ -405,10 +406,10 @@ class XksDialect(Dialect):
 
     def _state_of(self, key: NamedKey) -> KeyState:
         """Of the key as AWS is to see it: blocked and withdrawn keys are suspended. Stale."""
-        standing = self._core.standing(key.tenant, key)
+        standing = self._core.states.standing(key.tenant, key)
         if key.blocked or standing is Standing.REVOKED:
             return KeyState.SUSPENDED
-        state = self._core.state_of(key)
+        state = self._core.states.state_of(key)
         if standing is Standing.STALE or state is None:
             raise Stale("no valid key is here at the moment")
         return state

@@ -14,7 +14,6 @@ from envelope.keys import KeyId, KeyState, SigningAlgorithm
 from envelope.xaes import Xaes256Gcm
 from proxy.encryption_service.access import Caller
 from proxy.encryption_service.core import (
-    DEGRADED_BELOW_S,
     MAX_CONTEXT_BYTES,
     MAX_PLAINTEXT_BYTES,
     NONCE_SIZE,
@@ -24,7 +23,6 @@ from proxy.encryption_service.core import (
     Purpose,
     Sealed,
     SignatureScheme,
-    Standing,
     Ticket,
 )
 from proxy.encryption_service.errors import (
@@ -43,6 +41,7 @@ from proxy.encryption_service.errors import (
     UsageRefused,
     Withdrawn,
 )
+from proxy.encryption_service.key_states import DEGRADED_BELOW_S, Standing
 from proxy.encryption_service.model import DialectName, NamedKey, Op, ServiceDirectory
 from tests.proxy.encryption_service.service_rig import PEER, TENANT, VALIDITY_S, ServiceRig
 
@@ -342,9 +341,9 @@ def test_the_table_of_states(bench: Bench, row: Row) -> None:
     bench.rig.push(bench.key, *row.states)
     assert refusal(bench.encrypt) == row.encrypts
     assert refusal(lambda: bench.decrypt(sealed)) == row.decrypts
-    assert bench.core.state_of(bench.key) is row.whole
-    assert [version.state for version in bench.core.versions(bench.key)] == list(row.states)
-    assert bench.core.standing(TENANT) is Standing.SERVING, "a key's state is not its tenant's"
+    assert bench.core.states.state_of(bench.key) is row.whole
+    assert [version.state for version in bench.core.states.versions(bench.key)] == list(row.states)
+    assert bench.core.states.standing(TENANT) is Standing.SERVING, "a key's state is not its tenant's"
 
 
 def refusal(attempt: Callable[[], object]) -> Refusal | None:
@@ -359,12 +358,12 @@ def test_a_destroyed_key_is_not_there(bench: Bench) -> None:
     sealed = bench.encrypt()
     bench.rig.push(bench.key, S.DESTROYED)
     with pytest.raises(KeyNotFound):
-        bench.core.find(TENANT, "orders")
+        bench.core.states.find(TENANT, "orders")
     with pytest.raises(KeyNotFound):
         bench.encrypt()
     with pytest.raises(KeyNotFound):
         bench.decrypt(sealed)
-    assert bench.core.state_of(bench.key) is S.DESTROYED
+    assert bench.core.states.state_of(bench.key) is S.DESTROYED
 
 
 def test_a_named_version(bench: Bench) -> None:
@@ -388,12 +387,12 @@ def test_a_version_that_a_push_leaves_out_is_gone(bench: Bench) -> None:
 
 
 def test_find_takes_any_name(bench: Bench) -> None:
-    assert bench.core.find(TENANT, "orders") is bench.key
+    assert bench.core.states.find(TENANT, "orders") is bench.key
     for name in ("", "Orders", "orders/", "../orders", "x" * 10_000, "orders\0"):
         with pytest.raises(KeyNotFound):
-            bench.core.find(TENANT, name)
+            bench.core.states.find(TENANT, name)
     with pytest.raises(KeyNotFound):
-        bench.core.find("globex", "orders")
+        bench.core.states.find("globex", "orders")
 
 
 # Standing.
@@ -402,22 +401,22 @@ def test_find_takes_any_name(bench: Bench) -> None:
 def test_a_tenant_degrades_goes_stale_and_comes_back(bench: Bench) -> None:
     core, clock = bench.core, bench.rig.clock
     sealed = bench.encrypt()
-    assert core.standing(TENANT) is Standing.SERVING
+    assert core.states.standing(TENANT) is Standing.SERVING
     clock.shift(VALIDITY_S - DEGRADED_BELOW_S)
-    assert core.standing(TENANT) is Standing.SERVING
+    assert core.states.standing(TENANT) is Standing.SERVING
     clock.shift(0.001)
-    assert core.standing(TENANT) is core.standing(TENANT, bench.key) is Standing.DEGRADED
+    assert core.states.standing(TENANT) is core.states.standing(TENANT, bench.key) is Standing.DEGRADED
     assert bench.decrypt(sealed) == PLAIN, "degraded serves"
     clock.shift(DEGRADED_BELOW_S - 0.002)
     assert bench.decrypt(bench.encrypt()) == PLAIN
     clock.shift(0.001)
-    assert core.standing(TENANT) is core.standing(TENANT, bench.key) is Standing.STALE
+    assert core.states.standing(TENANT) is core.states.standing(TENANT, bench.key) is Standing.STALE
     with pytest.raises(Stale):
         bench.encrypt()
     with pytest.raises(Stale):
         bench.decrypt(sealed)
     bench.rig.push(bench.key)
-    assert core.standing(TENANT) is Standing.SERVING
+    assert core.states.standing(TENANT) is Standing.SERVING
     assert bench.decrypt(sealed) == PLAIN
 
 
@@ -431,7 +430,7 @@ def test_one_of_several_environments_does_not_speak_for_the_others(bench: Bench)
         bench.encrypt,
         lambda: bench.decrypt(sealed),
         lambda: bench.core.confirm(ticket),
-        lambda: bench.core.holder_of(TENANT, [bench.key], KeyId.random()),
+        lambda: bench.core.states.holder_of(TENANT, [bench.key], KeyId.random()),
     ):
         with pytest.raises(Withdrawn) as refused:
             call()
@@ -445,27 +444,31 @@ def test_revoked_is_told_from_stale(bench: Bench) -> None:
     sealed = bench.encrypt()
     bench.rig.withdraw(bench.key)
     for _ in range(2):
-        assert bench.core.standing(TENANT) is bench.core.standing(TENANT, bench.key) is Standing.REVOKED
+        assert (
+            bench.core.states.standing(TENANT)
+            is bench.core.states.standing(TENANT, bench.key)
+            is Standing.REVOKED
+        )
         with pytest.raises(Revoked):
             bench.encrypt()
         with pytest.raises(Revoked):
             bench.decrypt(sealed)
         bench.rig.clock.shift(10 * VALIDITY_S)  # time does not make a revocation an outage
     bench.rig.push(bench.key)
-    assert bench.core.standing(TENANT) is Standing.SERVING
+    assert bench.core.states.standing(TENANT) is Standing.SERVING
     assert bench.decrypt(sealed) == PLAIN
 
 
 def test_nothing_pushed_yet_is_stale(rig: ServiceRig) -> None:
     key = rig.add_key()
-    assert rig.core.standing(TENANT) is rig.core.standing(TENANT, key) is Standing.STALE
+    assert rig.core.states.standing(TENANT) is rig.core.states.standing(TENANT, key) is Standing.STALE
     with pytest.raises(Stale):
         rig.core.admit(rig.caller(), key, Op.ENCRYPT)
     with pytest.raises(Stale):
         rig.core.admit(rig.caller(), key, Op.DECRYPT)
-    assert rig.core.find(TENANT, "orders") is key
-    assert rig.core.state_of(key) is None
-    assert rig.core.standing("nobody") is Standing.SERVING
+    assert rig.core.states.find(TENANT, "orders") is key
+    assert rig.core.states.state_of(key) is None
+    assert rig.core.states.standing("nobody") is Standing.SERVING
 
 
 def test_one_key_leaves_the_others_alone(bench: Bench) -> None:
@@ -477,23 +480,23 @@ def test_one_key_leaves_the_others_alone(bench: Bench) -> None:
     rig.withdraw(withdrawn)
     rig.serve(dataclasses.replace(blocked, blocked=True))
     rig.push(suspended, S.SUSPENDED)
-    assert core.standing(TENANT) is Standing.SERVING
-    assert core.standing(TENANT, withdrawn) is Standing.REVOKED
+    assert core.states.standing(TENANT) is Standing.SERVING
+    assert core.states.standing(TENANT, withdrawn) is Standing.REVOKED
     assert bench.decrypt(bench.encrypt()) == PLAIN
     # One that was served and is not refreshed with the others shows.
     rig.push(suspended, S.SUSPENDED, validity_s=10)
     rig.clock.shift(11)
-    assert core.standing(TENANT) is Standing.DEGRADED
+    assert core.states.standing(TENANT) is Standing.DEGRADED
     for key in (bench.key, blocked, suspended, others[3]):
         rig.withdraw(key)
-    assert core.standing(TENANT) is Standing.REVOKED
+    assert core.states.standing(TENANT) is Standing.REVOKED
 
 
 def test_lost_time_counts(bench: Bench) -> None:
     """A machine that was paused: the boot clock stood still, the wall clock has jumped."""
     bench.rig.clock.set_wall(bench.rig.clock.wall_s() + VALIDITY_S)
     bench.rig.keys.take_off_lost_time()
-    assert bench.core.standing(TENANT) is Standing.STALE
+    assert bench.core.states.standing(TENANT) is Standing.STALE
 
 
 # Leave, and the answer.
@@ -781,7 +784,7 @@ def test_sign_and_verify_by_version(rig: ServiceRig) -> None:
     with pytest.raises(DoesNotVerify):
         rig.core.verify(verify, 1, made.signature, b"massage", scheme)
     assert rig.core.sign(rig.core.admit(caller, key, Op.SIGN), b"m", scheme).version == 2
-    public = [version.public_key for version in rig.core.versions(key)]
+    public = [version.public_key for version in rig.core.states.versions(key)]
     assert len({repr(found) for found in public if found}) == 2
     for op in (Op.ENCRYPT, Op.DECRYPT, Op.GENERATE, Op.REWRAP):
         with pytest.raises(UsageRefused):
