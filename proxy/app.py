@@ -32,6 +32,7 @@ from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer
 from proxy import gate
 from proxy.api.broker import BrokerListener
+from proxy.api.connections import AgentConnections
 from proxy.api.environment import answering_checks, status_routes
 from proxy.api.push import make_push_application
 from proxy.config import Settings, database_url
@@ -309,7 +310,11 @@ class ProxyProcess:
         )
         with _binding("push", push.host, push.port):
             server = serve.serving(
-                application, host=push.host, port=push.port, ssl_context=self._push_tls.context
+                application,
+                host=push.host,
+                port=push.port,
+                ssl_context=self._push_tls.context,
+                admit=AgentConnections(lambda: receiver.directory, self._clock).admit,
             )
             self.ports["push"] = await server.__aenter__()
         try:

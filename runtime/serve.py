@@ -21,9 +21,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 MAX_REQUEST_BYTES: Final = 1 << 20
 GRACE_S: Final = 5.0
+_CALLBACK_ROUNDS: Final = 100
 
 log = structlog.get_logger()
 
+type Admit = Callable[[asyncio.Transport], Callable[[], None]]
+"""Is told of each connection after its handshake, and may close it; what to call at its end."""
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -149,20 +152,25 @@ async def serving(
     port: int,
     ssl_context: ssl.SSLContext | None = None,
     grace_s: float = GRACE_S,
+    admit: Admit | None = None,
 ) -> AsyncIterator[int]:
     """Serve *application* while the block runs; yields the bound port (of use when *port* is 0).
 
     OSError if the address cannot be bound.
     """
-    async with running(application, grace_s=grace_s) as runner:
+    async with running(application, grace_s=grace_s, admit=admit) as runner:
         site = web.TCPSite(runner, host, port, ssl_context=ssl_context, backlog=1024)
         await site.start()
         yield runner.addresses[0][1]
 
 
 @asynccontextmanager
-async def running(application: web.Application, *, grace_s: float = GRACE_S) -> AsyncIterator[web.AppRunner]:
+async def running(
+    application: web.Application, *, grace_s: float = GRACE_S, admit: Admit | None = None
+) -> AsyncIterator[web.AppRunner]:
     """*application*, ready for listeners of the caller's; after the block nobody is served any more.
+
+    *admit* is told of each connection before anything is read from it.
 
     aiohttp closes the connections it knows. One that was accepted before and whose handshake ends later would
     be served for as long as its client likes, by an application that is gone: it is closed at once.
@@ -170,20 +178,36 @@ async def running(application: web.Application, *, grace_s: float = GRACE_S) -> 
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=grace_s, handle_signals=False)
     await runner.setup()
     server = cast("web.Server", runner.server)  # there is one after `setup`
-    know = server.connection_made
+    know, forget = server.connection_made, server.connection_lost
     has_ended = False
+    admitted: dict[web.RequestHandler, tuple[asyncio.Transport, Callable[[], None]]] = {}
 
     def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         know(handler, transport)
         if has_ended:
             handler.force_close()
+        elif admit is not None:
+            admitted[handler] = transport, admit(transport)
 
-    server.connection_made = connection_made  # type: ignore[method-assign] # AppRunner makes its server itself
+    def connection_lost(handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        forget(handler, exc)
+        if (known := admitted.pop(handler, None)) is not None:
+            known[1]()
+
+    # AppRunner makes its server itself.
+    server.connection_made = connection_made  # type: ignore[method-assign]
+    server.connection_lost = connection_lost  # type: ignore[method-assign]
     try:
         yield runner
     finally:
         has_ended = True
         await runner.cleanup()
+        for transport, _ in admitted.values():
+            transport.abort()  # nobody reads from some: their ends would not be noticed
+        for _ in range(_CALLBACK_ROUNDS):
+            if not admitted:
+                break
+            await asyncio.sleep(0)
 
 
 _CODES: Final = {

@@ -3,15 +3,17 @@
 1. OpenSSL lets in whoever hangs on any tenant's root. Who that is, and whether its *own* tenant's root
    certified it for the role agent:tls, is decided here, at every request, by the directory as it is now.
 2. What a connection may say is about its own tenant only: what belongs to others does not exist.
-3. Every size, count and rate is bounded, per tenant, so that none can crowd out another. What is sent for
-   another purpose has a rate and places of its own: no refresh, however large or slow, delays a withdrawal.
-   Asking who is there waits for no place: slow pushes do not make a proxy look dead.
+3. Every size, count and rate is bounded, per agent and per tenant: no tenant can crowd out another, and no
+   agent, another environment's or breached, those of its own tenant. What is sent for another purpose has a
+   rate and places of its own: no refresh, however large or slow, delays a withdrawal. Asking who is there
+   waits for no place: slow pushes do not make a proxy look dead.
 4. This layer judges JSON and identities; what an envelope is worth is `Receiver`'s business.
 """
 
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
 from typing import Annotated, Final
@@ -19,20 +21,14 @@ from typing import Annotated, Final
 import msgspec
 import structlog
 from aiohttp import web
+from cachetools import LRUCache
 from cryptography import x509
 
 from envelope.base64url import b64u_encode
-from envelope.certificates import (
-    AnyHolder,
-    CertificateError,
-    Identity,
-    Role,
-    read_identity,
-    verify_certificate,
-)
+from envelope.certificates import Identity
+from proxy.api.authentication import authenticate, forbidden
 from proxy.environments import ForeignAgentError, ForeignEnvironmentError, Word
-from proxy.keys.receive import HostedService, Receiver, SessionRefusedError
-from proxy.tenants.model import Directory
+from proxy.keys.receive import MAX_AGENTS_PER_TENANT, HostedService, Receiver, SessionRefusedError
 from runtime.audit import AuditUnavailableError
 from runtime.clock import Clock
 from runtime.serve import Handler, ProblemError, make_application, openapi_route
@@ -45,7 +41,10 @@ BODY_TIMEOUT_S: Final = 30.0
 BURST_FACTOR: Final = 5
 ENVIRONMENT_PATH: Final = "/push/v1/environment"
 PRESENCE_PATH: Final = "/push/v1/presence"
-CONCURRENT_PER_TENANT: Final = 4
+CONCURRENT_PER_AGENT: Final = 4
+CONCURRENT_PER_TENANT: Final = 8
+AGENTS_TOGETHER: Final = 4
+"""A tenant's agents together have so many times the rate of one."""
 
 PURPOSE_PARAMETER: Final = "purpose"
 
@@ -95,22 +94,12 @@ class TokenBucket:
         return 0.0
 
 
-def authenticate(certificate: x509.Certificate | None, directory: Directory, *, now_s: float) -> Identity:
-    """The agent this TLS certificate speaks for, by its own tenant's root. ProblemError 403 otherwise."""
-    if certificate is None:
-        raise _forbidden("no-certificate", "The connection has no client certificate.")
-    try:
-        tenant = read_identity(certificate).tenant
-        entry = directory.tenants.get(tenant)
-        if entry is None:
-            raise _forbidden("tenant", "This tenant is not provisioned on this proxy.")
-        return verify_certificate(
-            certificate, root=entry.root_certificate, expected=AnyHolder(tenant, Role.AGENT_TLS), now_s=now_s
-        )
-    except CertificateError as error:
-        raise _forbidden(
-            f"certificate-{error.code}", f"The client certificate is refused: {error}."
-        ) from None
+@dataclass(slots=True)
+class _Budget:
+    """What may come for one purpose: of one agent, or of all of a tenant."""
+
+    rate: TokenBucket
+    places: asyncio.Semaphore
 
 
 type Told = Callable[[str, str, Word], Awaitable[Word]]
@@ -146,8 +135,9 @@ class _PushApi:
         self._told = told
         self._clock = clock
         self._requests_per_s = requests_per_s
-        self._buckets: dict[tuple[str, Purpose], TokenBucket] = {}
-        self._places: dict[tuple[str, Purpose], asyncio.Semaphore] = {}
+        self._of_tenants: dict[tuple[str, Purpose], _Budget] = {}
+        """Bounded: only tenants of the directory come so far."""
+        self._of_agents: dict[tuple[str, Purpose], LRUCache[str, _Budget]] = {}
 
     @web.middleware
     async def identify(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -162,34 +152,34 @@ class _PushApi:
                 _log.warning("agent refused", code=error.code, remote=request.remote)
             raise
         request[_PEER], request[_PURPOSE] = peer, purpose
-        self._count(peer.tenant, purpose)
+        agents, tenant = self._budgets(peer, purpose)
+        for budget in (agents, tenant):  # the first that is spent spares the other
+            _count(budget.rate)
         if purpose is Purpose.PRESENCE:
             return await handler(request)
-        place = self._places.setdefault((peer.tenant, purpose), asyncio.Semaphore(CONCURRENT_PER_TENANT))
-        async with place:
+        async with agents.places, tenant.places:
             return await handler(request)
 
-    def _count(self, tenant: str, purpose: Purpose) -> None:
-        """ProblemError 429 if this is one request too many."""
-        bucket = self._buckets.get((tenant, purpose))
-        if bucket is None:  # bounded: only tenants of the directory come so far
-            bucket = self._buckets[tenant, purpose] = TokenBucket(
-                self._clock, rate_per_s=self._requests_per_s, burst=BURST_FACTOR * self._requests_per_s
-            )
-        if wait_s := bucket.take():
-            raise ProblemError(
-                429,
-                "rate-limited",
-                "Too many requests of this tenant.",
-                "Wait as long as Retry-After says.",
-                headers={"Retry-After": str(max(1, round(wait_s)))},
-            )
+    def _budgets(self, peer: Identity, purpose: Purpose) -> tuple[_Budget, _Budget]:
+        """The agent's own, and that of all of its tenant."""
+        known = self._of_agents.setdefault((peer.tenant, purpose), LRUCache(maxsize=MAX_AGENTS_PER_TENANT))
+        if (mine := known.get(peer.name)) is None:
+            mine = known[peer.name] = self._budget(1, CONCURRENT_PER_AGENT)
+        if (all_of_them := self._of_tenants.get((peer.tenant, purpose))) is None:
+            all_of_them = self._budget(AGENTS_TOGETHER, CONCURRENT_PER_TENANT)
+            self._of_tenants[peer.tenant, purpose] = all_of_them
+        return mine, all_of_them
+
+    def _budget(self, times: int, places: int) -> _Budget:
+        rate_per_s = times * self._requests_per_s
+        rate = TokenBucket(self._clock, rate_per_s=rate_per_s, burst=BURST_FACTOR * rate_per_s)
+        return _Budget(rate, asyncio.Semaphore(places))
 
     async def open_session(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
         asked = await _read(request, _SessionRequest, limit_bytes=MAX_SESSION_BODY_BYTES)
         if asked.agent != peer.name:
-            raise _forbidden("agent", "The client certificate is another agent's than the one named.")
+            raise forbidden("agent", "The client certificate is another agent's than the one named.")
         certificate = None
         if asked.signing_certificate is not None:
             try:
@@ -199,7 +189,7 @@ class _PushApi:
         try:
             session = self._receiver.open_session(peer.tenant, peer.name, signing_certificate=certificate)
         except SessionRefusedError as error:
-            raise _forbidden(error.code, f"No session: {error}.") from None
+            raise forbidden(error.code, f"No session: {error}.") from None
         except AuditUnavailableError as error:
             raise ProblemError(
                 503, "audit-unavailable", "The audit log cannot be written.", error.next_step
@@ -265,6 +255,18 @@ class _PushApi:
         )
 
 
+def _count(rate: TokenBucket) -> None:
+    """ProblemError 429 if this is one request too many."""
+    if wait_s := rate.take():
+        raise ProblemError(
+            429,
+            "rate-limited",
+            "Too many requests of this agent, or of all agents of its tenant.",
+            "Wait as long as Retry-After says.",
+            headers={"Retry-After": str(max(1, round(wait_s)))},
+        )
+
+
 def _purpose(request: web.Request) -> Purpose:
     """ProblemError 400 for a purpose that there is not."""
     if request.path == PRESENCE_PATH:
@@ -313,8 +315,3 @@ async def _read[T](request: web.Request, shape: type[T], *, limit_bytes: int) ->
 
 def _malformed(cause: str) -> ProblemError:
     return ProblemError(400, "malformed", f"The request is not understood: {cause}.", "See /openapi.json.")
-
-
-def _forbidden(code: str, cause: str) -> ProblemError:
-    next_step = "Have the tenant's root certify this agent for TLS, and the tenant provisioned on this proxy."
-    return ProblemError(403, code, cause, next_step)

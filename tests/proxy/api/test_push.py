@@ -8,16 +8,12 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from certs import pki
 from certs.pki import Credential, certificate_pem
 from envelope.base64url import b64u_decode
 from envelope.certificates import fingerprint
@@ -47,7 +43,14 @@ from tests.pki import (
     write_certificate,
     write_credential,
 )
-from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directory_of, host_tenant
+from tests.proxy.keys.hosting import (
+    PROXY_ID,
+    VALIDITY_S,
+    HostedTenant,
+    agent_certified_by,
+    directory_of,
+    host_tenant,
+)
 
 SESSION = "/push/v1/session"
 ENVELOPES = "/push/v1/envelopes"
@@ -253,7 +256,7 @@ async def test_a_root_that_certifies_for_another_tenant_proves_nothing(
     endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
 ) -> None:
     """The rival's root is trusted by OpenSSL here; it must not speak for acme."""
-    forged = _agent_certified_by(rival, "acme")
+    forged = agent_certified_by(rival, "acme")
     async with endpoint.client(forged) as client:
         for path, body in ((SESSION, {"agent": "hq"}), (ENVELOPES, {"envelopes": []})):
             status, answer = await client.post(path, body)
@@ -336,7 +339,7 @@ async def test_another_start_is_another_instance(acme: HostedTenant, tmp_path: P
 async def test_who_may_not_push_may_not_ask(
     endpoint: PushEndpoint, acme: HostedTenant, rival: HostedTenant
 ) -> None:
-    async with endpoint.client(_agent_certified_by(rival, "acme")) as client:
+    async with endpoint.client(agent_certified_by(rival, "acme")) as client:
         status, answer = await client.presence()
         assert (status, answer["code"]) == (403, "certificate-chain")
     async with endpoint.client() as client:
@@ -367,7 +370,7 @@ async def test_asking_waits_for_no_slow_push(endpoint: PushEndpoint, acme: Hoste
 
     async with contextlib.AsyncExitStack() as stack:
         slow = []
-        for _ in range(push.CONCURRENT_PER_TENANT):
+        for _ in range(push.CONCURRENT_PER_AGENT):
             client = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
             headers = {"Content-Type": "application/json"}
             slow.append(asyncio.create_task(client.session.post(ENVELOPES, data=endless(), headers=headers)))
@@ -473,6 +476,20 @@ async def test_rates_are_limited_per_tenant(acme: HostedTenant, rival: HostedTen
         assert (await other.post(SESSION, {"agent": "hq"}))[0] == 200
         endpoint.clock.shift(1)
         assert (await agent.post(SESSION, {"agent": "hq"}))[0] == 200
+
+
+async def test_no_agent_uses_up_what_others_of_its_tenant_need_nor_do_all_together_more(
+    acme: HostedTenant, rival: HostedTenant, tmp_path: Path
+) -> None:
+    async with serve(tmp_path, directory_of(acme, rival), requests_per_s=1) as endpoint:
+        agents = [acme.pki.agent_tls(f"agent-{number}") for number in range(push.AGENTS_TOGETHER + 1)]
+        for number, agent in enumerate(agents):
+            async with endpoint.client(agent) as client:
+                statuses = [(await client.presence())[0] for _ in range(push.BURST_FACTOR + 1)]
+            allowed = 0 if number == push.AGENTS_TOGETHER else push.BURST_FACTOR
+            assert statuses == [200] * allowed + [429] * (push.BURST_FACTOR + 1 - allowed)
+        async with endpoint.client(files=rival.tls_files) as other:
+            assert (await other.presence())[0] == 200
 
 
 async def test_no_refresh_uses_up_what_a_withdrawal_needs(acme: HostedTenant, tmp_path: Path) -> None:
@@ -584,32 +601,6 @@ def test_the_token_bucket_refills() -> None:
     clock.shift(3600)
     assert [bucket.take(), bucket.take()] == [0, 0]
     assert bucket.take() > 0
-
-
-def _agent_certified_by(tenant: HostedTenant, claimed: str) -> Credential:
-    """An agent certificate that names *claimed* under *tenant*'s root; `certs.pki` refuses to make it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    genuine = tenant.tls.certificate
-    extensions: list[tuple[x509.ExtensionType, bool]] = [
-        (extension.value, extension.critical)
-        for extension in genuine.extensions
-        if extension.oid
-        not in (
-            x509.SubjectAlternativeName.oid,
-            x509.SubjectKeyIdentifier.oid,
-            x509.AuthorityKeyIdentifier.oid,
-        )
-    ]
-    uri = x509.UniformResourceIdentifier(f"urn:sealgate:{claimed}:agent:hq:tls")
-    certificate = pki.certify(
-        key.public_key(),
-        subject=pki.name("hq", claimed),
-        issuer=tenant.pki.root,
-        valid_from=datetime(2020, 1, 1, tzinfo=UTC),
-        validity=timedelta(days=9000),
-        extensions=[*extensions, (x509.SubjectAlternativeName([uri]), False)],
-    )
-    return Credential(key, certificate)
 
 
 async def test_one_agent_of_the_tenant_speaks_for_the_environment(

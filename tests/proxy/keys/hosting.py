@@ -3,10 +3,13 @@
 import itertools
 import os
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from certs import pki as dev_pki
 from certs.pki import Credential
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.material import Claims, Operation, seal_envelope
@@ -160,3 +163,29 @@ def directory_of(*tenants: HostedTenant, revision: int = 1) -> Directory:
         [tenant.entry() for tenant in tenants],
         [entry for tenant in tenants for entry in tenant.entries],
     )
+
+
+def agent_certified_by(tenant: HostedTenant, claimed: str) -> Credential:
+    """An agent certificate that names *claimed* under *tenant*'s root; `certs.pki` refuses to make it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    genuine = tenant.tls.certificate
+    extensions: list[tuple[x509.ExtensionType, bool]] = [
+        (extension.value, extension.critical)
+        for extension in genuine.extensions
+        if extension.oid
+        not in (
+            x509.SubjectAlternativeName.oid,
+            x509.SubjectKeyIdentifier.oid,
+            x509.AuthorityKeyIdentifier.oid,
+        )
+    ]
+    uri = x509.UniformResourceIdentifier(f"urn:sealgate:{claimed}:agent:hq:tls")
+    certificate = dev_pki.certify(
+        key.public_key(),
+        subject=dev_pki.name("hq", claimed),
+        issuer=tenant.pki.root,
+        valid_from=datetime(2020, 1, 1, tzinfo=UTC),
+        validity=timedelta(days=9000),
+        extensions=[*extensions, (x509.SubjectAlternativeName([uri]), False)],
+    )
+    return Credential(key, certificate)
