@@ -113,7 +113,7 @@ class HealingSite:
     async def renew(self, name: str, *, at: str) -> str:
         """A new KEK, which the manager knows; its fingerprint."""
         told = await self[name].commands.env_new_kek()
-        await until(lambda: self[at].peering.view.environments[name].kek_id == told["kek"])
+        await until(lambda: self[at].peering.view.environments[name].kek_id == told["kek"], timeout_s=60)
         return str(told["fingerprint"])
 
     async def complete(self, name: str, fingerprint: str, *, at: str) -> None:
@@ -123,7 +123,7 @@ class HealingSite:
         )
 
     async def rejoin(self, name: str, *, at: str) -> dict[str, Any]:
-        return dict(await self[at].commands.env_rejoin(environment=name, patience_s=20))
+        return dict(await self[at].commands.env_rejoin(environment=name, patience_s=60))
 
     async def rekey(self, *incidents: str, at: str) -> None:
         for incident in incidents:

@@ -64,7 +64,7 @@ async def all_kek(site: HealingSite) -> dict[str, Kek]:
     await site.breach(c="kek", b="kek", a="kek")
     for name, kek in old.items():
         held = site[name].fake.keks[kek.reference.label, kek.reference.object_id]
-        await until(lambda: not held.enabled)  # noqa: B023 - awaited here
+        await until(lambda: not held.enabled, timeout_s=60)  # noqa: B023 - awaited here
     return old
 
 
@@ -84,7 +84,7 @@ async def test_from_its_own_wraps_to_all_environments_active(site: HealingSite) 
     a = site["a"]
     old, before = await a.kek(), states(a)
     await site.breach(c="runtime", b="runtime", a="kek")
-    await until(lambda: '"action":"kek-disable","outcome":"ok"' in a.audit())
+    await until(lambda: '"action":"kek-disable","outcome":"ok"' in a.audit(), timeout_s=60)
     assert {body.state for body in a.peering.view.environments.values()} == {E.HEALING}
     await a.commands.env_new_kek()
     with pytest.raises(RefusedChangeError, match=r"do not open: KEK kek-a .*kek_disabled"):
@@ -107,7 +107,7 @@ async def test_from_its_own_wraps_to_all_environments_active(site: HealingSite) 
     assert await a.opens(before)
     await site.keys.in_step()
     # As before: the KEK is disabled again, and its wraps are gone.
-    await until(lambda: not a.fake.keks[old.reference.label, old.reference.object_id].enabled)
+    await until(lambda: not a.fake.keks[old.reference.label, old.reference.object_id].enabled, timeout_s=60)
 
     async def erased() -> bool:
         return await wraps(a, old) == 0
@@ -308,7 +308,7 @@ async def test_it_takes_exactly_what_two_administrators_have_signed(site: Healin
     for member, name in ((a, "a"), (b, "b")):
         member.fake.disable(old[name], enabled=True)
         await member.commands.env_new_kek()
-    await until(lambda: a.peering.view.environments["b"].kek_id != "kek-b")
+    await until(lambda: a.peering.view.environments["b"].kek_id != "kek-b", timeout_s=60)
     recovery = await a.commands.env_recovery()
     positions = {name: site[name].peering.position for name in "bc"}
 
@@ -351,7 +351,7 @@ async def test_it_takes_exactly_what_two_administrators_have_signed(site: Healin
     await site.keys.in_step()
     # And another one after it has been appointed: it is not the one that was approved.
     told = await a.commands.env_new_kek()
-    await until(lambda: a.peering.view.environments["a"].kek_id == told["kek"])
+    await until(lambda: a.peering.view.environments["a"].kek_id == told["kek"], timeout_s=60)
     await site.complete("a", told["fingerprint"], at="a")
     found = await site.rejoin("a", at="a")
     assert "is not the one of now" in found["problems"]["wraps"]
@@ -448,7 +448,7 @@ async def test_killed_on_its_way_it_goes_on_where_it_was(site: HealingSite) -> N
 
     a.fake.on_call = hangs
     task = asyncio.create_task(site.rejoin("a", at="a"), name="rejoin")
-    await asyncio.wait_for(reached.wait(), 20)
+    await asyncio.wait_for(reached.wait(), 60)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     a.fake.on_call = None

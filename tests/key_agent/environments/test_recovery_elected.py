@@ -39,7 +39,7 @@ async def test_the_appointed_one_leads_until_it_is_elected(tmp_path: Path, acme:
         await until(lambda: leader(leads) is None, timeout_s=WAIT_S)
 
         held = site[first].fake.keks[old.reference.label, old.reference.object_id]
-        await until(lambda: not held.enabled)
+        await until(lambda: not held.enabled, timeout_s=60)
         held.enabled = True
         told = await site[first].commands.env_new_kek()
         recovery = await site.recover(first)

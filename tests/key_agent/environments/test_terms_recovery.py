@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
@@ -22,6 +23,7 @@ from key_agent.environments.documents import (
     EnvironmentBody,
     Kind,
     SharedRow,
+    TermBody,
     read_body,
 )
 from key_agent.environments.draft import Draft
@@ -221,6 +223,24 @@ async def test_whose_registry_key_was_exposed_is_not_appointed_with_it(site: Sit
     forger.put(Kind.TERM, row.id, body)
     forger.rows[row.key] = msgspec.structs.replace(forger.rows[row.key], signer="agent-b")
     await site.refused(forger.delta(signer="agent-b"), site.a)
+
+
+async def test_an_environment_is_appointed_with_its_own_agent(site: Site) -> None:
+    """Two administrators were made to sign that another agent speaks for b, by a key that nobody has had."""
+
+    class Stranger:
+        name = "c"
+        key = Ed25519PrivateKey.generate()
+
+    forger = Forger(Stranger(), site.seen)
+    payload = payload_of(site.b, site.seen, agent="agent-c", registry_key=forger.public)
+    approval, asked = ADMINS.approval(Action.ENVIRONMENT_RECOVER, "b", payload)
+    forger.begin(2, approval=approval, asked=used(asked))
+    [row] = [row for row in forger.rows.values() if row.kind is Kind.TERM and row.term == 2]
+    body = read_body(row.kind, row.body)
+    assert isinstance(body, TermBody)
+    forger.put(Kind.TERM, row.id, msgspec.structs.replace(body, environment="b"))
+    await site.refused(forger.delta(), site.a, site.b)
 
 
 async def test_nobody_is_appointed_while_another_one_counts(site: Site) -> None:
