@@ -10,17 +10,15 @@
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
 import structlog
-from cryptography import x509
 
 from envelope.certificates import fingerprint
 from envelope.errors import FormatError, MisuseError
 from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, check_name
+from key_agent import survey
 from key_agent.backup import RESERVED_SERVICE, BackupCommands
 from key_agent.commands import DELIVERY_PATIENCE_S, Json
 from key_agent.environments.incident_commands import IncidentCommands
@@ -34,15 +32,12 @@ from key_agent.kek_rotation import KekRotation, give_up
 from key_agent.key_commands import KeyCommands
 from key_agent.push.pusher import Outcome
 from key_agent.push.recipients import leaf_sha256, read_chain
-from key_agent.push.transport import PushError
-from key_agent.registry.database import RegistryError
-from key_agent.registry.model import DataKeyRow, KekRow, Link, Proxy
+from key_agent.registry.model import Link, Proxy
 from key_agent.registry.states import REVOKED_BY_COMMAND, KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.restoration import Restoration
 from key_agent.rotation import hosts_of
 from key_agent.sources.source import Kek, NewKey, Verdict
-from key_agent.sources.verdict import NEXT_STEPS
 from runtime.audit import AuditUnavailableError
 
 log = structlog.get_logger(__name__)
@@ -89,9 +84,11 @@ class Operations(
             return {"kek": None, "standing": agent.consent.standing, "diagnosis": None}
         diagnosis = await agent.source.diagnose(row.kek)
         agent.consent.observe(row.kek, diagnosis)
-        older = [_kek_json(other) for other in await agent.registry.keks() if other.version != row.version]
+        older = [
+            survey.kek_json(other) for other in await agent.registry.keks() if other.version != row.version
+        ]
         return {
-            "kek": _kek_json(row),
+            "kek": survey.kek_json(row),
             "standing": agent.consent.standing,
             "diagnosis": {"verdict": diagnosis.verdict, "detail": diagnosis.detail},
             "older": older,
@@ -367,9 +364,9 @@ class Operations(
 
     async def service_list(self) -> Json:
         agent = self._agent
-        keys = _by_owner(await agent.registry.data_keys())
+        keys = survey.by_owner(await agent.registry.data_keys())
         book = await agent.registry.book()
-        links = _by_owner(book.links)
+        links = survey.by_owner(book.links)
         ages = await agent.registry.rotate_after()
         return {
             "services": [
@@ -388,7 +385,7 @@ class Operations(
                         for key in keys[owner]
                     ],
                     "proxies": [
-                        {"proxy": link.proxy_id, "certificate_sha256": _sha256(link)}
+                        {"proxy": link.proxy_id, "certificate_sha256": leaf_sha256(link.certificate_pem)}
                         for link in links[owner]
                         if not link.withdrawn
                     ],
@@ -453,129 +450,11 @@ class Operations(
 
     async def status(self) -> Json:
         """Who holds what until when, and whether the enterprise still consents."""
-        agent = self._agent
-        now_ms = agent.now_ms()
-        consent = agent.consent
-        row = await agent.registry.current_kek()
-        if not agent.is_running and row is not None and row.kek is not None:
-            consent.observe(row.kek, await agent.source.diagnose(row.kek))
-        # Grouped once: whoever can reach the port must not be able to hold up the KEK watch.
-        keys = _by_owner(await agent.registry.data_keys())
-        links = _by_owner(agent.targets.links)
-        current = None if row is None else row.reference.kek_id
-        consenting_since_ms = 0 if row is None else await self._consenting_since_ms(row)
-        return {
-            "agent": agent.agent_id,
-            "tenant": agent.tenant,
-            "environment": agent.environment_id,
-            "running": agent.is_running,
-            "role": "leader",
-            "leads": agent.registry.leads,
-            "term": agent.registry.term,
-            "time_ms": now_ms,
-            "standing": consent.standing,
-            "since_ms": consent.since_ms,
-            "diagnosis": None
-            if consent.diagnosis is None
-            else {
-                "verdict": consent.diagnosis.verdict,
-                "detail": consent.diagnosis.detail,
-                "next_step": NEXT_STEPS.get(consent.diagnosis.verdict),
-                "at_ms": consent.diagnosed_at_ms,
-            },
-            "kek": None if row is None else _kek_json(row),
-            "environments": None if agent.environments is None else await self.env_list(),
-            "problems": agent.reasons_not_ready() if agent.is_running else [],
-            "rotations": await self._rotation_rows(),
-            "ending": self._lifetime_rows(all_of_them=False),
-            "services": [
-                {
-                    "service": str(owner),
-                    "keys": sum(
-                        current in key.wrapped_by and key.state is not KeyState.DESTROYED
-                        for key in keys[owner]
-                    ),
-                    "unreadable_keys": sum(
-                        current not in key.wrapped_by and key.state is not KeyState.DESTROYED
-                        for key in keys[owner]
-                    ),
-                    "proxies": [self._place(link, now_ms, consenting_since_ms) for link in links[owner]],
-                }
-                for owner in sorted(links)
-                if any(self._is_shown(link, now_ms) for link in links[owner])
-            ],
-            "proxies": [
-                self._proxy_json(proxy) for proxy in agent.targets.proxies.values() if not proxy.removed
-            ],
-        }
+        return await survey.status(self._agent, environments=self.env_list, rotations=self._rotation_rows)
 
     async def diagnosis(self) -> Json:
         """For `doctor`: the source's own description, the KEK, and a session with every proxy."""
-        agent = self._agent
-        found: Json = {"source": None, "source_error": None}
-        try:
-            found["source"] = await agent.source.describe()
-        except KeyAgentError as error:
-            found["source_error"] = str(error)
-        found["lease"] = {"leads": agent.registry.leads, "term": agent.registry.term}
-        found["kek"] = await self.kek_status()
-        proxies = [proxy for proxy in agent.targets.proxies.values() if not proxy.removed]
-        found["proxies"] = await asyncio.gather(*(self._probe(proxy) for proxy in proxies))
-        found["lifetimes"] = self._lifetime_rows(all_of_them=True)
-        found["links"] = [self._certificate_json(link) for link in agent.targets.links if not link.withdrawn]
-        return found
-
-    def _lifetime_rows(self, *, all_of_them: bool) -> list[Json]:
-        """Certificates and lists that end soon or cannot be used, or every one; the next to end first."""
-        agent = self._agent
-        now_s = agent.clock.wall_s()
-        return [
-            {
-                "kind": one.kind,
-                "name": one.name,
-                "not_after": None if one.not_after is None else one.not_after.isoformat(),
-                "days_left": None if (left := one.days_left(now_s)) is None else round(left, 1),
-                "problem": one.problem,
-            }
-            for one in agent.lifetimes.lifetimes()
-            if all_of_them or one.is_worth_telling(now_s)
-        ]
-
-    async def _probe(self, proxy: Proxy) -> Json:
-        agent = self._agent
-        try:
-            session = await agent.pusher.probe(proxy)
-        except PushError as error:
-            return {
-                "proxy": proxy.id,
-                "url": proxy.url,
-                "reachable": False,
-                "code": error.code,
-                "error": error.detail,
-            }
-        return {
-            "proxy": proxy.id,
-            "url": proxy.url,
-            "reachable": True,
-            "clock_ahead_s": round(session.time_ms / 1000 - agent.clock.wall_s(), 3),
-            "services": {str(held.owner): held.certificate_sha256 for held in session.services},
-        }
-
-    def _certificate_json(self, link: Link) -> Json:
-        agent = self._agent
-        problem = None
-        leaf: x509.Certificate | None = None
-        try:
-            leaf = agent.recipients.check(link.owner, link.certificate_pem, now_s=agent.clock.wall_s())
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with a certificate is what doctor tells
-            problem = f"{type(error).__name__}: {error}"
-        return {
-            "service": str(link.owner),
-            "proxy": link.proxy_id,
-            "certificate_sha256": _sha256(link),
-            "not_after": None if leaf is None else leaf.not_valid_after_utc.isoformat(),
-            "problem": problem,
-        }
+        return await survey.diagnosis(self._agent, kek=self.kek_status)
 
     # Shared by the above.
 
@@ -609,73 +488,6 @@ class Operations(
     def _may_hold_keys(self, link: Link, now_ms: int) -> bool:
         return link.may_hold_keys(now_ms, self._agent.clock.boot_s())
 
-    def _is_shown(self, link: Link, now_ms: int) -> bool:
-        return not link.withdrawn or self._may_hold_keys(link, now_ms)
-
-    async def _consenting_since_ms(self, current: KekRow) -> int:
-        """Since when nothing was taken back, as far as the registry tells.
-
-        A KEK that followed one that worked took nothing back, so the time of a rotation does not count. Rows
-        of earlier KEKs keep no more of their past than when they were made.
-        """
-        try:
-            before = {row.rotated_to: row for row in await self._agent.registry.keks()}
-        except RegistryError:  # the row of an earlier KEK is damaged, which is no reason to show nothing
-            return current.since_ms
-        since_ms = current.since_ms
-        earlier = before.pop(current.reference.kek_id, None)
-        if earlier is not None and earlier.since_ms < since_ms:
-            return since_ms  # revoked and restored after that rotation
-        while earlier is not None and earlier.kek is not None:
-            since_ms = earlier.kek.created_at_ms
-            earlier = before.pop(earlier.reference.kek_id, None)
-        return since_ms
-
-    def _place(self, link: Link, now_ms: int, consenting_since_ms: int) -> Json:
-        """*consenting_since_ms*: what was acknowledged before is taken back, whatever its validity says."""
-        valid_for_s = None
-        is_outdated = link.accepted_at_ms is not None and link.accepted_at_ms < consenting_since_ms
-        if not is_outdated and link.valid_until_ms is not None and link.valid_until_ms > now_ms:
-            valid_for_s = round((link.valid_until_ms - now_ms) / 1000, 1)
-        is_withdrawn = link.withdrawn or self._agent.consent.is_withdrawn
-        if is_outdated and not is_withdrawn:
-            # New keys may be on their way: not a word on those before the proxy's.
-            is_over = link.withdrawal_is_newest or not self._may_hold_keys(link, now_ms)
-            state = "withdrawn" if is_over else "withdrawing"
-        elif is_withdrawn:
-            state = "withdrawing" if self._may_hold_keys(link, now_ms) else "withdrawn"
-        elif valid_for_s is not None:
-            state = "valid"
-        else:
-            state = "never" if link.accepted_at_ms is None else "expired"
-        return {
-            "proxy": link.proxy_id,
-            "state": state,
-            "acknowledged_at_ms": link.accepted_at_ms,
-            "valid_until_ms": link.valid_until_ms,
-            "valid_for_s": valid_for_s,
-            "withdrawn_at_ms": link.withdrawn_at_ms,
-            "may_hold_keys_until_ms": link.silent_at_ms if self._may_hold_keys(link, now_ms) else None,
-            "error": link.error,
-            "error_at_ms": link.error_at_ms,
-        }
-
-    def _proxy_json(self, proxy: Proxy) -> Json:
-        agent = self._agent
-        last = agent.deliveries.get(proxy.id)
-        seen = agent.presence.sighting(proxy.id)
-        return {
-            "proxy": proxy.id,
-            "url": proxy.url,
-            "last_push_at_ms": None if last is None else last.at_ms,
-            "outcome": None if last is None else last.outcome,
-            "error": None if last is None else last.error,
-            "failures_in_a_row": agent.refresh.schedule.failures(proxy.id),
-            "answers": None if seen is None else seen.answers,
-            "answers_since_ms": None if seen is None else seen.since_ms,
-            "answers_error": None if seen is None else seen.error,
-        }
-
 
 def _new_key(owner: NetworkService, use: str, algorithm: str | None) -> NewKey:
     """RefusedChangeError if there is no such key."""
@@ -686,38 +498,6 @@ def _new_key(owner: NetworkService, use: str, algorithm: str | None) -> NewKey:
             f"no key has the use {use!r} and the algorithm {algorithm!r}",
             "`data` without an algorithm, or `sign` with one of " + ", ".join(SigningAlgorithm),
         ) from None
-
-
-def _kek_json(row: KekRow) -> Json:
-    return {
-        "id": row.reference.kek_id,
-        "version": row.version,
-        "label": row.reference.label,
-        "object_id": row.reference.object_id.hex(),
-        "state": row.state,
-        "reason": row.reason,
-        "since_ms": row.since_ms,
-        "method": None if row.kek is None else row.kek.method,
-        "type": None if row.kek is None else row.kek.kek_type,
-        "token_serial": None if row.kek is None else row.kek.token_serial,
-        "created_at_ms": None if row.kek is None else row.kek.created_at_ms,
-        "valid_until_ms": None
-        if row.kek is None or row.kek.valid_until_s is None
-        else row.kek.valid_until_s * 1000,
-        "adopted": row.kek is not None and row.kek.is_adopted,
-        "rotated_to": row.rotated_to,
-    }
-
-
-def _by_owner[T: (DataKeyRow, Link)](rows: Iterable[T]) -> defaultdict[NetworkService, list[T]]:
-    grouped: defaultdict[NetworkService, list[T]] = defaultdict(list)
-    for row in rows:
-        grouped[row.owner].append(row)
-    return grouped
-
-
-def _sha256(link: Link) -> str:
-    return leaf_sha256(link.certificate_pem)
 
 
 def _check_url(url: str) -> None:

@@ -240,6 +240,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/service_cli.py": _COMMANDS,
     "key_agent/status_cli.py": _COMMANDS,
     "key_agent/wording.py": ("tests/key_agent/test_cli.py", "what all commands say alike"),
+    "key_agent/survey.py": _AGENT,
     "key_agent/performing.py": (
         "tests/key_agent/test_cli.py",
         "what all commands do, seen through them",
