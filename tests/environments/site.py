@@ -332,6 +332,7 @@ def _agent(
     database_url: str | None,
     more: str,
     rhythm: tuple[float, float, float],
+    key_server: str | None,
 ) -> SiteEnvironment:
     interval_s, validity_s, heartbeat_s = rhythm
     agent_id = f"agent-{name}"
@@ -346,6 +347,9 @@ def _agent(
     port = free_port()
     config = home / "key-agent.toml"
     database = "" if database_url is None else f'database_url = "{database_url}"'
+    source = key_server or (
+        f'[pkcs11]\nmodule_path = "{hsm.module}"\ntoken_label = "{hsm.label}"\npin_file = "{hsm.pin_file}"'
+    )
     config.write_text(f"""
         [agent]
         id = "{agent_id}"
@@ -360,10 +364,7 @@ def _agent(
         [tls]
         certificate_file = "tls.pem"
         key_file = "tls.key"
-        [pkcs11]
-        module_path = "{hsm.module}"
-        token_label = "{hsm.label}"
-        pin_file = "{hsm.pin_file}"
+        {source}
         [refresh]
         interval_s = {interval_s}
         validity_s = {validity_s}
@@ -466,11 +467,13 @@ async def environments_site(
     rhythm: tuple[float, float, float] = (30, 33, 0.5),
     more: str = "",
     named: bool = False,
+    key_servers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[EnvironmentsSite]:
     """Environments by name, with the type of their KEKs; each has its KEK, knows its proxies, and no more.
 
     *rhythm*: refresh interval, validity, heartbeat, in seconds. *more*: lines for [environments].
     *named*: the proxies say in their settings which environment they belong to. All let in one token.
+    *key_servers*: by environment, the table of its key server, in place of that of its HSM.
     """
     tenant = pki.make_tenant(TENANT)
     ca = pki.make_server_ca()
@@ -483,6 +486,7 @@ async def environments_site(
             made = await asyncio.to_thread(
                 _agent, directory, tenant, name=name, kek_type=kek_type, more=more, rhythm=rhythm,
                 database_url=None if database_urls is None else database_urls[name],
+                key_server=(key_servers or {}).get(name),
             )  # fmt: skip
             await stack.enter_async_context(made.network)
             site.environments[name] = made

@@ -275,15 +275,21 @@ async def balanced_site(
     rhythm: tuple[float, float, float] = RHYTHM,
     proxy_settings: str = "",
     proxy_environments: Mapping[str, Mapping[str, str]] | None = None,
+    key_servers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Balanced]:
     """*kinds*: environments that stand ready; *united*: those that are one from the start.
 
     *proxy_settings*: further tables of every proxy's settings. *proxy_environments*: further variables of the
-    processes of an environment's proxies.
+    processes of an environment's proxies. *key_servers*: by environment, the table of its key server.
     """
     names = tuple(united)
     async with environments_site(
-        directory, kinds=kinds, proxies_each=proxies_each, rhythm=rhythm, named=True
+        directory,
+        kinds=kinds,
+        proxies_each=proxies_each,
+        rhythm=rhythm,
+        named=True,
+        key_servers=key_servers,
     ) as site:
         balanced = Balanced(site)
         for one in site.environments.values():
