@@ -294,12 +294,20 @@ def _go_type(value: Any) -> str:
 def decode_base64(text: str) -> bytes:
     """Standard alphabet, padded; line ends are skipped, as Go's decoder does. BodyError names the byte."""
     try:
-        return binascii.a2b_base64(text, strict_mode=True)
+        return _strictly_decoded(text)
     except ValueError:  # binascii.Error is one
         at = illegal_base64_at(text)
         if at is None:
-            return binascii.a2b_base64(text.replace("\r", "").replace("\n", ""), strict_mode=True)
+            return _strictly_decoded(text.replace("\r", "").replace("\n", ""))
         raise BodyError(f"illegal base64 data at input byte {at}") from None
+
+
+def _strictly_decoded(text: str) -> bytes:
+    """ValueError also for padding behind a whole group, which Python 3.13 refuses itself, 3.12 does not."""
+    data = binascii.a2b_base64(text, strict_mode=True)
+    if text.endswith("=") and len(data) % 3 == 0:
+        raise ValueError("excess padding")
+    return data
 
 
 def illegal_base64_at(text: str) -> int | None:
@@ -393,7 +401,7 @@ def parse_signature(text: str, *, jws: bool) -> tuple[int, bytes]:
         # `translate` alone would take the standard alphabet too: `+` and `/` become what is in no alphabet.
         rest = rest.translate(_FROM_URL) + "=" * (-len(rest) % 4)
     try:
-        return version, binascii.a2b_base64(rest, strict_mode=True)
+        return version, _strictly_decoded(rest)
     except ValueError:
         raise BodyError("invalid base64 signature value") from None
 
