@@ -15,7 +15,7 @@ import msgspec
 from envelope.certificates import Role
 from envelope.errors import FormatError, IntegrityError, SealgateError
 from key_agent import metrics
-from key_agent.environments.documents import MAX_DELTA_BYTES, decode_delta, encode_delta
+from key_agent.environments.documents import MAX_DELTA_BYTES, SharedRow, decode_delta, encode_delta
 from key_agent.environments.heartbeats import Question
 from key_agent.environments.membership import Membership
 from key_agent.environments.own_word import Notice
@@ -23,6 +23,7 @@ from key_agent.environments.peer_api import PeerCall, PeerRoute, Refusal
 from key_agent.environments.peering import Peering
 from key_agent.environments.peers import (
     DIGEST_PATH,
+    FOREWORD_PATH,
     HEARTBEAT_PATH,
     IDENTITY_PATH,
     JOIN_PATH,
@@ -67,6 +68,7 @@ class PeerRoutes:
         return (
             PeerRoute("POST", HEARTBEAT_PATH, self._heartbeat, limit_bytes=_SMALL_BYTES),
             PeerRoute("PUT", REGISTRY_PATH, self._offer, limit_bytes=MAX_DELTA_BYTES),
+            PeerRoute("POST", FOREWORD_PATH, self._foreword, limit_bytes=_SMALL_BYTES),
             PeerRoute("GET", REGISTRY_PATH, self._since, members_only=False, roles=READERS, limit_bytes=0),
             PeerRoute("GET", DIGEST_PATH, self._digest, members_only=False, roles=READERS, limit_bytes=0),
             PeerRoute("GET", IDENTITY_PATH, self._identity, members_only=False, roles=READERS, limit_bytes=0),
@@ -85,6 +87,10 @@ class PeerRoutes:
         except StaleTermError:
             metrics.FENCING_REJECTS.inc()
             raise
+
+    async def _foreword(self, call: PeerCall) -> bytes:
+        await self._peering.forewarned(_read(call, SharedRow))
+        return b"{}"
 
     async def _since(self, call: PeerCall) -> bytes:
         text = call.query.get("after", "0")

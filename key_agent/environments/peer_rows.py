@@ -5,7 +5,8 @@
 2. One agent at a time is asked for rows, as all have the same. Who is slow has that turn alone for TURN_S,
    and gives it back after half a registry lease at the latest: what it claims counts until then.
 3. Rows are brought to an agent once, whoever wants that, and whoever stops waiting for it.
-4. What is not given, or not signed as it must be, refutes that there is something newer.
+4. Before many rows their agent gets a word of what they make of its environment (forewords.py).
+5. What is not given, or not signed as it must be, refutes that there is something newer.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Final, Protocol
 import structlog
 
 from envelope.errors import IntegrityError, SealgateError
-from key_agent.environments.documents import Delta
+from key_agent.environments.documents import Delta, Kind
 from key_agent.environments.own_word import Notice
 from key_agent.environments.peer_sights import Sights
 from key_agent.environments.peer_transport import PeerError
@@ -32,6 +33,8 @@ from key_agent.registry.database import RegistryError
 log = structlog.get_logger(__name__)
 
 TURN_S: Final = 3.0
+MANY: Final = 200
+"""Rows that take longer than a word before them."""
 _BRING_ATTEMPTS: Final = 4
 _LEASE_SHARE: Final = 0.5
 
@@ -77,7 +80,7 @@ class PeerRows:
         self._claims[name] = is_other_history
 
     async def settle(self, name: str) -> None:
-        """Have what *name* claims to have. PeerError, RegistryError; its lies refute its claim (rule 4)."""
+        """Have what *name* claims to have. PeerError, RegistryError; its lies refute its claim (rule 5)."""
         is_other_history = self._claims.pop(name, None)
         if is_other_history is None:
             return
@@ -176,6 +179,8 @@ class PeerRows:
         epoch = theirs.epoch if theirs < peering.position and theirs.term == peering.position.term else 0
         for _ in range(_BRING_ATTEMPTS):
             delta = await peering.shared.since(epoch)
+            if len(delta.rows) >= MANY:
+                await self._forewarn(name, delta)
             ack = await peering.peers.send_delta(name, delta)
             theirs = Position(ack.term, ack.epoch)
             peering.sights.stands(name, theirs)
@@ -183,6 +188,12 @@ class PeerRows:
                 return
             epoch = theirs.epoch if theirs.epoch <= peering.position.epoch else 0
         raise PeerError("gap", f"{name} stays at epoch {theirs.epoch}")
+
+    async def _forewarn(self, name: str, delta: Delta) -> None:
+        for row in delta.rows:
+            if row.key == (Kind.ENVIRONMENT, name):
+                with contextlib.suppress(PeerError):  # the rows follow, and say it too
+                    await self._peering.peers.forewarn(name, row)
 
 
 def _looked_at(task: "asyncio.Task[None]") -> None:

@@ -30,9 +30,11 @@ from key_agent.environments.documents import (
     Delta,
     EnvironmentBody,
     Head,
+    SharedRow,
     check_head,
     read_registry_key,
 )
+from key_agent.environments.forewords import Foreword
 from key_agent.environments.heartbeats import (
     Heartbeat,
     Question,
@@ -102,6 +104,8 @@ class Peering:
         self.notices: dict[str, Notice] = {}
         """By environment: its own word, until the signed rows say it."""
         self._view = Shared()
+        self._foreword: Foreword | None = None
+        """What the own environment will be, as long as it is not in the rows."""
         self.rows = PeerRows(self, journal)
         self._wakes: dict[str, asyncio.Event] = {}
         """By environment: it is to be asked now."""
@@ -384,6 +388,17 @@ class Peering:
         recovery = appointed(self._view)
         return recovery is not None and recovery.environment == name
 
+    async def forewarned(self, row: SharedRow) -> None:
+        """What this environment will be when the rows are here. Errors as `SharedRegistry.foreword`."""
+        foreword = await self.shared.foreword(row)
+        if foreword is None or foreword.position <= self.position:
+            return
+        self._foreword = foreword
+        self._journal.note(
+            "environment-forewarned", outcome=foreword.body.state, epoch=foreword.position.epoch
+        )
+        self.evaluate()
+
     # Answering.
 
     def answer(self, question: Question) -> Heartbeat:
@@ -438,7 +453,7 @@ class Peering:
 
     def _judge(self) -> Verdict:
         return judge(
-            self._view.environments.get(self.environment),
+            self._own_body(),
             is_shared=self.is_united,
             tampered=self.tampered,
             declared=self._declaration.reason,
@@ -447,6 +462,12 @@ class Peering:
             lease_s=lease_s_of(self._view),
             now_boot_s=self._clock.boot_s(),
         )
+
+    def _own_body(self) -> EnvironmentBody | None:
+        foreword = self._foreword
+        if foreword is not None and foreword.position > self.position:
+            return foreword.body
+        return self._view.environments.get(self.environment)
 
     def _members(self) -> Members:
         counted = frozenset(

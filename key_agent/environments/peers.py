@@ -17,6 +17,7 @@ from envelope.errors import IntegrityError, SealgateError
 from key_agent.environments.documents import (
     Delta,
     KekBody,
+    SharedRow,
     decode_delta,
     encode_delta,
     read_registry_key,
@@ -26,6 +27,7 @@ from key_agent.environments.peer_transport import MIN_BYTES_PER_S, PeerAddress, 
 
 HEARTBEAT_PATH: Final = "/v1/env/heartbeat"
 REGISTRY_PATH: Final = "/v1/env/registry"
+FOREWORD_PATH: Final = "/v1/env/foreword"
 DIGEST_PATH: Final = "/v1/env/registry/digest"
 IDENTITY_PATH: Final = "/v1/env/identity"
 JOIN_PATH: Final = "/v1/env/join"
@@ -140,6 +142,10 @@ class Peers:
             return msgspec.json.decode(content, type=Ack)
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise PeerError("bad-answer", f"{environment}: no acknowledgement") from None
+
+    async def forewarn(self, environment: str, row: SharedRow) -> None:
+        """What it will be when the rows that follow are there (forewords.py). PeerError."""
+        await self.post(environment, FOREWORD_PATH, msgspec.json.encode(row))
 
     async def since(self, environment: str, epoch: int, *, at_most_s: float | None = None) -> Delta:
         """What its registry has that is newer than *epoch*; 0: all of it. PeerError.

@@ -51,6 +51,7 @@ from key_agent.environments.documents import (
 )
 from key_agent.environments.draft import Draft, with_former_keys
 from key_agent.environments.endings import check_kept, may_erase
+from key_agent.environments.forewords import Foreword, check_foreword
 from key_agent.environments.mark import Mark, MarkFile
 from key_agent.environments.projection import clear, differences, project
 from key_agent.environments.registry_key import public_text
@@ -310,6 +311,17 @@ class SharedRegistry:
             ):
                 known = replace(known, withdrawn=False)  # what was here itself, the withdrawal last
             await self._replace(State(rows=rows), known, delta, now_ms)
+
+    async def foreword(self, row: SharedRow) -> Foreword | None:
+        """What *row* says of the own environment before the rest of its epoch is here (forewords.py).
+
+        StaleTermError, IntegrityError, FormatError; RegistryTamperedError, RegistryError.
+        """
+        environment = self._registry.environment_id
+        if (state := self._committed) is None:
+            async with self._one_at_a_time:
+                state = await self._loaded()
+        return check_foreword(self._tenant, environment, row, state)
 
     async def since(self, epoch: int) -> Delta:
         """What changed after *epoch*; everything for 0. RegistryTamperedError, RegistryError."""

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from envelope.errors import IntegrityError
 from key_agent.consent import EnvironmentStanding
+from key_agent.environments import peer_rows
 from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.draft import Draft
 from key_agent.environments.own_word import DECLARATION_NAME
@@ -414,7 +415,7 @@ async def test_an_environments_own_word_needs_no_manager_and_survives_a_restart(
     site["a"].peering.ratify = ratify
     site["a"].reconnect()
     b.peering._verify.set()  # it repeats its word every now and then
-    await asyncio.wait_for(ratified.wait(), 20)
+    await asyncio.wait_for(ratified.wait(), 90)  # one that is lost is repeated after 30 s
     await site.in_step()
     await until(lambda: not (b.directory / DECLARATION_NAME).exists())
     assert state_of(site["c"], "b") is EnvironmentState.HEALING
@@ -507,6 +508,68 @@ async def test_rows_that_are_long_on_their_way_keep_nobody_from_being_heard(site
     brought.set()
     await site.in_step("a", "b")
     await until(lambda: b.peering.proven_boot_s() > began_s)
+
+
+async def test_a_withdrawal_counts_before_its_rows_are_here(
+    site: MembersSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long they take; and no longer than until they are here."""
+    monkeypatch.setattr(peer_rows, "MANY", 1)
+    a, b = site["a"], site["b"]
+    await site.in_step()
+    brought = held_up(a, "PUT", b.agent_id)
+    pulled = [held_up(b, "GET", site[name].agent_id) for name in "ac"]
+
+    def withdrawn(draft: Draft) -> None:
+        body = draft.shared.environments["b"]
+        changed = msgspec.structs.replace(body, state=EnvironmentState.HEALING, reason="breached")
+        draft.put(Kind.ENVIRONMENT, "b", changed)
+
+    await a.change(withdrawn)
+    await until(lambda: b.peering.verdict.standing is EnvironmentStanding.WITHDRAWN)
+    assert b.peering.verdict.state == "healing"
+    assert b.peering.position < a.peering.position
+    assert state_of(b, "b") is EnvironmentState.ACTIVE
+    for gate in (brought, *pulled):
+        gate.set()
+    await site.in_step()
+    assert state_of(b, "b") is EnvironmentState.HEALING
+
+    def back(draft: Draft) -> None:
+        body = draft.shared.environments["b"]
+        draft.put(Kind.ENVIRONMENT, "b", msgspec.structs.replace(body, state=EnvironmentState.ACTIVE))
+
+    await a.change(back)
+    await until(lambda: serves(b))
+
+
+@pytest.mark.parametrize(
+    ("signer", "whose", "ahead", "term", "code"),
+    [
+        pytest.param("c", "b", 1, 1, "not_believed", id="signed-by-somebody-else"),
+        pytest.param("a", "c", 1, 1, "not_believed", id="of-another-environment"),
+        pytest.param("a", "b", 1, 2, "not_believed", id="of-a-term-that-nobody-knows"),
+        pytest.param("a", "b", 0, 1, None, id="of-an-epoch-that-is-here"),
+    ],
+)
+async def test_a_foreword_that_proves_nothing_takes_nothing_away(
+    site: MembersSite, *, signer: str, whose: str, ahead: int, term: int, code: str | None
+) -> None:
+    a, b = site["a"], site["b"]
+    await site.in_step()
+    seen = await a.environments.shared.since(0)
+    forger = Forger(Breached(signer, read_or_make_registry_key(site[signer].directory)), seen)
+    body = msgspec.structs.replace(b.peering.view.environments[whose], state=EnvironmentState.HEALING)
+    forger.put(Kind.ENVIRONMENT, whose, body, term=term, epoch=seen.epoch_to + ahead)
+    row = forger.rows[Kind.ENVIRONMENT, whose]
+    refused: str | None = None
+    try:
+        await site["c"].environments.peers.forewarn("b", row)
+    except PeerError as error:
+        refused = error.code
+    assert refused == code
+    assert serves(b)
+    assert b.peering.verdict.state == "active"
 
 
 async def test_rows_are_brought_once_whoever_waits_for_them(site: MembersSite) -> None:
