@@ -157,11 +157,18 @@ async def kek(source: Pkcs11Source) -> Kek:
     return await source.create_kek(REFERENCE)
 
 
+async def until_quick(source: Pkcs11Source, kek: Kek) -> None:
+    """Look at the KEK until the answers of a machine with other work are quick, too."""
+    deadline_s = time.monotonic() + 60
+    while (await source.diagnose(kek)).verdict is not Verdict.OK or is_slow(source.pace):
+        assert time.monotonic() < deadline_s
+
+
 async def test_a_hang_is_told_before_the_time_out_and_is_over_when_the_hsm_answers(
     make_source: MakeSource, fake: FakeModule, kek: Kek
 ) -> None:
-    source = make_source(fake.settings(slow_after_s=0.3, request_timeout_s=1.5))
-    assert (await source.diagnose(kek)).verdict is Verdict.OK
+    source = make_source(fake.settings(slow_after_s=0.3, request_timeout_s=4.0))
+    await until_quick(source, kek)
     events: list[str] = []
     source.pace.listen(lambda slow: events.append("quick" if slow is None else "slow"))
     fake.fail(C_Decrypt="hang")
@@ -171,15 +178,12 @@ async def test_a_hang_is_told_before_the_time_out_and_is_over_when_the_hsm_answe
     fake.recover()
     assert (await source.diagnose(kek)).verdict is Verdict.OK
     assert is_slow(source.pace), "one answer is not enough"
-    deadline_s = time.monotonic() + 60
-    while is_slow(source.pace):
-        assert time.monotonic() < deadline_s
-        await source.diagnose(kek)
+    await until_quick(source, kek)
     assert events == ["slow", "unreachable", "quick"]
 
 
 async def test_a_start_that_hangs_is_told_too(make_source: MakeSource, fake: FakeModule, kek: Kek) -> None:
-    source = make_source(fake.settings(slow_after_s=0.1, start_timeout_s=START_ALLOWANCE_S + 3))
+    source = make_source(fake.settings(slow_after_s=0.1, start_timeout_s=60 + START_ALLOWANCE_S))
     fake.fail(C_Initialize="hang")
     asking = asyncio.create_task(source.diagnose(kek), name="diagnosis")
     await until(lambda: is_slow(source.pace), timeout_s=60)
