@@ -17,7 +17,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -47,14 +47,21 @@ from envelope.keys import (
     NetworkService,
     check_name,
 )
-from envelope.memory import wipe, wipe_text
+from envelope.memory import wipe_text
+from envelope.strict_json import (
+    MAX_ENVELOPE_BYTES,
+    MAX_SEQUENCE,
+    bytes_member,
+    integer,
+    json_object,
+    secret_member,
+    segments,
+)
 
-MAX_ENVELOPE_BYTES: Final = 64 * 1024
 MAX_AHEAD_S: Final = 30
 """How far an agent's clock may be ahead of ours; `nbf` is this much before `iat` to let it be."""
 NONCE_SIZE: Final = 16
 TOKEN_ID_SIZE: Final = 16
-MAX_SEQUENCE: Final = 2**53 - 1
 
 _SIGNATURE: Final = "ES256"
 _ENCRYPTION: Final = "A256GCM"
@@ -173,8 +180,8 @@ def recipient_thumbprint(token: str) -> bytes:
 
     EnvelopeError "too-large", "malformed" or "header".
     """
-    header = _object(b64u_decode(_segments(token, 5)[0]))
-    return _bytes_member(header, "x5t#S256", 32, "header")
+    header = json_object(b64u_decode(segments(token, 5)[0]))
+    return bytes_member(header, "x5t#S256", 32, "header")
 
 
 def key_check(key: KeyMaterial) -> bytes:
@@ -270,8 +277,8 @@ def open_envelope(token: str, expected: Expectation) -> Claims:
 
 def _decrypt(token: str, ours: _Recipient, key: RecipientKey) -> bytearray:
     """Rules 1 to 4, outside: the inner JWS."""
-    parts = _segments(token, 5)
-    header = _object(b64u_decode(parts[0]))
+    parts = segments(token, 5)
+    header = json_object(b64u_decode(parts[0]))
     if header.get("alg") != ours.algorithm or header.get("enc") != _ENCRYPTION:
         raise EnvelopeError("algorithm", f"only {ours.algorithm} with {_ENCRYPTION} is accepted here")
     if header.keys() != ours.members:
@@ -306,14 +313,14 @@ def _verify(signed: bytearray, expected: Expectation) -> tuple[Signer, dict[str,
         with memoryview(signed) as view:
             header_bytes, signature = decode_secret(view[:first]), decode_secret(view[last + 1 :])
             payload = decode_secret(view[first + 1 : last])
-            header = _object(header_bytes)
+            header = json_object(header_bytes)
             if header.get("alg") != _SIGNATURE:
                 raise EnvelopeError("algorithm", f"only {_SIGNATURE} signatures are accepted")
             if header.keys() != {"alg", "kid", "typ"}:
                 raise EnvelopeError("header", "the inner header has other members than the format's")
             if header["typ"] != _INNER_TYPE:
                 raise EnvelopeError("header", "the inner header is of another type")
-            signer = expected.signers.get(_bytes_member(header, "kid", 32, "header"))
+            signer = expected.signers.get(bytes_member(header, "kid", 32, "header"))
             if signer is None:
                 raise EnvelopeError("signer", "signed by none of this tenant's agents")
             by = _check_signer(signer, expected)
@@ -321,7 +328,7 @@ def _verify(signed: bytearray, expected: Expectation) -> tuple[Signer, dict[str,
                 verify_es256(view[:last], bytes(signature), by.public_key)
             except (InvalidSignature, ValueError):
                 raise EnvelopeError("signature", "the signature is not this signer's") from None
-        return signer, _object(payload)
+        return signer, json_object(payload)
     except FormatError:
         raise EnvelopeError("malformed", "a part is not base64url") from None
     finally:
@@ -364,7 +371,7 @@ def _check_parties(claims: dict[str, Any], ours: _Recipient, signer: Signer, exp
 def _check_freshness(claims: dict[str, Any], expected: Expectation) -> None:
     """Rule 5. *now_s* is read once, by the caller."""
     now_s = expected.now_s
-    issued_at_s, not_before_s, expires_at_s = (_integer(claims, name) for name in ("iat", "nbf", "exp"))
+    issued_at_s, not_before_s, expires_at_s = (integer(claims, name) for name in ("iat", "nbf", "exp"))
     # To take keys back needs no clock that is right: the challenge, below, shows that it was not kept back.
     if not (expected.nonce is not None and claims["op"] == Operation.SET and claims["keys"] == []):
         if issued_at_s > now_s + MAX_AHEAD_S:
@@ -379,10 +386,10 @@ def _check_freshness(claims: dict[str, Any], expected: Expectation) -> None:
         )
     if claims["aud"] != expected.audience:
         raise EnvelopeError("audience", "meant for another proxy")
-    sequence = _integer(claims, "seq")
+    sequence = integer(claims, "seq")
     last = expected.last_sequence
     last_sequence = last if isinstance(last, int) else last.get(claims["iss"], 0)
-    nonce = _bytes_member(claims, "nonce", NONCE_SIZE, "malformed") if "nonce" in claims else None
+    nonce = bytes_member(claims, "nonce", NONCE_SIZE, "malformed") if "nonce" in claims else None
     if expected.nonce is None:
         if nonce is not None:
             raise EnvelopeError("nonce", "answers a challenge that is not open")
@@ -396,7 +403,7 @@ def _check_freshness(claims: dict[str, Any], expected: Expectation) -> None:
         raise EnvelopeError("malformed", "the sequence is out of range")
     if sequence <= last_sequence:
         raise EnvelopeError("sequence", f"sequence {sequence} is not above {last_sequence}")
-    if _bytes_member(claims, "jti", TOKEN_ID_SIZE, "malformed") in expected.seen_token_ids:
+    if bytes_member(claims, "jti", TOKEN_ID_SIZE, "malformed") in expected.seen_token_ids:
         raise EnvelopeError("replay", "seen before")
 
 
@@ -447,10 +454,10 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
     algorithm = item.get("alg")
     if algorithm is not None and not (isinstance(algorithm, str) and _ALGORITHM.fullmatch(algorithm)):
         raise EnvelopeError("malformed", "a signing key's algorithm is not a name")
-    version = _integer(item, "ver")
+    version = integer(item, "ver")
     if not 0 < version <= MAX_KEY_VERSION:
         raise EnvelopeError("malformed", "a key's version is out of range")
-    key_id = KeyId(_bytes_member(item, "kid", 16, "malformed"))
+    key_id = KeyId(bytes_member(item, "kid", 16, "malformed"))
     if key_id.is_anonymous:
         raise EnvelopeError("malformed", "the anonymous key id names no key")
     if key_id in taken:
@@ -462,10 +469,10 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
         use=use,
         algorithm=algorithm,
         version=version,
-        secret=_secret_member(item, "km") if "km" in item else bytearray(),
+        secret=secret_member(item, "km") if "km" in item else bytearray(),
     )
     if state is not KeyState.DESTROYED:
-        stated = _bytes_member(item, "kcv", 16, "malformed")
+        stated = bytes_member(item, "kcv", 16, "malformed")
         try:
             correct = hmac.compare_digest(key_check(key), stated)
         except MisuseError:
@@ -474,87 +481,6 @@ def _decode_key(item: object, owner: NetworkService, *, taken: Container[KeyId])
             key.wipe()
             raise EnvelopeError("key-check", f"key {key_id} is not what its check value says")
     return key
-
-
-# --- JSON and base64, stricter than the libraries ---
-
-
-def _segments(token: str, count: int) -> list[str]:
-    """Rule 1: a compact serialisation of *count* parts, each in the one spelling of base64url."""
-    if len(token) > MAX_ENVELOPE_BYTES:
-        raise EnvelopeError("too-large", f"more than {MAX_ENVELOPE_BYTES} bytes")
-    parts = token.split(".")
-    if len(parts) != count:
-        raise EnvelopeError("malformed", f"not a compact token of {count} parts")
-    try:
-        for part in parts:
-            b64u_decode(part)
-    except FormatError:
-        raise EnvelopeError("malformed", "a part is not base64url") from None
-    return parts
-
-
-def _object(document: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object that *document* is: no member twice, no float, no NaN."""
-    text = ""
-    try:
-        text = document.decode()
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique_members,
-            parse_float=_no_number,
-            parse_constant=_no_number,
-        )
-    except (ValueError, RecursionError):
-        # Without the cause: its text may quote the document.
-        raise EnvelopeError("malformed", "not the JSON of this format") from None
-    finally:
-        wipe_text(text)
-    if not isinstance(value, dict):
-        raise EnvelopeError("malformed", "not a JSON object")
-    return value
-
-
-def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a member twice")
-    return members
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"not an integer ({len(text)} characters)")
-
-
-def _integer(claims: dict[str, Any], name: str) -> int:
-    value = claims[name]
-    # A bool is an int to Python, not to this format.
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_SEQUENCE:
-        raise EnvelopeError("malformed", f"{name} is not an integer in range")
-    return value
-
-
-def _bytes_member(members: dict[str, Any], name: str, size: int | None, code: str) -> bytes:
-    value = members.get(name)
-    try:
-        data = b64u_decode(value) if isinstance(value, str) else None
-    except FormatError:
-        data = None
-    if data is None or (size is not None and len(data) != size):
-        raise EnvelopeError(code, f"{name} is not the base64url of {size or 'some'} bytes")
-    return data
-
-
-def _secret_member(members: dict[str, Any], name: str) -> bytearray:
-    """As `_bytes_member`, of a secret."""
-    value = members[name]
-    text = value.encode("ascii", "replace") if isinstance(value, str) else b"?"
-    try:
-        return decode_secret(text)
-    except FormatError:
-        raise EnvelopeError("malformed", f"{name} is not the base64url of some bytes") from None
-    finally:
-        wipe(text)
 
 
 def _check_ephemeral_key(epk: object, curve: str) -> None:

@@ -140,6 +140,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/reaction.py": _HEALING,
     "key_agent/reencryption/store_file.py": _BREACH,
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
+    "envelope/strict_json.py": ("tests/envelope/test_material.py", "each refusal is one of an envelope"),
     "proxy/tenants/user_rows.py": _USERS,
     "proxy/tenants/vault_rows.py": (
         "tests/proxy/tenants/test_vault_store.py",

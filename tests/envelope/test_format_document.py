@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from envelope import cobblestone, derive, material, multipart, objects
+from envelope import cobblestone, derive, material, multipart, objects, strict_json
 from envelope.keys import KeyState
 
 ROOT: Final = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_constants() -> None:
     assert objects.CHUNK_SIZE * cobblestone.CHUNK_LIMIT == 2**52
     assert "at most 2^52 - 1 bytes" in DOCUMENT
     assert f"at most {objects.MAX_CANDIDATES}" in DOCUMENT
-    assert f"At most {material.MAX_ENVELOPE_BYTES // 1024} KiB" in DOCUMENT
+    assert f"At most {strict_json.MAX_ENVELOPE_BYTES // 1024} KiB" in DOCUMENT
     assert f"at most {material.MAX_AHEAD_S} s ahead" in DOCUMENT
     assert derive.lp(b"x" * 65535)
 

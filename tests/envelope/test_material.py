@@ -38,8 +38,6 @@ from envelope.certificates import fingerprint
 from envelope.errors import EnvelopeError, MisuseError
 from envelope.keys import ANONYMOUS, MAX_KEY_VERSION, KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import (
-    MAX_ENVELOPE_BYTES,
-    MAX_SEQUENCE,
     Claims,
     Expectation,
     Operation,
@@ -49,6 +47,7 @@ from envelope.material import (
     recipient_thumbprint,
     seal_envelope,
 )
+from envelope.strict_json import MAX_ENVELOPE_BYTES, MAX_SEQUENCE
 from tests import pki
 
 type Json = dict[str, Any]

@@ -16,7 +16,8 @@ from envelope import derive
 from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import KeyMaterial, KeyState, KeyUse
-from envelope.material import MAX_AHEAD_S, MAX_SEQUENCE, Operation
+from envelope.material import MAX_AHEAD_S, Operation
+from envelope.strict_json import MAX_SEQUENCE
 from proxy.encryption_service.model import NamedKey, ServiceDirectory
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
