@@ -6,8 +6,10 @@ slow hook 4.4 GB. HTTP/1 needs none of this, TCP holds it back. The rules here:
 
 1. A stream may have at most STREAM_WINDOW_BYTES under way. Its credit is returned in halves, and only while
    its destination has less than HIGH_WATER_BYTES parked for it and no hook or connect of it is in progress.
-2. The connection's credit is always returned: one stalled stream must not stop its siblings. A connection can
-   therefore park at most MAX_CONCURRENT_STREAMS * (STREAM_WINDOW_BYTES + HIGH_WATER_BYTES).
+2. The connection's credit is returned though streams are stalled: one of them must not stop its siblings. Not
+   without end: once WAITING_BYTES wait for hooks, connects and destinations, bodies that have ended included,
+   the connection stands still until some of them move. So a connection parks WAITING_BYTES +
+   CONNECTION_WINDOW_BYTES at most, and HIGH_WATER_BYTES for each stream whose destination speaks HTTP/2.
 3. A source that speaks HTTP/1 has no credit to withhold. If its destination speaks HTTP/2 and is full, its
    read loop waits (`BackpressureHandler`), so TCP holds the source back.
 4. What was withheld is returned when the destination moves: after each event of the HTTP layer, never by a
@@ -42,6 +44,8 @@ STREAM_WINDOW_BYTES: Final = 1 << 20
 HIGH_WATER_BYTES: Final = 256 * 1024
 MAX_CONCURRENT_STREAMS: Final = 100
 CONNECTION_STEP_BYTES: Final = 1 << 20
+CONNECTION_WINDOW_BYTES: Final = 8 << 20
+WAITING_BYTES: Final = 16 << 20
 JOINED_BYTES: Final = 16 * 1024
 """One TLS record: up to this size copying costs less than a record and a write more."""
 
@@ -73,6 +77,12 @@ class ReleaseCredit(events.Event):
 
 class _JoiningState(frames.FrugalState):
     """Hands on what arrives together as one piece: frames hold 16 KiB, and each would take the whole way."""
+
+    @override
+    def initiate_connection(self) -> None:
+        """With a window of ours (rule 2) in place of mitmproxy's."""
+        super(_http_h2.BufferedH2Connection, self).initiate_connection()
+        self.increment_flow_control_window(CONNECTION_WINDOW_BYTES - self.inbound_flow_control_window)
 
     @override
     def receive_data(self, data: bytes) -> list[h2.events.Event]:
@@ -119,6 +129,8 @@ class _CreditedConnection(_http2.Http2Connection):
         self._connection_debt_bytes = 0
         self._stream_debt_bytes: collections.Counter[int] = collections.Counter()
         self._withheld: set[int] = set()
+        self._ended: set[int] = set()
+        """Of those that still wait, the streams to which no more comes."""
         _live[self.conn.id] = self
 
     def http_stream_id(self, stream_id: int) -> int:
@@ -145,8 +157,12 @@ class _CreditedConnection(_http2.Http2Connection):
             self._owe(event.stream_id, event.flow_controlled_length)
             return False
         stop = yield from super().handle_h2_event(event)
-        if isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)):
+        if isinstance(event, h2.events.StreamReset):
             self._forget(event.stream_id)
+        elif isinstance(event, h2.events.StreamEnded) and event.stream_id in self._stream_debt_bytes:
+            self._ended.add(event.stream_id)
+            self._credit_stream(event.stream_id)
+            self._credit_connection()
         return stop
 
     @override
@@ -154,12 +170,15 @@ class _CreditedConnection(_http2.Http2Connection):
         if isinstance(event, ReleaseCredit):
             for stream_id in list(self._withheld):
                 self._credit_stream(stream_id)
+            self._credit_connection()
             if data := self.h2_conn.data_to_send():
                 yield commands.SendData(self.conn, data)
         else:
             yield from super()._handle_event(event)
             if isinstance(event, (_events.RequestProtocolError, _events.ResponseProtocolError)):
                 self._forget(event.stream_id)  # We have reset it; its peer need not end it any more.
+                if data := self.h2_conn.data_to_send():
+                    yield commands.SendData(self.conn, data)
 
     @override
     def done(self, _: events.Event) -> Commands:
@@ -169,40 +188,57 @@ class _CreditedConnection(_http2.Http2Connection):
 
     def _owe(self, stream_id: int, size_bytes: int) -> None:
         self._connection_debt_bytes += size_bytes
-        if self._connection_debt_bytes >= CONNECTION_STEP_BYTES:
-            self.h2_conn.increment_flow_control_window(self._connection_debt_bytes)
-            self._connection_debt_bytes = 0
         self._stream_debt_bytes[stream_id] += size_bytes
         if len(self._stream_debt_bytes) > 2 * MAX_CONCURRENT_STREAMS:
             # Streams that we have reset need not be ended by their peer.
             for closed in [one for one in self._stream_debt_bytes if self.is_closed(one)]:
-                self._forget(closed)
+                self._credit_stream(closed)
         # Below half a window the peer is not waiting for us.
         if self._stream_debt_bytes[stream_id] >= STREAM_WINDOW_BYTES // 2:
             self._credit_stream(stream_id)
+        if self._stream_debt_bytes.total() > WAITING_BYTES:
+            for one in list(self._stream_debt_bytes):
+                self._credit_stream(one)
+        self._credit_connection()
+
+    def _credit_connection(self) -> None:
+        if (
+            self._connection_debt_bytes >= CONNECTION_STEP_BYTES
+            and self._stream_debt_bytes.total() <= WAITING_BYTES
+        ):
+            self.h2_conn.increment_flow_control_window(self._connection_debt_bytes)
+            self._connection_debt_bytes = 0
 
     def _credit_stream(self, stream_id: int) -> None:
-        if self.is_closed(stream_id):
-            self._forget(stream_id)
-        elif self._is_congested(self.http_stream_id(stream_id)):
+        if self._is_congested(self.http_stream_id(stream_id)):
             self._withheld.add(stream_id)
             self._http_layer.withholding.add(self.conn)
-        else:
-            self._withheld.discard(stream_id)
-            self.h2_conn.increment_flow_control_window(self._stream_debt_bytes.pop(stream_id), stream_id)
+            return
+        debt_bytes, has_ended = self._stream_debt_bytes[stream_id], stream_id in self._ended
+        self._forget(stream_id)
+        if debt_bytes and not has_ended and not self.is_closed(stream_id):
+            self.h2_conn.increment_flow_control_window(debt_bytes, stream_id)
 
     def _forget(self, stream_id: int) -> None:
         self._stream_debt_bytes.pop(stream_id, None)
         self._withheld.discard(stream_id)
+        self._ended.discard(stream_id)
+        self._credit_connection()
 
     def _is_congested(self, http_stream_id: int) -> bool:
         stream = self._http_layer.streams.get(http_stream_id)
-        if stream is None or stream.child_layer is not None:
-            return False  # Nobody listens any more, or it has become a tunnel with a layer stack of its own.
+        if stream is None:
+            return self.is_parked_behind(http_stream_id)
+        if stream.child_layer is not None:
+            return False  # It has become a tunnel with a layer stack of its own.
         if stream._paused is not None:  # noqa: SLF001 - a hook or a connect is in progress: bytes would queue up
             return True
         destination = _live.get(self.destination(stream).id)
         return destination is not None and destination.parked_bytes(http_stream_id) > HIGH_WATER_BYTES
+
+    def is_parked_behind(self, http_stream_id: int) -> bool:  # noqa: ARG002 - for the one who overrides it
+        """Whether what came on a stream that is over here still waits at its destination."""
+        return False
 
     @property
     def withholds(self) -> bool:
@@ -230,6 +266,11 @@ class _Http2Client(_CreditedConnection, _http2.Http2Client):
     @override
     def destination(self, stream: http.HttpStream) -> Connection:
         return stream.context.client
+
+    @override
+    def is_parked_behind(self, http_stream_id: int) -> bool:
+        client = _live.get(self._http_layer.context.client.id)
+        return client is not None and client.parked_bytes(http_stream_id) > HIGH_WATER_BYTES
 
 
 class _HttpLayer(http.HttpLayer):

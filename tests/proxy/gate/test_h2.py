@@ -395,7 +395,67 @@ def test_connection_credit_comes_back_while_every_stream_is_stalled(installed: N
         wire.request(body=os.urandom(2 * MIB))
     # Eight stalled streams hold 8 MiB; the connection window has been topped up for all but a step of it.
     window = wire.client.h2.outbound_flow_control_window
-    assert 2**31 - 1 - window < backpressure.CONNECTION_STEP_BYTES + MIB
+    assert backpressure.CONNECTION_WINDOW_BYTES - window < backpressure.CONNECTION_STEP_BYTES + MIB
+
+
+TOGETHER_BYTES = backpressure.WAITING_BYTES + backpressure.CONNECTION_WINDOW_BYTES
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(70, 400_000), (32, MIB - 1), (32, 2 * MIB)], ids=["half", "whole", "longer"]
+)
+def test_streams_that_wait_are_bounded_together_and_then_arrive_whole(
+    count: int, size: int, installed: None
+) -> None:
+    """Bodies that are here to their end, too: nothing is owed for them, but they take their place."""
+    wire = Wire()
+    wire.on_hook = lambda _: False
+    bodies = [os.urandom(size) for _ in range(count)]
+    asked = [wire.request(body=body) for body in bodies]
+    held = parked_bytes(wire)
+    assert backpressure.WAITING_BYTES < held <= TOGETHER_BYTES
+    assert any(wire.client.left_to_send(stream_id) for stream_id in asked)
+    wire.on_hook = lambda _: True
+    wire.complete_hooks()
+    wire.run()
+    arrived = sorted(bytes(body) for body in wire.origin.received.values())
+    assert arrived == sorted(bodies)
+    assert parked_bytes(wire) == 0
+    connection = wire.layer.connections[wire.client_conn]
+    assert isinstance(connection, backpressure._CreditedConnection)
+    assert not connection._stream_debt_bytes
+    assert not connection._ended
+
+
+def test_streams_that_wait_and_are_reset_give_their_place_back(installed: None) -> None:
+    wire = Wire()
+    wire.on_hook = lambda _: False
+    stalled = [wire.request(body=os.urandom(MIB)) for _ in range(26)]
+    assert wire.client.h2.outbound_flow_control_window == 0
+    for stream_id in stalled:
+        wire.client.h2.reset_stream(stream_id, h2.errors.ErrorCodes.CANCEL)
+    wire.run()
+    wire.on_hook = lambda _: True
+    body = os.urandom(20 * MIB)
+    wire.request(body=body)
+    assert bytes(wire.origin.received[1]) == body
+
+
+def test_answers_that_wait_for_their_client_are_bounded_together(installed: None) -> None:
+    """They have ended at the service; their client grants nothing."""
+    wire = Wire()
+    wire.client.grants = False
+    asked = [wire.request(method="GET") for _ in range(60)]
+    bodies = {origin_id: os.urandom(MIB - 1) for origin_id in sorted(wire.origin.opened)}
+    for origin_id, body in bodies.items():
+        wire.origin.h2.send_headers(origin_id, [(":status", "200")])
+        wire.origin.upload(origin_id, body)
+    wire.run()
+    assert parked_bytes(wire) <= TOGETHER_BYTES + 60 * backpressure.HIGH_WATER_BYTES
+    wire.client.grant_everything()
+    wire.run()
+    assert [bytes(wire.client.received[stream_id]) for stream_id in asked] == list(bodies.values())
+    assert parked_bytes(wire) == 0
 
 
 def test_closed_upstream_connections_are_forgotten(installed: None) -> None:
