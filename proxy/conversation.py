@@ -62,7 +62,7 @@ class SealingBody:
 
 
 class ServiceConversation(Conversation):
-    """One request's, made by exchange.py."""
+    """One request's, made by the exchange (exchange/exchange.py)."""
 
     def __init__(
         self,

@@ -17,7 +17,6 @@ from proxy.message import AnswerHead, ByteRange, ExpectedDigest
 from proxy.refusals import Refusal
 from proxy.request import Edits
 
-
 # What plans are made of.
 
 

@@ -20,14 +20,13 @@ The order of every call, in every dialect:
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Final, NoReturn
+from typing import Final
 
 from envelope import derive
 from envelope.errors import IntegrityError, KeyUnavailableError, Unavailable
-from envelope.keys import KEY_MATERIAL_SIZE, KeyId, KeyState, KeyUse, NetworkService
+from envelope.keys import KEY_MATERIAL_SIZE, KeyId, KeyState, NetworkService
 from envelope.xaes import NONCE_SIZE, TAG_SIZE, Xaes256Gcm
 from proxy.encryption_service import signatures
 from proxy.encryption_service.access import Access, Caller
@@ -38,12 +37,10 @@ from proxy.encryption_service.errors import (
     KeyRefused,
     NotRecorded,
     Refusal,
-    Revoked,
     ServiceError,
     Stale,
     TooLarge,
     UsageRefused,
-    Withdrawn,
 )
 from proxy.encryption_service.key_states import DEGRADED_BELOW_S, KeyStates
 from proxy.encryption_service.limits import Limiter
@@ -445,4 +442,3 @@ class Core:
         if len(purpose.context) > MAX_CONTEXT_BYTES:
             raise InputRefused(f"a context has at most {MAX_CONTEXT_BYTES} bytes")
         return key.service_cipher(purpose.dialect.value, purpose.context)
-
