@@ -1,7 +1,7 @@
 """B-36 to its end: every environment heals and each needs a new KEK; by processes, with SoftHSM.
 
-1. First one HSM has its KEK of before. Its environment, which was not the manager's and whose registry key was
-   exposed, is appointed, takes its own keys from its own wraps, and brings the others back.
+1. First one HSM has its KEK of before. Its environment, which was not the manager's and whose registry key
+   was exposed, is appointed, takes its own keys from its own wraps, and brings the others back.
 2. Then no HSM has any: what is lost is listed, given up by two, and all come back with new keys.
 3. Every step is a command of the runbook. No database is touched.
 """

@@ -1,8 +1,8 @@
 """Refusals in the words of Azure Storage: an XML document with a code that its clients know.
 
 1. The status is the refusal's. The code is Azure's nearest: by both clients decide what to raise and whether
-   to try again. So those codes that say `try again` (InternalError, OperationTimedOut, ServerBusy) stand beside
-   statuses that say so, and no others do.
+   to try again. So those codes that say `try again` (InternalError, OperationTimedOut, ServerBusy) stand
+   beside statuses that say so, and no others do.
 2. The code stands in the head, too (`x-ms-error-code`): an answer to a HEAD has no document.
 3. What the client sent stands in no error.
 """
