@@ -209,6 +209,12 @@ async def test_whose_word_alone_makes_it_sound_is_followed_by_nobody_until_two_h
     assert (recovery["old_kek"], recovery["lost"]) == (None, [])
     await site.keys.in_step()
     assert [environment(site, "a", seen_by=name) for name in "abc"] == [E.ACTIVE] * 3
+
+    def is_heard() -> bool:
+        sights = a.peering.sights
+        return all(sights[name].position == a.peering.position for name in "bc")
+
+    await until(is_heard, timeout_s=60)
     with pytest.raises(RefusedChangeError, match="counts, and the others follow"):
         await a.commands.env_recovery()
     for name in "bc":
