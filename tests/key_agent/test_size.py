@@ -146,10 +146,19 @@ async def test_receipts_that_come_together_are_stored_together(bench: Bench) -> 
         assert all(row["proxies"][0]["error"] is None for row in status["services"])
 
 
+def _is_at_rest(agent: Agent) -> bool:
+    """No push is under way, and none is due."""
+    schedule = agent.refresh.schedule
+    due_s = schedule.next_due_s()
+    is_under_way = any(map(schedule.is_in_flight, agent.targets.proxies))
+    return not is_under_way and due_s is not None and due_s > agent.clock.boot_s()
+
+
 async def test_receipts_wait_for_those_that_are_under_way(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with _many(bench, request_timeout_s=60.0) as (agent, _):
+        await until(lambda: _is_at_rest(agent))
         await agent.pusher.settle()
         stored: list[int] = []
         record = agent.registry.record_receipts
