@@ -164,6 +164,7 @@ async def test_b_45_a_delivery_of_wraps_brings_nothing_when_it_is_played_again(s
         assert (first_b.agent_id, first_c.agent_id) == ("agent-a", "agent-a")
         new = {site.active(name) for name in ALL}
         assert _kids(first_b) == _kids(first_c) == new
+        await until(lambda: in_step(site), timeout_s=90)
 
         # What is there already, by another member; for another environment, or said to be for this one.
         for body in (first_b.body, first_c.body, _readdressed(first_c, first_b), _exchanged(first_b)):
@@ -189,14 +190,14 @@ async def test_b_45_a_delivery_of_wraps_brings_nothing_when_it_is_played_again(s
         dek = await balanced.open_incident("b", "dek", keys=[lost])
         await balanced.rekey(dek)
         await site.everywhere(lost, "compromised")
-        await until(lambda: in_step(site), timeout_s=90)
+        await _is_settled(site, dek)
         await _in_vain(site, as_c, "b", first_b.body)
         await _told(site, "b", ("agent-c", "key-state"))
 
         # c heals: it brings nothing, and takes nothing, while it returns either.
         runtime = await balanced.open_incident("c", "runtime")
         await balanced.rekey(runtime)
-        await until(lambda: in_step(site), timeout_s=90)
+        await _is_settled(site, runtime)
         await _in_vain(site, as_c, "b", first_b.body, refused="not_believed")
         await _in_vain(site, as_b, "c", first_c.body, refused="stores no keys")
         await _told(site, "b", ("agent-c", "sender"))
@@ -223,7 +224,7 @@ async def test_b_45_a_delivery_of_wraps_brings_nothing_when_it_is_played_again(s
         # The next incident.
         second = await balanced.open_incident("c", "runtime")
         await balanced.rekey(second)
-        await until(lambda: in_step(site), timeout_s=90)
+        await _is_settled(site, second)
         for one in (first_c, *again):
             await _in_vain(site, as_b, "c", one.body, refused="stores no keys")
         await balanced.bring_back("c", second)
@@ -233,6 +234,16 @@ async def test_b_45_a_delivery_of_wraps_brings_nothing_when_it_is_played_again(s
     assert {site.states(name)[lost] for name in ALL} == {"compromised"}
     for incident in (dek, runtime, second):
         await balanced.manager.ask("incident_close", incident=incident)
+
+
+async def _is_settled(site: Site, incident: str) -> None:
+    """Return when everybody has acknowledged it, and knows that everybody has: no row moves by itself."""
+
+    async def contained() -> bool:
+        return bool((await site["a"].ask("incident_status", incident=incident))["contained"])
+
+    await until(contained, timeout_s=90)
+    await until(lambda: in_step(site), timeout_s=90)
 
 
 def _deliveries(site: Site, name: str) -> AbstractAsyncContextManager[list[Recorded]]:
