@@ -30,10 +30,10 @@ from tests.pki import issue_server, make_server_ca, write_certificate, write_cre
 
 CANARY: Final = b"canary-91f3-plaintext"
 IS_STOCK: Final = os.environ.get("SEALGATE_TEST_STOCK") == "1"
-SOON_S: Final = 1.0
-"""How long a client may wait to see that something went wrong."""
-TIDY_S: Final = 2.0
-"""How long sockets and tasks of a flow may outlive it."""
+SOON_S: Final = 4.5
+"""How long a client may wait to see that something went wrong: less than LINGER_S, which would hide it."""
+TIDY_S: Final = 4.5
+"""How long sockets and tasks of a flow may outlive it; likewise."""
 _TASKS: Final = (
     "client handler",
     "client connection",
