@@ -361,6 +361,7 @@ class KeyCache:
         self._deadlines = _Deadlines(clock, self._on_expired)
         self._ahead_s = wall_ahead_s(self._clock)
         """By how much the wall clock was ahead of the boot clock when it was set last, as far as we saw."""
+        self._lost_s = 0.0
 
     @override
     def __repr__(self) -> str:
@@ -449,6 +450,12 @@ class KeyCache:
         """Overwrite what has expired."""
         self._deadlines.expire()
 
+    @property
+    def lost_s(self) -> float:
+        """All the time that was taken off so far: a deadline that was set before and has no key here yet is
+        to be shortened by what came to it since."""
+        return self._lost_s
+
     def take_off_lost_time(self) -> None:
         """Shorten every key by the time that the wall clock has seen and the boot clock has not."""
         ahead_s = wall_ahead_s(self._clock)
@@ -458,6 +465,7 @@ class KeyCache:
         # Set back, it is believed too: else nobody would see the time that is lost after that.
         self._ahead_s = ahead_s
         if lost_s > 0:
+            self._lost_s += lost_s
             self._shorten(lost_s)
         if self._on_clock_set is not None:
             self._on_clock_set(lost_s)

@@ -168,6 +168,8 @@ class _Agent:
 class _Opened:
     claims: Claims
     deadline_boot_s: float
+    lost_s: float
+    """`KeyCache.lost_s` when the deadline was set: a machine may be paused until the keys are installed."""
     track: _Track
     is_former: bool = False
     """Sealed to the certificate before the one of today."""
@@ -426,6 +428,7 @@ class Receiver:
         if agent is None:
             raise EnvelopeError("nonce", "no session is open here: ask for a challenge first")
         track = agent.tracks.setdefault(owner, _Track(self._clock))
+        self._cache.take_off_lost_time()
         received_boot_s, now_s = self._clock.boot_s(), self._clock.wall_s()
         claims = open_envelope(
             token,
@@ -458,6 +461,7 @@ class Receiver:
         return _Opened(
             claims=claims,
             deadline_boot_s=received_boot_s + valid_for_s,
+            lost_s=self._cache.lost_s,
             track=track,
             is_former=recipient.is_former,
         )
@@ -659,12 +663,14 @@ class Receiver:
 
     def _install_one(self, opened: _Opened) -> Receipt:
         claims = opened.claims
+        self._cache.take_off_lost_time()
+        deadline_boot_s = opened.deadline_boot_s - (self._cache.lost_s - opened.lost_s)
         try:
             self._refuse_superseded(opened)
             self._cache.install(
                 claims.owner,
                 claims.keys,
-                deadline_boot_s=opened.deadline_boot_s,
+                deadline_boot_s=deadline_boot_s,
                 operation=claims.operation,
                 sequence=_rank(claims),
             )
@@ -673,7 +679,7 @@ class Receiver:
             return self._refused(claims.owner.tenant, claims.issuer, claims.owner, error)
         if not opened.is_former:
             self._former.supersede(claims.owner)
-        valid_for_s = max(0.0, opened.deadline_boot_s - self._clock.boot_s())
+        valid_for_s = max(0.0, deadline_boot_s - self._clock.boot_s())
         _log.info(
             "keys accepted",
             service=str(claims.owner),

@@ -215,6 +215,24 @@ async def test_a_withdrawal_wins_though_the_push_is_being_recorded(proxy: Proxy,
     assert caught.value.reason is Unavailable.WITHDRAWN
 
 
+@pytest.mark.parametrize(("paused_s", "outcome"), [(VALIDITY_S - 30, "accepted"), (3600, "time")])
+async def test_a_pause_while_the_push_is_being_recorded_counts(
+    proxy: Proxy, acme: HostedTenant, paused_s: float, outcome: str
+) -> None:
+    """The machine is paused between the envelope's check and its installation; its boot clock stands still.
+
+    The keys have no deadline in the cache yet that could be shortened when the wall clock is set right.
+    """
+    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
+    push = asyncio.create_task(proxy.push(acme, token))
+    await asyncio.sleep(0)  # the push has opened its envelope and handed its event to a thread
+    proxy.clock.set_wall(proxy.clock.wall_s() + paused_s)
+    proxy.cache.take_off_lost_time()  # by the sweeper, which may come first
+    assert await push == [outcome]
+    (status,) = proxy.cache.status([acme.owner()])
+    assert status.valid_for_s == pytest.approx(max(0.0, VALIDITY_S - paused_s))
+
+
 async def test_a_cancelled_push_leaves_no_material(proxy: Proxy, acme: HostedTenant) -> None:
     challenge = proxy.challenge(acme)
     tokens = [acme.seal(proxy.clock, challenge, acme.key()), acme.seal(proxy.clock, challenge, acme.key())]
