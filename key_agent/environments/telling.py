@@ -3,7 +3,8 @@
 1. The word goes to every proxy that this agent feeds or has fed, whether keys flow or not: one that must not
    serve has to know, whatever it still holds.
 2. It has been told once it is in force there. Who cannot be told is tried again; its keys end by themselves.
-3. A proxy that restarted has forgotten it. Every RESTATE_S the word is said again, which costs a kilobyte.
+3. A proxy that restarted has forgotten it, and serves nothing until it hears it. Every RESTATE_S the word is
+   said again; to many proxies less often, as presence.py asks them.
 4. An environment by itself, without shared rows, tells nobody anything.
 5. One that is active while its KEK cannot be used (an HSM that hangs, a refused login, a revoked KEK) says
    that it is draining, so load balancers send callers to the others. Its proxies go on with the keys that
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 RESTATE_S: Final = 5.0
+MAX_RESTATEMENTS_PER_S: Final = 50
+"""What nobody waits for is not worth a core: proxies that restarted get their keys no sooner."""
 TIMEOUT_S: Final = 5.0
 CONCURRENT: Final = 128
 _FIRST_RETRY_S: Final = 0.25
@@ -140,7 +143,7 @@ class Telling:
         for gone in self._told.keys() - proxies.keys():
             del self._told[gone]
         now_s = self._clock.boot_s()
-        next_s = now_s + RESTATE_S
+        next_s = now_s + self._restate_s()
         for name, proxy in proxies.items():
             told = self._told.get(name)
             is_new = told is None or told.word != word
@@ -153,6 +156,9 @@ class Telling:
             else:
                 next_s = min(next_s, due_s)
         return next_s
+
+    def _restate_s(self) -> float:
+        return max(RESTATE_S, len(self._targets.proxies) / MAX_RESTATEMENTS_PER_S)
 
     async def _tell(self, proxy: Proxy, word: EnvironmentWord) -> None:
         error: str | None = None
@@ -177,7 +183,7 @@ class Telling:
         failures = 0 if error is None else self._failures.get(name, 0) + 1
         self._failures[name] = failures
         pause_s = min(_MAX_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
-        self._next_s[name] = now_s + (pause_s if failures else RESTATE_S)
+        self._next_s[name] = now_s + (pause_s if failures else self._restate_s())
         if before is None or before.word.state != word.state or (before.error is None) != (error is None):
             if error is None:
                 self._journal.note("environment-told", proxy=name, state=word.state, epoch=word.epoch)

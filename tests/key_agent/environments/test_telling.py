@@ -13,7 +13,7 @@ import pytest
 from key_agent.consent import Consent, EnvironmentStanding, Standing
 from key_agent.environments.registry_lease import Position
 from key_agent.environments.standing import Verdict
-from key_agent.environments.telling import RESTATE_S, TIMEOUT_S, Telling, said
+from key_agent.environments.telling import MAX_RESTATEMENTS_PER_S, RESTATE_S, TIMEOUT_S, Telling, said
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentInForce, EnvironmentWord
@@ -93,6 +93,26 @@ async def test_a_change_is_told_at_once_and_an_unchanged_word_again(tmp_path: Pa
         clock.ahead_s += RESTATE_S + 1
         site.telling.wake()
         await until(lambda: len(site.proxies[0].words) >= 3)
+        assert site.proxies[0].words[-1].state == "healing"
+
+
+async def test_many_are_told_at_once_and_again_less_often(tmp_path: Path) -> None:
+    clock = AheadClock()
+    count = 2 * int(MAX_RESTATEMENTS_PER_S * RESTATE_S)
+    async with telling(tmp_path, clock, count=count) as site:
+        site.say("active", 1)
+        await until(lambda: site.all_act_on(1))
+        clock.ahead_s += RESTATE_S + 1
+        site.telling.wake()
+        for _ in range(50):
+            await asyncio.sleep(0)  # what would be said again is under way
+        site.say("healing", 2)
+        await until(lambda: site.all_act_on(2))
+        assert {len(proxy.words) for proxy in site.proxies} == {2}, "a change is told to each, once"
+        told_boot_s = max(told.at_boot_s for told in site.telling.told.values())
+        clock.ahead_s += told_boot_s + 2 * RESTATE_S + 1 - clock.boot_s()
+        site.telling.wake()
+        await until(lambda: all(len(proxy.words) >= 3 for proxy in site.proxies))
         assert site.proxies[0].words[-1].state == "healing"
 
 
