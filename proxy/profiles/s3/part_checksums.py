@@ -8,6 +8,8 @@
    will do.
 3. A part that came without the algorithm leaves nothing to compare: refused, never taken unseen.
 4. A listed part's own checksum must be the one that was compared, where there is one.
+5. Of one algorithm there is one checksum of the whole: each costs as much for every part as the next, and a
+   head has room for a thousand.
 """
 
 import asyncio
@@ -65,10 +67,9 @@ def said_of_whole(fields: Fields) -> tuple[Said, ...]:
     try:
         kinds = frozenset(Kind) if _TYPE not in fields else frozenset({Kind(fields.sole(_TYPE) or "")})
         return tuple(
-            _said(name.removeprefix(PREFIX), value, kinds)
+            _said(name.removeprefix(PREFIX), fields.sole(name) or "", kinds)  # rule 5
             for name in fields
             if name.startswith(PREFIX) and name not in _NO_VALUES
-            for value in fields.all(name)
         )
     except ValueError:  # binascii.Error is one
         raise RefusedError(refusals.INVALID_DIGEST) from None

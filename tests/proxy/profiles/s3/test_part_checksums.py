@@ -181,6 +181,14 @@ def test_what_may_not(fields: dict[str, str]) -> None:
         said(**fields)
 
 
+def test_of_one_algorithm_there_is_one() -> None:
+    """A thousand would be a thousand times the work, for each of ten thousand parts, between two awaits."""
+    value = text(value_of("crc64nvme", WHOLE))
+    fields = Fields([(b"x-amz-checksum-crc64nvme", value.encode())] * 2)
+    with pytest.raises(RefusedError, match="invalid-digest"):
+        said_of_whole(fields)
+
+
 def test_a_bare_crc_may_be_of_either_kind() -> None:
     (item,) = said(x_amz_checksum_crc32="AAAAAA==")
     assert item.kinds == {Kind.FULL_OBJECT, Kind.COMPOSITE}
