@@ -247,7 +247,7 @@ def _proxies(found: Any) -> Iterator[Check]:
         if abs(ahead_s) > _MAX_CLOCK_DIFFERENCE_S:
             yield failed(
                 name,
-                f"its clock differs by {ahead_s:.1f} s",
+                f"its clock is {abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's",
                 "have both machines follow the same time servers",
             )
         else:

@@ -3,15 +3,16 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
 
-from envelope.errors import SealgateError
+from envelope.errors import FormatError, SealgateError
 from key_agent import api
 from key_agent.environments import approvals
 from key_agent.environments.documents import ApprovalBody
+from key_agent.environments.registry_key import fingerprint_of
 from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
 from runtime.files import replace_file, write_new_file
@@ -40,6 +41,8 @@ BalancerName = Annotated[
 PromotionFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="What `env promotion`, `recovery` wrote.")
 ]
+_SIGNED_IN_FILES: Final = (approvals.Action.ENVIRONMENT_PROMOTE, approvals.Action.ENVIRONMENT_RECOVER)
+_WRITTEN_BY: Final = "give the file that `env promotion` or `env recovery` wrote"
 
 
 @environment_app.command("identity")
@@ -223,8 +226,9 @@ def sign(
     admin: Annotated[str, typer.Option(help="Your name, as it is registered: `key-agent admin list`.")],
     key: Annotated[Path, typer.Option(help="Your private key (PEM, mode 0600, no passphrase).")],
 ) -> None:
-    """Add your signature to FILE. Needs no agent: do it on a machine of your own."""
+    """Add your signature to FILE, and say what it is for. Needs no agent: do it on a machine of your own."""
     data, asked = read_to_sign(file)
+    what = _asked_text(file, asked)
     pem = read_secret_file(key)
     try:
         private = approvals.read_private_key(pem, None)
@@ -240,8 +244,16 @@ def sign(
     replace_file(file, json.dumps(data, indent=2).encode() + b"\n")
     show(
         context,
-        {"file": str(file), "signed_by": sorted(data["asked"]["signatures"])},
-        lambda data: f"{data['file']}: signed by {', '.join(data['signed_by'])}",
+        {
+            "file": str(file),
+            "action": asked.action,
+            "payload": asked.payload,
+            "signed_by": sorted(data["asked"]["signatures"]),
+        },
+        lambda data: (
+            f"{what}\n{data['file']}: signed by {', '.join(data['signed_by'])}\n"
+            "not what you have compared? Destroy this file"
+        ),
     )
 
 
@@ -280,14 +292,13 @@ def write_to_sign(file: Path, data: Any) -> None:
 
 def read_to_sign(file: Path) -> tuple[dict[str, Any], ApprovalBody]:
     """What `write_to_sign` wrote, signed or not."""
-    next_step = "give the file that `env promotion` or `env recovery` wrote"
     try:
         data = json.loads(file.read_bytes())
         return data, msgspec.convert(data["asked"], ApprovalBody)
     except OSError as error:
-        raise CommandError(f"{file}: {error.strerror}", next_step) from None
+        raise CommandError(f"{file}: {error.strerror}", _WRITTEN_BY) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{file}: nothing to sign ({type(error).__name__})", next_step) from None
+        raise CommandError(f"{file}: nothing to sign ({type(error).__name__})", _WRITTEN_BY) from None
 
 
 # What people read.
@@ -295,6 +306,36 @@ def read_to_sign(file: Path) -> tuple[dict[str, Any], ApprovalBody]:
 
 def _changed_text(data: Any) -> str:
     return "\n".join(line for line in (f"{data['environment']}: {data['state']}", spread_text(data)) if line)
+
+
+def _asked_text(file: Path, asked: ApprovalBody) -> str:
+    """What is signed, and not what else FILE says: the agent that wrote it may be the one to be afraid of."""
+    if asked.action not in _SIGNED_IN_FILES:
+        raise CommandError(
+            f"{file} asks for {asked.action}, which is not signed in a file",
+            "sign nothing that came with it; other approvals: `key-agent approval sign`",
+            ExitCode.REFUSED,
+        )
+    try:
+        said = json.loads(asked.payload)
+        on = said["builds_on"]
+        lines = [
+            f"{asked.action}: {said['environment']} by agent {said['agent']}, term {said['term']}",
+            f"registry key, fingerprint {fingerprint_of(said['registry_key'])}",
+            f"registry of term {on['term']} at epoch {on['epoch']}, {digest_text(on['digest'])}",
+        ]
+        if asked.action == approvals.Action.ENVIRONMENT_RECOVER:
+            source = "no KEK of before" if said["old_kek"] is None else f"KEK {said['old_kek']}"
+            lines.append(f"KEK {said['new_kek']}, fingerprint {said['kek_fingerprint']}; keys from {source}")
+            if said["lost"]:
+                lines.append("WHAT IS NOT UNDER THAT KEK IS GIVEN UP FOR EVER")
+    except (ValueError, KeyError, TypeError, FormatError) as error:
+        raise CommandError(
+            f"{file}: nothing to sign ({type(error).__name__})", _WRITTEN_BY, ExitCode.REFUSED
+        ) from None
+    if not all(line.isprintable() for line in lines):
+        raise CommandError(f"{file}: a terminal would show something else", _WRITTEN_BY, ExitCode.REFUSED)
+    return "\n".join(lines)
 
 
 def _policy_text(data: Any) -> str:
@@ -317,6 +358,11 @@ def spread_text(data: Any) -> str:
     return f"not told yet: {', '.join(late)}; they are as soon as they answer" if late else ""
 
 
+def digest_text(digest: str) -> str:
+    """As much of a registry's digest as people compare."""
+    return f"{digest[:16]}..."
+
+
 def environments_text(data: Any) -> str:
     """The page of `key-agent env list`."""
     lines = []
@@ -330,8 +376,8 @@ def environments_text(data: Any) -> str:
     else:
         proven = "never" if data["proven_ago_s"] is None else f"{data['proven_ago_s']:.0f} s ago"
         lines.append(
-            f"manager: {data['manager']}, term {data['term']}, epoch {data['epoch']}; "
-            f"a majority was heard {proven} (lease {data['lease_s']} s)"
+            f"manager: {data['manager']}, term {data['term']}, epoch {data['epoch']} "
+            f"({digest_text(data['digest'])}); a majority was heard {proven} (lease {data['lease_s']} s)"
         )
     if data["reason"]:
         lines.append(f"{data['environment']} {data['serves']}: {data['reason']}")

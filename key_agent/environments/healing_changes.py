@@ -79,7 +79,8 @@ def take_kek(draft: "Draft", told: KekAnnouncement, *, now_ms: int) -> bool:
         return False
     if body.state is not EnvironmentState.HEALING or told.kek.environment != told.environment:
         raise RefusedChangeError(
-            f"{told.environment} is {body.state}: it announces no KEK", "`key-agent env status`"
+            f"{told.environment} is {body.state}: it announces no KEK",
+            f"`key-agent env status {told.environment}`",
         )
     if told.kek_id in draft.shared.keks:
         raise RefusedChangeError(
@@ -146,7 +147,9 @@ def heal_complete(
     if body.state in _PAST_HEALING:
         return False
     if body.state is not EnvironmentState.HEALING:
-        raise RefusedChangeError(f"{name} is {body.state}, it does not heal", "`key-agent env status`")
+        raise RefusedChangeError(
+            f"{name} is {body.state}, it does not heal", f"`key-agent env status {name}`"
+        )
     incidents = open_incidents(shared, name)
     for incident_id, incident in incidents.items():
         _check_healed(shared, body, incident_id, incident, new_certificates=new_certificates)
@@ -199,7 +202,7 @@ def _check_fingerprint(shared: "Shared", body: EnvironmentBody, fingerprint: str
     if fingerprint is None:
         raise RefusedChangeError(
             f"the new KEK of {body.name} is to be compared",
-            f"--kek FINGERPRINT, as `key-agent env identity` shows it at the agent of {body.name}",
+            f"--kek FINGERPRINT: `key-agent env new-kek` prints it (again) at the agent of {body.name}",
         )
     if body.kek_id is None or kek is None or fingerprint != kek_fingerprint(body.kek_id, kek):
         raise RefusedChangeError(
@@ -216,7 +219,7 @@ def may_rejoin(shared: "Shared", name: str) -> None:
             f"{name} is {body.state}",
             f"`key-agent env heal-complete {name}` first"
             if body.state is EnvironmentState.HEALING
-            else "`key-agent env status` shows the states",
+            else f"`key-agent env status {name}` shows its state",
         )
     for incident_id, incident in open_incidents(shared, name).items():
         if waiting := undecided(shared, incident_id):

@@ -10,6 +10,7 @@ import typer
 
 from key_agent.environments.cli import (
     PromotionFile,
+    digest_text,
     environment_app,
     read_to_sign,
     spread_text,
@@ -40,7 +41,7 @@ def recovery(
             f"{data['environment']} comes back first: {data['kept']} keys, from {source}",
             f"KEK {data['new_kek']}, fingerprint {data['kek_fingerprint']}",
             f"registry key, fingerprint {data['registry_fingerprint']}",
-            f"registry at epoch {data['epoch']}, {data['digest'][:16]}...",
+            f"registry at epoch {data['epoch']}, {digest_text(data['digest'])}",
         ]
         lines += [
             f"{name} claims epoch {epoch}: what is newer there is lost; recover that one if you can"

@@ -51,7 +51,7 @@ JOINED_BYTES: Final = 16 * 1024
 
 Commands = Generator[commands.Command, Any, None]
 
-# What is replaced, leaned on, or copied in its behaviour; `pins` hashes the source of each (docs/engine.md).
+# What is replaced, leaned on, or copied in its behaviour; `pins` hashes the source of each (docs/adr/0002).
 PINNED: Final[tuple[object, ...]] = (
     http.HttpLayer,
     http.HttpClient,

@@ -190,6 +190,13 @@ def test_doctor_says_how_to_mend_a_proxy_that_is_another_one() -> None:
     assert "its authority" in str(check.mend)
 
 
+@pytest.mark.parametrize(("ahead_s", "said"), [(31.0, "31.0 s ahead of"), (-31.0, "31.0 s behind")])
+def test_doctor_says_which_clock_is_ahead(ahead_s: float, said: str) -> None:
+    proxy = {"proxy": "p1", "url": "https://x:1", "reachable": True, "clock_ahead_s": ahead_s}
+    check = next(doctor._proxies({"proxies": [proxy], "links": []}))
+    assert (check.outcome, said in check.detail) == ("failed", True)
+
+
 def _diagnosed(found: Any) -> list[Check]:
     return [*doctor._hsm(found), *doctor._certificates(found), *doctor._proxies(found)]
 

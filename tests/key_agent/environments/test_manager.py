@@ -401,4 +401,6 @@ async def test_the_list_says_what_keeps_an_environment_from_having_every_key(
             await asyncio.wait([joining])
         assert found["state"] == EnvironmentState.JOINING
         assert f"1 missing: {lost}: " in found["lacks"]
-        assert f"its keys: 1 missing: {lost}" in environments_text(await a.commands.env_list())
+        page = environments_text(listed := await a.commands.env_list())
+        assert f"its keys: 1 missing: {lost}" in page
+        assert f"epoch {listed['epoch']} ({str(listed['digest'])[:16]}...)" in page  # people compare it
