@@ -89,7 +89,13 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             kind, _, row_id = name.partition(" ")
             digests[Kind(kind), row_id] = bytes.fromhex(digest)
         terms = Terms(() if self.holder is None else (self.holder.held,))
-        return Known(position=self.position, terms=terms, digests=digests, withdrawn=self.withdrawn is True)
+        return Known(
+            position=self.position,
+            digest=self.digest,
+            terms=terms,
+            digests=digests,
+            withdrawn=self.withdrawn is True,
+        )
 
     @property
     def position(self) -> tuple[int, int]:

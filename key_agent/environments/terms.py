@@ -321,6 +321,12 @@ def _check_recovers(
     """Rule 7, but for the approval. IntegrityError."""
     environments = shown.environments()
     own = environments[body.environment]
+    # Who has digests alone is shown the rows by whoever asks: one that still counts could be left out.
+    hidden = sorted(
+        name for kind, name in known.digests if kind is Kind.ENVIRONMENT and name not in environments
+    )
+    if hidden:
+        raise IntegrityError(f"nothing shows how {', '.join(hidden)} is: nobody is appointed")
     if own.agent_id != body.agent:
         raise IntegrityError(f"{body.agent} is not the agent of {body.environment}")
     if own.state is EnvironmentState.RETIRED or own.state in _ON_ITS_WAY:
@@ -338,7 +344,8 @@ def _check_recovers(
     exactly = (known.position[1], known.digest)
     bases: set[tuple[int | None, str]] = {(grounds.built_on.epoch, grounds.built_on.digest)}
     bases |= set() if grounds.asked is None else {_signed_base(grounds.asked)}
-    if _is_in_other_hands(known, previous) and bases != {exactly}:
+    is_withdrawn = known.withdrawn and known.terms.has(previous)
+    if (is_withdrawn or _is_in_other_hands(known, previous)) and bases != {exactly}:
         raise IntegrityError(
             f"{previous.agent}'s registry key has been exposed: what it may have written after epoch "
             f"{known.position[1]} is not gone on from"

@@ -372,3 +372,33 @@ async def test_a_withdrawn_holder_shows_nothing_though_its_key_is_its_own(tmp_pa
             attack(forger)
             with pytest.raises(IntegrityError):
                 await b.take(forger.delta())
+
+
+async def test_who_has_its_mark_alone_goes_on_from_exactly_what_it_knew(site: Site) -> None:
+    """c's rows are lost: what it knows of them is their digest. a's key has planted a key since."""
+    forger = Forger(site.a, site.seen)
+    a_key_of_its_own(forger)
+    planted = forger.delta()
+    await site.c.sql("DELETE FROM shared_row")
+    for approval in (signed(site.b, planted), signed(site.b, site.seen)):
+        rows = tuple(row for row in planted.rows if row.kind in (Kind.ENVIRONMENT, Kind.ADMIN))
+        with pytest.raises(IntegrityError, match="is not gone on from"):
+            await site.c.shared.restore(forged(site.b, planted, approval, rows=rows), now_ms=NOW_MS)
+    await site.c.shared.restore(await begin(site, site.b), now_ms=NOW_MS)
+    assert appointed(await site.c.shared.snapshot()) is not None
+
+
+async def test_who_has_its_mark_alone_is_shown_every_environment(tmp_path: Path) -> None:
+    """That a counts is left out of what b's term is begun on."""
+    async with AsyncExitStack() as stack:
+        a, b, c = [await stack.enter_async_context(registry_of(tmp_path, name)) for name in "abc"]
+        await a.write(*a.first_rows())
+        c.shared.pin("agent-a", a.public)
+        await a.write((Kind.ENVIRONMENT, "b", b.environment(state=HEALING)))
+        seen = await a.shared.since(0)
+        await c.take(seen)
+        await c.sql("DELETE FROM shared_row")
+        shown = {(Kind.ENVIRONMENT, "b"), (Kind.ADMIN, "ann"), (Kind.ADMIN, "bob")}
+        rows = tuple(row for row in seen.rows if row.key in shown)
+        with pytest.raises(IntegrityError, match="nothing shows how a is"):
+            await c.shared.restore(forged(b, seen, signed(b, seen), rows=rows), now_ms=NOW_MS)
