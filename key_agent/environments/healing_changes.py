@@ -202,7 +202,7 @@ def _check_fingerprint(shared: "Shared", body: EnvironmentBody, fingerprint: str
     if fingerprint is None:
         raise RefusedChangeError(
             f"the new KEK of {body.name} is to be compared",
-            f"--kek FINGERPRINT: `key-agent env new-kek` prints it (again) at the agent of {body.name}",
+            f"--kek FINGERPRINT, as `key-agent env new-kek` printed it at {body.name}; lost: give that again",
         )
     if body.kek_id is None or kek is None or fingerprint != kek_fingerprint(body.kek_id, kek):
         raise RefusedChangeError(

@@ -187,7 +187,7 @@ def test_a_kek_that_was_announced_while_it_healed_is_compared_whatever_happened(
     told = announce(world)
     with pytest.raises(RefusedChangeError, match="is to be compared") as refused:
         complete(world)
-    assert "`key-agent env new-kek` prints it" in refused.value.next_step  # `env identity` has another one
+    assert "`key-agent env new-kek` printed it" in refused.value.next_step  # `env identity` has another one
     with pytest.raises(RefusedChangeError, match="another fingerprint"):
         complete(world, fingerprint="00" * 32)
     assert complete(world, fingerprint=fingerprint(told))
