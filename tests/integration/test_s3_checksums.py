@@ -4,8 +4,10 @@ OpenStack Swift is asked without them, and has no such thing; the proxy compares
 """
 
 import base64
+import contextlib
 import hashlib
 import os
+import sqlite3
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 
 from proxy.checksums import new_checksum
+from proxy.profiles.s3 import etags
+from proxy.profiles.s3.multipart import ListedPart, asked_for
 from tests.integration.boto3_program import boto3, text
 from tests.integration.proxy_rig import proxy
 from tests.integration.s3_site import Way, provisioned, site
@@ -156,3 +160,25 @@ async def test_no_checksum_of_a_part_lies_in_the_database(tmp_path: Path) -> Non
         assert b"SGT" in database  # what is sealed of it
         for shown in (value, value.hex().encode(), base64.b64encode(value)):
             assert shown not in database
+
+
+async def test_what_a_completion_asked_confirms_no_contents(tmp_path: Path) -> None:
+    """Who reads the database knows the parts' tags, and may guess what was uploaded."""
+    body = os.urandom(5 * MIB)
+    value = text(hashlib.sha256(body).digest())
+    code = (
+        PARTS
+        + """
+s3.create_bucket(Bucket='bucket')
+upload, parts = uploaded('key', 'ChecksumSHA256', given['values'])
+parts[0]['ChecksumSHA256'] = given['values'][0]
+out = [parts[0]['ETag'], *[completed('key', upload, parts) for _ in range(2)]]
+"""
+    )
+    async with site(tmp_path, "swift") as place:
+        tag, *ends = await boto3(place.ways["reverse"], code, bodies=[text(body)], values=[value])
+        assert ends[0] == ends[1], "asked again, it is the same"
+    with contextlib.closing(sqlite3.connect(next((tmp_path / "uploads").glob("*.db")))) as database:
+        (asked,) = [bytes(row[0]) for row in database.execute("SELECT asked FROM upload_completion")]
+    guessed = ListedPart(number=1, tag=etags.to_service(tag.strip('"')), checksums={"ChecksumSHA256": value})
+    assert asked != asked_for([guessed])

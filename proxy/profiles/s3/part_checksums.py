@@ -10,11 +10,14 @@
 4. A listed part's own checksum must be the one that was compared, where there is one.
 5. Of one algorithm there is one checksum of the whole: each costs as much for every part as the next, and a
    head has room for a thousand.
+6. What a completion asked is remembered for its repetition, by a digest that nobody makes without the key:
+   by checksums in clear, or a digest of them, guessed contents could be confirmed.
 """
 
 import asyncio
 import base64
 import binascii
+import hashlib
 import hmac
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ _TYPE: Final = "x-amz-checksum-type"
 _NO_VALUES: Final = frozenset({"x-amz-checksum-algorithm", "x-amz-checksum-mode", _TYPE})
 _ELEMENT: Final = "Checksum"
 _NAME: Final = b"s3 part checksums "
+_ASKED: Final = b"s3 completion asked "
 _AT_ONCE: Final = 32
 """Parts that are looked at before others have their turn."""
 
@@ -115,6 +119,22 @@ def opened_sums(
 
 def _name(upload_ref: bytes, part: Part) -> bytes:
     return _NAME + upload_ref + part.number.to_bytes(4) + part.commitment
+
+
+def keyed(asked: bytes, key: DataKey, upload_ref: bytes) -> bytes:
+    """What stands for *asked*, a digest of checksums of plaintext, without confirming any of them (rule 6).
+
+    The same every time, under one key: of a message whose salt is synthetic (docs/format.md 2.4).
+    """
+    sealer = Sealer(
+        key.object_key,
+        key.owner,
+        key.key_id,
+        bind=Bind.NAME,
+        name=_ASKED + upload_ref,
+        content_sha256=hashlib.sha256(asked).digest(),
+    )
+    return hashlib.sha256(bytes(sealer.update(asked)) + sealer.finalize()).digest()
 
 
 # Comparing.

@@ -178,6 +178,8 @@ async def _complete(talk: Conversation, call: Call, said: Sequence[Said]) -> Dec
     upload = upload_of(call)
     listed = [_at_the_service(entry) for entry in read_completion(call.read(talk.body))]
     asked = asked_for(listed, (item.spelt() for item in said))
+    if part_checksums.is_asked(said, listed):
+        asked = part_checksums.keyed(asked, await talk.sealing_key(), upload.ref)
     recorded = await talk.uploads.completion(upload)
     if recorded is not None and recorded.asked == asked:
         return _completing(call, upload, recorded)

@@ -22,6 +22,7 @@ from proxy.profiles.s3.part_checksums import (
     Said,
     compare,
     is_asked,
+    keyed,
     opened_sums,
     said_of_whole,
     sealed_sums,
@@ -222,3 +223,15 @@ def test_what_is_remembered_is_sealed_for_one_part() -> None:
 
     with pytest.raises(KeyUnavailableError):
         opened_sums(sealed, withdrawn, REF, part)
+
+
+def test_what_was_asked_is_known_again_by_its_key_alone() -> None:
+    key, other = data_key(), data_key()
+    asked = hashlib.sha256(b"1 tag1\nChecksumCRC32=AAAAAA==\n").digest()
+    found = keyed(asked, key, REF)
+    assert found == keyed(asked, key, REF)
+    assert len(found) == len(asked)  # of the column
+    assert (
+        len({asked, found, keyed(asked, other, REF), keyed(asked, key, bytes(16)), keyed(found, key, REF)})
+        == 5
+    )
