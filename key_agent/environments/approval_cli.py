@@ -2,7 +2,8 @@
 
 1. A private key is read by the process that the administrator starts, and by no agent: `approval sign` with
    `--statement` needs no agent at all, `approval submit` takes a signature from wherever it was made.
-2. The statement is shown before it is signed.
+2. What is signed is shown, as the statement itself says it: the agent that shows the payload beside it may be
+   the one to be afraid of. Nothing but a statement is signed.
 """
 
 import json
@@ -131,7 +132,11 @@ def approval_show(
             statement.write_bytes(data["statement"].encode("ascii"))
         except OSError as error:
             raise CommandError(f"{statement}: {error.strerror}", "name a file that you may write") from None
-    show(context, data, lambda data: f"{approval_text(data)}\n{data['payload']}")
+    show(
+        context,
+        data,
+        lambda data: f"{approval_text(data)}\n{data['payload']}\nSHA-256 {data['payload_sha256']}",
+    )
 
 
 @approval_app.command("sign")
@@ -146,7 +151,14 @@ def approval_sign(  # noqa: PLR0917 - typer calls it by name
     """Read what is asked, and sign it with your key. The agent gets the signature alone."""
     asked: Any = perform(context.obj, "approval_show", approval=approval)
     confirm(context.obj, f"{approval_text(asked)}\n{asked['payload']}\nYou sign this.", yes=yes)
-    signature = _signature(asked["statement"].encode("ascii"), key, passphrase_file)
+    statement = asked["statement"].encode("ascii")
+    if _said(statement) != (approval, asked["action"], asked["subject"], _sha256(asked["payload"])):
+        raise CommandError(
+            f"the statement of {approval} is not of what is shown",
+            "sign nothing; find out who has changed this agent",
+            ExitCode.REFUSED,
+        )
+    signature = _signature(statement, key, passphrase_file)
     data = perform(context.obj, "approval_sign", approval=approval, admin=admin, signature=signature)
     show(context, data, approval_text)
 
@@ -158,12 +170,25 @@ def approval_sign_file(
     key: KeyFile,
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Sign a statement, on a machine without an agent; prints what `approval submit` takes."""
+    """Sign a statement, on a machine without an agent; prints what `approval submit` takes.
+
+    What it allows goes to the terminal: compare it with `approval show` elsewhere.
+    """
     try:
         content = statement.read_bytes()
     except OSError as error:
         raise CommandError(f"{statement}: {error.strerror}", "give a file that you may read") from None
-    data: dict[str, object] = {"signature": _signature(content, key, passphrase_file)}
+    approval, action, subject, payload_sha256 = _said(content)
+    what = f"{approval}: {action} of {subject}, payload of SHA-256 {payload_sha256}"
+    data: dict[str, object] = {
+        "signature": _signature(content, key, passphrase_file),
+        "approval": approval,
+        "action": action,
+        "subject": subject,
+        "payload_sha256": payload_sha256,
+    }
+    if not context.obj.as_json:
+        typer.echo(f"signed {what}", err=True)
     context.obj.emit(data, lambda: str(data["signature"]))
 
 
@@ -187,6 +212,25 @@ def approval_submit(
         text = b64u_encode(content)
     data = perform(context.obj, "approval_sign", approval=approval, admin=admin, signature=text)
     show(context, data, approval_text)
+
+
+def _said(statement: bytes) -> tuple[str, str, str, str]:
+    """Approval, action, subject, SHA-256 of the payload. CommandError: it is no statement."""
+    try:
+        said = approvals.read_statement(statement)
+    except SealgateError as error:
+        raise api.explain_agent(error) from error
+    found = (said.approval, said.action, said.subject, said.payload_sha256)
+    if not all(text.isprintable() for text in found):
+        raise CommandError("a terminal would show something else", "sign nothing of that", ExitCode.REFUSED)
+    return found
+
+
+def _sha256(payload: object) -> str:
+    try:
+        return approvals.payload_sha256(str(payload))
+    except UnicodeEncodeError:
+        return ""
 
 
 def _signature(statement: bytes, key: Path, passphrase_file: Path | None) -> str:

@@ -67,7 +67,7 @@ class Action(StrEnum):
 
 class ApprovalError(KeyAgentError):
     """An approval that does not allow what is to be done. `code` is stable: unknown, other-action,
-    other-payload, expired, used, too-few, admin, signature, key."""
+    other-payload, expired, used, too-few, admin, signature, key, statement."""
 
     def __init__(self, code: str, cause: str, next_step: str) -> None:
         super().__init__(cause)
@@ -98,6 +98,36 @@ def statement(tenant: str, approval_id: str, asked: ApprovalBody) -> bytes:
             "tenant": tenant,
         }
     ).encode("ascii")
+
+
+class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `statement` says (rule 2)."""
+
+    action: str
+    approval: str
+    expires_at_ms: int
+    payload_sha256: str
+    requested_at_ms: int
+    requested_by: str
+    subject: str
+    tenant: str
+
+
+def read_statement(signed: bytes) -> Statement:
+    """What is about to be signed. ApprovalError "statement": it is none, and an administrator's key signs
+    nothing else.
+    """
+    try:
+        said = msgspec.json.decode(signed.removeprefix(_DOMAIN), type=Statement)
+    except (msgspec.MsgspecError, UnicodeError):
+        said = None
+    if said is None or signed != _DOMAIN + payload_text(msgspec.to_builtins(said)).encode("ascii"):
+        raise ApprovalError(
+            "statement",
+            "that is no statement of an approval",
+            "`key-agent approval show ID --statement FILE` writes it",
+        )
+    return said
 
 
 def sign_statement(key: AdminPrivateKey, signed: bytes) -> str:
