@@ -31,7 +31,7 @@ from tests.nats_server import NatsServer
 from tests.pki import write_certificate, write_credential
 
 S3 = NetworkService("acme", "s3")
-RECEIPT_S = 1.0
+RECEIPT_S = 5.0
 
 
 class Counting(HttpsTransport):

@@ -752,7 +752,7 @@ async def test_a_hung_audit_log_refuses_keys_in_time_and_holds_up_no_withdrawal(
         clock=clock,
         validity_s=VALIDITY_S,
         directory=directory_of(acme),
-        audit_patience_s=0.2,
+        audit_patience_s=3.0,  # of a disk that is not hung, too
     )
     challenge = receiver.open_session(
         acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
