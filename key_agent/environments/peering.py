@@ -422,6 +422,9 @@ class Peering:
 
     async def noticed(self, notice: Notice) -> None:
         """Another environment says of itself that it is not to be trusted."""
+        body = self._view.environments.get(notice.environment)
+        if body is not None and body.state is EnvironmentState.HEALING:
+            return  # a word that was repeated and overtaken: the signed row says it
         if notice.environment not in self.notices:
             log.error("an environment declares itself healing", peer=notice.environment, reason=notice.reason)
             self._journal.note(

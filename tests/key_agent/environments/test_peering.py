@@ -16,7 +16,7 @@ from key_agent.consent import EnvironmentStanding
 from key_agent.environments import peer_rows
 from key_agent.environments.documents import EnvironmentBody, Kind
 from key_agent.environments.draft import Draft
-from key_agent.environments.own_word import DECLARATION_NAME
+from key_agent.environments.own_word import DECLARATION_NAME, Notice
 from key_agent.environments.peer_transport import PeerAddress, PeerError
 from key_agent.environments.peers import HEARTBEAT_PATH, REGISTRY_PATH
 from key_agent.environments.registry_key import read_or_make_registry_key
@@ -420,6 +420,9 @@ async def test_an_environments_own_word_needs_no_manager_and_survives_a_restart(
     await until(lambda: not (b.directory / DECLARATION_NAME).exists())
     assert state_of(site["c"], "b") is EnvironmentState.HEALING
     assert not site["c"].peering.notices
+    late = Notice(environment="b", reason="the agent's machine was opened", at_ms=1)
+    await site["c"].peering.noticed(late)
+    assert not site["c"].peering.notices, "a word that comes after the row would stand until the next one"
     assert acts_as(b) == "healing"
 
 
