@@ -1,6 +1,7 @@
 """Private keys and certificates of the directory as files, below the state directory.
 
-1. A file is written before the row that names it is committed, and removed after the row that did is gone.
+1. A file is written before the row that names it is committed, and removed after the row that did is gone, or
+   once it is certain that the change was refused. A commit that was not answered may have been kept.
 2. A crash between leaves a file that nobody uses (`sealgate doctor` lists it), never a row without its key.
 """
 
@@ -13,6 +14,7 @@ from cryptography import x509
 
 from envelope.keys import NetworkService
 from proxy.tenants import certificates
+from proxy.tenants.errors import DirectoryUnavailableError
 
 
 class NewFiles:
@@ -33,11 +35,13 @@ class NewFiles:
 
 @contextlib.contextmanager
 def new_files(state_dir: Path) -> Iterator[NewFiles]:
-    """Files that go again if the change that names them does not come about."""
+    """Files that go again if the change that names them is refused (rule 1)."""
     files = NewFiles(state_dir)
     try:
         yield files
-    except BaseException:
+    except DirectoryUnavailableError:
+        raise  # it may have been kept
+    except Exception:
         remove_files(files.written)
         raise
 

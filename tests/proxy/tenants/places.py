@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from cryptography import x509
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import make_url
 
 from certs import pki
 from proxy.tenants.directory import DirectoryStore
+from proxy.tenants.errors import DirectoryUnavailableError
 from tests.fakes.clock import ManualClock
 from tests.pki import Tenant
 
@@ -71,3 +73,17 @@ def make_place(database: str, path: Path) -> Iterator[Place]:
         with admin.connect() as connection:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
         admin.dispose()
+
+
+def never_answers(store: DirectoryStore) -> DirectoryStore:
+    """*store*, whose database loses the connection after each commit, before it answers."""
+    real = store._transaction
+
+    @contextmanager
+    def transaction(*arguments: Any) -> Iterator[Connection]:
+        with real(*arguments) as connection:
+            yield connection
+        raise DirectoryUnavailableError("the connection was lost while it committed: it may have been kept")
+
+    cast("Any", store)._transaction = transaction
+    return store

@@ -54,7 +54,7 @@ from proxy.tenants.network_service_store import add_service, remove_service, upd
 from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key
 from proxy.tenants.tenant_store import add_tenant, remove_tenant
 from tests.pki import Tenant
-from tests.proxy.tenants.places import BOTH, Place, make_place, sign
+from tests.proxy.tenants.places import BOTH, Place, make_place, never_answers, sign
 
 ACTOR = "tester"
 ORDERS = NetworkService("acme", "orders")
@@ -99,6 +99,18 @@ def refused(attempt: Callable[[], object], store: DirectoryStore) -> str:
     assert store.revision() == before
     assert caught.value.next_step
     return str(caught.value)
+
+
+@on_both
+def test_what_was_not_answered_has_its_files(place: Place, store: DirectoryStore, acme: Tenant) -> None:
+    with place.open() as cut, pytest.raises(DirectoryUnavailableError, match="may have been kept"):
+        add_tenant(never_answers(cut), acme.name, acme.root.certificate, actor=ACTOR)
+    authority = store.snapshot().tenants[acme.name].interception_ca
+    read_private_key(authority.key_file)
+    assert authority.certificate_file.exists()
+    files = place.files()
+    refused(lambda: add_tenant(store, acme.name, acme.root.certificate, actor=ACTOR), store)
+    assert place.files() == files, "what is refused leaves none"
 
 
 # Named keys.
@@ -588,6 +600,23 @@ def test_the_file_key_is_rotated(place: Place, store: DirectoryStore, provisione
     assert list(directory.iterdir()) == [new]
     now = store.snapshot().encryption_service.credentials
     assert all(now[issued.entry.id].verifier == verifiers[issued.entry.id] for issued in made[:2])
+
+
+@on_both
+def test_a_rotation_that_was_not_answered_keeps_both_file_keys(
+    place: Place, store: DirectoryStore, provisioned: DirectoryStore
+) -> None:
+    set_dialect(provisioned, "acme", XKS, settings=xks("one"), actor=ACTOR)
+    grant = Grant(tenant="acme", dialect=XKS, label="x", endpoint="one")
+    issued = issue_credential(provisioned, grant, actor=ACTOR)
+    directory = place.state_dir / FILE_KEY_DIRECTORY
+    with place.open() as cut, pytest.raises(DirectoryUnavailableError, match="may have been kept"):
+        rotate_file_key(never_answers(cut), actor=ACTOR)
+    assert len(list(directory.iterdir())) == 2
+    assert enters(store, place, issued), "it was kept, and its secret is there"
+    assert rotate_file_key(provisioned, actor=ACTOR) == 1
+    (_,) = directory.iterdir()
+    assert enters(store, place, issued)
 
 
 def test_every_change_is_in_the_history_with_its_actor(
