@@ -15,7 +15,6 @@ from envelope.keys import KeyState, KeyUse, NetworkService
 from key_agent.environments.documents import (
     Body,
     DekBody,
-    EnvironmentBody,
     KekBody,
     Kind,
     RingBody,
@@ -77,7 +76,7 @@ def founding_rows(
                 cause="env init",
             ),
         ),
-        (Kind.ENVIRONMENT, name, first_environment(request, now_ms)),
+        (Kind.ENVIRONMENT, name, request.environment_body(EnvironmentState.ACTIVE, now_ms=now_ms)),
         (Kind.KEK, request.kek_id, request.kek),
     ]
     rows += [(Kind.SERVICE, row.id, _service(row)) for row in c.execute(select(network_service))]
@@ -110,25 +109,6 @@ def _check_wraps(c: Connection, keys: Iterable[Any], rings: Mapping[str, Any], k
             "if their KEK can come back into the HSM: `key-agent reinstate --restore`; else give up each: "
             f"`key-agent key destroy {first.service} {lost[0].id}`; then repeat the command",
         )
-
-
-def first_environment(request: JoinRequest, now_ms: int) -> EnvironmentBody:
-    told = request.introduction
-    return EnvironmentBody(
-        name=told.environment,
-        agent_id=told.agent,
-        api_url=request.url,
-        region=request.region,
-        geo=request.geo,
-        kms_type=request.kms_type,
-        registry_key=told.registry_key,
-        transport_certificate_pem=request.transport_certificate_pem,
-        kek_id=request.kek_id,
-        state=EnvironmentState.ACTIVE,
-        since_ms=now_ms,
-        load_balancer_name=request.load_balancer_name,
-        address=request.address,
-    )
 
 
 def _service(row: Any) -> ServiceBody:

@@ -15,10 +15,9 @@ from envelope.errors import IntegrityError, MisuseError
 from key_agent.commands import Json
 from key_agent.environments import approvals
 from key_agent.environments.approvals import Action
-from key_agent.environments.documents import EnvironmentBody, Kind
+from key_agent.environments.documents import Kind
 from key_agent.environments.environment_commands import EnvironmentCommands
 from key_agent.environments.peer_transport import PeerAddress
-from key_agent.environments.peers import JoinRequest
 from key_agent.environments.registry_key import same_fingerprint
 from key_agent.environments.shared_view import newest_term
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
@@ -165,7 +164,8 @@ class MembershipCommands(EnvironmentCommands):
             request, now_ms = waiting.request, self._agent.now_ms()
 
             def change(draft: "Draft") -> None:
-                draft.put(Kind.ENVIRONMENT, environment, joining_body(request, now_ms))
+                body = request.environment_body(EnvironmentState.JOINING, now_ms=now_ms)
+                draft.put(Kind.ENVIRONMENT, environment, body)
                 draft.put(Kind.KEK, request.kek_id, request.kek)
 
             await peering.shared.write(change, term=term, now_ms=now_ms)
@@ -256,23 +256,3 @@ def _registry_keys(view: "Shared") -> set[str]:
     return {body.registry_key for body in bodies} | {
         former.registry_key for body in bodies for former in body.former_keys
     }
-
-
-def joining_body(request: JoinRequest, now_ms: int) -> EnvironmentBody:
-    """The row of an environment that has just been added."""
-    told = request.introduction
-    return EnvironmentBody(
-        name=told.environment,
-        agent_id=told.agent,
-        api_url=request.url,
-        region=request.region,
-        geo=request.geo,
-        kms_type=request.kms_type,
-        registry_key=told.registry_key,
-        transport_certificate_pem=request.transport_certificate_pem,
-        kek_id=request.kek_id,
-        state=EnvironmentState.JOINING,
-        since_ms=now_ms,
-        load_balancer_name=request.load_balancer_name,
-        address=request.address,
-    )

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from envelope.errors import IntegrityError, SealgateError
 from key_agent.environments.documents import (
     Delta,
+    EnvironmentBody,
     KekBody,
     SharedRow,
     decode_delta,
@@ -24,6 +25,7 @@ from key_agent.environments.documents import (
 )
 from key_agent.environments.heartbeats import Heartbeat, Question
 from key_agent.environments.peer_transport import MIN_BYTES_PER_S, PeerAddress, PeerError, PeerTransport
+from key_agent.environments.states import EnvironmentState
 
 HEARTBEAT_PATH: Final = "/v1/env/heartbeat"
 REGISTRY_PATH: Final = "/v1/env/registry"
@@ -100,6 +102,25 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise IntegrityError(
                 "a request to join is not signed with the registry key that it names"
             ) from None
+
+    def environment_body(self, state: EnvironmentState, *, now_ms: int) -> EnvironmentBody:
+        """Its row, if it is one of the set from now on."""
+        told = self.introduction
+        return EnvironmentBody(
+            name=told.environment,
+            agent_id=told.agent,
+            api_url=self.url,
+            region=self.region,
+            geo=self.geo,
+            kms_type=self.kms_type,
+            registry_key=told.registry_key,
+            transport_certificate_pem=self.transport_certificate_pem,
+            kek_id=self.kek_id,
+            state=state,
+            since_ms=now_ms,
+            load_balancer_name=self.load_balancer_name,
+            address=self.address,
+        )
 
     def _signed_bytes(self) -> bytes:
         unsigned = msgspec.structs.replace(self, signature="")
