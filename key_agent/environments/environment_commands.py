@@ -5,10 +5,15 @@
 2. Each command leaves an audit event before it changes anything, and can be repeated.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from key_agent.commands import Commands, Json
-from key_agent.environments.documents import EnvironmentBody
+from key_agent.environments import approvals
+from key_agent.environments.approvals import Action, ApprovalError
+from key_agent.environments.documents import ApprovalBody, EnvironmentBody
 from key_agent.environments.recovery import none_counts
 from key_agent.environments.registry_key import fingerprint_of
 from key_agent.environments.registry_lease import NEVER_S
@@ -24,6 +29,45 @@ SPREAD_PATIENCE_S: Final = 5.0
 
 
 class EnvironmentCommands(Commands):
+    # What two administrators sign in a file: rows that an approval could stand in may be out of reach.
+
+    def _to_sign(self, action: Action, payload: Mapping[str, object], *, valid_s: int) -> dict[str, object]:
+        """An approval of *payload* for this environment, and the statement to sign; asked again, another."""
+        peering, now_ms = self._environments().peering, self._agent.now_ms()
+        text = approvals.payload_text(payload)
+        asked = ApprovalBody(
+            action=action,
+            subject=peering.environment,
+            payload=text,
+            payload_sha256=approvals.payload_sha256(text),
+            requested_by=self._agent.agent_id,
+            requested_at_ms=now_ms,
+            expires_at_ms=now_ms + min(valid_s, approvals.MAX_VALIDITY_S) * 1000,
+            signatures={},
+        )
+        approval_id = f"a-{approvals.payload_sha256(f'{text}{now_ms}')[:16]}"
+        return {
+            "tenant": peering.tenant,
+            "approval": approval_id,
+            "asked": msgspec.to_builtins(asked),
+            "statement": approvals.statement(peering.tenant, approval_id, asked).decode("ascii"),
+        }
+
+    def _signed(self, asked: Mapping[str, object]) -> ApprovalBody:
+        """What `_to_sign` gave, signed or not. RefusedChangeError."""
+        try:
+            return msgspec.convert(asked, ApprovalBody)
+        except msgspec.ValidationError as error:
+            raise RefusedChangeError(
+                f"not an approval: {error}", "give the file that the administrators have signed"
+            ) from None
+
+    def _check_unused(self, approval: str, *, ask_anew: str) -> None:
+        """ApprovalError: it stands in the rows as used up."""
+        known = self._environments().peering.view.approvals.get(approval)
+        if known is not None and known.used_at_ms is not None:
+            raise ApprovalError("used", f"approval {approval} is used up", f"`key-agent {ask_anew}`")
+
     # Looking.
 
     async def env_identity(self) -> Json:

@@ -7,17 +7,15 @@
 
 import asyncio
 
-import msgspec
-
 from key_agent.commands import Json
 from key_agent.environments import approvals
-from key_agent.environments.approvals import Action, ApprovalError
-from key_agent.environments.documents import ApprovalBody, Head
+from key_agent.environments.approvals import Action
+from key_agent.environments.documents import Head
 from key_agent.environments.environment_commands import EnvironmentCommands
 from key_agent.environments.recovery import none_counts
 from key_agent.environments.shared_view import newest_term
 from key_agent.environments.standing import lease_s_of
-from key_agent.environments.terms import check_promotion, promotion_payload
+from key_agent.environments.terms import check_appointment, promotion_payload
 from key_agent.registry.store import RefusedChangeError
 
 
@@ -26,34 +24,16 @@ class PromotionCommands(EnvironmentCommands):
         """What two administrators have to sign so that this environment's agent becomes the manager."""
         peering = self._environments().peering
         self._promotable()
-        now_ms, view = self._agent.now_ms(), peering.view
-        text = approvals.payload_text(
-            promotion_payload(
-                agent=self._agent.agent_id,
-                environment=peering.environment,
-                registry_key=view.environments[peering.environment].registry_key,
-                term=view.term,
-                epoch=view.epoch,
-                digest=view.digest,
-            )
+        view = peering.view
+        payload = promotion_payload(
+            agent=self._agent.agent_id,
+            environment=peering.environment,
+            registry_key=view.environments[peering.environment].registry_key,
+            term=view.term,
+            epoch=view.epoch,
+            digest=view.digest,
         )
-        asked = ApprovalBody(
-            action=Action.ENVIRONMENT_PROMOTE,
-            subject=peering.environment,
-            payload=text,
-            payload_sha256=approvals.payload_sha256(text),
-            requested_by=self._agent.agent_id,
-            requested_at_ms=now_ms,
-            expires_at_ms=now_ms + min(valid_s, approvals.MAX_VALIDITY_S) * 1000,
-            signatures={},
-        )
-        approval_id = f"a-{approvals.payload_sha256(f'{text}{now_ms}')[:16]}"
-        return {
-            "tenant": peering.tenant,
-            "approval": approval_id,
-            "asked": msgspec.to_builtins(asked),
-            "statement": approvals.statement(peering.tenant, approval_id, asked).decode("ascii"),
-        }
+        return self._to_sign(Action.ENVIRONMENT_PROMOTE, payload, valid_s=valid_s)
 
     async def env_promote(self, *, approval: str, asked: dict[str, object]) -> Json:
         """This environment's agent becomes the manager: the next term is its own.
@@ -65,22 +45,17 @@ class PromotionCommands(EnvironmentCommands):
             environments = self._environments()
             peering = environments.peering
             self._promotable()
-            try:
-                body = msgspec.convert(asked, ApprovalBody)
-            except msgspec.ValidationError as error:
-                raise RefusedChangeError(
-                    f"not an approval: {error}", "give the file that the administrators have signed"
-                ) from None
+            body = self._signed(asked)
             now_ms = self._agent.now_ms()
             await asyncio.gather(*map(environments.catch_up, peering.others()))
             view = peering.view
-            if (known := view.approvals.get(approval)) is not None and known.used_at_ms is not None:
-                raise ApprovalError("used", f"approval {approval} is used up", "`key-agent env promotion`")
-            granted = check_promotion(
+            self._check_unused(approval, ask_anew="env promotion FILE")
+            granted = check_appointment(
                 peering.tenant,
                 approval,
                 body,
                 view.admins,
+                action=Action.ENVIRONMENT_PROMOTE,
                 agent=self._agent.agent_id,
                 environment=peering.environment,
                 registry_key=view.environments[peering.environment].registry_key,

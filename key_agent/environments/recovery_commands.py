@@ -10,13 +10,11 @@ import asyncio
 from itertools import batched
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from envelope.keys import KeyState
 from key_agent.commands import Json
 from key_agent.environments import approvals
 from key_agent.environments.approvals import Action, ApprovalError
-from key_agent.environments.documents import ApprovalBody, EnvironmentBody, Head
+from key_agent.environments.documents import EnvironmentBody, Head
 from key_agent.environments.environment_commands import EnvironmentCommands
 from key_agent.environments.founding import kek_body
 from key_agent.environments.healing_changes import kek_fingerprint, open_incidents, recover
@@ -25,7 +23,7 @@ from key_agent.environments.registry_key import fingerprint_of
 from key_agent.environments.registry_key_exchange import make_next_key
 from key_agent.environments.shared_view import Shared, newest_term
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.terms import check_recovery
+from key_agent.environments.terms import check_appointment
 from key_agent.environments.wrapping import BATCH
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import KekRow
@@ -65,34 +63,16 @@ class RecoveryCommands(EnvironmentCommands):
             kek_fingerprint=kek_fingerprint(row.reference.kek_id, kek_body(row, own.name)),
         )
         mine = self._environments().membership.introduction.registry_key
-        text = approvals.payload_text(
-            recovery_payload(
-                agent=self._agent.agent_id,
-                environment=own.name,
-                registry_key=mine,
-                term=view.term,
-                epoch=view.epoch,
-                digest=view.digest,
-                by=by,
-            )
+        payload = recovery_payload(
+            agent=self._agent.agent_id,
+            environment=own.name,
+            registry_key=mine,
+            term=view.term,
+            epoch=view.epoch,
+            digest=view.digest,
+            by=by,
         )
-        now_ms = self._agent.now_ms()
-        asked = ApprovalBody(
-            action=Action.ENVIRONMENT_RECOVER,
-            subject=own.name,
-            payload=text,
-            payload_sha256=approvals.payload_sha256(text),
-            requested_by=self._agent.agent_id,
-            requested_at_ms=now_ms,
-            expires_at_ms=now_ms + min(valid_s, approvals.MAX_VALIDITY_S) * 1000,
-            signatures={},
-        )
-        approval_id = f"a-{approvals.payload_sha256(f'{text}{now_ms}')[:16]}"
-        return {
-            "tenant": peering.tenant,
-            "approval": approval_id,
-            "asked": msgspec.to_builtins(asked),
-            "statement": approvals.statement(peering.tenant, approval_id, asked).decode("ascii"),
+        return self._to_sign(Action.ENVIRONMENT_RECOVER, payload, valid_s=valid_s) | {
             "environment": own.name,
             "old_kek": by.old_kek,
             "new_kek": by.new_kek,
@@ -117,24 +97,18 @@ class RecoveryCommands(EnvironmentCommands):
         async with self._one_at_a_time:
             environments = self._environments()
             peering = environments.peering
-            try:
-                body = msgspec.convert(asked, ApprovalBody)
-            except msgspec.ValidationError as error:
-                raise RefusedChangeError(
-                    f"not an approval: {error}", "give the file that the administrators have signed"
-                ) from None
-            known = peering.view.approvals.get(approval)
-            if known is not None and known.used_at_ms is not None:
-                raise ApprovalError("used", f"approval {approval} is used up", "`key-agent env recovery`")
+            body = self._signed(asked)
             await asyncio.gather(*map(environments.catch_up, peering.others()))
+            self._check_unused(approval, ask_anew="env recovery FILE")
             own = self._recoverable()
             row, _ = await self._kek_of_now(own)
             view, now_ms = peering.view, self._agent.now_ms()
-            granted = check_recovery(
+            granted = check_appointment(
                 peering.tenant,
                 approval,
                 body,
                 view.admins,
+                action=Action.ENVIRONMENT_RECOVER,
                 agent=self._agent.agent_id,
                 environment=own.name,
                 registry_key=environments.membership.introduction.registry_key,

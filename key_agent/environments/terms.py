@@ -29,7 +29,7 @@ import bisect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Self, cast
+from typing import Any, Final, Self, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -441,36 +441,43 @@ def promotion_payload(
     }
 
 
-def check_promotion(
+def check_appointment(
     tenant: str,
     approval: str,
     asked: ApprovalBody,
     admins: Mapping[str, AdminBody],
     *,
+    action: Action,
     agent: str,
     environment: str,
     registry_key: str,
     built_on: Head,
     now_ms: int,
 ) -> tuple[str, ...]:
-    """The administrators who have signed that *agent* goes on from *built_on*. ApprovalError."""
+    """The administrators who have signed that *agent* goes on from *built_on*, by either of the two actions.
+
+    ApprovalError; FormatError: a recovery names no KEKs.
+    """
     epoch, digest = _signed_base(asked)
     is_later = epoch is not None and epoch < built_on.epoch
+    said: dict[str, Any] = {
+        "agent": agent,
+        "environment": environment,
+        "registry_key": registry_key,
+        "term": built_on.term,
+        "epoch": epoch if is_later else built_on.epoch,
+        "digest": digest if is_later else built_on.digest,
+    }
     return approvals.check_granted(
         tenant,
         approval,
         asked,
         admins,
-        action=Action.ENVIRONMENT_PROMOTE,
+        action=action,
         subject=environment,
-        payload=promotion_payload(
-            agent=agent,
-            environment=environment,
-            registry_key=registry_key,
-            term=built_on.term,
-            epoch=epoch if epoch is not None and is_later else built_on.epoch,
-            digest=digest if is_later else built_on.digest,
-        ),
+        payload=promotion_payload(**said)
+        if action is Action.ENVIRONMENT_PROMOTE
+        else recovery_payload(**said, by=read_succession(asked.payload)),
         now_ms=now_ms,
     )
 
@@ -485,54 +492,19 @@ def _signed_base(asked: ApprovalBody) -> tuple[int | None, str]:
     return (epoch, digest) if isinstance(epoch, int) and isinstance(digest, str) else (None, "")
 
 
-def check_recovery(
-    tenant: str,
-    approval: str,
-    asked: ApprovalBody,
-    admins: Mapping[str, AdminBody],
-    *,
-    agent: str,
-    environment: str,
-    registry_key: str,
-    built_on: Head,
-    now_ms: int,
-) -> tuple[str, ...]:
-    """As `check_promotion`, while none counts. ApprovalError; FormatError: it names no KEKs."""
-    by = read_succession(asked.payload)
-    epoch, digest = _signed_base(asked)
-    is_later = epoch is not None and epoch < built_on.epoch
-    return approvals.check_granted(
-        tenant,
-        approval,
-        asked,
-        admins,
-        action=Action.ENVIRONMENT_RECOVER,
-        subject=environment,
-        payload=recovery_payload(
-            agent=agent,
-            environment=environment,
-            registry_key=registry_key,
-            term=built_on.term,
-            epoch=epoch if epoch is not None and is_later else built_on.epoch,
-            digest=digest if is_later else built_on.digest,
-            by=by,
-        ),
-        now_ms=now_ms,
-    )
-
-
 def _check_approved(tenant: str, shown: _Shown, body: TermBody, term: int, grounds: Grounds) -> None:
     approval, asked = grounds.approval or "", grounds.asked
     if term != grounds.built_on.term + 1 or asked is None or asked.used_at_ms is None:
         raise IntegrityError(f"term {term} is not the one that was approved")
     unused = approvals.unused(asked)
-    check = check_recovery if is_recovery(grounds) else check_promotion
+    action = Action.ENVIRONMENT_RECOVER if is_recovery(grounds) else Action.ENVIRONMENT_PROMOTE
     try:
-        check(
+        check_appointment(
             tenant,
             approval,
             unused,
             shown.admins(asked.signatures),
+            action=action,
             agent=body.agent,
             environment=body.environment,
             registry_key=body.registry_key,
