@@ -1,1 +1,1 @@
-"""Comparisons with peers, as shared/performance.md defines them: `make bench`, `python -m bench [ONLY]`."""
+"""Comparisons with peers, both sides in the same run: `make bench`, `python -m bench [ONLY]`."""

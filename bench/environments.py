@@ -55,7 +55,7 @@ credential_requests_per_s = 1e7
 credential_burst = 1e7
 """
 AT_MOST_S: Final = 1.0
-"""environments.md 9: reroute, and incident to all databases."""
+"""Until callers are sent elsewhere, and until an incident stands in all databases."""
 
 
 def run() -> list[Row]:

@@ -25,7 +25,7 @@ SERVICE: Final = "signer"
 ROUNDS: Final = 5
 RHYTHM: Final = (30, 90, 0.3)
 AT_MOST_S: Final = 1.0
-"""environments.md 9, B-40."""
+"""Until no key set has a key that was disabled (tests/scenarios/README.md, B-40)."""
 
 
 def run() -> list[Row]:

@@ -41,9 +41,9 @@ from tests.scenarios.balanced_site import Balanced
 
 NAMES: Final = ("breach_databases_10000", "rejoin_10000")
 AT_MOST_S: Final = 60.0
-"""environments.md 9."""
+"""Until an environment with that many keys is active again."""
 TOLD_AT_MOST_S: Final = 1.0
-"""The same, for incident to all databases; of what size it does not say."""
+"""From an incident until it stands in all databases."""
 KEYS: Final = 10_000
 _RHYTHM: Final = (300, 330, 2.0)
 _PATIENCE_S: Final = 900.0

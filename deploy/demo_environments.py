@@ -37,7 +37,7 @@ COLOURS: Final = {"a": "#1f6fb2", "b": "#b35c00", "c": "#2e7d32"}
 BREACHED: Final = "b"
 PATIENCE_S: Final = 60.0
 REROUTE_LIMIT_S: Final = 1.0
-"""From the answer of `incident open` until the load balancer's own state is DOWN (environments.md 9)."""
+"""From the answer of `incident open` until the load balancer's own state is DOWN."""
 SAMPLE_S: Final = 0.25
 SMOOTH_S: Final = 1.0
 HAPROXY: Final = ("/usr/sbin/haproxy", "/usr/local/sbin/haproxy", "/usr/bin/haproxy")

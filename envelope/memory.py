@@ -1,8 +1,8 @@
 """Overwriting secrets where they lie.
 
-1. Best effort (shared reference hsm.md, "Memory"): what CPython, OpenSSL or a parser copied is not ours to
-   find. So code that holds key material makes as few copies as it can, each of them by name, and overwrites
-   those: `tests/integration/test_key_residue.py` searches processes for what is left.
+1. Best effort: what CPython, OpenSSL or a parser copied is not ours to find. So code that holds key material
+   makes as few copies as it can, each of them by name, and overwrites those:
+   `tests/integration/test_key_residue.py` searches processes for what is left.
 2. A `bytearray` is overwritten by `secret[:] = bytes(len(secret))`, and never grown: that would move it and
    leave the old one behind. `bytes` and `str` are immutable to Python but not in memory: `wipe`, `wipe_text`.
 3. Only for what nothing else holds, hashes or interns. CPython shares the empty ones and those of length 1:

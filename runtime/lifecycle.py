@@ -5,7 +5,7 @@
    `doctor`.
 2. SIGTERM and SIGINT ask the main coroutine to end, by an event; a second one cancels it.
 3. The loop is uvloop's (event_loop.py). No eager task factory: uvloop 0.23 with one fails on Python < 3.13.3
-   (mitmproxy.md section 4), which is why mitmproxy's `Master.run()` is not used either.
+   (uvloop's pull request 748), which is why mitmproxy's `Master.run()` is not used either.
 """
 
 import asyncio

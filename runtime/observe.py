@@ -5,7 +5,7 @@
    inside nested values. Tracebacks are plain: no local variables (structlog's rich and dict formatters print
    them).
 3. Logs of other libraries (stdlib logging) take the same road, from WARNING on: in the proxy each record of
-   theirs triggers a broadcast in mitmproxy (mitmproxy.md section 4).
+   theirs becomes an event that mitmproxy hands to all its addons (mitmproxy/log.py, LegacyLogEvents).
 4. A log that cannot be written (stderr closed, disk full) costs lines, not the service; lost lines are
    counted. What must not be lost is an audit event (runtime/audit.py).
 5. Metrics live in a registry of our own, named `sealgate_...`; labels hold names from closed sets, never user

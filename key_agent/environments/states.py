@@ -1,4 +1,4 @@
-"""What an environment is at this moment, and what may become of it (environments.md 5).
+"""What an environment is at this moment, and what may become of it (docs/environments.md, "States").
 
 1. A state says what the environment's proxies, its agent and the load balancer do; nothing else decides it.
 2. From `healing` there is one road back: healed, rejoining, active. Nothing that is unreachable changes

@@ -1,7 +1,7 @@
 """What HAProxy is answered for each server: the worst of what signed rows and the server itself say. Pure.
 
 1. HAProxy takes exactly `up ready N%`, `drain`, `maint` and `down #reason`, with a newline; whatever else it
-   gets leaves the server as it was (environments.md 7). So nothing else is ever answered.
+   gets leaves the server as it was. So nothing else is ever answered.
 2. Unknown is down: a server nobody configured, an environment that stands in no row, rows that are old, a
    server that does not answer.
 3. A weight is never 0: for HAProxy that would be another word for drain.

@@ -1,4 +1,4 @@
-"""HAProxy's configuration for several environments, as text: every line has a reason (environments.md 7).
+"""HAProxy's configuration for several environments, as text: every line has a reason.
 
 1. Servers begin `disabled`: the first `up ready` opens one, so that a restart sends nothing to an environment
    that heals before the first check.

@@ -3,7 +3,7 @@
 1. Nothing here is secret: data keys stand only wrapped by the KEK.
 2. Times are milliseconds since the Unix epoch. Ids are text and immutable.
 3. `environment`, `tenant`, `kek`, `key_ring`, `dek` and `dek_wrap` are the ones that later carry several
-   environments (environments.md section 4); `proxy`, `service_proxy` and `push_sequence` are this agent's
+   environments; `proxy`, `service_proxy` and `push_sequence` are this agent's
    own.
 """
 

@@ -1,4 +1,4 @@
-"""The PIN: read from its file, tried once, and never again while the token would refuse it (hsm.md 2.6).
+"""The PIN: read from its file, tried once, and never again while the token would refuse it.
 
 1. Real tokens lock after a few wrong PINs. So **one** attempt reaches the token; then this gate is closed
    until the PIN file changes. A note keeps it closed across a restart, for a service manager restarts at

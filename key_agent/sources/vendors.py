@@ -1,4 +1,4 @@
-"""What is known of each HSM vendor's module, as data that the key source acts upon (hsm.md 6).
+"""What is known of each HSM vendor's module, as data that the key source acts upon (docs/hsm.md).
 
 1. One TOML file per vendor in `hsm_vendors/`; the operator names it: `vendor = "luna"`. Without one every
    method is tried and nothing is assumed.

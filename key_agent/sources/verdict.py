@@ -1,4 +1,4 @@
-"""What a diagnosis of a KEK can find, and what may follow from it (hsm.md section 5).
+"""What a diagnosis of a KEK can find, and what may follow from it (docs/hsm.md, docs/key-servers.md).
 
 1. "Key not found" alone proves nothing: destroyed, logged out, re-initialised and unmounted look alike.
 2. Only a proven revocation withdraws keys. An outage never does: there the validity runs out. Nor does a

@@ -35,7 +35,7 @@ LOGGED_LINE_LIMIT: Final = 300
 LOGGED_LINES_LIMIT: Final = 50
 REAP_S: Final = 5.0
 
-# What PKCS#11 modules are known to read (hsm.md 6), and what libc needs. Others: the settings name them.
+# What vendors' documents say that PKCS#11 modules read, and what libc needs. Others: the settings name them.
 INHERITED_VARIABLES: Final = (
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR",
     "SOFTHSM2_CONF", "NFAST_HOME", "CKNFAST_LOADSHARING", "CKNFAST_OVERRIDE_SECURITY_ASSURANCES",

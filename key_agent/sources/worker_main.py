@@ -1,6 +1,6 @@
 """The HSM worker: a process that owns the PKCS#11 module, so that its crash costs a process, not the agent.
 
-1. Started fresh and never forked, single-threaded: what every module supports (hsm.md 1.1, 1.5).
+1. Started fresh and never forked, single-threaded: what every module supports.
 2. Logged in for the length of one request. One wrong PIN and this process never logs in again.
 3. Error texts name classes and states, never data.
 """

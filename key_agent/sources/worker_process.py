@@ -131,7 +131,7 @@ def run(begin: Callable[[wire.Greeting], Answerer]) -> NoReturn:
     except (wire.ProtocolError, OSError) as error:
         print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         status = 1
-    # Vendors' destructors are not to be trusted, and python-pkcs11's print tracebacks (hsm.md 2.3).
+    # Vendors' destructors are not to be trusted, and python-pkcs11's print tracebacks.
     sys.stderr.flush()
     os._exit(status)
 

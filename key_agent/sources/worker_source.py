@@ -4,7 +4,7 @@
 2. Work is cut into batches of some 250 ms, so that the KEK watch gets its turn between two of them.
 3. A failure that the worker *answered* is diagnosed before it is reported; a time-out or crash is an
    outage.
-4. A diagnosis takes two passes, the second in a new worker; that one counts (hsm.md 5).
+4. A diagnosis takes two passes, the second in a new worker; that one counts (docs/hsm.md).
 5. Best effort against what Python cannot wipe: a worker that has handled KM does not grow old.
 6. A server that throttles us is left alone for as long as it says (back_off.py). That is an answer, so no
    second pass follows it; operators' requests go there all the same.
@@ -49,7 +49,7 @@ from runtime.clock import Clock
 BATCH_BYTES_LIMIT: Final = 8 * 1024 * 1024
 FIRST_BATCH: Final = 32
 RETIRE_AFTER_S: Final = 10.0
-"""A worker that has handled KM is replaced by the first diagnosis after so long a pause (hsm.md 9)."""
+"""A worker that has handled KM is replaced by the first diagnosis after so long a pause."""
 LARGEST_BATCH: Final = 4096
 _REQUEST_KEY_BYTES: Final = 400
 _ENVELOPE_BYTES: Final = 1600

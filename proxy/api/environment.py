@@ -1,7 +1,7 @@
 """What a load balancer may know: whether this environment serves, by HTTP and by HAProxy's agent-check.
 
 1. The words are HAProxy's, exactly: another word, a missing newline or a colon too many is ignored by it, and
-   the server stays as it was (environments.md 7).
+   the server stays as it was.
 2. Nothing is read but the request line; nothing that is answered is secret: states and positions.
 """
 

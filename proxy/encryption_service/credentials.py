@@ -8,7 +8,8 @@
    alone does not tell it, and rows cannot be exchanged.
 3. A file key is 32 random bytes in `<state_dir>/file-keys/<name>.key`, mode 0600. Every sealed secret names
    the key it is sealed by; the newest seals. Rotation seals all anew and then removes the old files.
-4. Access key ids and secrets have the forms that AWS asks for (encryption-service-apis.md 2.7).
+4. Access key ids and secrets have the forms that AWS asks for (API reference of AWS KMS,
+   XksProxyAuthenticationCredentialType).
 """
 
 import base64

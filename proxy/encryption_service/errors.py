@@ -25,7 +25,7 @@ from envelope.errors import SealgateError
 
 
 class Refusal(StrEnum):
-    """Why a key that exists may not be used (encryption-service-apis.md 6)."""
+    """Why a key that exists may not be used (docs/encryption-service.md, "States")."""
 
     BLOCKED = "blocked"  # by the proxy's operator or the tenant's admin, here
     NOT_ACTIVE = "not-active"  # pre-active, or no version is active: nothing to encrypt or sign with

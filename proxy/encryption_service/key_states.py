@@ -1,6 +1,6 @@
 """How named keys stand: what the versions that are here allow, and what a caller is told if they do not.
 
-1. A version's state decides (encryption-service-apis.md 6): active does all, deactivated decrypts and
+1. A version's state decides (docs/encryption-service.md, "States"): active does all, deactivated decrypts and
    verifies. Pre-active does nothing while no version is active; beside an active one it decrypts and
    verifies, because in a rotation another proxy may be ahead of us by one push (docs/format.md 6.2).
 2. Keys that were withdrawn are the tenant's last word (Revoked), but for one of several environments: there

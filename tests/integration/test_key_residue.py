@@ -1,4 +1,4 @@
-"""Promise 2, looked at from outside: where key material can be found, and when it has gone (hsm.md 9).
+"""Promise 2, looked at from outside: where key material can be found, and when it has gone.
 
 1. The test knows a service's key: another process has the HSM open the registry's wrapped key.
 2. Its bytes, and those of the object key derived from it, in the spellings that programs give them, are

@@ -1,4 +1,4 @@
-"""One pass of the proof: is the KEK sound, revoked, or can nobody tell? (hsm.md 5)
+"""One pass of the proof: is the KEK sound, revoked, or can nobody tell? (docs/hsm.md)
 
 1. Finding the KEK proves nothing, not finding it proves nothing: the canary ciphertext and the canary key
    decide.

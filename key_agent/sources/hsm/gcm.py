@@ -1,4 +1,4 @@
-"""AES-256-GCM, and who makes the IV: we from the HSM's generator, or the HSM itself (hsm.md 4.1, 4.2).
+"""AES-256-GCM, and who makes the IV: we from the HSM's generator, or the HSM itself.
 
 1. An IV is never zero. One that the HSM was to make counts only if the HSM was seen to make it: SoftHSM2
    takes the zeros, or none at all, for the caller's IV, and two messages under one IV give GCM's key away.

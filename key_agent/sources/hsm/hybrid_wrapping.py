@@ -38,7 +38,7 @@ from key_agent.sources.source import WrapMethod
 
 SHARED_SECRET_SIZE: Final = 32
 _OAEP: Final[Mapping[WrapMethod, tuple[Mechanism, MGF, None]]] = {
-    WrapMethod.RSA_OAEP_256: (Mechanism.SHA256, MGF.SHA256, None),  # no label: hsm.md 4.3
+    WrapMethod.RSA_OAEP_256: (Mechanism.SHA256, MGF.SHA256, None),  # no label: SoftHSM2 takes none
     WrapMethod.RSA_OAEP_1: (Mechanism.SHA_1, MGF.SHA1, None),
 }
 

@@ -1,4 +1,4 @@
-"""AES key wrap, and AES-CBC under an HMAC: for tokens whose GCM cannot be used (hsm.md 4.3).
+"""AES key wrap, and AES-CBC under an HMAC: for tokens whose GCM cannot be used (docs/hsm.md).
 
 1. `kw` has no AAD: the hash of the binding is wrapped beside the key and compared in constant time.
 2. `cbc+hmac` verifies the HMAC before anything is decrypted, so the padding is nobody's oracle. It needs two

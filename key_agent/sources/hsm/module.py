@@ -1,4 +1,4 @@
-"""Loading the PKCS#11 module, with arguments for those that need some (hsm.md 2.3).
+"""Loading the PKCS#11 module, with arguments for those that need some.
 
 1. python-pkcs11 calls C_Initialize(NULL), which says "one thread", and that is what the worker is. A module
    that takes its configuration in `pReserved` (NSS), or that is to lock by itself because it has threads of

@@ -1,4 +1,4 @@
-"""The proof that a token does a wrap method correctly with this very KEK (hsm.md 4.1).
+"""The proof that a token does a wrap method correctly with this very KEK.
 
 1. Listing mechanisms proves nothing. The KEK has to show the round trip, and refuse a wrong binding, every
    kind of tampering and a cut, each on a session of its own: one with a failed operation is not trusted.

@@ -2,11 +2,11 @@
 
 1. The token is found by label and, once pinned, by serial; one broken slot hides nobody else.
 2. One session at a time. `renew` throws it away: after an error a session may hold a dead operation for
-   ever (hsm.md 1.4). If it does not even close, C_Finalize takes it down.
+   ever (NSS does that). If it does not even close, C_Finalize takes it down.
 3. One login attempt per PIN: after a refusal this process never logs in again.
 4. Keys are found by class, label and id, exactly one, and never kept across requests. A KEK's HMAC key has
    its label and its id, both with `-mac`. Error *classes* say
-   little, they differ by vendor and version (hsm.md 1.3): states are told apart by `diagnosis`, not here.
+   little, they differ by vendor and version: states are told apart by `diagnosis`, not here.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ class Token:
                 "the token has no user PIN: it was initialised anew", verdict=Verdict.TOKEN_CHANGED
             ) from None
         except PKCS11Error:
-            # A failed `open` leaks its session (hsm.md 1.6).
+            # python-pkcs11 does not close the session of an `open` whose login failed.
             self._reinitialize()
             raise
         raise self._refusal from None

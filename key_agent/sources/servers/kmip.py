@@ -1,7 +1,7 @@
 """A KMIP server as key server: the AES key and the MAC key stay there and work there.
 
 1. Decrypt and MAC are the server's operations, not Get: there the server enforces the key's state, while Get
-   hands out a revoked key like any other (hsm.md 8.1). GCM is no choice: PyKMIP drops the tag.
+   hands out a revoked key like any other. GCM is no choice: PyKMIP drops the tag.
 2. A key *name* is two objects, `name` (AES-256, encrypt and decrypt) and `name-mac` (HMAC-SHA-256). One of
    them gone or revoked, the key is gone or revoked. Wrapped: IV (16) ‖ ciphertext ‖ MAC (32); the MAC is over
    lp(binding) ‖ IV ‖ ciphertext and is verified before anything is decrypted.
@@ -182,7 +182,7 @@ class Kmip(KeyServer):
         def work(client: ProxyKmipClient) -> list[bytes | Unopened]:
             cipher_uid, mac_uid = self._usable(client, name)
             opened = [self._open_one(client, cipher_uid, mac_uid, item) for item in items]
-            # States never go back: usable now, the key was usable all the while (hsm.md 8.1).
+            # States never go back: usable now, the key was usable all the while.
             self._usable(client, name)
             return opened
 

@@ -5,7 +5,7 @@
    emptied server look the same.
 2. A ciphertext that does not open is looked at together with the canary ciphertext: if that opens, the one
    ciphertext is bad; if it does not, and fresh bytes come back, the key was replaced.
-3. Nothing is ever decided by encrypting: some servers make a missing key then (hsm.md 8.2).
+3. Nothing is ever decided by encrypting: OpenBao makes a missing key then, if our token may.
 4. Items travel in batches; a call stops when its budget is used up and answers for what is done.
 """
 
@@ -194,7 +194,7 @@ def _proven(server: KeyServer, reference: KekReference, *, now_ms: int, valid_un
 
 
 def _prove(server: KeyServer, name: str) -> None:
-    """Negotiated by doing (hsm.md 4.1): UnsupportedError unless all that must be refused is refused."""
+    """Negotiated by doing: UnsupportedError unless all that must be refused is refused."""
     material = server.random(KEY_MATERIAL_SIZE)
     binding, other = b"sealgate proof", b"sealgate prooF"
     sealed, again = server.seal(name, [Item(material, binding)] * 2)

@@ -1,4 +1,4 @@
-"""Session tokens: issued in one environment, verified in each (environments.md, R14).
+"""Session tokens: issued in one environment, verified in each (docs/environments.md).
 
 1. A token is a JWT signed by the tenant's signing key that the caller names; `kid` is the key's id. Who
    verifies takes the algorithm from the key, never from the token, and looks for no other key.

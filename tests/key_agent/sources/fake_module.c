@@ -1,4 +1,4 @@
-/* A vendor's PKCS#11 module as it may misbehave: SoftHSM2 with faults (hsm.md 7).
+/* A vendor's PKCS#11 module as it may misbehave: SoftHSM2 with faults.
  *
  * Steered by $FAKE_HSM/faults, read at each call because the caller is another process. A line is "C_Function fault":
  *   hang            never returns            crash           SIGSEGV

@@ -1,4 +1,4 @@
-"""Revocation or outage: every verdict, each brought about for real by another process (hsm.md 5)."""
+"""Revocation or outage: every verdict, each brought about for real by another process (docs/hsm.md)."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A second module, NSS softokn: one alone teaches its habits as the standard (hsm.md 7).
+"""A second module, NSS softokn: one alone teaches its habits as the standard.
 
 Its GCM encryption fails, so `kw` is negotiated; a failed operation stays alive in its session; its serial is
 the same for everybody; its configuration comes as an argument of C_Initialize.

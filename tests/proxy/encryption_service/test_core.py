@@ -303,7 +303,7 @@ def test_a_ticket_is_for_its_operation(bench: Bench) -> None:
             bench.ticket(op)
 
 
-# States (encryption-service-apis.md 6).
+# States (docs/encryption-service.md, "States").
 
 
 @dataclasses.dataclass(frozen=True)

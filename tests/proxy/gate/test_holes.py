@@ -1,4 +1,4 @@
-"""The gate's own weak places (reference: mitmproxy.md, section 2) and what stands round the rows."""
+"""The gate's own weak places, and what stands round the rows of test_rows.py."""
 
 import asyncio
 import contextlib

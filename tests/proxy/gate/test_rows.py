@@ -1,4 +1,4 @@
-"""What goes wrong in mitmproxy 12.2.3, row by row (reference: mitmproxy.md, section 1), and does not here.
+"""What goes wrong in mitmproxy 12.2.3 as it comes, row by row, and does not here (docs/adr/0003).
 
 Each test shows that the canary did not reach the origin, that an aborted body had no proper end there, that
 the client saw an error or a cut at once and never a success, and that nothing is left behind.
