@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import re
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +154,9 @@ async def test_what_may_change_something_is_sent_once(
                 await reader.readexactly(int(length[1]) if length else 0)
                 served.append(head.partition(b" ")[0])
                 if len(served) == 2:
-                    if breaks == "resets":
+                    if breaks == "resets":  # without this, closing is an orderly end
+                        connection = writer.get_extra_info("socket")
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         writer.transport.abort()
                     break
                 writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 0\r\n\r\n")
