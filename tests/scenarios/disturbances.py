@@ -11,12 +11,11 @@ import os
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final, override
 
+from tests.scenarios.listener import Listener
 from tests.softhsm import SoftHsm
 
 _SHIFTED: Final = """
@@ -115,20 +114,18 @@ def hanging(hsm: SoftHsm) -> Iterator[None]:
         yield
 
 
-class Gate:
+class Gate(Listener):
     """Between HAProxy and the lb-agent: every answer is seen, and those about one server can be rationed.
 
     HAProxy leaves a server as it is when a check is not answered, so what is held back changes nothing.
     """
 
     def __init__(self, target_port: int) -> None:
+        super().__init__()
         self._target_port = target_port
-        self._server: asyncio.Server | None = None
         self._left: dict[str, int] = {}
-        self._open: set[asyncio.Task[None]] = set()
         self.passed: Counter[tuple[str, str]] = Counter()
         """Server and first word of the answer: how many HAProxy has got."""
-        self.port = 0
 
     def ration(self, server: str, *, ups: int) -> None:
         """HAProxy gets so many `up` about *server*, and then no answer about it at all."""
@@ -137,37 +134,15 @@ class Gate:
     def free(self, server: str) -> None:
         self._left.pop(server, None)
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._open:
-            task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-        await self._server.wait_closed()
-
+    @override
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._open.add(task)
-        try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                question = await reader.readuntil(b"\n")
-                name = question.decode().strip()
-                answer = await self._ask(question)
-                if self._may_pass(name, answer):
-                    self.passed[name, answer.split()[0].decode()] += 1
-                    writer.write(answer)
-                    await writer.drain()
-        finally:
-            writer.close()
-            self._open.discard(task)
+        question = await reader.readuntil(b"\n")
+        name = question.decode().strip()
+        answer = await self._ask(question)
+        if self._may_pass(name, answer):
+            self.passed[name, answer.split()[0].decode()] += 1
+            writer.write(answer)
+            await writer.drain()
 
     async def _ask(self, question: bytes) -> bytes:
         there, back = await asyncio.open_connection("127.0.0.1", self._target_port)
@@ -186,9 +161,3 @@ class Gate:
             return False
         self._left[name] -= 1
         return True
-
-
-@asynccontextmanager
-async def gated(port: int) -> AsyncIterator[Gate]:
-    async with Gate(port) as gate:
-        yield gate

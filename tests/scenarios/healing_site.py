@@ -26,7 +26,7 @@ from runtime.clock import SystemClock
 from tests.environments.administrators import Commands, administrators
 from tests.environments.site import TENANT, SiteEnvironment, SiteProxy, until
 from tests.scenarios.balanced_site import KEY, Balanced, balanced_site
-from tests.scenarios.disturbances import Gate, WallClock, gated
+from tests.scenarios.disturbances import Gate, WallClock
 
 ALL = ("a", "b", "c")
 OWNER: Final = NetworkService(TENANT, KEY)
@@ -111,7 +111,7 @@ async def site_for_tests(
             rhythm=rhythm,
             proxy_environments={name: clock.environment for name, clock in (clocks or {}).items()},
         ) as balanced,
-        gated(balanced.lb_agent_port) as gate,
+        Gate(balanced.lb_agent_port) as gate,
     ):
         configuration = directory / "haproxy.cfg"
         before = configuration.read_text()

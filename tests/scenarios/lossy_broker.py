@@ -14,17 +14,16 @@
 """
 
 import asyncio
-import contextlib
 import random
 import ssl
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, override
 
 from runtime.broker import BrokerSettings
 from tests.nats_server import NatsServer
+from tests.scenarios.listener import Listener
 
 LATE_S: Final = 1.0
 _MESSAGES: Final = frozenset({b"PUB", b"HPUB", b"MSG", b"HMSG"})
@@ -66,13 +65,11 @@ class _Direction:
                 self.writer.write(frame)
 
 
-class LossyBroker:
+class LossyBroker(Listener):
     def __init__(self, nats: NatsServer, *, seed: int = 47) -> None:
+        super().__init__()
         self._nats = nats
         self._random = random.Random(seed)
-        self._server: asyncio.Server | None = None
-        self._open: set[asyncio.Task[None]] = set()
-        self.port = 0
         self.is_lossy = False
         self.seen = bytearray()
         self.deliveries: list[tuple[str, bytes]] = []
@@ -83,30 +80,11 @@ class LossyBroker:
     def settings(self, name: str, **changes: Any) -> BrokerSettings:
         return self._nats.settings(name, urls=[f"tls://localhost:{self.port}"], **changes)
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._open:
-            task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-        await self._server.wait_closed()
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._open.add(task)
+    @override
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await self._relay(reader, writer)
+            await self._relay(reader, writer)
         finally:
-            self._open.discard(task)
             writer.transport.abort()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
