@@ -8,12 +8,14 @@
 4. What is not answered is published again, the very same message: it may be lost on its way, its receipts on
    the way back. The proxy takes it once, and repeats what it answered.
 5. The connection is kept up beside; while it is down this road is closed, at once and for everybody.
-6. Whatever a broker says ends its connection at most, which is then tried again.
+6. Whatever a broker says ends its connection at most, which is then tried again; what was on its way there
+   fails as if it were not there (BrokerError): the direct road must never fail with it.
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -54,6 +56,17 @@ _ASKED_S: Final = 2.0
 """For what the broker itself answers."""
 _MAX_PER_SUBJECT: Final = 1000
 _HEAD_BYTES: Final = 1024
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """Rule 6: the library believes what a broker says (a size that is no number), and raises anything."""
+    try:
+        yield
+    except BrokerError:
+        raise
+    except Exception as error:
+        raise BrokerError(f"the broker is not understood ({type(error).__name__})") from error
 
 
 class _UnacknowledgedError(BrokerError):
@@ -116,9 +129,10 @@ class BrokerLink:
 
     async def publish(self, proxy: Proxy, tokens: Sequence[str], *, purpose: Purpose) -> None:
         """Hand envelopes that answer no challenge to the broker; nobody will confirm them. BrokerError."""
-        for part in in_payloads(list(tokens), most_bytes=self._most_bytes()):
-            delivery = self._delivery(part, is_challenged=False)
-            await self._publish(proxy, delivery, purpose, patience_s=self._settings.receipt_timeout_s)
+        with _understood():
+            for part in in_payloads(list(tokens), most_bytes=self._most_bytes()):
+                delivery = self._delivery(part, is_challenged=False)
+                await self._publish(proxy, delivery, purpose, patience_s=self._settings.receipt_timeout_s)
 
     async def send(
         self,
@@ -133,10 +147,13 @@ class BrokerLink:
 
         *patience_s*: for the answers; None: as the settings say.
         """
-        parts = list(in_payloads(list(tokens), most_bytes=self._most_bytes()))
         wait_s = patience_s or self._settings.receipt_timeout_s
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._send(proxy, part, challenge, purpose, wait_s)) for part in parts]
+        with _understood():
+            parts = list(in_payloads(list(tokens), most_bytes=self._most_bytes()))
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._send(proxy, part, challenge, purpose, wait_s)) for part in parts
+                ]
         failures = [failure for task in tasks if isinstance(failure := task.result(), BrokerError)]
         if failures:
             self._resting_until_s[proxy.id] = self._clock.boot_s() + REST_S

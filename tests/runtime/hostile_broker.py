@@ -17,6 +17,8 @@ class HostileBroker:
 
     answer: Answer
     context: ssl.SSLContext | None = None
+    max_payload: float = 1 << 20
+    """How much it says that it takes."""
     port: int = 0
     requests: list[str] = field(default_factory=list)
     received: bytearray = field(default_factory=bytearray)
@@ -51,7 +53,7 @@ class HostileBroker:
             "version": "2.10.0",
             "proto": 1,
             "headers": True,
-            "max_payload": 1 << 20,
+            "max_payload": self.max_payload,
             "tls_required": self.context is not None,
         }
         writer.write(b"INFO " + json.dumps(told).encode() + b"\r\n")

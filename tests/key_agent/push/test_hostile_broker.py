@@ -1,6 +1,8 @@
 """A broker that answers nonsense, at both of its ends: they go on trying, and nothing else of theirs ends."""
 
 import asyncio
+import json
+import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -10,14 +12,17 @@ from typing import Protocol
 import pytest
 
 from key_agent.push.broker import BrokerLink
+from key_agent.push.roads import BothRoads
+from key_agent.push.transport import Purpose
 from proxy.api.broker import BrokerListener
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.model import Directory
 from runtime.audit import AuditLog
-from runtime.broker import BrokerSettings
+from runtime.broker import BrokerError, BrokerSettings
 from runtime.clock import SystemClock
-from tests.key_agent.conftest import until
+from tests.key_agent.conftest import AGENT_ID, Bench, until
+from tests.key_agent.push.test_roads import far_roads
 from tests.pki import issue_server, make_server_ca, make_tenant, write_certificate, write_credential
 from tests.runtime.hostile_broker import HostileBroker
 
@@ -32,13 +37,13 @@ class _End(Protocol):
 
 @asynccontextmanager
 async def _broker(
-    path: Path, answer: Callable[[str], bytes]
+    path: Path, answer: Callable[[str], bytes], *, max_payload: float = 1 << 20
 ) -> AsyncIterator[tuple[HostileBroker, BrokerSettings]]:
     ca = make_server_ca()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*write_credential(issue_server(ca), path, "server"))
     certificate, key = write_credential(make_tenant().agent_tls(), path, "client")
-    async with HostileBroker(answer, context) as broker:
+    async with HostileBroker(answer, context, max_payload) as broker:
         yield (
             broker,
             BrokerSettings(
@@ -89,3 +94,29 @@ async def test_no_answer_ends_more_than_its_connection(tmp_path: Path, name: str
                 task.cancel()
                 await asyncio.wait([task])
             assert broker.requests
+
+
+@pytest.mark.parametrize("max_payload", [math.nan, math.inf])
+async def test_what_a_broker_says_of_itself_closes_no_direct_road(
+    bench: Bench, tmp_path: Path, max_payload: float
+) -> None:
+    """It is believed to be there, and no envelope can go by it: keys and withdrawals arrive all the same."""
+    counts = dict.fromkeys(("messages", "bytes", "first_seq", "last_seq", "consumer_count"), 0)
+    stream = {"config": {"name": "SEALGATE", "max_age": 330 * 10**9}, "state": counts}
+    async with (
+        _broker(tmp_path, lambda _: json.dumps(stream).encode(), max_payload=max_payload) as (_, settings),
+        far_roads(bench, tmp_path, None) as roads,
+    ):
+        direct = roads.transport()
+        link = BrokerLink(settings, tenant="acme", agent_id=AGENT_ID, validity_s=330, clock=SystemClock())
+        both = BothRoads(direct, link)
+        both.start()
+        async with both, bench.agent(transport=both) as (agent, operations):
+            await until(link.is_open, timeout_s=30)
+            await roads.provision(operations, "s3")
+            assert roads.proxy.holds("s3")
+            await operations.kek_revoke()
+            assert not roads.proxy.holds("s3")
+            with pytest.raises(BrokerError, match="not understood"):
+                await link.publish(next(iter(agent.targets.proxies.values())), ["x"], purpose=Purpose.KEYS)
+            assert link.is_open(), "nothing of that was for want of a broker"

@@ -130,18 +130,19 @@ def broker(request: pytest.FixtureRequest) -> NatsServer | None:
 
 @pytest.fixture
 async def roads(bench: Bench, tmp_path: Path, broker: NatsServer | None) -> AsyncIterator[Roads]:
-    async with _roads(bench, tmp_path, broker) as roads:
+    async with far_roads(bench, tmp_path, broker) as roads:
         yield roads
 
 
 @pytest.fixture
 async def by_broker(bench: Bench, tmp_path: Path, nats: NatsServer) -> AsyncIterator[Roads]:
-    async with _roads(bench, tmp_path, nats) as roads:
+    async with far_roads(bench, tmp_path, nats) as roads:
         yield roads
 
 
 @asynccontextmanager
-async def _roads(bench: Bench, tmp_path: Path, broker: NatsServer | None) -> AsyncIterator[Roads]:
+async def far_roads(bench: Bench, tmp_path: Path, broker: NatsServer | None) -> AsyncIterator[Roads]:
+    """To a proxy that has started, and has no keys yet."""
     proxy = FarProxy(
         id=f"proxy-{os.urandom(4).hex()}",  # one broker for all tests: nobody hears another test's messages
         path=tmp_path / "proxy",
@@ -229,7 +230,7 @@ async def test_a_proxy_that_does_not_answer_is_tried_again(roads: Roads) -> None
 
 async def test_the_loss_of_the_broker_is_made_up_for_in_the_same_push(bench: Bench, tmp_path: Path) -> None:
     with NatsServer(tmp_path) as server:
-        async with _roads(bench, tmp_path, server) as roads, roads.agent() as (agent, operations):
+        async with far_roads(bench, tmp_path, server) as roads, roads.agent() as (agent, operations):
             await roads.provision(operations, "s3")
             sent = roads.direct.sent
             server.kill()
@@ -296,7 +297,7 @@ async def test_an_agent_without_a_session_withdraws_by_the_broker_and_calls_it_u
 
 async def test_the_broker_learns_no_names_and_no_keys(bench: Bench, tmp_path: Path) -> None:
     with NatsServer(tmp_path) as server:
-        async with _roads(bench, tmp_path, server) as roads, roads.agent() as (agent, operations):
+        async with far_roads(bench, tmp_path, server) as roads, roads.agent() as (agent, operations):
             heard: list[bytes] = []
             async with connected(server.settings("spy"), name="spy") as spy:
 
