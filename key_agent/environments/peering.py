@@ -391,8 +391,9 @@ class Peering:
     async def forewarned(self, row: SharedRow) -> None:
         """What this environment will be when the rows are here. Errors as `SharedRegistry.foreword`."""
         foreword = await self.shared.foreword(row)
-        if foreword is None or foreword.position <= self.position:
-            return
+        known = self.position if self._foreword is None else max(self.position, self._foreword.position)
+        if foreword is None or foreword.position <= known:
+            return  # an older one, passed on again, would end before the newest is here
         self._foreword = foreword
         self._journal.note(
             "environment-forewarned", outcome=foreword.body.state, epoch=foreword.position.epoch

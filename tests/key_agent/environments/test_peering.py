@@ -575,6 +575,26 @@ async def test_a_foreword_that_proves_nothing_takes_nothing_away(
     assert b.peering.verdict.state == "active"
 
 
+async def test_an_older_foreword_does_not_take_the_place_of_a_newer_one(site: MembersSite) -> None:
+    """It would count until its own epoch alone, and the rows of that may say that the environment serves."""
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+    seen = await a.environments.shared.since(0)
+    forger = Forger(Breached("a", read_or_make_registry_key(a.directory)), seen)
+    own = b.peering.view.environments["b"]
+    for state, ahead in ((EnvironmentState.HEALING, 3), (EnvironmentState.HEALED, 2)):
+        body = msgspec.structs.replace(own, state=state)
+        forger.put(Kind.ENVIRONMENT, "b", body, term=1, epoch=seen.epoch_to + ahead)
+        await c.environments.peers.forewarn("b", forger.rows[Kind.ENVIRONMENT, "b"])
+        assert acts_as(b) == "healing"
+    for region in ("one", "two"):
+        await a.change(renamed("c", region))
+        await until(lambda: b.peering.position == a.peering.position)
+        assert acts_as(b) == "healing"
+    await a.change(renamed("c", "three"))
+    await until(lambda: serves(b))  # what was foretold is here, and says something else
+
+
 async def test_rows_are_brought_once_whoever_waits_for_them(site: MembersSite) -> None:
     a, b = site["a"], site["b"]
     await site.in_step()
