@@ -14,7 +14,7 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
@@ -108,24 +108,31 @@ class Reaction:
     async def react(self) -> None:
         """Do what the rows ask of this environment. SealgateError: something of it has to be repeated."""
         view = self._peering.view
+        ended = self._ended(view)
+        self._disabled &= set(ended)
+        self._take_back(ended)
         rows = {row.reference.kek_id: row for row in await self._agent.registry.keks()}
-        self._disabled &= set(self._ended(view))
-        for kek_id in self._ended(view):
+        for kek_id in ended:
             row = rows.get(kek_id)
             if row is not None and row.kek is not None:
                 await self._end(row.kek)
         await self._announce(view, await self._agent.registry.current_kek())
         await self._erase(view)
 
+    def _take_back(self, ended: Collection[str]) -> None:
+        """Rule 2, first half. It waits for no registry, and for no other KEK that an HSM does not find."""
+        current = self._agent.consent.kek
+        if current is None or current.reference.kek_id not in ended:
+            return
+        if current.reference.kek_id not in self._disabled:
+            self._agent.consent.revoke("an incident has ended this KEK")
+            self._agent.withdrawals.at_once()
+
     async def _end(self, kek: Kek) -> None:
         kek_id = kek.reference.kek_id
         if kek_id in self._disabled:
             return
         agent = self._agent
-        current = agent.consent.kek
-        if current is not None and current.reference.kek_id == kek_id:
-            agent.consent.revoke("an incident has ended this KEK")
-            agent.withdrawals.at_once()
         try:
             await agent.source.set_kek_enabled(kek, enabled=False)
         except UnsupportedError as error:

@@ -19,6 +19,7 @@ from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import UnsupportedError
 from key_agent.registry.access import RefusedChangeError
+from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
 from tests.environments.breaches import BreachedSite, breached_members
 from tests.key_agent.conftest import until
@@ -267,6 +268,21 @@ async def test_an_hsm_that_is_away_is_asked_again(site: BreachedSite) -> None:
     site.members.source.recover()
     await until(lambda: '"action":"kek-disable","outcome":"ok"' in _audit(site, "b"))
     await until(lambda: site.parts["b"].reaction.problem is None)
+
+
+async def test_an_ended_kek_is_taken_back_though_the_registry_is_away(
+    site: BreachedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away() -> object:
+        raise RegistryError("the database is away")
+
+    monkeypatch.setattr(site["b"].registry, "keks", away)
+    await site.commands("a").incident_open(environment="b", kind="kek", reason="IR")
+    await until(lambda: site.parts["b"].reaction.problem is not None)
+    assert site["b"].consent.standing.is_withdrawn
+    assert "set_kek_enabled" not in site.members.source.calls
+    monkeypatch.undo()
+    await until(lambda: '"action":"kek-disable","outcome":"ok"' in _audit(site, "b"))
 
 
 def _audit(site: BreachedSite, name: str) -> str:
