@@ -190,8 +190,13 @@ class AuditLog:
     def _begin_sync_aside(self) -> None:
         """Rule 7, unless a thread is at it."""
         if self._syncing is None or not self._syncing.is_alive():
-            self._syncing = threading.Thread(target=self._sync_aside, name="audit-sync", daemon=True)
-            self._syncing.start()
+            syncing = threading.Thread(target=self._sync_aside, name="audit-sync", daemon=True)
+            try:
+                syncing.start()
+            except RuntimeError as error:  # the machine has no thread for us: no reason to refuse the event
+                self._try_later(str(error))
+                return
+            self._syncing = syncing
 
     def _sync_aside(self) -> None:
         with self._sync_lock:  # so no rotation exchanges the file meanwhile
@@ -236,6 +241,9 @@ class AuditLog:
             if descriptor >= 0:
                 os.close(descriptor)
             begun.unlink(missing_ok=True)
+        self._try_later(cause)
+
+    def _try_later(self, cause: str) -> None:
         self._rotate_at_bytes = self._size_bytes + self._rotation.max_bytes // _RETRIES
         self._rotate_at_s = self._clock.wall_s() + max(60.0, self._rotation.max_age_s / _RETRIES)
         log.warning("audit log not rotated; it is written on", file=self._path, cause=cause)

@@ -448,6 +448,31 @@ def test_a_sync_aside_that_fails_refuses_as_any_other(path: Path, clock: ManualC
     assert closed_files(path) == []
 
 
+def test_without_a_thread_to_sync_it_aside_a_file_is_written_on(
+    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_thread: threading.Thread) -> None:
+        tried.append(log.path.stat().st_size)
+        raise RuntimeError("can't start new thread")
+
+    tried: list[int] = []
+    log = AuditLog.open(path, clock, LARGE)
+    count = fill(log, clock)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for number in range(count, count + 200):
+        log.append("object.sealed", number=number, padding="x" * 200, durable=False)
+    assert closed_files(path) == []
+    assert len(tried) >= 2, "it is tried again"
+    for before, after in itertools.pairwise(tried):
+        assert after - before >= LARGE.max_bytes // 16, "and not at every event"
+    number = count + 200
+    while not closed_files(path):  # durable events need no thread
+        log.append("object.sealed", number=number, padding="x" * 3000)
+        number += 1
+    log.close()
+    assert numbers(path) == list(range(number))
+
+
 def test_a_written_file_that_was_cut_to_nothing_is_refused(path: Path, clock: ManualClock) -> None:
     """The closed ones say that it has to go on. Without such only a recorded head can tell."""
     write(path, clock)
