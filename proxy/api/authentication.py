@@ -1,5 +1,7 @@
 """Which key agent speaks, by the certificate of its connection and its own tenant's root."""
 
+import asyncio
+
 from cryptography import x509
 
 from envelope.certificates import (
@@ -12,6 +14,16 @@ from envelope.certificates import (
 )
 from proxy.tenants.model import Directory
 from runtime.serve import ProblemError
+from runtime.tls import peer_certificate
+
+
+def peer_of(transport: asyncio.BaseTransport | None, directory: Directory, *, now_s: float) -> Identity:
+    """The agent at the other end, as `authenticate` says."""
+    try:
+        certificate = peer_certificate(transport)
+    except ValueError:  # OpenSSL has taken it: it is less strict about DER
+        raise forbidden("certificate-malformed", "The client certificate is not readable.") from None
+    return authenticate(certificate, directory, now_s=now_s)
 
 
 def authenticate(certificate: x509.Certificate | None, directory: Directory, *, now_s: float) -> Identity:

@@ -16,11 +16,10 @@ from typing import Final
 
 import structlog
 
-from proxy.api.authentication import authenticate
+from proxy.api.authentication import peer_of
 from proxy.tenants.model import Directory
 from runtime.clock import Clock
 from runtime.serve import ProblemError
-from runtime.tls import peer_certificate
 
 CONNECTIONS_PER_AGENT: Final = 16
 """An agent of ours opens three."""
@@ -45,7 +44,7 @@ class AgentConnections:
     def admit(self, transport: asyncio.Transport) -> Callable[[], None]:
         """Let it in, or leave it alone (rule 3). What to call when it has ended."""
         try:
-            peer = authenticate(peer_certificate(transport), self._directory(), now_s=self._clock.wall_s())
+            peer = peer_of(transport, self._directory(), now_s=self._clock.wall_s())
             places = {(peer.tenant,): CONNECTIONS_PER_TENANT, (peer.tenant, peer.name): CONNECTIONS_PER_AGENT}
         except ProblemError:  # it is told at its request, why
             places = {(): CONNECTIONS_PER_TENANT}

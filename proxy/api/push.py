@@ -26,13 +26,12 @@ from cryptography import x509
 
 from envelope.base64url import b64u_encode
 from envelope.certificates import Identity
-from proxy.api.authentication import authenticate, forbidden
+from proxy.api.authentication import forbidden, peer_of
 from proxy.environments import ForeignAgentError, ForeignEnvironmentError, Word
 from proxy.keys.receive import MAX_AGENTS_PER_TENANT, HostedService, Receiver, SessionRefusedError
 from runtime.audit import AuditUnavailableError
 from runtime.clock import Clock
 from runtime.serve import Handler, ProblemError, make_application, openapi_route
-from runtime.tls import peer_certificate
 
 MAX_ENVELOPES: Final = 1000
 MAX_BODY_BYTES: Final = 8 << 20
@@ -144,7 +143,7 @@ class _PushApi:
         now_s = self._clock.wall_s()
         purpose = _purpose(request)
         try:
-            peer = authenticate(peer_certificate(request.transport), self._receiver.directory, now_s=now_s)
+            peer = peer_of(request.transport, self._receiver.directory, now_s=now_s)
         except ProblemError as error:
             if (
                 purpose is not Purpose.PRESENCE

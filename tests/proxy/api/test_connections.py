@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import override
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from certs.pki import Credential
 from proxy.api.connections import (
@@ -142,6 +143,20 @@ async def test_nobody_uses_up_the_connections_of_a_name_that_another_root_certif
         assert await door.come(acme.pki.agent_tls("hq"))
 
 
+async def test_a_certificate_that_only_openssl_reads_is_a_strangers(acme: HostedTenant) -> None:
+    """A tenant's root can sign such: an error here would have its connections reset at once (rule 3)."""
+    connections = AgentConnections(lambda: directory_of(acme), SystemClock())
+    der = acme.tls.certificate.public_bytes(Encoding.DER)
+    unreadable = [_Transport(der[:-1]) for _ in range(CONNECTIONS_PER_TENANT + 1)]
+    ends = [connections.admit(transport) for transport in unreadable]
+    assert [transport.is_paused for transport in unreadable] == [False] * CONNECTIONS_PER_TENANT + [True]
+    last = _Transport(der)
+    ends.append(connections.admit(last))
+    assert not last.is_paused, "the agent's own are another matter"
+    for end in ends:
+        end()
+
+
 async def test_what_is_left_alone_is_bounded_and_ends(acme: HostedTenant) -> None:
     connections = AgentConnections(lambda: directory_of(acme), SystemClock())
     let_in = [_Transport() for _ in range(CONNECTIONS_PER_TENANT)]
@@ -166,9 +181,21 @@ async def test_what_is_left_alone_is_bounded_and_ends(acme: HostedTenant) -> Non
 
 
 class _Transport(asyncio.Transport):
-    """One without a certificate."""
+    """One whose peer has shown *der*; None: no certificate."""
 
     is_paused = is_reset = False
+
+    def __init__(self, der: bytes | None = None) -> None:
+        super().__init__()
+        self._der = der
+
+    @override
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return self if name == "ssl_object" else default
+
+    def getpeercert(self, *, binary_form: bool) -> bytes | None:
+        assert binary_form
+        return self._der
 
     @override
     def pause_reading(self) -> None:
