@@ -218,12 +218,21 @@ class Peering:
         if (reason := self._declaration.reason) is None:
             return
         notice = Notice(environment=self.environment, reason=reason, at_ms=self._now_ms())
-        if self.leads and self.ratify is not None:
-            await self.ratify(notice)
         body = msgspec.json.encode(notice)
         await asyncio.gather(
-            *(self.peers.post(name, NOTICE_PATH, body) for name in self.others()), return_exceptions=True
+            self._ratify_own(notice),
+            *(self.peers.post(name, NOTICE_PATH, body) for name in self.others()),
+            return_exceptions=True,
         )
+
+    async def _ratify_own(self, notice: Notice) -> None:
+        """As the manager. Beside the others' telling: a database that fails or hangs keeps it from nobody."""
+        if not self.leads or self.ratify is None:
+            return
+        try:
+            await self.ratify(notice)
+        except SealgateError as error:  # it is said again
+            log.warning("the own word is not in the rows yet", cause=str(error))
 
     # The loops.
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from envelope.keys import KeyState
+from key_agent.consent import EnvironmentStanding
 from key_agent.environments import incident_changes, incident_cli
 from key_agent.environments.approvals import Action, ApprovalError
 from key_agent.environments.evidence import verify_bundle
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
+from key_agent.registry.database import RegistryError
 from tests.environments.breaches import BreachedSite, breached_members
 from tests.key_agent.conftest import until
 from tests.pki import Tenant
@@ -109,6 +111,25 @@ async def test_a_word_that_reaches_no_manager_counts_at_once_and_is_ratified_lat
     site["b"].reconnect()
     site["b"].peering._verify.set()
     await until(lambda: "inc-1" in site.leader.peering.view.incidents)
+
+
+async def test_a_managers_own_word_is_told_though_its_database_is_away(
+    site: BreachedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = site["a"]
+
+    async def away(_work: object) -> object:
+        raise RegistryError("the database is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(a.registry, "transact", away)
+        await a.peering.declare("core dump found")
+        assert a.consent.environment is EnvironmentStanding.WITHDRAWN
+        assert "a" in site["b"].peering.notices
+        assert "a" in site["c"].peering.notices
+    assert site.environment("a", seen_by="b") is E.ACTIVE
+    await a.peering.tell_notice()
+    await until(lambda: site.environment("a", seen_by="b") is E.HEALING)
 
 
 async def test_two_persons_decide_about_further_keys(site: BreachedSite) -> None:
