@@ -34,19 +34,20 @@ class Sights(dict[str, Sight]):
 
     def heard(self, name: str, beat: Heartbeat, *, latency_s: float, now_ms: int) -> None:
         """It has answered."""
-        before = self.get(name)
-        if before is None or not before.answers:
+        before, since_ms = self.get(name), now_ms
+        if before is not None and before.answers:
+            since_ms = before.since_ms
+        else:
             log.info("an environment answers", peer=name)
-        is_first = before is None or before.latency_s is None
+        if before is not None and before.latency_s is not None:
+            latency_s = (1 - _NEW_SHARE) * before.latency_s + _NEW_SHARE * latency_s
         self[name] = Sight(
             answers=True,
-            since_ms=now_ms if before is None or not before.answers else before.since_ms,
+            since_ms=since_ms,
             position=Position(beat.term, beat.epoch),
             digest=beat.digest,
             state=beat.state,
-            latency_s=latency_s
-            if before is None or before.latency_s is None or is_first
-            else (1 - _NEW_SHARE) * before.latency_s + _NEW_SHARE * latency_s,
+            latency_s=latency_s,
         )
 
     def failed(self, name: str, error: PeerError, *, now_ms: int) -> None:
