@@ -41,10 +41,10 @@ from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.named_key_store import add_key
 from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.tenant_store import add_tenant
-from runtime.clock import SystemClock
 from tests import pki
 from tests.environments.fault_proxy import Fault, FaultProxy
 from tests.ports import free_port
+from tests.proxy_config import configured
 from tests.softhsm import SoftHsm
 
 REPOSITORY: Final = Path(__file__).parents[2]
@@ -406,47 +406,28 @@ def _proxy(
     environment: str | None,
 ) -> SiteProxy:
     directory = home / name
-    state = directory / "state"
-    state.mkdir(mode=0o700, parents=True)
-    push_port, health_port, service_port = free_port(), free_port(), free_port()
-    config = directory / "sealgate.toml"
-    config.write_text(f"""
-        [proxy]
-        id = "{name}"
-        state_dir = "{state}"
-        reload_s = 0.1
-        {f'[environment]{chr(10)}name = "{environment}"' if environment else ""}
-        [push]
-        host = "127.0.0.1"
-        port = {push_port}
-        certificate_file = "{server[0]}"
-        key_file = "{server[1]}"
-        [keys]
-        wait_s = 0.1
-        [engine]
-        upstream_ca_file = "{ca_file}"
-        drain_s = 1
-        [health]
-        port = {health_port}
-        [[encryption_service.listen]]
-        host = "127.0.0.1"
-        port = {service_port}
-        plain = true
-        dialects = ["native", "xks"]
-    """)
-    store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
+    configuration = configured(
+        directory,
+        name,
+        server=server,
+        ca_file=ca_file,
+        environment=environment,
+        dialects=["native", "xks"],
+        reload_s=0.1,
+    )
+    store = configuration.store()
     add_tenant(store, TENANT, tenant.root.certificate, actor="test")
     set_dialect(store, TENANT, DialectName.NATIVE, actor="test")
     grant = Grant(tenant=TENANT, dialect=DialectName.NATIVE, label="test")
     issue_credential(store, grant, actor="test", token=token)
     made = SiteProxy(
         name,
-        config,
+        configuration.config,
         store,
-        FaultProxy(push_port),
-        health_port,
-        service_port,
-        Program(("sealgate", "--config", str(config), "run"), {}, directory / "log", _never),
+        FaultProxy(configuration.push_port),
+        configuration.health_port,
+        configuration.service_port,
+        Program(("sealgate", "--config", str(configuration.config), "run"), {}, directory / "log", _never),
         token,
     )
     made.program.is_ready = made.listens

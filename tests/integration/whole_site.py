@@ -25,11 +25,10 @@ from proxy.tenants.model import Listen, Upstream
 from proxy.tenants.network_service_store import add_service
 from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.tenant_store import add_tenant
-from runtime.clock import SystemClock
 from tests import pki
 from tests.children import output_of
 from tests.integration.proxy_rig import REPOSITORY, Answer, Origin, curl, webdav
-from tests.ports import free_port
+from tests.proxy_config import configured
 from tests.softhsm import SoftHsm
 
 OWNER = NetworkService("acme", "files")
@@ -238,40 +237,28 @@ def _proxy(
     name: str, origin: Origin, tenant: pki.Tenant, *, server: tuple[Path, Path], ca_file: Path
 ) -> Proxy:
     home = ca_file.parent / name
-    state = home / "state"
-    state.mkdir(mode=0o700, parents=True)
-    push_port, health_port, service_port = free_port(), free_port(), free_port()
-    config = home / "sealgate.toml"
-    config.write_text(f"""
-        [proxy]
-        id = "{name}"
-        state_dir = "{state}"
-        [push]
-        host = "127.0.0.1"
-        port = {push_port}
-        certificate_file = "{server[0]}"
-        key_file = "{server[1]}"
-        [keys]
-        wait_s = 0.1
-        [engine]
-        upstream_ca_file = "{ca_file}"
-        drain_s = 1
-        [health]
-        port = {health_port}
-    """)
-    store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
+    made = configured(home, name, server=server, ca_file=ca_file)
+    store = made.store()
     add_tenant(store, "acme", tenant.root.certificate, actor="test")
     csr = add_service(
         store,
         OWNER,
         Upstream.parse(origin.url),
         actor="test",
-        reverse_listen=Listen("127.0.0.1", service_port),
+        reverse_listen=Listen("127.0.0.1", made.service_port),
     )
     signed = dev_pki.sign_service_csr(tenant.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
     import_certificate(store, OWNER, signed, actor="test")
     certificate_file = pki.write_certificate(signed, home / "files.pem")
-    return Proxy(name, config, store, Relay(push_port), health_port, service_port, certificate_file)
+    return Proxy(
+        name,
+        made.config,
+        store,
+        Relay(made.push_port),
+        made.health_port,
+        made.service_port,
+        certificate_file,
+    )
 
 
 @contextlib.asynccontextmanager

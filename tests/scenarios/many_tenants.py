@@ -46,11 +46,10 @@ from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.named_key_store import add_key
 from proxy.tenants.recipient_store import import_certificate
 from proxy.tenants.tenant_store import add_tenant
-from runtime.clock import SystemClock
 from tests import pki
 from tests.environments.site import Program, until
 from tests.fakes.key_source import FakeKeySource
-from tests.ports import free_port
+from tests.proxy_config import configured
 
 SERVICE: Final = "files"
 PROXY: Final = "shared-1"
@@ -352,51 +351,20 @@ def _proxy(
     session: aiohttp.ClientSession,
 ) -> ManyTenants:
     home = directory / "proxy"
-    state = home / "state"
-    state.mkdir(mode=0o700, parents=True)
-    push_port, health_port, service_port = free_port(), free_port(), free_port()
-    config = home / "sealgate.toml"
-    config.write_text(f"""
-        [proxy]
-        id = "{PROXY}"
-        state_dir = "{state}"
-        [environment]
-        name = "a"
-        [push]
-        host = "127.0.0.1"
-        port = {push_port}
-        certificate_file = "{server[0]}"
-        key_file = "{server[1]}"
-        [keys]
-        wait_s = 0.1
-        [engine]
-        upstream_ca_file = "{ca_file}"
-        drain_s = 1
-        [health]
-        port = {health_port}
-        [[encryption_service.listen]]
-        host = "127.0.0.1"
-        port = {service_port}
-        plain = true
-        dialects = ["native"]
-    """)
-    store = DirectoryStore.open(f"sqlite:///{state}/directory.db", state, clock=SystemClock())
-    with contextlib.closing(store):
-        tenants = {
-            name: _tenant(store, name, directory, f"http://127.0.0.1:{service_port}/sealgate/v1")
-            for name in names
-        }
+    made = configured(home, PROXY, server=server, ca_file=ca_file, environment="a", dialects=["native"])
+    service_url = f"http://127.0.0.1:{made.service_port}/sealgate/v1"
+    health_url = f"http://127.0.0.1:{made.health_port}"
+    with contextlib.closing(made.store()) as store:
+        tenants = {name: _tenant(store, name, directory, service_url) for name in names}
 
     async def listens() -> bool:
         with contextlib.suppress(aiohttp.ClientError):
-            async with session.get(f"http://127.0.0.1:{health_port}/livez"):
+            async with session.get(f"{health_url}/livez"):
                 return True
         return False
 
-    program = Program(("sealgate", "--config", str(config), "run"), {}, home / "log", listens)
-    return ManyTenants(
-        directory, ca_file, tenants, program, push_port, f"http://127.0.0.1:{health_port}", session
-    )
+    program = Program(("sealgate", "--config", str(made.config), "run"), {}, home / "log", listens)
+    return ManyTenants(directory, ca_file, tenants, program, made.push_port, health_url, session)
 
 
 def _tenant(store: DirectoryStore, name: str, directory: Path, service_url: str) -> SiteTenant:
