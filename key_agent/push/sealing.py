@@ -27,7 +27,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.certificates import CertificateError
-from envelope.errors import SealgateError
 from envelope.keys import KeyId, NetworkService
 from envelope.material import Claims, Operation, know_recipient, seal_envelope
 from key_agent.errors import KeyAgentError, KeySourceError
@@ -331,7 +330,8 @@ class WithdrawalSealing(Sealing):
         """What is slow about the certificates of a proxy's services is done before they are needed."""
         for some in batched(self._targets.links_at(proxy_id), _SEALED_PER_TURN):
             for link in some:
-                with contextlib.suppress(SealgateError, ValueError):  # told when it is used
+                # Whatever is wrong with one is told when it is used, and ends no push.
+                with contextlib.suppress(Exception):
                     know_recipient(_leaf(link.certificate_pem))
             await asyncio.sleep(0)
 
@@ -394,9 +394,10 @@ class WithdrawalSealing(Sealing):
                 signing_key=signing_key,
                 signing_certificate=signing_certificate,
             )
-        except (SealgateError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - one row that is no good keeps no other's keys out there
+            reason = str(error) or type(error).__name__
             return Sealed(
-                owner=link.owner, sequence=sequence, expires_at_s=expires_at_s, error=f"not-sealed: {error}"
+                owner=link.owner, sequence=sequence, expires_at_s=expires_at_s, error=f"not-sealed: {reason}"
             )
         return Sealed(owner=link.owner, sequence=sequence, expires_at_s=expires_at_s, token=token)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import ssl
 import time
 from dataclasses import replace
 from typing import Any
@@ -220,3 +221,33 @@ async def test_a_row_damaged_while_the_agent_runs_stops_pushes_and_no_withdrawal
         await bench.clock.advance(5)
         await until(lambda: not bench.proxy().valid_keys(S3))
         assert bench.proxy().accepted[-1].keys == ()
+
+
+async def test_a_certificate_that_nobody_can_read_holds_up_no_other_service(bench: Bench) -> None:
+    """Whoever may write the database puts one there whose key is of no known kind."""
+    async with bench.agent() as (agent, operations):
+        await bench.provision(operations)
+        sound = bench.host("box")
+        await operations.service_add(service="box", proxy="p1", certificate_pem=sound)
+        der = ssl.PEM_cert_to_DER_cert(sound)
+        known, unknown = bytes.fromhex("06072a8648ce3d0201"), bytes.fromhex("06072a8648ce3d027f")
+        assert der.count(known) == 1
+        odd = ssl.DER_cert_to_PEM_cert(der.replace(known, unknown))
+        connection = sqlite3.connect(bench.directory / "registry.db")
+        connection.execute(
+            "UPDATE service_proxy SET certificate_pem = ? WHERE certificate_pem = ?", (odd, sound)
+        )
+        assert connection.total_changes == 1
+        connection.commit()
+        connection.close()
+        await agent.reload()
+        accepted = len(bench.proxy().accepted)
+        await bench.clock.advance(300)
+        await until(lambda: len(bench.proxy().accepted) > accepted)
+        await bench.clock.settle()
+        assert agent.reasons_not_alive() == []
+        bench.source.destroy(_kek_of(agent))
+        await bench.clock.advance(5)
+        await until(lambda: not bench.proxy().valid_keys(S3))
+        await bench.clock.settle()
+        assert agent.reasons_not_alive() == []
