@@ -3,9 +3,7 @@
 import typer
 
 from proxy import refusals
-from proxy.operating import (
-    options_of,
-)
+from proxy.operating import options_of
 from proxy.refusals import Refusal
 
 

@@ -7,9 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from envelope.inspect import Description, Kind, describe
-from proxy.operating import (
-    options_of,
-)
+from proxy.operating import options_of
 from runtime.cli import ExitCode
 
 _INSPECTED_BYTES: Final = 1 << 20

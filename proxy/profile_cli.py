@@ -4,10 +4,7 @@ from typing import Annotated
 
 import typer
 
-from proxy.operating import (
-    options_of,
-    usage_error,
-)
+from proxy.operating import options_of, usage_error
 from proxy.profiles import PROFILES, UnknownProfileError, profile_named
 
 profile_app = typer.Typer(

@@ -7,9 +7,7 @@ import typer
 
 from envelope.certificates import fingerprint
 from envelope.keys import KeyUse, SigningAlgorithm
-from proxy.encryption_service.model import (
-    NamedKey,
-)
+from proxy.encryption_service.model import NamedKey
 from proxy.encryption_service.provisioning import OnlyTenant, Operations, say_effective
 from proxy.operating import (
     Operator,

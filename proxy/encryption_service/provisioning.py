@@ -11,9 +11,7 @@ from typing import Annotated
 import typer
 
 from proxy.encryption_service.model import DialectName, Op
-from proxy.operating import (
-    Operator,
-)
+from proxy.operating import Operator
 
 TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="Tenant id.")]
 OnlyTenant = Annotated[str | None, typer.Option("--tenant", metavar="TENANT", help="Of this tenant only.")]

@@ -21,14 +21,7 @@ from proxy.encryption_service.credentials import (
     new_bearer,
     read_bearer,
 )
-from proxy.encryption_service.model import (
-    KIND_OF,
-    CredentialEntry,
-    CredentialKind,
-    DialectName,
-    Network,
-    Op,
-)
+from proxy.encryption_service.model import KIND_OF, CredentialEntry, CredentialKind, DialectName, Network, Op
 from proxy.tenants.dialect_store import endpoints_of
 from proxy.tenants.directory import DirectoryStore, Draft
 from proxy.tenants.errors import ChangeRefusedError, DirectoryUnavailableError, NotThereError

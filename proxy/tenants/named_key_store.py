@@ -12,11 +12,7 @@ from cryptography import x509
 from sqlalchemy import ColumnElement, Connection, delete, insert, update
 
 from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
-from proxy.encryption_service.model import (
-    OPERATIONS_OF,
-    NamedKey,
-    Op,
-)
+from proxy.encryption_service.model import OPERATIONS_OF, NamedKey, Op
 from proxy.tenants import certificates
 from proxy.tenants.certificates import KeyType
 from proxy.tenants.dialect_store import keys_named
@@ -97,7 +93,7 @@ def set_blocked(store: DirectoryStore, owner: NetworkService, *, blocked: bool, 
 
 
 def remove_key(store: DirectoryStore, owner: NetworkService, *, actor: str) -> None:
-    """Remove the named key and its private key. ChangeRefusedError while something names it (rule 3)."""
+    """Remove the named key and its private key. ChangeRefusedError while something names it (rule 2)."""
     obsolete: list[Path] = []
 
     def change(connection: Connection, before: Directory) -> Draft:
