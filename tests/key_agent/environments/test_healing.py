@@ -17,10 +17,11 @@ from key_agent.environments.incident_changes import KEK_COMPROMISED
 from key_agent.environments.peer_api import PeerCall
 from key_agent.environments.peer_transport import PeerError
 from key_agent.environments.states import EnvironmentState
-from key_agent.errors import UnsupportedError
+from key_agent.errors import KekRevokedError, UnsupportedError
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
+from key_agent.sources.source import Diagnosis, Verdict
 from tests.environments.breaches import BreachedSite, breached_members
 from tests.key_agent.conftest import until
 from tests.pki import Tenant
@@ -267,6 +268,21 @@ async def test_an_hsm_that_is_away_is_asked_again(site: BreachedSite) -> None:
     assert site["b"].consent.standing.is_withdrawn, "taking back waits for no HSM"
     site.members.source.recover()
     await until(lambda: '"action":"kek-disable","outcome":"ok"' in _audit(site, "b"))
+    await until(lambda: site.parts["b"].reaction.problem is None)
+
+
+async def test_a_kek_that_is_gone_needs_no_disabling_and_one_that_may_come_back_does(
+    site: BreachedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [Verdict.TOKEN_CHANGED, Verdict.KEK_EXPIRED, Verdict.KEK_DESTROYED]
+
+    async def found(kek: object, *, enabled: bool) -> None:
+        raise KekRevokedError(Diagnosis(said.pop(0), "as the HSM says"))
+
+    monkeypatch.setattr(site.members.source, "set_kek_enabled", found)
+    await site.commands("a").incident_open(environment="b", kind="kek", reason="IR")
+    await until(lambda: '"action":"kek-disable","outcome":"gone"' in _audit(site, "b"))
+    assert said == [], "it was asked again until the KEK was gone for good"
     await until(lambda: site.parts["b"].reaction.problem is None)
 
 

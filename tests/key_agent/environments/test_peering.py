@@ -575,6 +575,48 @@ async def test_a_foreword_that_proves_nothing_takes_nothing_away(
     assert b.peering.verdict.state == "active"
 
 
+async def test_a_foreword_gives_nothing_back(site: MembersSite) -> None:
+    """It serves again when its rows are here, those of restricted keys among them; no sooner."""
+    a, b = site["a"], site["b"]
+    await site.in_step()
+
+    def withdrawn(draft: Draft) -> None:
+        body = draft.shared.environments["b"]
+        draft.put(Kind.ENVIRONMENT, "b", msgspec.structs.replace(body, state=EnvironmentState.HEALING))
+
+    await a.change(withdrawn)
+    await until(lambda: acts_as(b) == "healing")
+    await site.in_step()
+    seen = await a.environments.shared.since(0)
+    forger = Forger(Breached("a", read_or_make_registry_key(a.directory)), seen)
+    body = msgspec.structs.replace(b.peering.view.environments["b"], state=EnvironmentState.ACTIVE)
+    forger.put(Kind.ENVIRONMENT, "b", body, term=1, epoch=seen.epoch_to + 1)
+    await site["c"].environments.peers.forewarn("b", forger.rows[Kind.ENVIRONMENT, "b"])
+    assert b.peering.verdict.reason == "it is healing"
+    assert not serves(b)
+
+
+async def test_a_manager_that_is_withdrawn_warns_of_nothing(site: MembersSite) -> None:
+    """It still has the key of its term, and the others do not stop by its word."""
+    a, b, c = (site[name] for name in "abc")
+    await site.in_step()
+
+    def withdrawn(draft: Draft) -> None:
+        body = draft.shared.environments["a"]
+        draft.put(Kind.ENVIRONMENT, "a", msgspec.structs.replace(body, state=EnvironmentState.HEALING))
+
+    await a.change(withdrawn)
+    await until(lambda: state_of(b, "a") is EnvironmentState.HEALING and serves(b))  # it has heard c
+    seen = await a.environments.shared.since(0)
+    forger = Forger(Breached("a", read_or_make_registry_key(a.directory)), seen)
+    body = msgspec.structs.replace(b.peering.view.environments["b"], state=EnvironmentState.HEALING)
+    forger.put(Kind.ENVIRONMENT, "b", body, term=1, epoch=seen.epoch_to + 1)
+    with pytest.raises(PeerError) as refused:
+        await c.environments.peers.forewarn("b", forger.rows[Kind.ENVIRONMENT, "b"])
+    assert refused.value.code == "not_believed"
+    assert acts_as(b) == "active"
+
+
 async def test_an_older_foreword_does_not_take_the_place_of_a_newer_one(site: MembersSite) -> None:
     """It would count until its own epoch alone, and the rows of that may say that the environment serves."""
     a, b, c = (site[name] for name in "abc")
