@@ -297,10 +297,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/exchange/exchange.py": _TALKS,
     "proxy/exchange/heads.py": _TALKS,
     "proxy/exchange/sending.py": _TALKS,
-    "proxy/reading.py": (
-        "tests/integration/test_proxy_ranges.py",
-        "what is asked of a service and what its clients get for it",
-    ),
     "proxy/opening.py": (
         "tests/proxy/test_bodies.py",
         "the way down of what bodies.py sends up: tested as round trips",
