@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, select, upd
 
 from envelope.certificates import Identity, Role, fingerprint, verify_certificate
 from envelope.keys import NetworkService
+from proxy.encryption_service.model import NamedKey
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError, KeyType
 from proxy.tenants.directory import DirectoryStore, Draft
@@ -31,7 +32,8 @@ def certificate_request(store: DirectoryStore, owner: NetworkService) -> x509.Ce
     try:
         key = certificates.read_private_key(key_file)
     except CredentialError as error:
-        raise ChangeRefusedError(str(error), f"make a new key by `sealgate service renew {owner}`") from None
+        entry = store.snapshot().recipients[owner]
+        raise ChangeRefusedError(str(error), f"make a new key by {command('renew', entry)}") from None
     return certificates.make_service_csr(owner, key)
 
 
@@ -85,7 +87,7 @@ def import_certificate(
         if entry.certificate == certificate:
             return None
         row = row_of(connection, owner)
-        key_file = _key_file_for(store, certificate, [row.pending_key_file, row.key_file], owner)
+        key_file = _key_file_for(store, certificate, [row.pending_key_file, row.key_file], entry)
         values: dict[str, object] = {
             "certificate_der": certificate.public_bytes(Encoding.DER),
             "key_file": key_file,
@@ -122,7 +124,7 @@ def _key_file_for(
     store: DirectoryStore,
     certificate: x509.Certificate,
     candidates: Sequence[str | None],
-    owner: NetworkService,
+    entry: Recipient,
 ) -> str:
     for name in candidates:
         if name is None:
@@ -130,15 +132,19 @@ def _key_file_for(
         try:
             key = certificates.read_private_key(store.state_dir / name)
         except CredentialError as error:
-            raise ChangeRefusedError(
-                str(error), f"make a new key by `sealgate service renew {owner}`"
-            ) from None
+            raise ChangeRefusedError(str(error), f"make a new key by {command('renew', entry)}") from None
         if key.public_key() == certificate.public_key():
             return name
     raise ChangeRefusedError(
-        f"the certificate is for another key than those of {owner} on this proxy",
+        f"the certificate is for another key than those of {entry.owner} on this proxy",
         "have the tenant's root sign the CSR that was written last",
     )
+
+
+def command(verb: str, entry: Recipient) -> str:
+    """What an operator types to *verb* it: services and named keys have commands of their own."""
+    noun = "key" if isinstance(entry, NamedKey) else "service"
+    return f"`sealgate {noun} {verb} {entry.owner}`"
 
 
 def row_of(connection: Connection, owner: NetworkService) -> Row[Any]:

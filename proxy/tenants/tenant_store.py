@@ -21,14 +21,13 @@ from envelope.certificates import (
     verify_certificate,
 )
 from envelope.keys import check_name
-from proxy.encryption_service.model import NamedKey
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
 from proxy.tenants.directory import UNCHANGED, DirectoryStore, Draft
 from proxy.tenants.errors import ChangeRefusedError
 from proxy.tenants.key_files import new_files, remove_files
-from proxy.tenants.model import Directory, Listen, Recipient, TenantEntry
-from proxy.tenants.recipient_store import update_of
+from proxy.tenants.model import Directory, Listen, TenantEntry
+from proxy.tenants.recipient_store import command, update_of
 from proxy.tenants.rules import (
     check_listener,
     check_not_tunnelled,
@@ -160,7 +159,7 @@ def remove_tenant(store: DirectoryStore, name: str, *, actor: str) -> None:
         if recipients:
             raise ChangeRefusedError(
                 f"tenant {name} has {len(recipients)} network service(s) or key(s)",
-                "remove them first: " + ", ".join(f"`{_removal(entry)}`" for entry in recipients),
+                "remove them first: " + ", ".join(command("remove", entry) for entry in recipients),
             )
         obsolete.extend([entry.interception_ca.certificate_file, entry.interception_ca.key_file])
         for table in (tunnel_host, signer, service_dialect, service_credential, proxy_user):
@@ -202,11 +201,6 @@ def _drop_foreign_certificates(
             )
         except CertificateError:
             connection.execute(update_of(service.owner).values(certificate_der=None))
-
-
-def _removal(entry: Recipient) -> str:
-    noun = "key" if isinstance(entry, NamedKey) else "service"
-    return f"sealgate {noun} remove {entry.owner}"
 
 
 def _replace_tunnel_hosts(connection: Connection, name: str, rules: Iterable[str]) -> None:

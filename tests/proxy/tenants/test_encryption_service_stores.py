@@ -117,6 +117,19 @@ def test_what_was_not_answered_has_its_files(place: Place, store: DirectoryStore
 
 
 @on_both
+def test_a_named_key_whose_file_is_lost_is_made_anew_by_a_command_of_keys(
+    store: DirectoryStore, provisioned: DirectoryStore, acme: Tenant
+) -> None:
+    certificate = sign(acme, certificate_request(provisioned, ORDERS))
+    store.newest_key_file(ORDERS).unlink()
+    for attempt in (
+        lambda: certificate_request(store, ORDERS),
+        lambda: import_certificate(store, ORDERS, certificate, actor=ACTOR),
+    ):
+        assert refused_next(attempt) == "make a new key by `sealgate key renew acme/orders`"
+
+
+@on_both
 def test_a_named_key_is_a_recipient_without_an_upstream(
     place: Place, store: DirectoryStore, provisioned: DirectoryStore, acme: Tenant
 ) -> None:
