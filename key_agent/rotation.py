@@ -4,7 +4,7 @@ cannot open.
 1. First the new key is pushed `pre-active`: it opens, and seals nothing. Once every proxy of the service has
    acknowledged a push that carried it, it becomes `active` and the old one `deactivated`.
 2. Whether a proxy has it is told by sequences: a key is written together with the highest sequence that any
-   envelope of its service had, and every later envelope carries it (registry/store.py, rule 3).
+   envelope of its service had, and every later envelope carries it (registry/pushes.py, rule 2).
 3. A proxy that does not acknowledge is named, and waited for until two refreshes have passed: by then nothing
    it was pushed before is valid any more, so it can neither seal nor open. Where nothing seals meanwhile
    (after `reinstate`, or when the active key was taken back) it is waited for 15 s. This time passes on the

@@ -40,6 +40,7 @@ VERIFIED: Final = "verified"
 STORED: Final = "stored"
 # States that a newer KEK does not share a table with: see the index one_current_kek.
 NOT_CURRENT: Final = (KekState.PRE_ACTIVE, KekState.STAGED, KekState.DEACTIVATED, KekState.RETIRED)
+_NEVER: Final = 1 << 30
 
 
 class RefusedChangeError(KeyAgentError):
@@ -326,6 +327,11 @@ class RegistryAccess:
             select(func.max(push_sequence.c.sequence)).where(push_sequence.c.network_service_id == str(owner))
         )
         return int(found or 0)
+
+
+def hosts_worth_two_phases(patience: Patience) -> int:
+    """As many proxies must host a service for its replaced key to come in two phases; no patience: never."""
+    return 2 if patience.unserved_ms else _NEVER
 
 
 def set_key_state(

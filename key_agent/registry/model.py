@@ -121,6 +121,9 @@ class Patience:
     """Nothing seals meanwhile."""
 
 
+AT_ONCE: Final = Patience(usual_ms=0, unserved_ms=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
     """One key taking over from another, in two phases."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from envelope.keys import KeyId, NetworkService
-from key_agent.registry.model import Proxy
+from key_agent.registry.model import Proxy, Reservation
 from key_agent.registry.store import Registry
 from key_agent.sources.source import Kek, KekReference, WrapMethod, WrappedKey
 
@@ -73,3 +73,23 @@ async def add_service(
             owner, proxy_id=name, certificate_pem="PEM", key=None if number else key, now_ms=NOW_MS
         )
     return key
+
+
+async def with_services(registry: Registry, *owners: NetworkService, proxy: str = "p1") -> list[WrappedKey]:
+    """*owners* at one more proxy; the keys that had to be made for that."""
+    if await registry.current_kek() is None:
+        await add_kek(registry)
+    await registry.add_proxy(Proxy(id=proxy, url="https://p.example", ca_pem="CA"), now_ms=NOW_MS)
+    keys = []
+    for owner in owners:
+        key = None if await registry.has_active_key(owner) else key_of(owner)
+        await registry.add_service(owner, proxy_id=proxy, certificate_pem="PEM", key=key, now_ms=NOW_MS)
+        keys += [key] if key else []
+    return keys
+
+
+async def reserve(
+    registry: Registry, *owners: NetworkService, proxies: tuple[str, ...] = ("p1",), now_ms: int = NOW_MS
+) -> tuple[Kek, list[Reservation]]:
+    """As for a push whose keys are valid for 330 s."""
+    return await registry.reserve(owners, proxies, now_ms=now_ms, until_ms=now_ms + 330_000)

@@ -7,8 +7,9 @@ import pytest
 
 from envelope.keys import TRANSITIONS, KeyId, KeyState, KeyUse
 from key_agent.registry.model import UNSERVED_MS, DataKeyRow, Patience, RotationCause
+from key_agent.registry.pushes import MAX_TOMBSTONES
 from key_agent.registry.states import ROTATION_TRANSITIONS, KekState, RotationPhase
-from key_agent.registry.store import MAX_TOMBSTONES, RefusedChangeError, Registry
+from key_agent.registry.store import RefusedChangeError, Registry
 from tests.key_agent.registry.records import (
     BOX,
     NOW_MS,
