@@ -12,7 +12,8 @@ from typing import Final
 from envelope.errors import Unavailable
 from envelope.keys import NetworkService
 from envelope.objects import MAX_CANDIDATES, Candidate, matching
-from proxy.keys.cache import DataKey, KeyCache, unavailable
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey, unavailable
 
 type Tried = Callable[[int], None]
 """Is told how many keys are tried; AuditUnavailableError: they must not be."""

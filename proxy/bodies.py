@@ -24,7 +24,8 @@ from envelope.objects import MAGIC, Sealer, has_magic, sealed_length
 from proxy import refusals
 from proxy.conversing import PartOf, Sealed
 from proxy.gate.permit import Piece, Transform
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.message import ExpectedDigest
 from proxy.plan import Decoder, EmptyBody, Reshape, Reshaper, Seal
 from proxy.refusals import Refusal, RefusedError

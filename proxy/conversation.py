@@ -19,7 +19,8 @@ from proxy.asking import AnswerTooLongError, AskingError, ServiceAnswer, Source
 from proxy.bodies import SealBody, sealing_key
 from proxy.conversing import Conversation, Inspected, Opened, PartOf, Reply, Sealed, Spooled, StoredKind
 from proxy.gate.permit import Transform
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.message import AnswerHead, ByteRange, content_range
 from proxy.opening import OpenBody
 from proxy.plan import EmptyBody, Forward, OpenRange, Refuse, Seal

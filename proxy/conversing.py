@@ -14,7 +14,7 @@ from typing import Protocol
 from envelope.multipart import Manifest
 from envelope.objects import Header
 from proxy.asking import ServiceAnswer
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.message import ByteRange, Fields
 from proxy.request import Request
 from proxy.uploads import UploadStore

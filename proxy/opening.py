@@ -23,7 +23,7 @@ from proxy.anonymous_objects import AnonymousKeys, candidate
 from proxy.answer_plan import BodyMapper
 from proxy.bodies import Meter, refuse
 from proxy.gate.permit import Piece, Transform
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.ranges import AskedRange
 from proxy.refusals import RefusedError
 

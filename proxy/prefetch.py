@@ -29,7 +29,7 @@ from envelope.objects import (
 from proxy.anonymous_objects import candidate
 from proxy.asking import Asking, AskingError, ServiceAnswer, Source
 from proxy.conversing import StoredKind
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.message import content_range, strong_etag
 from proxy.opening import is_part
 

@@ -21,7 +21,8 @@ from proxy.anonymous_objects import AnonymousKeys
 from proxy.answer_plan import MapSize, OpenWhole
 from proxy.conversing import StoredKind
 from proxy.gate.permit import CLEAR, Clear
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.message import AnswerHead, ByteRange, Fields, declared_length, strong_etag
 from proxy.opening import CODINGS, FindKey, OpenBody, OpenRangeBody
 from proxy.plan import Going, LegacyRange, OpenRange

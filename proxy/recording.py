@@ -8,7 +8,7 @@
 from typing import Final
 
 from envelope.keys import KeyId, NetworkService
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.metrics import OK, ProxyMetrics, ServiceMeters
 from proxy.request import Route
 from runtime.audit import AuditLog, AuditUnavailableError

@@ -16,7 +16,7 @@ from envelope.objects import MAGIC, Header, Opener, has_magic
 from proxy import refusals
 from proxy.bodies import Meter, SealBody, refusal_for
 from proxy.gate.permit import Piece, Transform
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.plan import Decoder, Seal
 from proxy.refusals import Refusal, RefusedError
 

@@ -53,7 +53,8 @@ from proxy.encryption_service.model import (
 )
 from proxy.encryption_service.recording import ACTION, Entry, Outcome, fields_of, refused
 from proxy.encryption_service.signatures import HashName, Marshaling, PublicKey, RsaPadding, SignatureScheme
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock
 

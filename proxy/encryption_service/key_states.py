@@ -18,7 +18,8 @@ from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
 from proxy.encryption_service.errors import KeyNotFound, KeyRefused, Refusal, Revoked, Stale, Withdrawn
 from proxy.encryption_service.model import NamedKey, ServiceDirectory
 from proxy.encryption_service.signatures import PublicKey
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 
 DEGRADED_BELOW_S: Final = 20.0
 """Keys are good for 330 s and refreshed within 300 s: with less than this left the agent is late."""

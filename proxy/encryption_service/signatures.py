@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 
 from envelope.keys import SigningAlgorithm
 from proxy.encryption_service.errors import DoesNotVerify, InputRefused
-from proxy.keys.cache import SigningKey
+from proxy.keys.data_key import SigningKey
 
 type PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 

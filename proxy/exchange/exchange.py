@@ -18,7 +18,8 @@ from proxy.bodies import ReshapeBody, SealBody, refusal_for
 from proxy.collecting import Collecting, CountedBody
 from proxy.conversation import ServiceConversation
 from proxy.gate.permit import Collect
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.message import AnswerHead
 from proxy.opening import OpenBody, OpenRangeBody
 from proxy.plan import Going, RequestPlan

@@ -16,7 +16,7 @@ from proxy.conversing import Reply
 from proxy.exchange.exchange import EXCHANGE, ClientBody, Exchange, Means
 from proxy.exchange.heads import declare, depart, depart_with, sized, stream
 from proxy.gate.permit import CLEAR, Collect, Grant, permit
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.plan import (
     Answer,
     Converse,

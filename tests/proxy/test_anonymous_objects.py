@@ -9,7 +9,8 @@ from envelope.errors import IntegrityError, KeyUnavailableError, Unavailable
 from envelope.keys import ANONYMOUS, KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.objects import MAX_CANDIDATES, Sealer
 from proxy.anonymous_objects import AnonymousKeys, candidate
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from tests.fakes.clock import ManualClock
 
 OWNER = NetworkService("acme", "files")

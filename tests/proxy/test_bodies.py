@@ -13,7 +13,8 @@ from envelope.objects import CHUNK_SIZE, Header, Opener, sealed_length, sealed_r
 from proxy import refusals
 from proxy.bodies import NoBody, SealBody, refusal_for, sealing_refusal
 from proxy.gate.permit import Transform
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.message import ExpectedDigest
 from proxy.opening import OpenBody, OpenRangeBody
 from proxy.plan import EmptyBody

@@ -36,7 +36,7 @@ from proxy.encryption_service.errors import (
     Withdrawn,
 )
 from proxy.encryption_service.model import NamedKey, Op
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 
 MAX_AAD_BYTES: Final = 0xFFFF
 KEYS_PER_UNIT: Final = 8

@@ -19,7 +19,7 @@ from proxy.encryption_service.access import Caller
 from proxy.encryption_service.core import Core, Ticket
 from proxy.encryption_service.dialects.bearer import BYTES_PER_UNIT, BearerCalls, Work
 from proxy.encryption_service.errors import DoesNotVerify, QuotaExceeded, ServiceError
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 
 QUOTA_STEP_BYTES: Final = 1 << 20
 

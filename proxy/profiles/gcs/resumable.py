@@ -23,7 +23,7 @@ from proxy import refusals
 from proxy.asking import ServiceAnswer
 from proxy.checksums import Crc32C
 from proxy.conversing import Conversation, Reply
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.message import request_digests
 from proxy.plan import Answer, Converse, Decision, Refuse, RequestPlan, Reshape
 from proxy.profiles.gcs.chunks import Chunk, SealedChunk

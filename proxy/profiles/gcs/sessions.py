@@ -18,7 +18,7 @@ from envelope.errors import SealgateError
 from envelope.multipart import Manifest, Part
 from envelope.objects import Bind, Header, Opener, Sealer
 from proxy import refusals
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.profiles.gcs.digests import Digests
 from proxy.refusals import RefusedError
 

@@ -23,7 +23,7 @@ from proxy import refusals
 from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
 from proxy.asking import ServiceAnswer
 from proxy.conversing import Conversation, PartOf, Reply, Sealed
-from proxy.keys.cache import DataKey
+from proxy.keys.data_key import DataKey
 from proxy.message import AnswerHead
 from proxy.plan import Answer, Converse, Decision, EmptyBody, Forward, Proceed, RequestPlan, Seal
 from proxy.profiles.s3 import etags, part_checksums

@@ -20,7 +20,7 @@ from proxy.encryption_service.signatures import (
     sign,
     verify,
 )
-from proxy.keys.cache import SigningKey
+from proxy.keys.data_key import SigningKey
 from tests.proxy.encryption_service.service_rig import signing_material
 
 MESSAGE = b"the quick brown fox"

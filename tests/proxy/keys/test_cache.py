@@ -10,7 +10,6 @@ from envelope import derive
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import Operation
-from proxy.keys import cache as cache_module
 from proxy.keys.cache import MAX_KEYS_PER_SERVICE, MAX_MISSES, MAX_TOMBSTONES, MISS_TTL_S, KeyCache
 from tests.fakes.clock import ManualClock
 
@@ -82,15 +81,6 @@ def why_not_open(cache: KeyCache, key_id: KeyId, owner: NetworkService = DRIVE) 
     with pytest.raises(KeyUnavailableError) as caught:
         cache.opening_key(owner, key_id)
     return caught.value.reason
-
-
-def test_object_key_is_the_derivation_of_the_format(cache: KeyCache, clock: ManualClock) -> None:
-    secret = os.urandom(32)
-    key = material(secret=secret)
-    install(cache, clock, key)
-    expected = derive.object_key(secret, DRIVE, key.key_id)
-    assert cache.sealing_key(DRIVE).object_key == expected
-    assert cache.opening_key(DRIVE, key.key_id).object_key == expected
 
 
 def test_the_deadline_is_exact_and_on_the_boot_clock(cache: KeyCache, clock: ManualClock) -> None:
@@ -460,10 +450,6 @@ async def test_a_cancelled_waiter_leaves_no_task(cache: KeyCache, clock: ManualC
     waiter.cancel()
     await asyncio.gather(waiter, return_exceptions=True)
     assert asyncio.all_tasks() == before
-
-
-def test_reasons_cover_the_enum() -> None:
-    assert set(cache_module._CAUSES) == set(Unavailable)
 
 
 async def test_time_that_the_boot_clock_did_not_see_counts_too(cache: KeyCache, clock: ManualClock) -> None:

@@ -1,16 +1,14 @@
-"""Keys by version, signing keys, and the ciphers of the encryption service: found, separated, ended."""
+"""Keys by version, and signing keys: found, separated, ended."""
 
 import os
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from envelope import derive
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Operation
-from envelope.xaes import Xaes256Gcm
-from proxy.keys.cache import MAX_CONTEXT_CIPHERS, MAX_TOMBSTONES, KeyCache
+from proxy.keys.cache import MAX_TOMBSTONES, KeyCache
 from tests.fakes.clock import ManualClock
 from tests.proxy.encryption_service.service_rig import signing_material
 
@@ -210,44 +208,6 @@ def test_an_ended_signing_key_signs_nothing(cache: KeyCache, clock: ManualClock,
         _ = held.signing_key
     assert held._signing_key is None
     assert not any(held._secret)
-
-
-def test_a_data_key_does_not_sign(cache: KeyCache, clock: ManualClock) -> None:
-    install(cache, clock, Made(1)())
-    with pytest.raises(MisuseError):
-        _ = cache.sealing_key(OWNER).signing_key
-
-
-# Ciphers of the encryption service.
-
-
-def test_a_service_cipher_is_derived_once_and_ends_with_its_key(cache: KeyCache, clock: ManualClock) -> None:
-    made = Made(1)
-    install(cache, clock, made())
-    key = cache.sealing_key(OWNER)
-    cipher, in_context = key.service_cipher("xks"), key.service_cipher("xks", b"c")
-    assert key.service_cipher("xks") is cipher
-    assert key.service_cipher("xks", b"c") is in_context
-    nonce, sealed = cipher.seal(b"plain", b"")
-    dek = derive.service_key(made.secret, OWNER, made.key_id, "xks")
-    assert Xaes256Gcm(dek).decrypt(nonce, sealed, b"") == b"plain"
-    install(cache, clock, made())
-    assert key.service_cipher("xks") is cipher, "a refresh is not a rotation"
-    install(cache, clock)
-    for context in (b"", b"c"):
-        with pytest.raises(KeyUnavailableError):
-            key.service_cipher("xks", context)
-    assert not key._ciphers
-    assert key._context_ciphers is None
-
-
-def test_contexts_do_not_fill_the_memory(cache: KeyCache, clock: ManualClock) -> None:
-    install(cache, clock, Made(1)())
-    key = cache.sealing_key(OWNER)
-    for number in range(2 * MAX_CONTEXT_CIPHERS):
-        key.service_cipher("transit", b"%d" % number)
-    assert key._context_ciphers is not None
-    assert len(key._context_ciphers) == MAX_CONTEXT_CIPHERS
 
 
 # The agent's word.

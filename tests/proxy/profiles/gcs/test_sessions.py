@@ -9,7 +9,8 @@ import pytest
 from envelope.keys import KeyId, KeyMaterial, KeyState
 from envelope.multipart import Part
 from proxy import refusals
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.profiles.gcs.sessions import Claim, Known, State, key_header
 from proxy.refusals import Refusal, RefusedError
 from tests.fakes.clock import ManualClock

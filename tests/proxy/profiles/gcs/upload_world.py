@@ -20,7 +20,8 @@ from envelope.multipart import TRAILER_SIZE, CompositeOpener, Manifest, ending_r
 from envelope.objects import Header, Sealer
 from proxy import refusals
 from proxy.conversing import Conversation, Inspected, PartOf, Reply
-from proxy.keys.cache import DataKey, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.data_key import DataKey
 from proxy.message import ByteRange, Fields, RequestHead
 from proxy.plan import Answer, Converse, Refuse, Reshape
 from proxy.planner import request_of
