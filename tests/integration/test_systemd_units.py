@@ -56,6 +56,8 @@ def test_the_units_are_hardened(unit: str) -> None:
     assert service["ExecStart"][0].endswith(" run")
     assert service["ExecStartPre"][0].startswith(program)
     assert service["ExecStartPre"][0].endswith(" --check-config")
+    # The documents say `systemctl reload`; without this line systemd refuses it.
+    assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
 @pytest.mark.parametrize(
