@@ -9,138 +9,33 @@
    end it.
 3. What has ended is overwritten, at once when it is taken back, and by the sweeper when its time is up.
 4. A withdrawal beats every push that was issued before it, whatever the order of arrival and whoever sent it.
-5. Installation is all or nothing, and never gives one key id two materials, nor one version of a service's
-   keys two key ids: the encryption service finds keys by version, so it must find the same one as before.
-6. Everything a stranger can make grow is bounded: key ids nobody knows, tombstones, keys per service.
+5. Installation is all or nothing: what a service's keys may be is judged before anything changes (slot.py).
+6. A look-up by a stranger leaves nothing behind; what is known of a service is bounded (slot.py).
 7. Nothing here prints a secret.
 """
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Final, NoReturn, override
 
-from cachetools import LRUCache, TLRUCache, TTLCache
+from cachetools import TLRUCache
 
 from envelope.errors import EnvelopeError, KeyUnavailableError, Unavailable
-from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
+from envelope.keys import KeyId, KeyMaterial, KeyUse, NetworkService
 from envelope.material import Operation
 from proxy.keys.data_key import DataKey, unavailable
+from proxy.keys.slot import STOPPING_STATES, ServiceStatus, Slot, Version, VersionHolding, Word
 from runtime.clock import Clock, wall_ahead_s
 
-MAX_KEYS_PER_SERVICE: Final = 1024
-"""An envelope of 64 KiB holds about 250 keys; `add` may collect a few of them."""
-MAX_TOMBSTONES: Final = 1024
-MAX_MISSES: Final = 256
-MISS_TTL_S: Final = 60.0
 SWEEP_INTERVAL_S: Final = 1.0
 LOST_TIME_S: Final = 1.0
 """The wall clock was set by less: not worth a word yet. Several such count together."""
 
-_STOPPING_STATES: Final = {
-    KeyState.SUSPENDED: Unavailable.SUSPENDED,
-    KeyState.COMPROMISED: Unavailable.COMPROMISED,
-    KeyState.DESTROYED: Unavailable.DESTROYED,
-}
 # Nobody waits for these: the enterprise has spoken.
 _FINAL: Final = frozenset(
     {Unavailable.WITHDRAWN, Unavailable.SUSPENDED, Unavailable.COMPROMISED, Unavailable.DESTROYED}
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionHolding:
-    """One version of a service's keys: the key if it can be used, else why not."""
-
-    version: int
-    key_id: KeyId
-    use: KeyUse
-    seen_at_s: int
-    """Unix time at which it came here first."""
-    key: DataKey | None
-    reason: Unavailable | None
-    """None exactly if `key` is there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """What the agent last said of a service as a whole: by a `set`, which states all of its keys."""
-
-    withdrawn: bool
-    valid_for_s: float
-    """Seconds for which its last `set` still counts; 0 if it has run out, or none came."""
-    was_given: bool
-    """Whether any `set` came since this process began."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyHolding:
-    """One key that can be used now, or the state that forbids it."""
-
-    key_id: KeyId
-    state: KeyState
-    valid_for_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceStatus:
-    """What the cache holds for one network service: for the session answer, readiness and `/metrics`.
-
-    `missed` are key ids that were asked for within the last minute and are not here, at most MAX_MISSES.
-    """
-
-    owner: NetworkService
-    can_seal: bool
-    reason: Unavailable | None
-    holds: tuple[KeyHolding, ...]
-    missed: tuple[KeyId, ...]
-
-    @property
-    def valid_for_s(self) -> float:
-        """The countdown: seconds until the service is blind, if nobody renews."""
-        return max((holding.valid_for_s for holding in self.holds), default=0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Version:
-    key_id: KeyId
-    seen_at_s: int
-
-
-class _Slot:
-    """All that is known of one provisioned network service. A lookup never makes one."""
-
-    __slots__ = (
-        "active",
-        "keys",
-        "misses",
-        "no_active",
-        "pushed",
-        "signing",
-        "tombstones",
-        "versions",
-        "withdrawn",
-        "withdrawn_sequence",
-        "word_deadline_boot_s",
-    )
-
-    def __init__(self, boot_s: Callable[[], float]) -> None:
-        self.keys: dict[KeyId, DataKey] = {}
-        self.active: DataKey | None = None
-        self.signing: DataKey | None = None
-        self.versions: dict[tuple[KeyUse, int], _Version] = {}
-        self.word_deadline_boot_s = -math.inf
-        self.no_active = Unavailable.UNKNOWN  # why, while `active` is None
-        self.withdrawn = False
-        self.withdrawn_sequence = -1
-        self.tombstones: LRUCache[KeyId, Unavailable] = LRUCache(maxsize=MAX_TOMBSTONES)
-        self.misses: TTLCache[KeyId, None] = TTLCache(maxsize=MAX_MISSES, ttl=MISS_TTL_S, timer=boot_s)
-        self.pushed = asyncio.Event()
-
-    def wake(self) -> None:
-        self.pushed.set()
-        self.pushed = asyncio.Event()
 
 
 class _Deadlines(TLRUCache[tuple[NetworkService, KeyId], DataKey]):
@@ -169,7 +64,7 @@ class KeyCache:
         shortened for it. It must not wait and must not raise."""
         self._clock = clock
         self._on_clock_set = on_clock_set
-        self._slots: dict[NetworkService, _Slot] = {}
+        self._slots: dict[NetworkService, Slot] = {}
         self._deadlines = _Deadlines(clock, self._on_expired)
         self._ahead_s = wall_ahead_s(self._clock)
         """By how much the wall clock was ahead of the boot clock when it was set last, as far as we saw."""
@@ -200,17 +95,16 @@ class KeyCache:
         self.take_off_lost_time()  # of the keys that are here, not of those that come
         self.sweep()
         materials = tuple(keys)
-        slot = self._slots.get(owner)
+        slot = self._slots.get(owner) or Slot(owner, self._clock.boot_s)
         try:
-            self._refuse_unless_free(owner, slot, materials, operation)
+            slot.refuse_unless_free(materials, operation)
             if materials:
-                self._refuse_unless_timely(owner, slot, deadline_boot_s, sequence)
+                slot.refuse_unless_timely(deadline_boot_s, sequence, now_boot_s=self._clock.boot_s())
         except EnvelopeError:
             for material in materials:
                 material.wipe()
             raise
-        if slot is None:
-            slot = self._slots[owner] = _Slot(self._clock.boot_s)
+        self._slots[owner] = slot
         if operation is Operation.SET:
             if not materials:
                 self._withdraw(slot, sequence)
@@ -221,7 +115,7 @@ class KeyCache:
             slot.active = slot.signing = None
             slot.withdrawn = False
             slot.word_deadline_boot_s = deadline_boot_s
-            stopping = [_STOPPING_STATES.get(material.state) for material in materials]
+            stopping = [STOPPING_STATES.get(material.state) for material in materials]
             slot.no_active = stopping[0] if stopping[0] and all(stopping) else Unavailable.NOT_ACTIVE
         for material in materials:
             self._install_one(slot, material, deadline_boot_s)
@@ -229,7 +123,7 @@ class KeyCache:
             slot.active, slot.no_active = None, Unavailable.NOT_ACTIVE
         if slot.signing is not None and not slot.signing.state.may_seal:
             slot.signing, slot.no_active = None, Unavailable.NOT_ACTIVE
-        slot.versions = {  # rule 6: as bounded as what it points to
+        slot.versions = {  # as bounded as what it points to
             number: version
             for number, version in slot.versions.items()
             if version.key_id in slot.keys or version.key_id in slot.tombstones
@@ -241,10 +135,7 @@ class KeyCache:
 
         With *sequence*, pushes up to this number stay refused.
         """
-        slot = self._slots.get(owner)
-        if slot is None:
-            slot = self._slots[owner] = _Slot(self._clock.boot_s)
-        self._withdraw(slot, sequence)
+        self._withdraw(self._slot(owner), sequence)
 
     def withdraw_tenant(self, tenant: str) -> None:
         """Take back everything that *tenant* has here, now."""
@@ -313,7 +204,7 @@ class KeyCache:
         if slot is not None and slot.active is not None:
             slot.active.check()
             return slot.active
-        raise unavailable(self._cannot_seal(slot), owner, None)
+        raise unavailable(Unavailable.UNKNOWN if slot is None else slot.reason, owner, None)
 
     def opening_key(self, owner: NetworkService, key_id: KeyId) -> DataKey:
         """The key *key_id* of *owner*, in a state that may open. KeyUnavailableError if there is none."""
@@ -359,7 +250,7 @@ class KeyCache:
         if slot is not None and slot.signing is not None:
             slot.signing.check()
             return slot.signing
-        raise unavailable(self._cannot_seal(slot), owner, None)
+        raise unavailable(Unavailable.UNKNOWN if slot is None else slot.reason, owner, None)
 
     def key_of_version(self, owner: NetworkService, use: KeyUse, version: int) -> DataKey:
         """The key of this version, whatever its state allows. KeyUnavailableError if it is not here."""
@@ -380,36 +271,21 @@ class KeyCache:
         """Every version that is here or was ended, ascending."""
         self.sweep()
         slot = self._slots.get(owner)
-        if slot is None:
-            return []
-        return [
-            VersionHolding(
-                version=number,
-                key_id=version.key_id,
-                use=use,
-                seen_at_s=version.seen_at_s,
-                key=(key := slot.keys.get(version.key_id)),
-                reason=None if key else slot.tombstones.get(version.key_id, Unavailable.UNKNOWN),
-            )
-            for (version_use, number), version in sorted(slot.versions.items())
-            if version_use is use
-        ]
+        return [] if slot is None else slot.versions_of(use)
 
     def word(self, owner: NetworkService) -> Word:
         """What the agent last said of *owner*, and for how long that counts."""
         slot = self._slots.get(owner)
         if slot is None:
             return Word(withdrawn=False, valid_for_s=0.0, was_given=False)
-        left_s = max(0.0, slot.word_deadline_boot_s - self._clock.boot_s())
-        given = slot.withdrawn or slot.word_deadline_boot_s > -math.inf
-        return Word(slot.withdrawn, 0.0 if slot.withdrawn else left_s, given)
+        return slot.word(now_boot_s=self._clock.boot_s())
 
     async def wait_for_sealing_key(self, owner: NetworkService, *, timeout_s: float) -> DataKey:
         """Like `sealing_key`, but wait up to *timeout_s* for a push if the key is merely missing or late.
 
         What the enterprise has withdrawn or suspended is refused at once.
         """
-        slot = self._slots.setdefault(owner, _Slot(self._clock.boot_s))
+        slot = self._slot(owner)
         deadline_boot_s = self._clock.boot_s() + timeout_s
         while True:
             try:
@@ -423,79 +299,27 @@ class KeyCache:
     def status(self, owners: Iterable[NetworkService] | None = None) -> list[ServiceStatus]:
         """What is held for each of *owners* (default: all that were ever pushed), with countdowns."""
         self.sweep()
-        return [self._status_of(owner) for owner in (sorted(self._slots) if owners is None else owners)]
+        return [
+            slot.status() if (slot := self._slots.get(owner)) is not None else ServiceStatus.of_nothing(owner)
+            for owner in (sorted(self._slots) if owners is None else owners)
+        ]
 
     # Within.
 
-    def _refuse_unless_timely(
-        self,
-        owner: NetworkService,
-        slot: _Slot | None,
-        deadline_boot_s: float,
-        sequence: int | None,
-    ) -> None:
-        if slot is not None and sequence is not None and sequence <= slot.withdrawn_sequence:
-            raise EnvelopeError("sequence", f"{owner} was withdrawn after this envelope was issued")
-        if deadline_boot_s <= self._clock.boot_s():
-            raise EnvelopeError("time", f"the keys of {owner} are past their end")
+    def _slot(self, owner: NetworkService) -> Slot:
+        """Made if there is none: for who is provisioned. A look-up never makes one."""
+        slot = self._slots.get(owner)
+        if slot is None:
+            slot = self._slots[owner] = Slot(owner, self._clock.boot_s)
+        return slot
 
-    def _refuse_unless_free(
-        self,
-        owner: NetworkService,
-        slot: _Slot | None,
-        materials: Sequence[KeyMaterial],
-        operation: Operation,
-    ) -> None:
-        held = {} if slot is None else slot.keys
-        named = {material.key_id for material in materials}
-        if len(named) != len(materials):
-            raise EnvelopeError("key-conflict", f"{owner}: a key id stands twice in one envelope")
-        if len(named | (held.keys() if operation is Operation.ADD else set())) > MAX_KEYS_PER_SERVICE:
-            raise EnvelopeError("too-many", f"{owner} would hold more than {MAX_KEYS_PER_SERVICE} keys")
-        for material in materials:
-            if material.owner != owner:
-                raise EnvelopeError(
-                    "owner", f"key {material.key_id} belongs to {material.owner}, not {owner}"
-                )
-            key = held.get(material.key_id)
-            if key is not None and material.state not in _STOPPING_STATES and not key.holds(material.secret):
-                raise EnvelopeError(
-                    "key-conflict", f"key {material.key_id} came with other material than before"
-                )
-        self._refuse_unless_numbered(owner, slot, materials)
-
-    def _refuse_unless_numbered(
-        self, owner: NetworkService, slot: _Slot | None, materials: Sequence[KeyMaterial]
-    ) -> None:
-        """Rule 5. What is withdrawn or expired holds its number no longer: the agent may have begun anew."""
-        taken: dict[tuple[KeyUse, int], KeyId] = {}
-        if slot is not None:
-            taken = {
-                number: version.key_id
-                for number, version in slot.versions.items()
-                if version.key_id in slot.keys
-                or slot.tombstones.get(version.key_id) in _STOPPING_STATES.values()
-            }
-        numbers = {key_id: number for number, key_id in taken.items()}
-        for material in materials:
-            number = (material.use, material.version)
-            if taken.setdefault(number, material.key_id) != material.key_id:
-                raise EnvelopeError(
-                    "key-conflict",
-                    f"{owner}: version {material.version} came with another key id than before",
-                )
-            if numbers.setdefault(material.key_id, number) != number:
-                raise EnvelopeError(
-                    "key-conflict", f"key {material.key_id} came with another version than before"
-                )
-
-    def _install_one(self, slot: _Slot, material: KeyMaterial, deadline_boot_s: float) -> None:
+    def _install_one(self, slot: Slot, material: KeyMaterial, deadline_boot_s: float) -> None:
         key = slot.keys.get(material.key_id)
         number = (material.use, material.version)
         known = slot.versions.get(number)
         if known is None or known.key_id != material.key_id:
-            slot.versions[number] = _Version(material.key_id, int(self._clock.wall_s()))
-        stopping = _STOPPING_STATES.get(material.state)
+            slot.versions[number] = Version(material.key_id, int(self._clock.wall_s()))
+        stopping = STOPPING_STATES.get(material.state)
         if stopping is not None:
             # The material of a key that may not be used is not kept; a push brings it if it is reinstated.
             material.wipe()
@@ -517,7 +341,7 @@ class KeyCache:
         if slot.signing is None and key.use is KeyUse.SIGN and key.state.may_seal:
             slot.signing = key
 
-    def _withdraw(self, slot: _Slot, sequence: int | None) -> None:
+    def _withdraw(self, slot: Slot, sequence: int | None) -> None:
         for key in list(slot.keys.values()):
             self._end(slot, key, Unavailable.WITHDRAWN)
         slot.active = slot.signing = None
@@ -528,11 +352,11 @@ class KeyCache:
             slot.withdrawn_sequence = max(slot.withdrawn_sequence, sequence)
         slot.wake()
 
-    def _end(self, slot: _Slot, key: DataKey, reason: Unavailable) -> None:
+    def _end(self, slot: Slot, key: DataKey, reason: Unavailable) -> None:
         key.end(reason)
         slot.keys.pop(key.key_id, None)
         slot.tombstones[key.key_id] = reason
-        self._let_go(slot, key, reason)
+        slot.let_go(key, reason)
         self._deadlines.pop((key.owner, key.key_id), None)
 
     def _on_expired(self, key: DataKey) -> None:
@@ -541,18 +365,7 @@ class KeyCache:
         if slot is not None and slot.keys.get(key.key_id) is key:
             del slot.keys[key.key_id]
             slot.tombstones[key.key_id] = Unavailable.EXPIRED
-            self._let_go(slot, key, Unavailable.EXPIRED)
-
-    def _let_go(self, slot: _Slot, key: DataKey, reason: Unavailable) -> None:
-        if slot.active is key:
-            slot.active, slot.no_active = None, reason
-        if slot.signing is key:
-            slot.signing, slot.no_active = None, reason
-
-    def _cannot_seal(self, slot: _Slot | None) -> Unavailable:
-        if slot is None:
-            return Unavailable.UNKNOWN
-        return Unavailable.WITHDRAWN if slot.withdrawn else slot.no_active
+            slot.let_go(key, Unavailable.EXPIRED)
 
     async def _pushed_within(self, pushed_event: asyncio.Event, timeout_s: float) -> None:
         """Return at the next push or withdrawal, or when *timeout_s* of our own clock have passed."""
@@ -564,17 +377,3 @@ class KeyCache:
             for task in (pushed, timer):
                 task.cancel()
             await asyncio.gather(pushed, timer, return_exceptions=True)
-
-    def _status_of(self, owner: NetworkService) -> ServiceStatus:
-        slot = self._slots.get(owner)
-        holds: list[KeyHolding] = []
-        missed: tuple[KeyId, ...] = ()
-        if slot is not None:
-            missed = tuple(slot.misses)
-            holds = [
-                KeyHolding(key_id=key.key_id, state=key.state, valid_for_s=key.valid_for_s)
-                for key in slot.keys.values()
-            ]
-        can_seal = slot is not None and (slot.active is not None or slot.signing is not None)
-        reason = None if can_seal else self._cannot_seal(slot)
-        return ServiceStatus(owner=owner, can_seal=can_seal, reason=reason, holds=tuple(holds), missed=missed)

@@ -58,9 +58,10 @@ from envelope.material import (
     open_envelope,
     recipient_thumbprint,
 )
-from proxy.keys.cache import KeyCache, ServiceStatus
+from proxy.keys.cache import KeyCache
 from proxy.keys.former import FormerCertificates
 from proxy.keys.relay import Relay, Relayed
+from proxy.keys.slot import ServiceStatus
 from proxy.tenants.certificates import CredentialError, PrivateKey, read_private_key
 from proxy.tenants.model import Directory, Recipient, TenantEntry
 from runtime.audit import AuditLog, AuditUnavailableError

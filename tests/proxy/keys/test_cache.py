@@ -10,7 +10,8 @@ from envelope import derive
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService
 from envelope.material import Operation
-from proxy.keys.cache import MAX_KEYS_PER_SERVICE, MAX_MISSES, MAX_TOMBSTONES, MISS_TTL_S, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.slot import MAX_KEYS_PER_SERVICE, MAX_MISSES, MAX_TOMBSTONES, MISS_TTL_S
 from tests.fakes.clock import ManualClock
 
 DRIVE = NetworkService("tenant-a", "drive")
@@ -369,26 +370,6 @@ def test_signing_keys_neither_seal_nor_open(cache: KeyCache, clock: ManualClock)
     install(cache, clock, key)
     assert why_not_seal(cache) is Unavailable.NOT_ACTIVE
     assert why_not_open(cache, key.key_id) is Unavailable.UNKNOWN
-
-
-def test_status_counts_down(cache: KeyCache, clock: ManualClock) -> None:
-    install(cache, clock, material())
-    clock.shift(30)
-    (status,) = cache.status([DRIVE])
-    assert status.can_seal
-    assert status.reason is None
-    assert status.valid_for_s == pytest.approx(300)
-    (holding,) = status.holds
-    assert holding.state is KeyState.ACTIVE
-    assert holding.valid_for_s == pytest.approx(300)
-    clock.shift(301)
-    (status,) = cache.status([DRIVE])
-    assert not status.can_seal
-    assert status.reason is Unavailable.EXPIRED
-    assert status.valid_for_s == 0
-    assert status.holds == ()
-    (status,) = cache.status([MAIL])
-    assert status.reason is Unavailable.UNKNOWN
 
 
 def test_no_secret_is_printed(cache: KeyCache, clock: ManualClock) -> None:

@@ -1,4 +1,4 @@
-"""Keys by version, and signing keys: found, separated, ended."""
+"""One service's keys, seen through the cache: by version, to sign with, and what is told of them."""
 
 import os
 
@@ -8,7 +8,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from envelope.errors import EnvelopeError, KeyUnavailableError, MisuseError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Operation
-from proxy.keys.cache import MAX_TOMBSTONES, KeyCache
+from proxy.keys.cache import KeyCache
+from proxy.keys.slot import MAX_TOMBSTONES
 from tests.fakes.clock import ManualClock
 from tests.proxy.encryption_service.service_rig import signing_material
 
@@ -210,7 +211,7 @@ def test_an_ended_signing_key_signs_nothing(cache: KeyCache, clock: ManualClock,
     assert not any(held._secret)
 
 
-# The agent's word.
+# What is told.
 
 
 def test_the_word_of_the_agent(cache: KeyCache, clock: ManualClock) -> None:
@@ -234,3 +235,24 @@ def test_the_word_of_the_agent(cache: KeyCache, clock: ManualClock) -> None:
     install(cache, clock)
     word = cache.word(OWNER)
     assert (word.was_given, word.withdrawn, word.valid_for_s) == (True, True, 0.0)
+
+
+def test_status_counts_down(cache: KeyCache, clock: ManualClock) -> None:
+    install(cache, clock, Made(1)())
+    clock.shift(30)
+    (status,) = cache.status([OWNER])
+    assert status.can_seal
+    assert status.reason is None
+    assert status.valid_for_s == pytest.approx(300)
+    (holding,) = status.holds
+    assert holding.state is KeyState.ACTIVE
+    assert holding.valid_for_s == pytest.approx(300)
+    clock.shift(301)
+    (status,) = cache.status([OWNER])
+    assert not status.can_seal
+    assert status.reason is Unavailable.EXPIRED
+    assert status.valid_for_s == 0
+    assert status.holds == ()
+    (status,) = cache.status([NetworkService("acme", "mail")])
+    assert status.reason is Unavailable.UNKNOWN
+    assert (status.can_seal, status.holds, status.missed) == (False, (), ())
