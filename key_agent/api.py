@@ -133,6 +133,7 @@ class Retire(ApprovedKeys, frozen=True, forbid_unknown_fields=True):
 
 class ReencryptionBegin(_Body, frozen=True, forbid_unknown_fields=True):
     connector: str
+    service: str | None = None
 
 
 class ReencryptionEnd(_Body, frozen=True, forbid_unknown_fields=True):

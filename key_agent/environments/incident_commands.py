@@ -384,26 +384,44 @@ class IncidentCommands(ApprovalCommands):
 
     # Re-encryption. It runs in a process of its own (incident_cli.py), beside the agent.
 
-    async def reencryption_begin(self, *, incident: str, connector: str) -> Json:
-        """A new re-encryption of what an incident's keys sealed: its id, and which keys that are."""
+    async def reencryption_begin(self, *, incident: str, connector: str, service: str | None = None) -> Json:
+        """A new re-encryption of what an incident's keys sealed: its id, and which keys that are.
+
+        Those of *service*: what one store was found to have left says nothing of another service's objects.
+        """
         incident_id, _ = incident_changes.find(self._view, incident)
         view = self._view
         keys = [
             key_id
             for key_id in sorted(incident_changes.keys_of(view, incident_id))
             if view.deks[key_id].state is KeyState.COMPROMISED
+            and (service is None or view.deks[key_id].service == str(self._owner(service)))
         ]
         if not keys:
+            of_it = "" if service is None else f" of {service}"
             raise RefusedChangeError(
-                f"{incident_id} has compromised no keys", f"`key-agent incident scope {incident_id}`"
+                f"{incident_id} has compromised no keys{of_it}", f"`key-agent incident scope {incident_id}`"
+            )
+        services = sorted({view.deks[key_id].service for key_id in keys})
+        if len(services) > 1:
+            raise RefusedChangeError(
+                f"its keys are of several services, a store's objects of one: {', '.join(services)}",
+                "repeat it with --service NAME, once for each",
             )
         job = secrets.token_hex(8)
         await self._agent.journal.record(
-            "reencryption", outcome="begun", job=job, incident=incident_id, keys=len(keys), store=connector
+            "reencryption",
+            outcome="begun",
+            job=job,
+            incident=incident_id,
+            keys=len(keys),
+            service=services[0],
+            store=connector,
         )
         return {
             "job": job,
             "incident": incident_id,
+            "service": services[0],
             "keys": keys,
         }
 

@@ -84,10 +84,15 @@ def reencrypt_start(
     context: typer.Context,
     incident: Annotated[str, typer.Option(help="Whose compromised keys.")],
     connector: Annotated[Path, typer.Option(help="Where the objects are (docs/environments.md).")],
+    service: Annotated[
+        str | None, typer.Option(help="Whose objects these are, where the keys are of several services.")
+    ] = None,
 ) -> None:
     """Rewrite every object of a store that an incident's keys sealed. Runs until it is through."""
     store = read_store(connector)
-    begun: Any = perform(context.obj, "reencryption_begin", incident=incident, connector=store.described())
+    begun: Any = perform(
+        context.obj, "reencryption_begin", incident=incident, connector=store.described(), service=service
+    )
     progress = Progress(
         job_id=begun["job"],
         incident_id=begun["incident"],

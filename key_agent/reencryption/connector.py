@@ -34,6 +34,8 @@ class Rewrite(StrEnum):
     DONE = "done"
     CHANGED = "changed"
     """Somebody else wrote it meanwhile: look again."""
+    UNANSWERED = "unanswered"
+    """It was sent, and no answer came: look again whether it was written."""
     GONE = "gone"
     REFUSED = "refused"
     """It cannot be read, or not be written, as it is."""
@@ -42,7 +44,10 @@ class Rewrite(StrEnum):
 class Connector(ABC):
     @abstractmethod
     def names(self, *, after: str) -> AsyncIterator[str]:
-        """Names of the store's objects in ascending order, those after *after* alone. StoreError."""
+        """Names of the store's objects in ascending order, those after *after* alone; none is left out.
+
+        StoreError, also where one cannot be named.
+        """
 
     @abstractmethod
     async def look(self, name: str) -> Found | None:

@@ -3,13 +3,16 @@
 1. The cursor and what is under way are committed before a batch is touched; what became of it, after. Whoever
    is killed in between finds the batch there and looks at each of its objects again: one that no old key
    seals any more was written, and counts once.
-2. Objects are taken in the order of their names, so the cursor is one name. What was written behind it while
-   the job ran was sealed by an active key: an old one seals nothing.
+2. Objects are taken in the order of their names, so the cursor is one name. What is written behind it was
+   sealed by an active key, but somebody may rename or copy an old object to there. So the job is done only
+   when a whole pass has met nothing that an old key seals.
 3. One object that cannot be rewritten does not hold up the others. It is counted and named, and the job is
-   done only when a further pass finds none of them.
+   not done before a further pass finds none of them.
 4. An object that names no key may be any key's: it is written anew as well, and counts only if it names one
    from then on. Otherwise nobody could say that an old key is needed no more.
-5. A store that does not answer ends the run, not the job: it goes on from its cursor.
+5. Written is what the store shows: each object is looked at again after its write, for an old key's end rests
+   on it. An answer that was lost is settled in the same way, and one that was hasty as well.
+6. A store that does not answer ends the run, not the job: it goes on from its cursor.
 """
 
 import asyncio
@@ -26,6 +29,7 @@ BATCH: Final = 32
 CONCURRENCY: Final = 4
 MAX_FAILURES_NAMED: Final = 1000
 _TRIES: Final = 3
+_STILL_OLD: Final = "it was written, and the store still shows what an old key sealed"
 _NAMELESS: Final = "it names no key: unset hide_key_ids of its service, then resume"
 
 
@@ -54,6 +58,10 @@ class Progress:
     batch_upto: str = ""
     batch_beside: int = 0
     """Where the cursor goes once they are written, and how many others it passes."""
+    met: int = 0
+    """Sealed by an old key, in this pass."""
+    passes: int = 0
+    """Whole ones before this one; it counts what they did not."""
     scanned: int = 0
     rewritten: int = 0
     skipped: int = 0
@@ -86,7 +94,12 @@ class ReencryptionJob:
     async def run(self) -> Progress:
         """Go on until the end of the pass. StoreError: it can be run again, from where it stands."""
         if self.progress.state is JobState.INCOMPLETE:
-            await self._save(state=JobState.RUNNING, cursor="", failures={}, failed=0)
+            await self._save(state=JobState.RUNNING, cursor="", met=0, failures={}, failed=0)
+        while self.progress.state is JobState.RUNNING:
+            await self._pass()
+        return self.progress
+
+    async def _pass(self) -> None:
         if self.progress.batch_upto:
             await self._finish_batch()
         batch: list[str] = []
@@ -97,10 +110,12 @@ class ReencryptionJob:
                 batch = []
         if batch:
             await self._take(batch)
-        if self.progress.state is JobState.RUNNING:
-            state = JobState.INCOMPLETE if self.progress.failed else JobState.DONE
-            await self._save(state=state)
-        return self.progress
+        if self.progress.failed:
+            await self._save(state=JobState.INCOMPLETE)
+        elif self.progress.met:
+            await self._save(cursor="", met=0, passes=self.progress.passes + 1)
+        else:
+            await self._save(state=JobState.DONE)
 
     async def _take(self, names: Sequence[str]) -> None:
         # Only what an old key seals is under way: most batches cost no commit but the second one.
@@ -130,33 +145,33 @@ class ReencryptionJob:
         became = await _all({f"rewrite:{name}": rewrite(name) for name in names})
         problems = {name: why for name, why in zip(names, became, strict=True) if why is not None}
         now = self.progress
+        beside = 0 if now.passes else now.batch_beside
         named = dict([*now.failures.items(), *problems.items()][:MAX_FAILURES_NAMED])
         await self._save(
             batch=(),
             batch_upto="",
             batch_beside=0,
             cursor=now.batch_upto,
-            scanned=now.scanned + len(names) + now.batch_beside,
+            met=now.met + len(names),
+            scanned=now.scanned + len(names) + beside,
             rewritten=now.rewritten + len(names) - len(problems),
-            skipped=now.skipped + now.batch_beside,
+            skipped=now.skipped + beside,
             failures=named,
             failed=now.failed + len(problems),
         )
 
     async def _rewrite(self, name: str) -> str | None:
         """Why *name* is still sealed by an old key; None: it is not."""
-        why = ""
-        for _ in range(_TRIES):
+        became, why = None, ""
+        for tries_left in reversed(range(_TRIES + 1)):
             found = await self._connector.look(name)
             if found is None or not self._is_old(found):
                 return None
+            if became is Rewrite.DONE:
+                why = _NAMELESS if _is_nameless(found) else _STILL_OLD
+            if became is Rewrite.REFUSED or why == _NAMELESS or not tries_left:
+                break
             became, why = await self._connector.rewrite(found)
-            if became is Rewrite.DONE and _is_nameless(found):
-                return _NAMELESS if _is_nameless(await self._connector.look(name)) else None
-            if became in (Rewrite.DONE, Rewrite.GONE):
-                return None
-            if became is Rewrite.REFUSED:
-                return why
         return why
 
     def _is_old(self, found: Found | None) -> bool:

@@ -42,6 +42,8 @@ class _Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skipped: int
     failures: dict[str, str]
     failed: int
+    met: int = 0
+    passes: int = 0
 
 
 class FileLedger:

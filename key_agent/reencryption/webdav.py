@@ -8,6 +8,10 @@
 3. It is written with `If-Match` on the entity tag under which its key was read. A weak tag does not say that
    bytes are the same: such an object is refused, and told.
 4. Answers of the store are bounded; its XML may have no document type.
+5. A listing is understood as a whole, or the job stops: on a name that was passed over in silence the end of
+   its key would rest.
+6. A PUT is sent once. Where its connection breaks without an answer, nobody here knows what became of it:
+   `Rewrite.UNANSWERED`, and whoever called looks again.
 """
 
 import asyncio
@@ -17,7 +21,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final, override
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from xml.parsers import expat
 
 import aiohttp
@@ -106,7 +110,7 @@ class WebDavConnector(Connector):
                 headers={"Depth": "1"},
                 allow_redirects=False,
             ) as answer:
-                if answer.status in _TRIES_GONE:
+                if answer.status in _TRIES_GONE and folder:  # deleted since the one above it was listed
                     return [], []
                 _expect(answer, HTTPStatus.MULTI_STATUS)
                 async for piece in answer.content.iter_chunked(1 << 16):
@@ -117,21 +121,36 @@ class WebDavConnector(Connector):
             raise _silence(error) from error
         files: list[str] = []
         folders: list[str] = []
+        is_named = False
         for href, is_folder in read_listing(bytes(content)):
             name = self._name(href)
-            if name is None or not name.startswith(folder) or name.rstrip("/") == folder.rstrip("/"):
-                continue
-            if "/" in name[len(folder) :].rstrip("/"):
-                continue  # deeper than was asked for
-            (folders if is_folder else files).append(name.rstrip("/"))
+            if name.rstrip("/") == folder.rstrip("/"):
+                is_named = True
+            elif not name.startswith(folder) or "/" in name[len(folder) :].rstrip("/"):
+                raise _misread(href, "what was not asked for")
+            else:
+                (folders if is_folder else files).append(name.rstrip("/"))
+        if not is_named:
+            raise StoreError(f"the store's listing of /{folder} is not about that folder")
         return files, folders
 
-    def _name(self, href: str) -> str | None:
-        """Below the store's folder; None: elsewhere."""
-        path = unquote(urlsplit(href).path)
-        if posixpath.normpath(path) != path.rstrip("/") and path != "/":
-            return None  # dots in it lead elsewhere
-        return path[len(self._root) :] if path.startswith(self._root) else None
+    def _name(self, href: str) -> str:
+        """Below the store's folder. StoreError: it is elsewhere, or cannot be named."""
+        try:
+            parts = urlsplit(href)
+            path = unquote_to_bytes(parts.path).decode()
+        except UnicodeDecodeError:
+            raise _misread(href, "a name that is no UTF-8") from None
+        except ValueError:
+            raise _misread(href, "what is no URL") from None
+        if parts.query or parts.fragment:
+            raise _misread(href, "a name that is not encoded")
+        if f"{path}/" == self._root:
+            return ""
+        # Dots in it lead elsewhere.
+        if posixpath.normpath(path) != (path.rstrip("/") or "/") or not path.startswith(self._root):
+            raise _misread(href, "what is elsewhere")
+        return path[len(self._root) :]
 
     @override
     async def look(self, name: str) -> Found | None:
@@ -176,14 +195,17 @@ class WebDavConnector(Connector):
                 kind = answer.headers.get("Content-Type", "application/octet-stream")
                 size_bytes = answer.content_length
                 async for piece in answer.content.iter_chunked(1 << 16):
-                    await spool.write(piece)
+                    await _keep(spool, piece)
             if size_bytes is not None and spool.size_bytes != size_bytes:
                 return _BROKEN_OFF
             headers = condition | {"Content-Type": kind, "Content-Length": str(spool.size_bytes)}
-            async with self._through.put(
-                url, headers=headers, data=spool.read(), allow_redirects=False
-            ) as answer:
-                return _verdict(answer) or (Rewrite.DONE, "")
+            try:
+                async with self._through.put(
+                    url, headers=headers, data=spool.read(), allow_redirects=False
+                ) as answer:
+                    return _verdict(answer) or (Rewrite.DONE, "")
+            except _BrokeError as error:
+                return Rewrite.UNANSWERED, f"the connection broke while it was written: {error}"
 
     @override
     async def close(self) -> None:
@@ -235,10 +257,29 @@ class _Listing:
         raise StoreError("the store's listing has a document type, which may hide anything")
 
 
+class _BrokeError(Exception):
+    """A connection ended before the answer to a request on it that may have changed something."""
+
+
+async def _sent_once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Rule 6: the library repeats PUT on a kept connection that broke, conditions or not."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        if request.method != "PUT":
+            raise
+        raise _BrokeError(type(error).__name__) from error
+
+
 def _session(ca_file: Path, auth: aiohttp.BasicAuth | None, timeout_s: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=client_context(ca_file), limit=8),
         auth=auth,
+        middlewares=(_sent_once,),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout_s),
@@ -270,7 +311,7 @@ def _verdict(answer: aiohttp.ClientResponse) -> tuple[Rewrite, str] | None:
         case HTTPStatus.PRECONDITION_FAILED:
             return Rewrite.CHANGED, "it was changed meanwhile"
         case status if status in _TRIES_GONE:
-            return Rewrite.GONE, "it is gone"
+            return Rewrite.GONE, f"HTTP {answer.status}"
         case status if answer.headers.get(_ERROR_HEADER) in _OF_THE_OBJECT:
             return Rewrite.REFUSED, f"HTTP {status}, {answer.headers[_ERROR_HEADER]}"
         case status if status >= 500 or status in (
@@ -286,6 +327,17 @@ def _verdict(answer: aiohttp.ClientResponse) -> tuple[Rewrite, str] | None:
 def _expect(answer: aiohttp.ClientResponse, *statuses: int) -> None:
     if answer.status not in statuses:
         raise StoreError(f"the store answers HTTP {answer.status}")
+
+
+async def _keep(spool: Spool, piece: bytes) -> None:
+    try:
+        await spool.write(piece)
+    except OSError as error:
+        raise StoreError(f"no room to keep an object aside: {error.strerror}") from error
+
+
+def _misread(href: str, what: str) -> StoreError:
+    return StoreError(f"the store's listing names {what}: {href[:200]!r}")
 
 
 def _silence(error: BaseException) -> StoreError:

@@ -17,6 +17,8 @@ class MemoryStore(Connector):
         self.rewrites: dict[str, int] = {}
         """How often each was rewritten."""
         self.refused: dict[str, str] = {}
+        self.says: dict[str, tuple[Rewrite, bool]] = {}
+        """What is answered to a write, and whether it was done."""
         self.before_write: Callable[[str], None] | None = None
         """Somebody else's hand, between reading and writing."""
         self.silent = False
@@ -50,9 +52,11 @@ class MemoryStore(Connector):
             return Rewrite.GONE, "it is gone"
         if f'"{kept[1]}"' != found.version:
             return Rewrite.CHANGED, "it was changed meanwhile"
-        self.put(found.name, self.today)
-        self.rewrites[found.name] = self.rewrites.get(found.name, 0) + 1
-        return Rewrite.DONE, ""
+        says, is_done = self.says.get(found.name, (Rewrite.DONE, True))
+        if is_done:
+            self.put(found.name, self.today)
+            self.rewrites[found.name] = self.rewrites.get(found.name, 0) + 1
+        return says, "" if says is Rewrite.DONE else f"it says {says}"
 
     @override
     async def close(self) -> None:

@@ -13,6 +13,8 @@ from envelope.keys import KeyState
 from key_agent.environments import healing_changes
 from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
 from key_agent.environments.approvals import Action
+from key_agent.environments.documents import Kind
+from key_agent.environments.draft import Draft
 from key_agent.environments.incident_changes import KEK_COMPROMISED
 from key_agent.environments.peer_api import PeerCall
 from key_agent.environments.peer_transport import PeerError
@@ -323,6 +325,29 @@ async def test_rescue_and_retirement_reach_every_database(site: BreachedSite) ->
     for name in "ac":
         [row] = [row for row in await site[name].registry.data_keys() if str(row.key_id) == keys[0]]
         assert (row.state, row.wrapped_by) == (S.DESTROYED, ())
+
+
+async def test_a_store_says_nothing_of_another_services_keys(site: BreachedSite) -> None:
+    """What is re-encrypted is one service's objects: no other key may end because of them."""
+    await breach(site)
+    commands, key, others = site.commands("a"), site.keys["b"], "0e" * 16
+
+    def beside(draft: Draft) -> None:
+        body = msgspec.structs.replace(draft.shared.deks[key], service="acme/box", version=99)
+        draft.put(Kind.DEK, others, body)
+        [(name, of_it)] = [row for row in draft.shared.incident_keys.items() if row[1].dek_id == key]
+        draft.put(Kind.INCIDENT_KEY, name.replace(key, others), msgspec.structs.replace(of_it, dek_id=others))
+
+    begun = await commands.reencryption_begin(incident="inc-1", connector="-")
+    assert (begun["service"], begun["keys"]) == ("acme/s3", [key])
+    await site["a"].change(beside)
+    with pytest.raises(RefusedChangeError, match="acme/box, acme/s3") as refused:
+        await commands.reencryption_begin(incident="inc-1", connector="-")
+    assert "--service" in refused.value.next_step
+    begun = await commands.reencryption_begin(incident="inc-1", connector="-", service="acme/box")
+    assert (begun["service"], begun["keys"]) == ("acme/box", [others])
+    with pytest.raises(RefusedChangeError, match="no keys of acme/elsewhere"):
+        await commands.reencryption_begin(incident="inc-1", connector="-", service="acme/elsewhere")
 
 
 async def test_at_the_end_of_a_rescue_its_keys_are_pushed_anew(site: BreachedSite) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from envelope.keys import ANONYMOUS, KeyId
-from key_agent.reencryption.connector import StoreError
+from key_agent.reencryption.connector import Rewrite, StoreError
 from key_agent.reencryption.job import BATCH, JobState, Progress, ReencryptionJob
 from tests.fakes.memory_store import MemoryStore
 
@@ -155,8 +155,9 @@ async def test_an_object_that_names_no_key_may_be_an_old_ones() -> None:
     nameless.put("a", ANONYMOUS)
     nameless.put("b", OLD)
     done = await ReencryptionJob(paper.kept, nameless, paper).run()
-    assert (done.state, done.is_whole, done.failed) == (JobState.INCOMPLETE, False, 1)
+    assert (done.state, done.is_whole, done.failed) == (JobState.INCOMPLETE, False, 2)
     assert "hide_key_ids" in done.failures["a"]
+    assert "hide_key_ids" in done.failures["b"], "it names no key any more"
 
 
 async def test_one_that_changes_all_the_time_is_told_in_the_end() -> None:
@@ -172,3 +173,36 @@ async def test_a_job_that_is_done_stays_done() -> None:
     done = await ReencryptionJob(paper.kept, store, paper).run()
     again = await ReencryptionJob(done, store, paper).run()
     assert again == replace(done)
+
+
+async def test_an_old_object_that_is_renamed_to_behind_the_cursor_is_found() -> None:
+    """Or the key would end with which it can be read, and the job would have said that nothing is left."""
+    store, paper = filled(), Paper(progress())
+    moved = old_ones(store)[-1]
+
+    def rename(_name: str) -> None:
+        if moved in store.objects:
+            store.objects["a/renamed"] = store.objects.pop(moved)
+
+    store.before_write = rename
+    wanted = len(old_ones(store))
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert old_ones(store) == []
+    assert store.rewrites["a/renamed"] == 1
+    assert (done.state, done.rewritten, done.failed, done.passes) == (JobState.DONE, wanted, 0, 2)
+
+
+async def test_what_the_store_still_shows_was_not_written() -> None:
+    """A 2xx, a lost answer, a 404 on the proxy's road: what counts is whose key the store shows then."""
+    for became in (Rewrite.DONE, Rewrite.UNANSWERED, Rewrite.GONE):
+        store, paper = MemoryStore(TODAY), Paper(progress())
+        for name in ("idle", "late", "quiet"):
+            store.put(name, OLD)
+        store.says["idle"] = (became, False)
+        store.says["late"] = (became, True)
+        done = await ReencryptionJob(paper.kept, store, paper).run()
+        assert (done.state, done.rewritten, list(done.failures)) == (JobState.INCOMPLETE, 2, ["idle"]), became
+        assert store.rewrites == {"late": 1, "quiet": 1}
+        assert done.failures["idle"], "and why"
+        del store.says["idle"]
+        assert (await ReencryptionJob(done, store, paper).run()).is_whole

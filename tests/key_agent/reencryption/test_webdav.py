@@ -1,5 +1,6 @@
 """Objects in a real WebDAV server, rewritten through a real proxy whose key has changed."""
 
+import contextlib
 import dataclasses
 import os
 import ssl
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from aiohttp.typedefs import Handler
 
 from envelope.keys import KeyId, KeyMaterial, KeyState
 from envelope.objects import Header
@@ -215,22 +217,15 @@ def test_a_listing_that_is_none_or_may_hide_something_is_refused(listing: bytes)
         read_listing(listing)
 
 
-async def test_a_store_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
-    """Whoever followed it would have foreign content sealed by today's key."""
+@contextlib.asynccontextmanager
+async def _store(directory: Path, answer: Handler) -> AsyncIterator[WebDavConnector]:
+    """Of a server that answers whatever *answer* does, below /dav/."""
     ca = pki.make_server_ca()
-    ca_file = tmp_path / "ca.pem"
+    ca_file = directory / "ca.pem"
     pki.write_certificate(ca.certificate, ca_file)
-    certificate_file, key_file = pki.write_credential(pki.issue_server(ca, ["localhost"]), tmp_path, "store")
+    certificate_file, key_file = pki.write_credential(pki.issue_server(ca, ["localhost"]), directory, "store")
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate_file, key_file)
-    asked: list[str] = []
-
-    async def answer(request: web.Request) -> web.Response:
-        asked.append(f"{request.method} {request.path}")
-        if request.path == "/forged":
-            return web.Response(body=b"forged")
-        return web.Response(status=302, headers={"Location": "/forged"})
-
     server = TestServer(application := web.Application(), scheme="https")
     application.router.add_route("*", "/{path:.*}", answer)
     await server.start_server(ssl=tls)
@@ -239,6 +234,23 @@ async def test_a_store_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> N
         WebDavStore(store_url=url, through_url=url, store_ca_file=ca_file, through_ca_file=ca_file)
     )
     try:
+        yield connector
+    finally:
+        await connector.close()
+        await server.close()
+
+
+async def test_a_store_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    """Whoever followed it would have foreign content sealed by today's key."""
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(f"{request.method} {request.path}")
+        if request.path == "/forged":
+            return web.Response(body=b"forged")
+        return web.Response(status=302, headers={"Location": "/forged"})
+
+    async with _store(tmp_path, answer) as connector:
         assert await connector.rewrite(Found(name="a", key_id=None, version='"1"')) == (
             Rewrite.REFUSED,
             "HTTP 302",
@@ -247,7 +259,83 @@ async def test_a_store_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> N
             await connector.look("a")
         with pytest.raises(StoreError):
             [name async for name in connector.names(after="")]
-    finally:
-        await connector.close()
-        await server.close()
     assert asked == ["GET /dav/a", "GET /dav/a", "PROPFIND /dav/"]
+
+
+async def test_a_listing_is_understood_as_a_whole_or_the_job_stops(tmp_path: Path) -> None:
+    """On what is passed over in silence the end of its key would rest."""
+    hrefs: list[str] | None = None
+
+    async def answer(_request: web.Request) -> web.Response:
+        if hrefs is None:
+            return web.Response(status=404)
+        responses = "".join(f"<response><href>{href}</href></response>" for href in hrefs)
+        return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{responses}</multistatus>')
+
+    async with _store(tmp_path, answer) as connector:
+        for good in (["/dav/", "/dav/a"], ["/dav", "/dav/a"], ["http://inside:81/dav/", "/dav/a"]):
+            hrefs = good
+            assert [name async for name in connector.names(after="")] == ["a"], good
+        for bad in (
+            None,  # no such folder: its address has a slip
+            [],
+            ["/dav/a"],
+            ["/dav/", "/elsewhere/a"],
+            ["/dav/", "//dav/a"],
+            ["/dav/", "/dav/../a"],
+            ["/dav/", "/dav/./a"],
+            ["/dav/", "/dav/a/b"],
+            ["/dav/", "/dav/a%2Fb"],
+            ["/dav/", "/dav/caf%E9"],
+            ["/dav/", "/dav/a?b"],
+            ["/dav/", "/dav/a#b"],
+            ["/dav/", "https://[/dav/a"],
+        ):
+            hrefs = bad
+            with pytest.raises(StoreError):
+                [name async for name in connector.names(after="")]
+
+
+async def test_a_write_whose_answer_is_lost_is_sent_once_and_looked_at(tmp_path: Path) -> None:
+    """Sent again by the library it would be 412 by its own first success, or undo what came since."""
+    old, today = KeyId.random(), KeyId.random()
+    kept = {"/dav/done": 1, "/dav/lost": 1}
+    puts: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        version = kept[request.path]
+        headers = {"ETag": f'"{version}"'}
+        if request.method == "GET":
+            key_id = old if version == 1 else today
+            return web.Response(body=Header(key_id=key_id).encode(), headers=headers)
+        await request.read()
+        puts.append(request.path)
+        if request.headers["If-Match"] != f'"{version}"':
+            return web.Response(status=412)
+        if request.path == "/dav/done" or puts.count(request.path) > 1:
+            kept[request.path] += 1
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response(status=204)
+
+    async with _store(tmp_path, answer) as connector:
+        for name in ("done", "lost"):
+            found = await connector.look(name)
+            assert found is not None
+            became, why = await connector.rewrite(found)
+            assert became is Rewrite.UNANSWERED
+            assert "broke" in why
+        assert puts == ["/dav/done", "/dav/lost"]
+        paper = Paper()
+        progress = Progress(
+            job_id="j",
+            incident_id=None,
+            connector="-",
+            sources=(old,),
+            batch=("done", "lost"),
+            batch_upto="x",
+        )
+        job = ReencryptionJob(progress, connector, paper)
+        await job._finish_batch()
+        assert (job.progress.rewritten, job.progress.failed) == (2, 0)
+        assert puts == ["/dav/done", "/dav/lost", "/dav/lost"]
