@@ -337,7 +337,7 @@ async def _among_others(agent: Agent) -> AsyncIterator[None]:
     seen = EnvironmentMetrics(
         others.peering,
         told=lambda: {} if telling is None else telling.told,
-        standings=lambda: {} if keys is None else keys.manager.standings,
+        standings=lambda: {} if keys is None else keys.manager.bringing.standings,
     )
     REGISTRY.register(seen)
     try:

@@ -183,7 +183,7 @@ class EnvironmentCommands(Commands):
         parts = environments.key_parts
         if parts is None or not environments.peering.leads or body.state not in HAVE_KEYS:
             return None
-        standing = parts.manager.standings.get(name)
+        standing = parts.manager.bringing.standings.get(name)
         if standing is None or (standing.error is None and not standing.failed):
             return None
         if standing.error is not None:

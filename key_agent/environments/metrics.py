@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from envelope.keys import KeyState
 from key_agent.consent import EnvironmentStanding
-from key_agent.environments.manager import Standing
+from key_agent.environments.bringing import Standing
 from key_agent.environments.peering import Peering
 from key_agent.environments.states import EnvironmentState
 from key_agent.environments.telling import Told
@@ -53,7 +53,7 @@ def families() -> dict[str, GaugeMetricFamily]:
 
 
 class EnvironmentMetrics(Collector):
-    """Register it while the environments work. *told* and *standings*: as telling.py and manager.py say."""
+    """Register it while the environments work. *told* and *standings*: as telling.py and bringing.py say."""
 
     def __init__(
         self,

@@ -82,6 +82,10 @@ _TAMPERING: Final = (
     "tests/key_agent/environments/test_shared_tampering.py",
     "right when everything that somebody can do to the database is noticed",
 )
+_MANAGER: Final = (
+    "tests/key_agent/environments/test_manager.py",
+    "what the manager is asked for: right when every environment has it, over real TLS and databases",
+)
 _SHARED: Final = (
     "tests/key_agent/environments/test_shared.py",
     "a part of the shared registry, seen through it on both databases",
@@ -184,6 +188,8 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/environment_commands.py": _PEERING,
     "key_agent/environments/membership_commands.py": _PEERING,
     "key_agent/environments/promotion_commands.py": _PEERING,
+    "key_agent/environments/key_making.py": _MANAGER,
+    "key_agent/environments/key_writing.py": _MANAGER,
     "key_agent/environments/key_parts.py": (
         "tests/environments/test_site.py",
         "wiring, right when keys come to every environment's proxies",

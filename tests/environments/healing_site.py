@@ -72,7 +72,7 @@ class HealingMember(KeyMember):
     @property
     def own_wraps(self) -> OwnWraps:
         """What takes keys from its own KEK of before."""
-        return self.manager._own_wraps
+        return self.manager.bringing._own_wraps
 
     def audit(self) -> str:
         return (self.directory / "audit.jsonl").read_text()

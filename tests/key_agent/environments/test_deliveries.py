@@ -237,7 +237,7 @@ async def test_nobody_fills_the_audit_log_and_no_refusal_is_left_out(
 async def test_a_manager_whose_answer_was_lost_asks_what_is_there(site: KeySite) -> None:
     """b has taken the key in; the manager does not know, sends it again, is refused, and looks."""
     keys = await site.keys_active()
-    standing = site["a"].manager.standings["b"]
+    standing = site["a"].manager.bringing.standings["b"]
     assert standing.looked_boot_s is not None
     standing.proven.discard(keys["c"])
     site["a"].manager.wake()
