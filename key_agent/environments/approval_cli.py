@@ -7,21 +7,26 @@
 """
 
 import json
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from envelope.base64url import b64u_encode
 from envelope.errors import SealgateError
 from key_agent import api
 from key_agent.environments import approvals
+from key_agent.environments.admin_signatures import (
+    SIGNATURE_HELP,
+    STATEMENT_HELP,
+    PassphraseFile,
+    read_signature,
+    sign_with_file,
+    write_statement,
+)
 from key_agent.environments.incident_cli import operator
 from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
-from runtime.settings import read_secret_file
 
 admin_app = typer.Typer(no_args_is_help=True, help="Administrators: two of them approve.")
 approval_app = typer.Typer(no_args_is_help=True, help="Approvals: what two administrators have signed.")
@@ -32,7 +37,6 @@ MaybeApproved = Annotated[
     str | None, typer.Option("--approve-with", metavar="ID", help="Needed from the third administrator on.")
 ]
 KeyFile = Annotated[Path, typer.Option("--key", help="Your private key (PEM, mode 0600).")]
-PassphraseFile = Annotated[Path | None, typer.Option(help="The key's passphrase, in a file (mode 0600).")]
 
 
 @admin_app.command("list")
@@ -121,17 +125,12 @@ def approval_list(context: typer.Context) -> None:
 def approval_show(
     context: typer.Context,
     approval: ApprovalName,
-    statement: Annotated[
-        Path | None, typer.Option(help="Write the statement there, for `openssl` or a smart card to sign.")
-    ] = None,
+    statement: Annotated[Path | None, typer.Option(help=STATEMENT_HELP)] = None,
 ) -> None:
     """One approval; its statement is what administrators sign."""
     data: Any = perform(context.obj, "approval_show", approval=approval)
     if statement is not None:
-        try:
-            statement.write_bytes(data["statement"].encode("ascii"))
-        except OSError as error:
-            raise CommandError(f"{statement}: {error.strerror}", "name a file that you may write") from None
+        write_statement(statement, data["statement"].encode("ascii"))
     show(
         context,
         data,
@@ -158,7 +157,7 @@ def approval_sign(  # noqa: PLR0917 - typer calls it by name
             "sign nothing; find out who has changed this agent",
             ExitCode.REFUSED,
         )
-    signature = _signature(statement, key, passphrase_file)
+    signature = sign_with_file(statement, key, passphrase_file)
     data = perform(context.obj, "approval_sign", approval=approval, admin=admin, signature=signature)
     show(context, data, approval_text)
 
@@ -181,7 +180,7 @@ def approval_sign_file(
     approval, action, subject, payload_sha256 = _said(content)
     what = f"{approval}: {action} of {subject}, payload of SHA-256 {payload_sha256}"
     data: dict[str, object] = {
-        "signature": _signature(content, key, passphrase_file),
+        "signature": sign_with_file(content, key, passphrase_file),
         "approval": approval,
         "action": action,
         "subject": subject,
@@ -197,19 +196,10 @@ def approval_submit(
     context: typer.Context,
     approval: ApprovalName,
     admin: Annotated[str, typer.Option(help="Who has signed.")],
-    signature: Annotated[
-        Path, typer.Option(help="The signature: base64url as `sign-file` prints it, or raw as openssl does.")
-    ],
+    signature: Annotated[Path, typer.Option(help=SIGNATURE_HELP)],
 ) -> None:
     """Hand a signature in that was made elsewhere."""
-    try:
-        content = sys.stdin.buffer.read() if str(signature) == "-" else signature.read_bytes()
-    except OSError as error:
-        raise CommandError(f"{signature}: {error.strerror}", "give a file that you may read") from None
-    try:
-        text = content.decode("ascii").strip()
-    except UnicodeDecodeError:
-        text = b64u_encode(content)
+    text = read_signature(signature)
     data = perform(context.obj, "approval_sign", approval=approval, admin=admin, signature=text)
     show(context, data, approval_text)
 
@@ -231,20 +221,6 @@ def _sha256(payload: object) -> str:
         return approvals.payload_sha256(str(payload))
     except UnicodeEncodeError:
         return ""
-
-
-def _signature(statement: bytes, key: Path, passphrase_file: Path | None) -> str:
-    pem = read_secret_file(key)
-    passphrase = None if passphrase_file is None else read_secret_file(passphrase_file)
-    try:
-        private = approvals.read_private_key(
-            pem, None if passphrase is None else bytes(passphrase).rstrip(b"\n")
-        )
-        return approvals.sign_statement(private, statement)
-    except SealgateError as error:
-        raise api.explain_agent(error) from error
-    finally:
-        pem[:] = bytes(len(pem))
 
 
 def approval_text(data: Any) -> str:

@@ -11,12 +11,19 @@ import typer
 from envelope.errors import FormatError, SealgateError
 from key_agent import api
 from key_agent.environments import approvals
+from key_agent.environments.admin_signatures import (
+    SIGNATURE_HELP,
+    STATEMENT_HELP,
+    PassphraseFile,
+    read_signature,
+    sign_with_file,
+    write_statement,
+)
 from key_agent.environments.documents import ApprovalBody
 from key_agent.environments.registry_key import fingerprint_of
 from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
 from runtime.files import replace_file, write_new_file
-from runtime.settings import read_secret_file
 
 environment_app = typer.Typer(
     no_args_is_help=True, help="Environments: several sites of one tenant, together."
@@ -38,8 +45,9 @@ Address = Annotated[str, typer.Option(help="host:port of its data plane, as the 
 BalancerName = Annotated[
     str, typer.Option("--lb-server", help="The name of its server in the load balancer. Default: its id.")
 ]
-PromotionFile = Annotated[
-    Path, typer.Argument(metavar="FILE", help="What `env promotion`, `recovery` wrote.")
+NewFile = Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it; not overwritten.")]
+WrittenFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="What `env promotion` or `env recovery` wrote.")
 ]
 _SIGNED_IN_FILES: Final = (approvals.Action.ENVIRONMENT_PROMOTE, approvals.Action.ENVIRONMENT_RECOVER)
 _WRITTEN_BY: Final = "give the file that `env promotion` or `env recovery` wrote"
@@ -205,7 +213,7 @@ def retire(
 
 
 @environment_app.command("promotion")
-def promotion(context: typer.Context, file: PromotionFile) -> None:
+def promotion(context: typer.Context, file: NewFile) -> None:
     """Write FILE, for two administrators to sign (`env sign`): that this agent becomes the manager."""
     data = perform(context.obj, "env_promotion")
     write_to_sign(file, data)
@@ -220,24 +228,52 @@ def promotion(context: typer.Context, file: PromotionFile) -> None:
 
 
 @environment_app.command("sign")
-def sign(
+def sign(  # noqa: PLR0917 - typer calls it by name
     context: typer.Context,
-    file: PromotionFile,
+    file: WrittenFile,
     admin: Annotated[str, typer.Option(help="Your name, as it is registered: `key-agent admin list`.")],
-    key: Annotated[Path, typer.Option(help="Your private key (PEM, mode 0600, no passphrase).")],
+    key: Annotated[Path | None, typer.Option(help="Your private key (PEM, mode 0600).")] = None,
+    passphrase_file: PassphraseFile = None,
+    statement_file: Annotated[Path | None, typer.Option("--statement", help=STATEMENT_HELP)] = None,
+    signature_file: Annotated[Path | None, typer.Option("--signature", help=SIGNATURE_HELP)] = None,
 ) -> None:
-    """Add your signature to FILE, and say what it is for. Needs no agent: do it on a machine of your own."""
+    """Add your signature to FILE, and say what it is for. Needs no agent: do it on a machine of your own.
+
+    Your key is on a smart card: --statement writes what it signs, --signature brings the signature in.
+    """
     data, asked = read_to_sign(file)
     what = _asked_text(file, asked)
-    pem = read_secret_file(key)
     try:
-        private = approvals.read_private_key(pem, None)
         statement = approvals.statement(str(data["tenant"]), str(data["approval"]), asked)
-        signature = approvals.sign_statement(private, statement)
     except SealgateError as error:
         raise api.explain_agent(error) from error
-    finally:
-        pem[:] = bytes(len(pem))
+    match key, signature_file, statement_file, passphrase_file:
+        case Path() as own, None, None, _:
+            signature = sign_with_file(statement, own, passphrase_file)
+        case None, Path() as brought, None, None:
+            signature = read_signature(brought)
+        case None, None, Path() as to_sign, None:
+            write_statement(to_sign, statement)
+            show(
+                context,
+                {
+                    "file": str(file),
+                    "action": asked.action,
+                    "payload": asked.payload,
+                    "statement": str(to_sign),
+                },
+                lambda data: (
+                    f"{what}\n{data['statement']} is what you sign, if that is what you have compared; then "
+                    f"`key-agent env sign {data['file']} --admin {admin} --signature FILE`"
+                ),
+            )
+            return
+        case _:
+            raise CommandError(
+                "one of --key, --statement and --signature is needed, and --passphrase-file goes with --key",
+                "--key FILE; or, for a smart card, --statement FILE first and --signature FILE then",
+                ExitCode.USAGE,
+            )
     data["asked"] = msgspec.to_builtins(
         msgspec.structs.replace(asked, signatures={**asked.signatures, admin: signature})
     )
@@ -258,7 +294,7 @@ def sign(
 
 
 @environment_app.command("promote")
-def promote(context: typer.Context, file: PromotionFile) -> None:
+def promote(context: typer.Context, file: WrittenFile) -> None:
     """This agent becomes the manager, by what two administrators have signed in FILE."""
     data, _ = read_to_sign(file)
     result = perform(context.obj, "env_promote", approval=data["approval"], asked=data["asked"])

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from key_agent.environments.cli import (
-    PromotionFile,
+    NewFile,
+    WrittenFile,
     digest_text,
     environment_app,
     read_to_sign,
@@ -22,7 +23,7 @@ from key_agent.performing import confirm, perform, show
 @environment_app.command("recovery")
 def recovery(
     context: typer.Context,
-    file: PromotionFile,
+    file: NewFile,
     old_kek: Annotated[
         str | None,
         typer.Option(help="The KEK of before that its keys come from. Default: the newest one that works."),
@@ -31,7 +32,10 @@ def recovery(
         bool, typer.Option("--lost", help="Every KEK of every environment is gone: its keys are given up.")
     ] = False,
 ) -> None:
-    """Write FILE, for two administrators to sign (`env sign`): that this environment comes back first."""
+    """Write FILE, for two administrators to sign (`env sign`): that this environment comes back first.
+
+    For when every environment is breached: docs/runbooks.md.
+    """
     data: Any = perform(context.obj, "env_recovery", old_kek=old_kek, lost=lost)
     write_to_sign(file, data)
 
@@ -64,7 +68,7 @@ def recovery(
 @environment_app.command("recover")
 def recover(
     context: typer.Context,
-    file: PromotionFile,
+    file: WrittenFile,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """This environment comes back first, by what two administrators have signed in FILE; it leads then."""
