@@ -6,20 +6,18 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Final
 
 from envelope.base64url import b64u_encode
 from envelope.errors import SealgateError
-from key_agent import api
 from key_agent.environments import approvals
+from key_agent.explaining import explain_agent
 from runtime.cli import CommandError
 from runtime.settings import read_secret_file
 
-PassphraseFile = Annotated[Path | None, typer.Option(help="The key's passphrase, in a file (mode 0600).")]
-STATEMENT_HELP = "Write the statement there, for `openssl` or a smart card to sign."
-SIGNATURE_HELP = "The signature: base64url as `sign-file` prints it, or raw as openssl does."
+HELP_ON_PASSPHRASES: Final = "The key's passphrase, in a file (mode 0600)."
+STATEMENT_HELP: Final = "Write the statement there, for `openssl` or a smart card to sign."
+SIGNATURE_HELP: Final = "The signature: base64url as `sign-file` prints it, or raw as openssl does."
 
 
 def sign_with_file(statement: bytes, key: Path, passphrase_file: Path | None) -> str:
@@ -32,7 +30,7 @@ def sign_with_file(statement: bytes, key: Path, passphrase_file: Path | None) ->
         )
         return approvals.sign_statement(private, statement)
     except SealgateError as error:
-        raise api.explain_agent(error) from error
+        raise explain_agent(error) from error
     finally:
         for secret in (pem, passphrase or bytearray()):
             secret[:] = bytes(len(secret))

@@ -14,17 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from envelope.errors import SealgateError
-from key_agent import api
 from key_agent.environments import approvals
 from key_agent.environments.admin_signatures import (
+    HELP_ON_PASSPHRASES,
     SIGNATURE_HELP,
     STATEMENT_HELP,
-    PassphraseFile,
     read_signature,
     sign_with_file,
     write_statement,
 )
 from key_agent.environments.incident_cli import operator
+from key_agent.explaining import explain_agent
 from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
 
@@ -36,6 +36,7 @@ ApprovalName = Annotated[str, typer.Argument(metavar="APPROVAL", help="a-...: `a
 MaybeApproved = Annotated[
     str | None, typer.Option("--approve-with", metavar="ID", help="Needed from the third administrator on.")
 ]
+PassphraseFile = Annotated[Path | None, typer.Option(help=HELP_ON_PASSPHRASES)]
 KeyFile = Annotated[Path, typer.Option("--key", help="Your private key (PEM, mode 0600).")]
 
 
@@ -209,7 +210,7 @@ def _said(statement: bytes) -> tuple[str, str, str, str]:
     try:
         said = approvals.read_statement(statement)
     except SealgateError as error:
-        raise api.explain_agent(error) from error
+        raise explain_agent(error) from error
     found = (said.approval, said.action, said.subject, said.payload_sha256)
     if not all(text.isprintable() for text in found):
         raise CommandError("a terminal would show something else", "sign nothing of that", ExitCode.REFUSED)

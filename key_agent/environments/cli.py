@@ -9,18 +9,18 @@ import msgspec
 import typer
 
 from envelope.errors import FormatError, SealgateError
-from key_agent import api
 from key_agent.environments import approvals
 from key_agent.environments.admin_signatures import (
+    HELP_ON_PASSPHRASES,
     SIGNATURE_HELP,
     STATEMENT_HELP,
-    PassphraseFile,
     read_signature,
     sign_with_file,
     write_statement,
 )
 from key_agent.environments.documents import ApprovalBody
 from key_agent.environments.registry_key import fingerprint_of
+from key_agent.explaining import explain_agent
 from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
 from runtime.files import replace_file, write_new_file
@@ -233,7 +233,7 @@ def sign(  # noqa: PLR0917 - typer calls it by name
     file: WrittenFile,
     admin: Annotated[str, typer.Option(help="Your name, as it is registered: `key-agent admin list`.")],
     key: Annotated[Path | None, typer.Option(help="Your private key (PEM, mode 0600).")] = None,
-    passphrase_file: PassphraseFile = None,
+    passphrase_file: Annotated[Path | None, typer.Option(help=HELP_ON_PASSPHRASES)] = None,
     statement_file: Annotated[Path | None, typer.Option("--statement", help=STATEMENT_HELP)] = None,
     signature_file: Annotated[Path | None, typer.Option("--signature", help=SIGNATURE_HELP)] = None,
 ) -> None:
@@ -246,7 +246,7 @@ def sign(  # noqa: PLR0917 - typer calls it by name
     try:
         statement = approvals.statement(str(data["tenant"]), str(data["approval"]), asked)
     except SealgateError as error:
-        raise api.explain_agent(error) from error
+        raise explain_agent(error) from error
     match key, signature_file, statement_file, passphrase_file:
         case Path() as own, None, None, _:
             signature = sign_with_file(statement, own, passphrase_file)
