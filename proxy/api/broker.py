@@ -161,7 +161,7 @@ class BrokerListener:
             _MESSAGES.labels(outcome="repeated").inc()
             await client.publish(subject, known)
             return
-        session = self._receiver.session_of(delivery.agent)
+        session = self._receiver.sessions.of_tag(delivery.agent)
         if session is None:
             _MESSAGES.labels(outcome="unknown-agent").inc()
             return

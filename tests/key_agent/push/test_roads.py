@@ -460,6 +460,6 @@ def _secret(roads: Roads, key: DataKeyRow) -> bytes:
 
 
 def _challenge(roads: Roads) -> bytes:
-    session = roads.proxy.receiver.session_of(agent_tag("acme", AGENT_ID))
+    session = roads.proxy.receiver.sessions.of_tag(agent_tag("acme", AGENT_ID))
     assert session is not None
     return session.challenge

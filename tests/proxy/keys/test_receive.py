@@ -3,100 +3,26 @@
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import override
 
 import pytest
-from cryptography import x509
 
-from certs import pki as dev_pki
 from envelope import derive
-from envelope.audit import Value
 from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import KeyMaterial, KeyState, KeyUse
 from envelope.material import MAX_AHEAD_S, Operation
 from envelope.strict_json import MAX_SEQUENCE
 from proxy.encryption_service.model import NamedKey, ServiceDirectory
 from proxy.keys.cache import KeyCache
-from proxy.keys.receive import MAX_AGENTS_PER_TENANT, Receiver, SessionRefusedError
-from proxy.tenants import certificates
-from proxy.tenants.model import Directory
+from proxy.keys.receive import Receiver
 from runtime.audit import AuditLog, AuditUnavailableError
 from runtime.clock import Clock
-from tests import pki
 from tests.fakes.clock import ManualClock
-from tests.pki import ServiceCredential, make_tenant, write_credential
+from tests.pki import make_tenant
 from tests.proxy.keys.hosting import PROXY_ID, VALIDITY_S, HostedTenant, directory_of, host_tenant
-
-
-class FullDisk(AuditLog):
-    """A real log, refused from the moment `is_full` is set."""
-
-    is_full = False
-
-    @override
-    def append(self, action: str, *, outcome: str = "ok", durable: bool = True, **fields: Value) -> None:
-        if self.is_full:
-            raise AuditUnavailableError("cannot be written: No space left on device", "free the disk")
-        super().append(action, outcome=outcome, durable=durable, **fields)
-
-
-class Proxy:
-    """The receiving side with all its parts."""
-
-    def __init__(self, directory: Directory, path: Path) -> None:
-        self.clock = ManualClock()
-        self.cache = KeyCache(self.clock)
-        self.audit = FullDisk.open(path / "audit.jsonl", self.clock)
-        self.receiver = self._make(directory)
-
-    def _make(self, directory: Directory) -> Receiver:
-        return Receiver(
-            proxy_id=PROXY_ID,
-            cache=self.cache,
-            audit=self.audit,
-            clock=self.clock,
-            validity_s=VALIDITY_S,
-            directory=directory,
-        )
-
-    def restart(self) -> None:
-        """Forget what a process forgets."""
-        self.cache = KeyCache(self.clock)
-        self.receiver = self._make(self.receiver.directory)
-
-    def challenge(self, tenant: HostedTenant) -> bytes:
-        certificate = tenant.signing.certificate
-        return self.receiver.open_session(
-            tenant.name, tenant.agent_id, signing_certificate=certificate
-        ).challenge
-
-    async def push(self, tenant: HostedTenant, *tokens: str) -> list[str]:
-        """What became of each: `accepted` or the code."""
-        receipts = await self.receiver.receive(tenant.name, tenant.agent_id, tokens)
-        return [receipt.code or receipt.status for receipt in receipts]
-
-    def events(self) -> str:
-        return self.audit.path.read_text()
-
-
-@pytest.fixture
-def acme(tmp_path: Path) -> HostedTenant:
-    return host_tenant(tmp_path)
-
-
-@pytest.fixture
-def rival(tmp_path: Path) -> HostedTenant:
-    return host_tenant(tmp_path, "rival")
-
-
-@pytest.fixture
-def proxy(acme: HostedTenant, rival: HostedTenant, tmp_path: Path) -> Iterator[Proxy]:
-    proxy = Proxy(directory_of(acme, rival), tmp_path)
-    yield proxy
-    proxy.audit.close()
+from tests.proxy.keys.receiving import Proxy
 
 
 @pytest.mark.parametrize("key_type", ["p256", "rsa-2048"])
@@ -119,26 +45,6 @@ async def test_an_envelope_becomes_keys(tmp_path: Path, key_type: str) -> None:
     proxy.cache.opening_key(tenant.owner(), old.key_id)
     assert '"action":"keys-accepted"' in proxy.events()
     proxy.audit.close()
-
-
-async def test_the_deadline_counts_from_receipt_and_ends_with_the_envelope(
-    proxy: Proxy, acme: HostedTenant
-) -> None:
-    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
-    proxy.clock.shift(100)
-    assert await proxy.push(acme, token) == ["accepted"]
-    key = proxy.cache.sealing_key(acme.owner())
-    assert key.valid_for_s == pytest.approx(230)
-    proxy.clock.shift(230)
-    with pytest.raises(KeyUnavailableError):
-        key.check()
-
-
-async def test_a_wall_clock_behind_the_agents_never_adds_validity(proxy: Proxy, acme: HostedTenant) -> None:
-    ahead = int(proxy.clock.wall_s()) + 29  # as far as an agent may be ahead
-    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key(), issued_at_s=ahead)
-    assert await proxy.push(acme, token) == ["accepted"]
-    assert proxy.cache.sealing_key(acme.owner()).valid_for_s == pytest.approx(VALIDITY_S)
 
 
 async def test_an_empty_set_withdraws_at_once(proxy: Proxy, acme: HostedTenant) -> None:
@@ -171,21 +77,6 @@ async def test_a_full_audit_log_refuses_keys_but_never_a_withdrawal(proxy: Proxy
         proxy.challenge(acme)
     proxy.audit.is_full = False
     assert await proxy.push(acme, sealed) == ["sequence"], "what was refused is used up"
-
-
-async def test_replay_and_old_sequences_are_refused(proxy: Proxy, acme: HostedTenant) -> None:
-    challenge = proxy.challenge(acme)
-    token = acme.seal(proxy.clock, challenge, acme.key(), sequence=50)
-    assert await proxy.push(acme, token) == ["accepted"]
-    assert await proxy.push(acme, token) == ["sequence"]
-    lower = acme.seal(proxy.clock, challenge, acme.key(), sequence=49)
-    assert await proxy.push(acme, lower) == ["sequence"]
-    token_id = os.urandom(16)
-    for sequence, outcome in [(51, "accepted"), (52, "replay")]:
-        sealed = acme.seal(proxy.clock, challenge, sequence=sequence, token_id=token_id)
-        assert await proxy.push(acme, sealed) == [outcome]
-    other = acme.seal(proxy.clock, challenge, acme.key(service="mail"), service="mail", sequence=1)
-    assert await proxy.push(acme, other) == ["accepted"], "each network service counts for itself"
 
 
 async def test_a_push_that_a_withdrawal_overtook_is_refused(proxy: Proxy, acme: HostedTenant) -> None:
@@ -245,142 +136,11 @@ async def test_a_cancelled_push_leaves_no_material(proxy: Proxy, acme: HostedTen
     assert await proxy.push(acme, tokens[0]) == ["sequence"]
 
 
-async def test_a_restarted_proxy_refuses_what_answers_an_old_challenge(
-    proxy: Proxy, acme: HostedTenant
-) -> None:
-    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
-    proxy.restart()
-    assert await proxy.push(acme, token) == ["nonce"]
-    proxy.challenge(acme)
-    assert await proxy.push(acme, token) == ["nonce"]
-    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
-
-
-async def test_a_new_session_voids_the_challenge_but_not_the_sequence(
-    proxy: Proxy, acme: HostedTenant
-) -> None:
-    old = proxy.challenge(acme)
-    assert await proxy.push(acme, acme.seal(proxy.clock, old, acme.key(), sequence=9)) == ["accepted"]
-    new = proxy.challenge(acme)
-    assert await proxy.push(acme, acme.seal(proxy.clock, old, acme.key(), sequence=10)) == ["nonce"]
-    assert await proxy.push(acme, acme.seal(proxy.clock, new, acme.key(), sequence=9)) == ["sequence"]
-
-
-async def test_nothing_crosses_tenants(proxy: Proxy, acme: HostedTenant, rival: HostedTenant) -> None:
-    ours, theirs = proxy.challenge(acme), proxy.challenge(rival)
-    genuine = rival.seal(proxy.clock, theirs, rival.key())
-    (receipt,) = await proxy.receiver.receive(acme.name, acme.agent_id, [genuine])
-    assert (receipt.code, receipt.service) == ("recipient", None), "as if it did not exist"
-    forged = acme.seal(proxy.clock, theirs, acme.key(), signing=acme.pki.agent_signing("hq"))
-    assert await proxy.push(rival, forged) == ["recipient"]
-    assert await proxy.push(rival, genuine) == ["accepted"]
-    with pytest.raises(KeyUnavailableError):
-        proxy.cache.sealing_key(acme.owner())
-    assert await proxy.push(acme, acme.seal(proxy.clock, ours, acme.key())) == ["accepted"]
-
-
-async def test_forgeries_are_refused(proxy: Proxy, acme: HostedTenant, rival: HostedTenant) -> None:
-    challenge = proxy.challenge(acme)
-    impostor = make_tenant("acme").agent_signing("hq")  # same names, another root
-    other_agent = acme.pki.agent_signing("branch")
-    seal = acme.seal
-    clock = proxy.clock
-    cases = {
-        "signer": seal(clock, challenge, acme.key(), signing=impostor),
-        "audience": seal(clock, challenge, acme.key(), audience="proxy-2"),
-        "nonce": seal(clock, os.urandom(16), acme.key()),
-        "time": seal(clock, challenge, acme.key(), validity_s=VALIDITY_S + 1),
-        "malformed": "a.b.c",
-        "too-large": "x" * 70_000,
-    }
-    assert await proxy.push(acme, *cases.values()) == list(cases)
-    proxy.receiver.open_session(acme.name, "branch", signing_certificate=other_agent.certificate)
-    with pytest.raises(KeyUnavailableError):
-        proxy.cache.sealing_key(acme.owner())
-    assert proxy.events().count('"action":"envelope-refused"') == len(cases)
-
-
 async def test_one_bad_envelope_leaves_the_others_alone(proxy: Proxy, acme: HostedTenant) -> None:
     challenge = proxy.challenge(acme)
     good = acme.seal(proxy.clock, challenge, acme.key())
     mail = acme.seal(proxy.clock, challenge, acme.key(service="mail"), service="mail")
     assert await proxy.push(acme, good, good[:-4] + "AAAA", mail) == ["accepted", "decryption", "accepted"]
-
-
-def test_sessions_need_a_signing_certificate_of_this_agent(
-    proxy: Proxy, acme: HostedTenant, rival: HostedTenant
-) -> None:
-    wrong = [
-        acme.tls.certificate,
-        acme.services["drive"].certificate,
-        acme.pki.agent_signing("branch").certificate,
-        rival.signing.certificate,
-        make_tenant("acme").agent_signing("hq").certificate,
-        acme.pki.root.certificate,
-    ]
-    for certificate in wrong:
-        with pytest.raises(SessionRefusedError) as caught:
-            proxy.receiver.open_session(acme.name, acme.agent_id, signing_certificate=certificate)
-        assert caught.value.code == "signer"
-    with pytest.raises(SessionRefusedError) as caught:
-        proxy.receiver.open_session("nobody", "hq")
-    assert caught.value.code == "tenant"
-
-
-async def test_without_a_signing_certificate_nothing_is_believed(proxy: Proxy, acme: HostedTenant) -> None:
-    challenge = proxy.receiver.open_session(acme.name, acme.agent_id).challenge
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["signer"]
-
-
-async def test_pinned_signers_are_the_only_ones(proxy: Proxy, acme: HostedTenant) -> None:
-    other = acme.pki.agent_signing(acme.agent_id)
-    directory = directory_of(acme, revision=2)
-    pinned = acme.entry(signers=(acme.signing.certificate,))
-    proxy.receiver.apply(replace(directory, tenants={acme.name: pinned}))
-    challenge = proxy.receiver.open_session(acme.name, acme.agent_id).challenge
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key(), signing=other)) == ["signer"]
-    with pytest.raises(SessionRefusedError):
-        proxy.receiver.open_session(acme.name, acme.agent_id, signing_certificate=other.certificate)
-
-
-async def test_one_more_pinned_signer_takes_nothing_away(proxy: Proxy, acme: HostedTenant) -> None:
-    branch = acme.pki.agent_signing("branch")
-    directory = directory_of(acme, revision=2)
-
-    def pin(*signers: x509.Certificate) -> None:
-        proxy.receiver.apply(replace(directory, tenants={acme.name: acme.entry(signers=signers)}))
-
-    pin(acme.signing.certificate)
-    challenge = proxy.challenge(acme)
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
-    held = proxy.cache.sealing_key(acme.owner())
-    pin(acme.signing.certificate, branch.certificate)
-    held.check()
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"], (
-        "the session goes on"
-    )
-    held = proxy.cache.sealing_key(acme.owner())
-    pin(branch.certificate)
-    with pytest.raises(KeyUnavailableError):
-        held.check()
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["nonce"]
-
-
-@pytest.mark.parametrize("before", [True, False])
-async def test_the_first_pin_and_the_last_one_to_go_take_the_keys(
-    proxy: Proxy, acme: HostedTenant, *, before: bool
-) -> None:
-    """The first excludes all others that were certified; whoever removes the last one distrusts it."""
-    directory = directory_of(acme, revision=2)
-    pinned, free = (acme.entry(signers=(acme.signing.certificate,)), acme.entry())
-    one, other = (pinned, free) if before else (free, pinned)
-    proxy.receiver.apply(replace(directory, tenants={acme.name: one}))
-    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
-    held = proxy.cache.sealing_key(acme.owner())
-    proxy.receiver.apply(replace(directory, tenants={acme.name: other}))
-    with pytest.raises(KeyUnavailableError):
-        held.check()
 
 
 async def test_what_the_directory_drops_loses_its_keys(
@@ -420,7 +180,7 @@ async def test_a_named_key_is_pushed_and_withdrawn_like_a_service(
     services = {owner: entry for owner, entry in directory.services.items() if owner != mail.owner}
     hosting = replace(directory, services=services, encryption_service=ServiceDirectory.of([named]))
     proxy.receiver.apply(hosting)
-    session = proxy.receiver.open_session(
+    session = proxy.receiver.sessions.open(
         acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
     )
     assert mail.owner in {service.owner for service in session.services}
@@ -446,126 +206,6 @@ async def test_a_named_key_is_pushed_and_withdrawn_like_a_service(
         held.check()
 
 
-@dataclass
-class _Renewal:
-    """The proxy has a service's new certificate, the agent not yet."""
-
-    proxy: Proxy
-    acme: HostedTenant
-    old: x509.Certificate
-    directory: Directory
-
-    async def outcome(self, *keys: KeyMaterial) -> str:
-        challenge = self.proxy.challenge(self.acme)
-        (outcome,) = await self.proxy.push(
-            self.acme, self.acme.seal(self.proxy.clock, challenge, *keys, recipient=self.old)
-        )
-        return outcome
-
-
-@pytest.fixture(params=["new key", "same key"])
-async def renewal(
-    proxy: Proxy, acme: HostedTenant, tmp_path: Path, request: pytest.FixtureRequest
-) -> _Renewal:
-    """Keys were pushed before; then the directory has the new certificate, and the old key file is gone."""
-    entry, mail = acme.entries
-    assert await proxy.push(acme, acme.seal(proxy.clock, proxy.challenge(acme), acme.key())) == ["accepted"]
-    old = acme.services["drive"]
-    new = acme.pki.service("drive")
-    if request.param == "same key":
-        csr = certificates.make_service_csr(entry.owner, old.key)
-        certificate = dev_pki.sign_service_csr(acme.pki.root, csr, pki.VALIDITY, valid_from=pki.VALID_FROM)
-        new = ServiceCredential(old.key, certificate)
-    _, key_file = write_credential(new, tmp_path, "renewed")
-    entry.key_file.unlink()
-    renewed = replace(entry, certificate=new.certificate, key_file=key_file)
-    directory = replace(directory_of(acme, revision=2), services={renewed.owner: renewed, mail.owner: mail})
-    proxy.receiver.apply(directory)
-    acme.services["drive"] = new
-    return _Renewal(proxy, acme, old.certificate, directory)
-
-
-async def test_a_withdrawal_under_the_certificate_before_counts(renewal: _Renewal) -> None:
-    held = renewal.proxy.cache.sealing_key(renewal.acme.owner())
-    renewal.proxy.receiver.apply(replace(renewal.directory, revision=3))
-    assert await renewal.outcome() == "accepted"
-    with pytest.raises(KeyUnavailableError):
-        held.check()
-
-
-async def _switch(renewal: _Renewal) -> None:
-    """The agent has heard of the new certificate."""
-    challenge = renewal.proxy.challenge(renewal.acme)
-    sealed = renewal.acme.seal(renewal.proxy.clock, challenge, renewal.acme.key())
-    assert await renewal.proxy.push(renewal.acme, sealed) == ["accepted"]
-
-
-async def test_a_renewal_interrupts_nothing(renewal: _Renewal) -> None:
-    """Validity after validity, until the agent has heard of it."""
-    for _ in range(3):
-        renewal.proxy.clock.shift(VALIDITY_S - 1)
-        assert await renewal.outcome(renewal.acme.key()) == "accepted"
-        renewal.proxy.cache.sealing_key(renewal.acme.owner()).check()
-
-
-async def test_once_the_agent_uses_the_new_certificate_the_one_before_takes_no_keys(
-    renewal: _Renewal,
-) -> None:
-    assert await renewal.outcome(renewal.acme.key()) == "accepted"
-    await _switch(renewal)
-    held = renewal.proxy.cache.sealing_key(renewal.acme.owner())
-    assert await renewal.outcome(renewal.acme.key()) == "recipient"
-    assert renewal.proxy.cache.sealing_key(renewal.acme.owner()).key_id == held.key_id
-    await _switch(renewal)
-
-
-async def test_after_the_switch_the_certificate_before_ends_with_one_validity(renewal: _Renewal) -> None:
-    await _switch(renewal)
-    renewal.proxy.clock.shift(VALIDITY_S - 1)
-    assert await renewal.outcome() == "accepted"
-    renewal.proxy.clock.shift(1)
-    assert await renewal.outcome() == "recipient"
-
-
-@pytest.mark.parametrize("change", ["service removed", "root"])
-async def test_the_certificate_before_ends_with_service_and_trust(renewal: _Renewal, change: str) -> None:
-    receiver, acme, directory = renewal.proxy.receiver, renewal.acme, renewal.directory
-    if change == "root":
-        entry = replace(acme.entry(), root_certificate=make_tenant("acme").root.certificate)
-        receiver.apply(replace(directory, tenants={acme.name: entry}))
-    else:
-        services = {owner: entry for owner, entry in directory.services.items() if owner != acme.owner()}
-        receiver.apply(replace(directory, services=services))
-    receiver.apply(replace(directory, revision=4))
-    assert await renewal.outcome() == "recipient"
-
-
-async def test_the_certificate_before_is_its_own_tenants(renewal: _Renewal, rival: HostedTenant) -> None:
-    receiver = renewal.proxy.receiver
-    both = replace(renewal.directory, tenants={**renewal.directory.tenants, rival.name: rival.entry()})
-    receiver.apply(both)
-    renewal.proxy.challenge(rival)
-    challenge = renewal.proxy.challenge(renewal.acme)
-    genuine = renewal.acme.seal(renewal.proxy.clock, challenge, recipient=renewal.old)
-    assert await renewal.proxy.push(rival, genuine) == ["recipient"]
-    renewal.proxy.cache.sealing_key(renewal.acme.owner())
-    assert await renewal.proxy.push(renewal.acme, genuine) == ["accepted"]
-
-
-async def test_a_lost_private_key_refuses_by_name(proxy: Proxy, acme: HostedTenant) -> None:
-    acme.entries[0].key_file.unlink()
-    token = acme.seal(proxy.clock, proxy.challenge(acme), acme.key())
-    (receipt,) = await proxy.receiver.receive(acme.name, acme.agent_id, [token])
-    assert receipt.code == "recipient-key"
-    assert str(acme.entries[0].key_file) not in receipt.detail
-
-
-def test_agents_per_tenant_are_bounded(proxy: Proxy, acme: HostedTenant) -> None:
-    for number in range(MAX_AGENTS_PER_TENANT * 2):
-        proxy.receiver.open_session(acme.name, f"agent-{number}")
-    assert len(proxy.receiver._agents[acme.name]) == MAX_AGENTS_PER_TENANT
-
-
 async def test_add_and_set_of_one_key_keep_the_body_running(proxy: Proxy, acme: HostedTenant) -> None:
     challenge, secret = proxy.challenge(acme), os.urandom(32)
     key = acme.key(secret=secret)
@@ -587,7 +227,9 @@ async def test_no_event_and_no_receipt_holds_a_secret(proxy: Proxy, acme: Hosted
         acme.seal(proxy.clock, challenge, acme.key(secret=secret), sequence=1),
     ]
     receipts = await proxy.receiver.receive(acme.name, acme.agent_id, tokens)
-    said = repr(receipts) + proxy.events() + repr(proxy.receiver.__dict__)
+    receiver = proxy.receiver
+    parts = (receiver, receiver.sessions, receiver._opener)
+    said = repr(receipts) + proxy.events() + "".join(repr(vars(part)) for part in parts)
     assert secret.hex() not in said
     assert repr(secret)[2:-1] not in said
 
@@ -601,17 +243,6 @@ async def test_within_one_push_the_later_envelope_counts(proxy: Proxy, acme: Hos
     ]
     assert await proxy.push(acme, *tokens) == ["sequence", "accepted"]
     assert proxy.cache.sealing_key(acme.owner()).key_id == newer.key_id
-
-
-async def test_an_agent_delivers_its_own_envelopes_only(proxy: Proxy, acme: HostedTenant) -> None:
-    """Both agents are pinned; what one signs does not count on the other's connection."""
-    branch = acme.pki.agent_signing("branch")
-    pinned = acme.entry(signers=(acme.signing.certificate, branch.certificate))
-    proxy.receiver.apply(replace(directory_of(acme, revision=2), tenants={acme.name: pinned}))
-    challenge = proxy.receiver.open_session(acme.name, acme.agent_id).challenge
-    theirs = replace(acme, agent_id="branch").seal(proxy.clock, challenge, acme.key(), signing=branch)
-    assert await proxy.push(acme, theirs) == ["signer"]
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key())) == ["accepted"]
 
 
 @pytest.mark.parametrize("change", ["root", "signers", "removed and added"])
@@ -643,7 +274,7 @@ async def test_a_withdrawal_with_a_sequence_from_the_future_locks_out_no_other_a
     other_signing = acme.pki.agent_signing("branch")
 
     def branch_pushes(sequence: int) -> str:
-        challenge = proxy.receiver.open_session(
+        challenge = proxy.receiver.sessions.open(
             acme.name, "branch", signing_certificate=other_signing.certificate
         ).challenge
         return acme.seal(
@@ -670,7 +301,7 @@ async def test_a_push_with_a_sequence_from_the_future_loses_to_another_agents_la
     far = acme.seal(proxy.clock, proxy.challenge(acme), acme.key(), sequence=MAX_SEQUENCE)
     proxy.clock.shift(5)
     other_signing = acme.pki.agent_signing("branch")
-    challenge = proxy.receiver.open_session(
+    challenge = proxy.receiver.sessions.open(
         acme.name, "branch", signing_certificate=other_signing.certificate
     ).challenge
     withdrawal = acme.seal(
@@ -692,7 +323,7 @@ async def test_a_withdrawal_needs_no_clock_that_is_right(
     other_signing = acme.pki.agent_signing("branch")
 
     async def branch_pushes(ago_s: int) -> str:
-        challenge = proxy.receiver.open_session(
+        challenge = proxy.receiver.sessions.open(
             acme.name, "branch", signing_certificate=other_signing.certificate
         ).challenge
         issued_at_s = int(proxy.clock.wall_s()) - ago_s
@@ -754,7 +385,7 @@ async def test_a_hung_audit_log_refuses_keys_in_time_and_holds_up_no_withdrawal(
         directory=directory_of(acme),
         audit_patience_s=3.0,  # of a disk that is not hung, too
     )
-    challenge = receiver.open_session(
+    challenge = receiver.sessions.open(
         acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
     ).challenge
 
@@ -795,7 +426,7 @@ async def test_no_withdrawal_waits_for_the_event_of_the_one_before(
         directory=directory_of(acme),
         audit_patience_s=30,
     )
-    challenge = receiver.open_session(
+    challenge = receiver.sessions.open(
         acme.name, acme.agent_id, signing_certificate=acme.signing.certificate
     ).challenge
     services = ("drive", "mail")
@@ -813,46 +444,3 @@ async def test_no_withdrawal_waits_for_the_event_of_the_one_before(
     assert [receipt.status for receipt in await push] == ["accepted"] * 2
     assert audit.path.read_text().count('"action":"keys-withdrawn"') == 2
     audit.close()
-
-
-# By a broker: no session, no connection that proves who speaks.
-
-
-async def test_without_a_challenge_only_what_follows_one_is_believed(
-    proxy: Proxy, acme: HostedTenant
-) -> None:
-    async def by_broker(token: str) -> str:
-        (receipt,) = await proxy.receiver.receive(acme.name, acme.agent_id, [token], is_challenged=False)
-        return receipt.code or receipt.status
-
-    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=9)) == "nonce", "no session"
-    challenge = proxy.challenge(acme)
-    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=9)) == "nonce", "none accepted"
-    assert await proxy.push(acme, acme.seal(proxy.clock, challenge, acme.key(), sequence=10)) == ["accepted"]
-    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=10)) == "sequence"
-    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=11)) == "accepted"
-    mail = acme.seal(proxy.clock, None, acme.key(service="mail"), service="mail", sequence=12)
-    assert await by_broker(mail) == "nonce", "each network service counts for itself"
-    assert await by_broker(acme.seal(proxy.clock, challenge, acme.key(), sequence=13)) == "nonce"
-    assert await proxy.push(acme, acme.seal(proxy.clock, None, acme.key(), sequence=14)) == ["nonce"], (
-        "over a connection the challenge is asked for"
-    )
-    stale = acme.seal(proxy.clock, None, acme.key(), sequence=15)
-    proxy.clock.shift(VALIDITY_S)
-    assert await by_broker(stale) == "time"
-    assert await by_broker(acme.seal(proxy.clock, None, sequence=16)) == "accepted"
-    proxy.restart()
-    proxy.challenge(acme)
-    assert await by_broker(acme.seal(proxy.clock, None, acme.key(), sequence=17)) == "nonce", "it restarted"
-
-
-async def test_keys_that_come_as_a_withdrawal_are_refused(proxy: Proxy, acme: HostedTenant) -> None:
-    challenge = proxy.challenge(acme)
-    tokens = [
-        acme.seal(proxy.clock, challenge, acme.key()),
-        acme.seal(proxy.clock, challenge, service="mail"),
-    ]
-    receipts = await proxy.receiver.receive(acme.name, acme.agent_id, tokens, takes_keys=False)
-    assert [receipt.code or receipt.status for receipt in receipts] == ["purpose", "accepted"]
-    with pytest.raises(KeyUnavailableError):
-        proxy.cache.sealing_key(acme.owner())

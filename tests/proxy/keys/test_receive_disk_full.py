@@ -39,7 +39,9 @@ async def test_no_keys_come_in_and_every_key_goes_out(tmp_path: Path) -> None:
             directory=directory_of(acme),
         )
         certificate = acme.signing.certificate
-        challenge = receiver.open_session(acme.name, acme.agent_id, signing_certificate=certificate).challenge
+        challenge = receiver.sessions.open(
+            acme.name, acme.agent_id, signing_certificate=certificate
+        ).challenge
 
         async def push(*tokens: str) -> list[str]:
             receipts = await receiver.receive(acme.name, acme.agent_id, tokens)

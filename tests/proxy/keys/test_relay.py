@@ -62,7 +62,7 @@ class Site:
         return tuple(receipt.code for receipt in receipts)
 
     def challenge(self) -> bytes:
-        return self.receiver.open_session(
+        return self.receiver.sessions.open(
             self.tenant.name, self.tenant.agent_id, signing_certificate=self.tenant.signing.certificate
         ).challenge
 
