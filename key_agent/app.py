@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from envelope.certificates import Identity, Role, verify_certificate
 from envelope.errors import MisuseError
-from key_agent import api, config, metrics
+from key_agent import config, metrics
 from key_agent.agent import Agent, Rhythm, Signing
+from key_agent.api import server
 from key_agent.config import Settings
 from key_agent.environments.assembly import Environments
 from key_agent.environments.following import Following
@@ -306,9 +307,9 @@ async def serve(
             async with (
                 agent.working(refresh=True),
                 _among_others(agent),
-                api.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
+                server.control_socket(operations, settings.agent.state_dir / SOCKET_NAME),
                 serving(
-                    api.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port
+                    server.read_only(agent, operations), host=settings.admin.host, port=settings.admin.port
                 ) as port,
             ):
                 log.info("key agent runs", agent=agent.agent_id, tenant=agent.tenant, admin_port=port)

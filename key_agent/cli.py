@@ -17,7 +17,7 @@ import structlog
 import typer
 
 from envelope.errors import SealgateError
-from key_agent import api, app, config, doctor, setup
+from key_agent import app, config, doctor, setup
 from key_agent.backup_cli import backup_app
 from key_agent.commands import Json
 from key_agent.environments import healing_cli, recovery_cli  # noqa: F401 - they add commands to `env`
@@ -25,6 +25,7 @@ from key_agent.environments.approval_cli import admin_app, approval_app
 from key_agent.environments.cli import environment_app
 from key_agent.environments.incident_cli import incident_app
 from key_agent.environments.old_keys_cli import keys_app
+from key_agent.explaining import PROGRAM, explain_agent
 from key_agent.kek_cli import kek_app
 from key_agent.key_cli import key_app, rotate
 from key_agent.load_balancing.cli import lb_agent, lb_app
@@ -46,7 +47,7 @@ CONFIG_VARIABLE: Final = "KEY_AGENT_CONFIG"
 log = structlog.get_logger(__name__)
 
 program = cli.make_app(
-    api.PROGRAM, "The key agent: pushes keys to proxies for as long as the HSM's KEK consents."
+    PROGRAM, "The key agent: pushes keys to proxies for as long as the HSM's KEK consents."
 )
 cli.add_options(
     program,
@@ -166,7 +167,7 @@ def run(context: typer.Context) -> None:
     except Exception as error:
         cause = _first(error)
         if isinstance(cause, SealgateError):
-            raise api.explain_agent(cause) from error
+            raise explain_agent(cause) from error
         if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
             raise CommandError(
                 f"{settings.admin.host}:{settings.admin.port} is in use", "choose another admin.port"
@@ -199,7 +200,7 @@ def _diagnose(settings: config.Settings) -> Json:
     try:
         return asyncio.run(perform_with(settings, "diagnosis", {}))
     except SealgateError as error:
-        raise api.explain_agent(error) from error
+        raise explain_agent(error) from error
 
 
 program.command()(status)

@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Protocol, TextIO, cast
 
-from key_agent import api
+from key_agent.api import client
 from key_agent.commands import Json
 from runtime.cli import CommandError, ExitCode
 from runtime.clock import Clock
@@ -64,7 +64,7 @@ async def ask(socket: Path) -> Json:
     error: CommandError
     try:
         async with asyncio.timeout(ANSWER_S):
-            answer = await api.call(socket, "status", {})
+            answer = await client.call(socket, "status", {})
         if answer is not None:
             return answer
         error = CommandError(

@@ -16,8 +16,10 @@ from typing import Annotated, Any, Final, cast
 import typer
 
 from envelope.errors import SealgateError
-from key_agent import api, app, config
+from key_agent import app, config
+from key_agent.api import client
 from key_agent.commands import Json
+from key_agent.explaining import explain_agent
 from key_agent.operations import Operations
 from key_agent.state_dir import SOCKET_NAME, StateLockedError
 from runtime import cli, lifecycle, observe
@@ -38,14 +40,14 @@ def perform(options: Options, operation: str, **arguments: object) -> Json:
     try:
         return asyncio.run(perform_with(options.load(), operation, arguments))
     except SealgateError as error:
-        raise api.explain_agent(error) from error
+        raise explain_agent(error) from error
 
 
 async def perform_with(settings: config.Settings, operation: str, arguments: dict[str, object]) -> Json:
     socket = settings.agent.state_dir / SOCKET_NAME
     give_up_s = time.monotonic() + _LOCK_PATIENCE_S
     while True:
-        if (answer := await api.call(socket, operation, arguments)) is not None:
+        if (answer := await client.call(socket, operation, arguments)) is not None:
             return answer
         try:
             return await _perform_here(settings, operation, arguments)

@@ -13,8 +13,8 @@ import typer
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyId
-from key_agent import api
 from key_agent.environments.incident_cli import ApproveWith, IncidentName, KeyNames, key_ids, moment_ms
+from key_agent.explaining import explain_agent
 from key_agent.performing import Options, confirm, perform, perform_with, show
 from key_agent.reencryption.job import Progress, ReencryptionJob
 from key_agent.reencryption.ledger import FileLedger
@@ -114,7 +114,7 @@ def reencrypt_resume(
     try:
         progress = asyncio.run(ledger.load(job))
     except SealgateError as error:
-        raise api.explain_agent(error) from error
+        raise explain_agent(error) from error
     if progress.connector != read_store(connector).described():
         raise CommandError(
             f"{job} is about another store: {progress.connector}", "give the connector it began with"

@@ -174,6 +174,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/proxy/profiles/s3/test_profile.py",
         "values; what they decide is the profile's",
     ),
+    "key_agent/api/bodies.py": (
+        "tests/key_agent/api/test_server.py",
+        "declarations: what is not one of them is refused",
+    ),
     "key_agent/app.py": _PROCESS,
     "key_agent/doctor.py": _PROCESS,
     "key_agent/environments/etcd.py": (

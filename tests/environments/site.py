@@ -32,7 +32,7 @@ import aiohttp
 
 from certs import pki as dev_pki
 from envelope.keys import KeyUse, NetworkService, SigningAlgorithm
-from key_agent import api
+from key_agent.api import client
 from proxy.encryption_service.credentials import new_bearer
 from proxy.encryption_service.model import DialectName
 from proxy.tenants.credential_store import Grant, issue_credential
@@ -223,7 +223,7 @@ class SiteEnvironment:
 
     async def ask(self, operation: str, **arguments: object) -> Any:
         """An operation of the running agent, without a process for it: for conditions that are waited for."""
-        answer = await api.call(self.state_dir / "control.sock", operation, arguments)
+        answer = await client.call(self.state_dir / "control.sock", operation, arguments)
         assert answer is not None, "the agent does not run"
         return answer
 

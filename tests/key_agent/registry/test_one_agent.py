@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, create_engine, text
 
-from key_agent.api import explain_agent
+from key_agent.explaining import explain_agent
 from key_agent.registry.database import Database, RegistryInUseError
 from runtime.cli import ExitCode
 from tests.key_agent.conftest import Bench

@@ -1,6 +1,5 @@
 """The socket does everything, the loopback port changes nothing, and errors reach the CLI whole."""
 
-import asyncio
 import stat
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from key_agent import api
-from key_agent.operations import Operations
-from key_agent.registry.database import RegistryError
+from key_agent.api import client, routes, server
 from key_agent.sources.source import Verdict
 from runtime.cli import CommandError, ExitCode
 from runtime.serve import serving
@@ -20,7 +17,7 @@ from tests.key_agent.conftest import Bench
 
 async def test_a_command_over_the_socket_is_the_operation(bench: Bench) -> None:
     socket = bench.directory / "control.sock"
-    async with bench.agent() as (agent, operations), api.control_socket(operations, socket):
+    async with bench.agent() as (agent, operations), server.control_socket(operations, socket):
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
         made = await _call(socket, "kek_create")
         assert made["kek"]
@@ -45,7 +42,7 @@ async def test_a_command_over_the_socket_is_the_operation(bench: Bench) -> None:
 
 async def test_refusals_keep_cause_next_step_and_exit_code(bench: Bench) -> None:
     socket = bench.directory / "control.sock"
-    async with bench.agent() as (agent, operations), api.control_socket(operations, socket):
+    async with bench.agent() as (agent, operations), server.control_socket(operations, socket):
         with pytest.raises(CommandError) as caught:
             await _call(socket, "service_remove", service="s3", proxy=None)
         assert (caught.value.exit_code, caught.value.code) == (ExitCode.REFUSED, "refused")
@@ -66,24 +63,10 @@ async def test_refusals_keep_cause_next_step_and_exit_code(bench: Bench) -> None
         assert (caught.value.exit_code, caught.value.code) == (ExitCode.UNAVAILABLE, "registry")
 
 
-async def test_nobody_listens_is_none_and_no_error(tmp_path: Path, bench: Bench) -> None:
-    assert await api.call(tmp_path / "control.sock", "status", {}) is None
-    # Left behind by an agent that was killed.
-    path = tmp_path / "control.sock"
-    server = await asyncio.start_unix_server(lambda *_: None, path)
-    server.close()
-    await server.wait_closed()
-    if not path.exists():  # Python >= 3.13 removes it
-        path.touch()
-    assert await api.call(path, "status", {}) is None
-    async with bench.agent() as (_, operations), api.control_socket(operations, path):
-        assert await api.call(path, "status", {}) is not None
-
-
 async def test_the_loopback_port_shows_and_changes_nothing(bench: Bench) -> None:
     async with (
         bench.agent() as (agent, operations),
-        serving(api.read_only(agent, operations), host="127.0.0.1", port=0) as port,
+        serving(server.read_only(agent, operations), host="127.0.0.1", port=0) as port,
         aiohttp.ClientSession(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         async with client.get("/livez") as response:
@@ -100,7 +83,7 @@ async def test_the_loopback_port_shows_and_changes_nothing(bench: Bench) -> None
             text = await response.text()
             assert 'sealgate_agent_standing{standing="consented"} 1.0' in text
             assert 'sealgate_agent_pushes_total{outcome="accepted",proxy="p1"}' in text
-        for route in api.ROUTES:
+        for route in routes.ROUTES:
             if route.changes:
                 path = route.path.replace("{service}", "s3").replace("{proxy}", "p1")
                 async with client.request(route.method, path, json={}) as response:
@@ -108,25 +91,11 @@ async def test_the_loopback_port_shows_and_changes_nothing(bench: Bench) -> None
         assert bench.source.keks
 
 
-async def test_openapi_names_every_route_and_nothing_else(bench: Bench) -> None:
-    document: Any = api.openapi()
-    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    async with bench.agent(working=False) as (_, operations):
-        served = {
-            (route.method, route.resource.canonical)
-            for route in api.commands(operations).router.routes()
-            if route.resource is not None and route.method != "HEAD"
-        }
-    assert described == served - {("GET", "/openapi.json")}
-    for route in api.ROUTES:
-        assert callable(getattr(Operations, route.operation))
-
-
 async def test_unknown_members_and_broken_bodies_are_refused(bench: Bench) -> None:
     socket = bench.directory / "control.sock"
     async with (
         bench.agent(working=False) as (_, operations),
-        api.control_socket(operations, socket),
+        server.control_socket(operations, socket),
         aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as client,
     ):
         for body in (b"{", b'{"restore": true, "force": true}', b"[]", b'{"restore": "yes"}'):
@@ -135,11 +104,7 @@ async def test_unknown_members_and_broken_bodies_are_refused(bench: Bench) -> No
                 assert (await response.json())["code"] == "bad-request"
 
 
-def test_a_registry_error_is_worth_trying_again() -> None:
-    assert api.explain_agent(RegistryError("locked")).exit_code is ExitCode.UNAVAILABLE
-
-
 async def _call(socket: Path, operation: str, **arguments: object) -> Any:
-    answer = await api.call(socket, operation, arguments)
+    answer = await client.call(socket, operation, arguments)
     assert answer is not None
     return answer
