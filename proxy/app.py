@@ -306,7 +306,11 @@ class ProxyProcess:
             push.certificate_file, push.key_file, client_roots=_roots(receiver.directory)
         )
         application = make_push_application(
-            receiver, clock=self._clock, requests_per_s=push.requests_per_s, told=self._told
+            receiver,
+            clock=self._clock,
+            requests_per_s=push.requests_per_s,
+            told=self._told,
+            entitled=self._environments.check_entitled,
         )
         with _binding("push", push.host, push.port):
             server = serve.serving(

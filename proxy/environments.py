@@ -11,6 +11,8 @@
 4. A proxy that is configured to belong to an environment (`[environment] name`) refuses until it was told of
    it, and takes no word about another one. Without that setting, a tenant of whom nothing was said is one of
    a single environment, and is served.
+5. With that setting keys come from the agent that speaks, and from no other one: the agent of a breached
+   environment has certificates that are good, and could bring keys that it knows, or take all back.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -89,10 +91,8 @@ class Environments:
             raise ForeignEnvironmentError(
                 f"this proxy belongs to environment {self.name}, not to {word.environment}"
             )
+        self._check_speaker(tenant, agent)
         said = self._said.get(tenant)
-        speaker = self._agents.get(tenant) or (agent if said is None else said.agent)
-        if agent != speaker:
-            raise ForeignAgentError(f"{speaker} speaks for this proxy's environment, not {agent}")
         known = self._words.get(tenant)
         counts = said is not None and now_boot_s - said.at_boot_s <= STICKS_S
         if said is not None and counts and word.position < said.position:
@@ -102,6 +102,18 @@ class Environments:
             self._said[tenant] = _Said(agent, word.position, now_boot_s)
         self.put(tenant, word)
         return word
+
+    def check_entitled(self, tenant: str, agent: str) -> None:
+        """Return if *agent* may bring or take back keys here (rule 5), else ForeignAgentError."""
+        if self.name is not None:
+            self._check_speaker(tenant, agent)
+
+    def _check_speaker(self, tenant: str, agent: str) -> None:
+        """ForeignAgentError if another one speaks for *tenant*'s environment (rule 1)."""
+        said = self._said.get(tenant)
+        speaker = self._agents.get(tenant) or (agent if said is None else said.agent)
+        if agent != speaker:
+            raise ForeignAgentError(f"{speaker} speaks for this proxy's environment, not {agent}")
 
     def put(self, tenant: str, word: Word) -> None:
         """*word* is in force: `take` has said so, here or in the process that tells this one."""

@@ -4,16 +4,18 @@
    certified it for the role agent:tls, is decided here, at every request, by the directory as it is now.
 2. What a connection may say is about its own tenant only: what belongs to others does not exist.
 3. Every size, count and rate is bounded, per agent and per tenant: no tenant can crowd out another, and no
-   agent, another environment's or breached, those of its own tenant. What is sent for another purpose has a
-   rate and places of its own: no refresh, however large or slow, delays a withdrawal. Asking who is there
-   waits for no place: slow pushes do not make a proxy look dead.
-4. This layer judges JSON and identities; what an envelope is worth is `Receiver`'s business.
+   agent, another environment's or breached, nor several of them, those of their own tenant (places.py). What
+   is sent for another purpose has a rate and places of its own: no refresh, however large or slow, delays a
+   withdrawal. Asking who is there waits for no place: slow pushes do not make a proxy look dead.
+4. Where one agent speaks for the environment of this proxy (environments.py), no other one brings keys or
+   takes them back: it has no session, and none that it had before counts.
+5. This layer judges JSON and identities; what an envelope is worth is `Receiver`'s business.
 """
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
 from typing import Annotated, Final
@@ -27,9 +29,9 @@ from cryptography import x509
 from envelope.base64url import b64u_encode
 from envelope.certificates import Identity
 from proxy.api.authentication import forbidden, peer_of
+from proxy.api.places import Places
 from proxy.environments import ForeignAgentError, ForeignEnvironmentError, Word
-from proxy.keys.receive import Receiver
-from proxy.keys.sessions import MAX_AGENTS_PER_TENANT, HostedService, SessionRefusedError
+from proxy.keys.receive import MAX_AGENTS_PER_TENANT, HostedService, Receiver, SessionRefusedError
 from runtime.audit import AuditUnavailableError
 from runtime.clock import Clock
 from runtime.serve import Handler, ProblemError, make_application, openapi_route
@@ -41,8 +43,6 @@ BODY_TIMEOUT_S: Final = 30.0
 BURST_FACTOR: Final = 5
 ENVIRONMENT_PATH: Final = "/push/v1/environment"
 PRESENCE_PATH: Final = "/push/v1/presence"
-CONCURRENT_PER_AGENT: Final = 4
-CONCURRENT_PER_TENANT: Final = 8
 AGENTS_TOGETHER: Final = 4
 """A tenant's agents together have so many times the rate of one."""
 
@@ -94,25 +94,25 @@ class TokenBucket:
         return 0.0
 
 
-@dataclass(slots=True)
-class _Budget:
-    """What may come for one purpose: of one agent, or of all of a tenant."""
-
-    rate: TokenBucket
-    places: asyncio.Semaphore
-
-
 type Told = Callable[[str, str, Word], Awaitable[Word]]
+type Entitled = Callable[[str, str], None]
+"""Returns if the agent (tenant, id) may push here; else ForeignAgentError."""
 
 
 def make_push_application(
-    receiver: Receiver, *, clock: Clock, requests_per_s: float, told: Told | None = None
+    receiver: Receiver,
+    *,
+    clock: Clock,
+    requests_per_s: float,
+    told: Told | None = None,
+    entitled: Entitled | None = None,
 ) -> web.Application:
     """The application to be served with `runtime.tls.ServerTls`, client certificates demanded.
 
     *told*: puts in force what an agent (tenant, id) says of its environment; returns what is in force then.
+    *entitled*: who may push (rule 4); by default every agent of a tenant.
     """
-    api = _PushApi(receiver, clock, requests_per_s, told)
+    api = _PushApi(receiver, clock, requests_per_s, told, entitled)
     application = make_application(client_max_size_bytes=MAX_BODY_BYTES)
     application.middlewares.append(api.identify)
     application.router.add_post("/push/v1/session", api.open_session)
@@ -130,14 +130,23 @@ def openapi_document() -> Mapping[str, object]:
 
 
 class _PushApi:
-    def __init__(self, receiver: Receiver, clock: Clock, requests_per_s: float, told: Told | None) -> None:
+    def __init__(
+        self,
+        receiver: Receiver,
+        clock: Clock,
+        requests_per_s: float,
+        told: Told | None,
+        entitled: Entitled | None,
+    ) -> None:
         self._receiver = receiver
         self._told = told
+        self._entitled = entitled
         self._clock = clock
         self._requests_per_s = requests_per_s
-        self._of_tenants: dict[tuple[str, Purpose], _Budget] = {}
-        """Bounded: only tenants of the directory come so far."""
-        self._of_agents: dict[tuple[str, Purpose], LRUCache[str, _Budget]] = {}
+        # Bounded: only tenants of the directory come so far.
+        self._places: defaultdict[tuple[str, Purpose], Places] = defaultdict(Places)
+        self._of_tenants: dict[tuple[str, Purpose], TokenBucket] = {}
+        self._of_agents: dict[tuple[str, Purpose], LRUCache[str, TokenBucket]] = {}
 
     @web.middleware
     async def identify(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -152,31 +161,38 @@ class _PushApi:
                 _log.warning("agent refused", code=error.code, remote=request.remote)
             raise
         request[_PEER], request[_PURPOSE] = peer, purpose
-        agents, tenant = self._budgets(peer, purpose)
-        for budget in (agents, tenant):  # the first that is spent spares the other
-            _count(budget.rate)
+        for rate in self._rates(peer, purpose):  # the first that is spent spares the other
+            _count(rate)
         if purpose is Purpose.PRESENCE:
             return await handler(request)
-        async with agents.places, tenant.places:
+        async with self._places[peer.tenant, purpose].of(peer.name):
             return await handler(request)
 
-    def _budgets(self, peer: Identity, purpose: Purpose) -> tuple[_Budget, _Budget]:
+    def _rates(self, peer: Identity, purpose: Purpose) -> tuple[TokenBucket, TokenBucket]:
         """The agent's own, and that of all of its tenant."""
         known = self._of_agents.setdefault((peer.tenant, purpose), LRUCache(maxsize=MAX_AGENTS_PER_TENANT))
         if (mine := known.get(peer.name)) is None:
-            mine = known[peer.name] = self._budget(1, CONCURRENT_PER_AGENT)
+            mine = known[peer.name] = self._rate(1)
         if (all_of_them := self._of_tenants.get((peer.tenant, purpose))) is None:
-            all_of_them = self._budget(AGENTS_TOGETHER, CONCURRENT_PER_TENANT)
-            self._of_tenants[peer.tenant, purpose] = all_of_them
+            all_of_them = self._of_tenants[peer.tenant, purpose] = self._rate(AGENTS_TOGETHER)
         return mine, all_of_them
 
-    def _budget(self, times: int, places: int) -> _Budget:
+    def _rate(self, times: int) -> TokenBucket:
         rate_per_s = times * self._requests_per_s
-        rate = TokenBucket(self._clock, rate_per_s=rate_per_s, burst=BURST_FACTOR * rate_per_s)
-        return _Budget(rate, asyncio.Semaphore(places))
+        return TokenBucket(self._clock, rate_per_s=rate_per_s, burst=BURST_FACTOR * rate_per_s)
+
+    def _check_entitled(self, peer: Identity) -> None:
+        """ProblemError 403 (rule 4)."""
+        if self._entitled is None:
+            return
+        try:
+            self._entitled(peer.tenant, peer.name)
+        except ForeignAgentError as error:
+            raise _foreign(peer, error) from None
 
     async def open_session(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
+        self._check_entitled(peer)
         asked = await _read(request, _SessionRequest, limit_bytes=MAX_SESSION_BODY_BYTES)
         if asked.agent != peer.name:
             raise forbidden("agent", "The client certificate is another agent's than the one named.")
@@ -187,7 +203,7 @@ class _PushApi:
             except ValueError:
                 raise _malformed("signing_certificate is not a PEM certificate") from None
         try:
-            session = self._receiver.sessions.open(peer.tenant, peer.name, signing_certificate=certificate)
+            session = self._receiver.open_session(peer.tenant, peer.name, signing_certificate=certificate)
         except SessionRefusedError as error:
             raise forbidden(error.code, f"No session: {error}.") from None
         except AuditUnavailableError as error:
@@ -229,13 +245,7 @@ class _PushApi:
                 409, "environment", f"{error}.", "Add this proxy at the agent of its own environment."
             ) from None
         except ForeignAgentError as error:
-            _log.warning("an agent speaks for another environment", agent=peer.name, tenant=peer.tenant)
-            raise ProblemError(
-                403,
-                "agent",
-                f"{error}.",
-                "Name the environment's agent in the proxy's settings: [environment.agents].",
-            ) from None
+            raise _foreign(peer, error) from None
         return web.json_response(
             msgspec.to_builtins(in_force) | {"instance": b64u_encode(self._receiver.instance)},
             headers={"Cache-Control": "no-store"},
@@ -243,6 +253,7 @@ class _PushApi:
 
     async def take_envelopes(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
+        self._check_entitled(peer)
         asked = await _read(request, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
         receipts = await self._receiver.receive(
             peer.tenant,
@@ -253,6 +264,12 @@ class _PushApi:
         return web.json_response(
             {"receipts": [receipt.as_json() for receipt in receipts]}, headers={"Cache-Control": "no-store"}
         )
+
+
+def _foreign(peer: Identity, error: ForeignAgentError) -> ProblemError:
+    _log.warning("an agent speaks for another environment", agent=peer.name, tenant=peer.tenant)
+    next_step = "Name the environment's agent in the proxy's settings: [environment.agents]."
+    return ProblemError(403, "agent", f"{error}.", next_step)
 
 
 def _count(rate: TokenBucket) -> None:

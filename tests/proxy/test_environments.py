@@ -110,6 +110,24 @@ def test_what_restricts_is_in_force_whatever_was_said_before() -> None:
     assert environments.refuses("acme")
 
 
+def test_keys_come_from_the_agent_that_speaks_and_from_no_other() -> None:
+    environments = Environments("a", agents={"globex": "agent-g"})
+    for agent in ("agent-a", "agent-b"):
+        environments.check_entitled("acme", agent)  # nobody has spoken yet, nobody is named
+    take(environments, word("active"))
+    environments.check_entitled("acme", "agent-a")
+    environments.check_entitled("globex", "agent-g")
+    for tenant, agent in (("acme", "agent-b"), ("globex", "agent-a")):
+        with pytest.raises(ForeignAgentError):
+            environments.check_entitled(tenant, agent)
+
+
+def test_where_no_environment_is_set_up_every_agent_of_a_tenant_brings_keys() -> None:
+    environments = Environments()
+    take(environments, word("active"))
+    environments.check_entitled("acme", "agent-b")
+
+
 def test_no_position_sticks_for_longer_than_a_request_can_be_under_way() -> None:
     """Whoever had the agent for a while has said something with the highest position that there is."""
     environments = Environments("a")

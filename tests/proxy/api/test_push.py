@@ -19,6 +19,7 @@ from envelope.base64url import b64u_decode
 from envelope.certificates import fingerprint
 from envelope.errors import KeyUnavailableError
 from proxy.api import push
+from proxy.api.places import PLACES_PER_AGENT
 from proxy.api.push import (
     ENVIRONMENT_PATH,
     MAX_BODY_BYTES,
@@ -160,7 +161,13 @@ async def serve(
     async def told(tenant: str, agent: str, word: Word) -> Word:
         return environments.take(tenant, word, agent=agent, now_boot_s=clock.boot_s())
 
-    application = make_push_application(receiver, clock=clock, requests_per_s=requests_per_s, told=told)
+    application = make_push_application(
+        receiver,
+        clock=clock,
+        requests_per_s=requests_per_s,
+        told=told,
+        entitled=environments.check_entitled,
+    )
     try:
         # Not 0: aiohttp takes that for no limit at all.
         server = serving(application, host="localhost", port=0, ssl_context=tls.context, grace_s=0.1)
@@ -370,7 +377,7 @@ async def test_asking_waits_for_no_slow_push(endpoint: PushEndpoint, acme: Hoste
 
     async with contextlib.AsyncExitStack() as stack:
         slow = []
-        for _ in range(push.CONCURRENT_PER_AGENT):
+        for _ in range(PLACES_PER_AGENT):
             client = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
             headers = {"Content-Type": "application/json"}
             slow.append(asyncio.create_task(client.session.post(ENVELOPES, data=endless(), headers=headers)))
@@ -529,6 +536,52 @@ async def test_no_refresh_uses_up_what_a_withdrawal_needs(acme: HostedTenant, tm
             response.close()
 
 
+async def test_no_number_of_agents_that_hold_places_delays_anothers_withdrawal(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    """Two breached agents send as many withdrawals as they may, and end none of them."""
+    released = asyncio.Event()
+    seen: asyncio.Queue[None] = asyncio.Queue()
+
+    async def endless() -> AsyncIterator[bytes]:
+        seen.put_nowait(None)
+        yield b"{"
+        await released.wait()
+
+    async with contextlib.AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(endpoint.client(files=acme.tls_files))
+        token = acme.seal(endpoint.clock, await agent.challenge(acme), acme.key())
+        assert await agent.push(token) == ["accepted"]
+        slow = []
+        for name in ("breached-1", "breached-2"):
+            files = write_credential(acme.pki.agent_tls(name), endpoint.path, name)
+            for _ in range(PLACES_PER_AGENT + 1):
+                client = await stack.enter_async_context(endpoint.client(files=files))
+                post = client.session.post(
+                    f"{ENVELOPES}?purpose=withdrawal",
+                    data=endless(),
+                    headers={"Content-Type": "application/json"},
+                )
+                slow.append(asyncio.create_task(post))
+                await seen.get()
+                # Asked on the same loop after it: what was begun before has its place, or its turn.
+                assert (await agent.presence())[0] == 200
+        pem = certificate_pem(acme.signing.certificate).decode()
+        async with asyncio.timeout(20):
+            status, opened = await agent.post(
+                f"{SESSION}?purpose=withdrawal", {"agent": "hq", "signing_certificate": pem}
+            )
+            assert status == 200
+            withdrawal = acme.seal(endpoint.clock, b64u_decode(opened["challenge"]))
+            status, answer = await agent.post(f"{ENVELOPES}?purpose=withdrawal", {"envelopes": [withdrawal]})
+        assert (status, answer["receipts"][0]["status"]) == (200, "accepted")
+        assert not any(task.done() for task in slow)
+        released.set()
+        for response in await asyncio.gather(*slow):
+            assert response.status == 400
+            response.close()
+
+
 async def test_a_withdrawals_budget_carries_no_keys(endpoint: PushEndpoint, acme: HostedTenant) -> None:
     async with endpoint.client(files=acme.tls_files) as agent:
         token = acme.seal(endpoint.clock, await agent.challenge(acme), acme.key())
@@ -621,3 +674,32 @@ async def test_one_agent_of_the_tenant_speaks_for_the_environment(
     async with endpoint.client(files=acme.tls_files) as client:
         assert (await client.say("healing"))[1]["state"] == "healing"
     assert endpoint.environments.refuses(acme.name)
+
+
+async def test_another_environments_agent_brings_no_keys_and_takes_none_back(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    """Its certificates are good, and it may have had a session before anybody spoke for the environment."""
+    signing = acme.pki.agent_signing("agent-x")
+    introduction = {
+        "agent": "agent-x",
+        "signing_certificate": certificate_pem(signing.certificate).decode(),
+    }
+    async with (
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(acme.pki.agent_tls("agent-x")) as other,
+    ):
+        status, opened = await other.post(SESSION, introduction)
+        assert status == 200, "nobody has spoken yet"
+        challenge = b64u_decode(opened["challenge"])
+        assert (await agent.say("active"))[0] == 200
+        ours = acme.key()
+        assert await agent.push(acme.seal(endpoint.clock, await agent.challenge(acme), ours)) == ["accepted"]
+        for keys in ([acme.key()], []):
+            token = acme.seal(endpoint.clock, challenge, *keys, signing=signing, issuer="agent-x")
+            for query in ("", "?purpose=withdrawal"):
+                status, answer = await other.post(ENVELOPES + query, {"envelopes": [token]})
+                assert (status, answer["code"]) == (403, "agent")
+                status, answer = await other.post(SESSION + query, introduction)
+                assert (status, answer["code"]) == (403, "agent")
+        assert endpoint.cache.sealing_key(acme.owner()).key_id == ours.key_id
