@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from key_agent.api import client
+from key_agent.api import client, server
 from tests.key_agent.conftest import Bench
 
 
