@@ -27,11 +27,11 @@ from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.api import server
 from key_agent.config import Settings
 from key_agent.environments.assembly import Environments
-from key_agent.environments.following import Following
-from key_agent.environments.incident_parts import IncidentParts
-from key_agent.environments.key_parts import KeyParts
+from key_agent.environments.incidents.incident_parts import IncidentParts
+from key_agent.environments.keys.key_parts import KeyParts
 from key_agent.environments.metrics import EnvironmentMetrics
-from key_agent.environments.telling import Telling
+from key_agent.environments.peers.following import Following
+from key_agent.environments.peers.telling import Telling
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
 from key_agent.operations import Operations

@@ -20,11 +20,11 @@ from envelope.errors import SealgateError
 from key_agent import app, config, doctor, setup
 from key_agent.backup_cli import backup_app
 from key_agent.commands import Json
-from key_agent.environments import healing_cli, recovery_cli  # noqa: F401 - they add commands to `env`
-from key_agent.environments.approval_cli import admin_app, approval_app
-from key_agent.environments.cli import environment_app
-from key_agent.environments.incident_cli import incident_app
-from key_agent.environments.old_keys_cli import keys_app
+from key_agent.environments.commands import healing_cli, recovery_cli  # noqa: F401 - they add commands to `env`
+from key_agent.environments.commands.approval_cli import admin_app, approval_app
+from key_agent.environments.commands.cli import environment_app
+from key_agent.environments.commands.incident_cli import incident_app
+from key_agent.environments.commands.old_keys_cli import keys_app
 from key_agent.explaining import PROGRAM, explain_agent
 from key_agent.kek_cli import kek_app
 from key_agent.key_cli import key_app, rotate

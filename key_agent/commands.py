@@ -7,7 +7,7 @@ from typing import Final
 from envelope.keys import NetworkService
 from key_agent.agent import Agent
 from key_agent.environments.assembly import Environments
-from key_agent.environments.manager import Manager
+from key_agent.environments.keys.manager import Manager
 from key_agent.push.pusher import Delivery
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError

@@ -14,7 +14,7 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
-from key_agent.environments.etcd import EtcdSettings
+from key_agent.environments.peers.etcd import EtcdSettings
 from key_agent.sources.key_server import KmipSettings, OpenBaoSettings
 from key_agent.sources.pkcs11 import Pkcs11Settings
 from runtime import broker, database

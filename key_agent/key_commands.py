@@ -17,7 +17,7 @@ from typing import Final
 from envelope.errors import FormatError
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
 from key_agent.commands import DELIVERY_PATIENCE_S, Commands, Json
-from key_agent.environments.manager import Manager
+from key_agent.environments.keys.manager import Manager
 from key_agent.push.pusher import Outcome
 from key_agent.registry.model import DataKeyRow, DueRing, RotationCause
 from key_agent.registry.store import RefusedChangeError

@@ -21,11 +21,11 @@ from envelope.keys import KeyState, KeyUse, NetworkService, SigningAlgorithm, ch
 from key_agent import survey
 from key_agent.backup import RESERVED_SERVICE, BackupCommands
 from key_agent.commands import DELIVERY_PATIENCE_S, Json
-from key_agent.environments.incident_commands import IncidentCommands
-from key_agent.environments.membership_commands import MembershipCommands
-from key_agent.environments.policy_commands import PolicyCommands
-from key_agent.environments.promotion_commands import PromotionCommands
-from key_agent.environments.recovery_commands import RecoveryCommands
+from key_agent.environments.commands.incident_commands import IncidentCommands
+from key_agent.environments.commands.membership_commands import MembershipCommands
+from key_agent.environments.commands.policy_commands import PolicyCommands
+from key_agent.environments.commands.promotion_commands import PromotionCommands
+from key_agent.environments.commands.recovery_commands import RecoveryCommands
 from key_agent.errors import KeyAgentError, KeySourceError
 from key_agent.kek_making import KekWish, make_kek, wish_of
 from key_agent.kek_rotation import KekRotation, give_up

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from key_agent import live_status
-from key_agent.environments.cli import environments_text
+from key_agent.environments.commands.cli import environments_text
 from key_agent.performing import Options, perform, show
 from key_agent.state_dir import SOCKET_NAME
 from key_agent.wording import time_text

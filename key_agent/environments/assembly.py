@@ -17,24 +17,30 @@ from cryptography import x509
 
 from key_agent.config import EnvironmentsSettings, Settings
 from key_agent.consent import Consent
-from key_agent.environments.draft import Draft
-from key_agent.environments.etcd import EtcdClient
-from key_agent.environments.founding import FIRST_TERM, founding_rows, kek_body
-from key_agent.environments.leadership import Appointed, Candidate, Elected, ElectedOrAppointed, Leadership
-from key_agent.environments.membership import Membership
-from key_agent.environments.peer_api import PeerRoute, keep_current, listening, make_api
-from key_agent.environments.peer_routes import REFUSALS, PeerRoutes
-from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
-from key_agent.environments.peer_trust import PeerTrust
-from key_agent.environments.peering import Peering
-from key_agent.environments.peers import Introduction, JoinRequest, Peers
-from key_agent.environments.proofs import Proofs
-from key_agent.environments.recovery import appointed, is_in_other_hands
-from key_agent.environments.registry_key import public_text, read_or_make_registry_key
-from key_agent.environments.registry_key_exchange import finish_exchange
-from key_agent.environments.shared import SharedRegistry
-from key_agent.environments.shared_view import newest_term
-from key_agent.environments.transport_key import transport_files
+from key_agent.environments.changes.founding import FIRST_TERM, founding_rows, kek_body
+from key_agent.environments.keys.proofs import Proofs
+from key_agent.environments.keys.transport_key import transport_files
+from key_agent.environments.peers.etcd import EtcdClient
+from key_agent.environments.peers.leadership import (
+    Appointed,
+    Candidate,
+    Elected,
+    ElectedOrAppointed,
+    Leadership,
+)
+from key_agent.environments.peers.membership import Membership
+from key_agent.environments.peers.peer_api import PeerRoute, keep_current, listening, make_api
+from key_agent.environments.peers.peer_routes import REFUSALS, PeerRoutes
+from key_agent.environments.peers.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peers.peer_trust import PeerTrust
+from key_agent.environments.peers.peering import Peering
+from key_agent.environments.peers.peers import Introduction, JoinRequest, Peers
+from key_agent.environments.shared.draft import Draft
+from key_agent.environments.shared.recovery import appointed, is_in_other_hands
+from key_agent.environments.shared.registry_key import public_text, read_or_make_registry_key
+from key_agent.environments.shared.registry_key_exchange import finish_exchange
+from key_agent.environments.shared.shared import SharedRegistry
+from key_agent.environments.shared.shared_view import newest_term
 from key_agent.journal import Journal
 from key_agent.push.revocations import Revocations
 from key_agent.registry.store import RefusedChangeError, Registry
@@ -42,9 +48,9 @@ from runtime.clock import Clock
 from runtime.tls import ServerTls
 
 if TYPE_CHECKING:
-    from key_agent.environments.incident_parts import IncidentParts
-    from key_agent.environments.key_parts import KeyParts
-    from key_agent.environments.telling import Telling
+    from key_agent.environments.incidents.incident_parts import IncidentParts
+    from key_agent.environments.keys.key_parts import KeyParts
+    from key_agent.environments.peers.telling import Telling
 
 log = structlog.get_logger(__name__)
 

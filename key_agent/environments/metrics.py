@@ -17,10 +17,10 @@ from prometheus_client.registry import Collector
 
 from envelope.keys import KeyState
 from key_agent.consent import EnvironmentStanding
-from key_agent.environments.bringing import Standing
-from key_agent.environments.peering import Peering
+from key_agent.environments.keys.bringing import Standing
+from key_agent.environments.peers.peering import Peering
+from key_agent.environments.peers.telling import Told
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.telling import Told
 from runtime.observe import NAMESPACE
 
 _DESCRIPTIONS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {

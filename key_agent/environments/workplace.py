@@ -7,9 +7,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
-from key_agent.environments.peer_api import PeerRoute
-from key_agent.environments.peering import Peering
-from key_agent.environments.proofs import Proofs
+from key_agent.environments.keys.proofs import Proofs
+from key_agent.environments.peers.peer_api import PeerRoute
+from key_agent.environments.peers.peering import Peering
 
 
 class Workplace(Protocol):

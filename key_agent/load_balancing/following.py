@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from envelope.errors import FormatError, IntegrityError
-from key_agent.environments.documents import (
+from key_agent.environments.shared.documents import (
     Body,
     Delta,
     EnvironmentBody,
@@ -28,8 +28,8 @@ from key_agent.environments.documents import (
     read_body,
     row_digest,
 )
+from key_agent.environments.shared.terms import WATCHED, Holder, Known, Terms, check_goes_on, judge
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.terms import WATCHED, Holder, Known, Terms, check_goes_on, judge
 
 NEVER_S: Final = float("-inf")
 _LEASE_S: Final = 300.0

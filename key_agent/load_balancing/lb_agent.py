@@ -21,11 +21,11 @@ import structlog
 from cryptography import x509
 
 from envelope.errors import FormatError, IntegrityError
-from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
-from key_agent.environments.documents import decode_delta, encode_delta
-from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
-from key_agent.environments.peer_trust import PeerTrust
-from key_agent.environments.peers import REGISTRY_PATH
+from key_agent.environments.incidents.acknowledgements import LB_ACK_PATH, LbAck
+from key_agent.environments.peers.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peers.peer_trust import PeerTrust
+from key_agent.environments.peers.peers import REGISTRY_PATH
+from key_agent.environments.shared.documents import decode_delta, encode_delta
 from key_agent.load_balancing.answers import (
     FULL_WEIGHT,
     Report,

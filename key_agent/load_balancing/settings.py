@@ -16,7 +16,7 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
-from key_agent.environments.documents import read_registry_key
+from key_agent.environments.shared.documents import read_registry_key
 from runtime import settings as runtime_settings
 
 ENVIRONMENT_PREFIX: Final = "KEY_AGENT_LB"

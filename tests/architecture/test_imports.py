@@ -16,6 +16,9 @@ MAY_IMPORT: Final[Mapping[str, set[str]]] = {
     "key_agent": {"runtime", "envelope"},
     "proxy": {"runtime", "envelope"},
 }
+# Rooms of several environments, in the order in which they are built: none imports from a later one.
+ROOMS: Final = ("shared", "peers", "changes", "keys", "incidents", "commands")
+ENVIRONMENTS: Final = "key_agent.environments"
 # What is ours but not shipped: no product imports it.
 FIRST_PARTY: Final = {*PACKAGES, "tests", "bench", "certs", "deploy"}
 
@@ -36,10 +39,10 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
     "sqlalchemy": (
         "runtime.database",
         "key_agent.registry",
-        "key_agent.environments.founding",
-        "key_agent.environments.projection",
-        "key_agent.environments.shared",
-        "key_agent.environments.shared_tables",
+        "key_agent.environments.changes.founding",
+        "key_agent.environments.shared.projection",
+        "key_agent.environments.shared.shared",
+        "key_agent.environments.shared.shared_tables",
         "proxy.tenants",
         "proxy.uploads",
     ),
@@ -55,12 +58,12 @@ DOORS: Final[Mapping[str, tuple[str, ...]]] = {
         "key_agent.reinstating_cli",
         "key_agent.service_cli",
         "key_agent.status_cli",
-        "key_agent.environments.approval_cli",
-        "key_agent.environments.cli",
-        "key_agent.environments.healing_cli",
-        "key_agent.environments.recovery_cli",
-        "key_agent.environments.incident_cli",
-        "key_agent.environments.old_keys_cli",
+        "key_agent.environments.commands.approval_cli",
+        "key_agent.environments.commands.cli",
+        "key_agent.environments.commands.healing_cli",
+        "key_agent.environments.commands.recovery_cli",
+        "key_agent.environments.commands.incident_cli",
+        "key_agent.environments.commands.old_keys_cli",
         "key_agent.load_balancing.cli",
         "proxy.cli",
         "proxy.errors_cli",
@@ -90,6 +93,22 @@ def wrong_arrows(found: Iterable[Module]) -> list[str]:
         if (top := name.split(".")[0]) in FIRST_PARTY
         and top != module.package
         and top not in MAY_IMPORT[module.package]
+    ]
+
+
+def room(name: str) -> int:
+    """Which of ROOMS a module is in; -1: in none."""
+    parts = name.removeprefix(f"{ENVIRONMENTS}.").split(".")
+    return ROOMS.index(parts[0]) if is_or_below(name, ENVIRONMENTS) and parts[0] in ROOMS else -1
+
+
+def upstairs(found: Iterable[Module]) -> list[str]:
+    return [
+        f"{module.path}:{line} imports {name}"
+        for module in found
+        if (own := room(module.name)) >= 0
+        for name, line in module.targets()
+        if room(name) > own
     ]
 
 
@@ -143,6 +162,12 @@ def through_the_wall(found: Iterable[Module]) -> list[str]:
 
 def test_arrows_point_one_way() -> None:
     assert wrong_arrows(modules(*PACKAGES)) == []
+
+
+def test_no_room_imports_from_a_later_one() -> None:
+    assert upstairs(modules("key_agent")) == []
+    found = parse("key_agent/environments/peers/a.py", f"from {ENVIRONMENTS}.keys.manager import Manager")
+    assert upstairs([found]) != []
 
 
 def test_there_is_no_cycle() -> None:

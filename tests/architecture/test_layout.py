@@ -13,8 +13,8 @@ from tests.architecture.tree import PACKAGES, ROOT, Module, modules, parse
 BANNED: Final = re.compile(r"(.*_)?(utils?|helpers?|common|misc|managers?|base|stuff|tools)")
 # A word of design.md: the key agent that generates keys for all environments.
 WORDS_OF_THE_DESIGN: Final = {
-    "key_agent/environments/manager.py",
-    "tests/key_agent/environments/test_manager.py",
+    "key_agent/environments/keys/manager.py",
+    "tests/key_agent/environments/keys/test_manager.py",
 }
 # A source file -> the tests that stand for it, and why they are not its mirror.
 _AGENT: Final = (
@@ -67,7 +67,7 @@ _KACLS: Final = (
     "a part of the dialect: each rule is seen in what a call is answered",
 )
 _PEERS: Final = (
-    "tests/key_agent/environments/test_peer_transport.py",
+    "tests/key_agent/environments/peers/test_peer_transport.py",
     "one side of a connection: right when the other one, over real TLS, says so",
 )
 _TALKS: Final = (
@@ -75,19 +75,19 @@ _TALKS: Final = (
     "carries out what profiles plan: on real sockets, through the real gate",
 )
 _PEERING: Final = (
-    "tests/key_agent/environments/test_peering.py",
+    "tests/key_agent/environments/peers/test_peering.py",
     "agents in step with each other: right when several of them, over real TLS and databases, are",
 )
 _TAMPERING: Final = (
-    "tests/key_agent/environments/test_shared_tampering.py",
+    "tests/key_agent/environments/shared/test_shared_tampering.py",
     "right when everything that somebody can do to the database is noticed",
 )
 _MANAGER: Final = (
-    "tests/key_agent/environments/test_manager.py",
+    "tests/key_agent/environments/keys/test_manager.py",
     "what the manager is asked for: right when every environment has it, over real TLS and databases",
 )
 _SHARED: Final = (
-    "tests/key_agent/environments/test_shared.py",
+    "tests/key_agent/environments/shared/test_shared.py",
     "a part of the shared registry, seen through it on both databases",
 )
 _PROXY_COMMANDS: Final = ("tests/proxy/test_cli.py", "commands: what each does is seen through them all")
@@ -111,11 +111,11 @@ _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the sto
 _PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
 _BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
 _RECOVERY = (
-    "tests/key_agent/environments/test_recovery.py",
+    "tests/key_agent/environments/shared/test_recovery.py",
     "the road back when no environment counts: right when agents with real rows and databases come back",
 )
 _HEALING = (
-    "tests/key_agent/environments/test_healing.py",
+    "tests/key_agent/environments/incidents/test_healing.py",
     "what an agent does by itself while an environment heals",
 )
 
@@ -128,20 +128,20 @@ _GCS_UPLOADS: Final = (
     "a part of what an upload is: right when the object is, whatever fails on the way",
 )
 TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
-    "key_agent/environments/approval_cli.py": _BREACH,
-    "key_agent/environments/approval_commands.py": _BREACH,
-    "key_agent/environments/healing_cli.py": _BREACH,
-    "key_agent/environments/incident_cli.py": _BREACH,
-    "key_agent/environments/own_wraps.py": _RECOVERY,
-    "key_agent/environments/recovery_cli.py": _RECOVERY,
-    "key_agent/environments/recovery_commands.py": _RECOVERY,
-    "key_agent/environments/incident_commands.py": (
-        "tests/key_agent/environments/test_incidents.py",
+    "key_agent/environments/commands/approval_cli.py": _BREACH,
+    "key_agent/environments/commands/approval_commands.py": _BREACH,
+    "key_agent/environments/commands/healing_cli.py": _BREACH,
+    "key_agent/environments/commands/incident_cli.py": _BREACH,
+    "key_agent/environments/keys/own_wraps.py": _RECOVERY,
+    "key_agent/environments/commands/recovery_cli.py": _RECOVERY,
+    "key_agent/environments/commands/recovery_commands.py": _RECOVERY,
+    "key_agent/environments/commands/incident_commands.py": (
+        "tests/key_agent/environments/incidents/test_incidents.py",
         "what it asks of Incidents, in one go",
     ),
-    "key_agent/environments/incident_parts.py": _HEALING,
-    "key_agent/environments/old_keys_cli.py": _BREACH,
-    "key_agent/environments/reaction.py": _HEALING,
+    "key_agent/environments/incidents/incident_parts.py": _HEALING,
+    "key_agent/environments/commands/old_keys_cli.py": _BREACH,
+    "key_agent/environments/incidents/reaction.py": _HEALING,
     "key_agent/reencryption/store_file.py": _BREACH,
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),
     "envelope/strict_json.py": ("tests/envelope/test_material.py", "each refusal is one of an envelope"),
@@ -180,60 +180,60 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "key_agent/app.py": _PROCESS,
     "key_agent/doctor.py": _PROCESS,
-    "key_agent/environments/etcd.py": (
-        "tests/key_agent/environments/test_leadership.py",
+    "key_agent/environments/peers/etcd.py": (
+        "tests/key_agent/environments/peers/test_leadership.py",
         "right when a real etcd says so",
     ),
     "key_agent/environments/assembly.py": _PEERING,
-    "key_agent/environments/cli.py": (
+    "key_agent/environments/commands/cli.py": (
         "tests/environments/test_site.py",
         "commands, seen through the processes that carry them out",
     ),
-    "key_agent/environments/environment_commands.py": _PEERING,
-    "key_agent/environments/membership_commands.py": _PEERING,
-    "key_agent/environments/promotion_commands.py": _PEERING,
-    "key_agent/environments/key_making.py": _MANAGER,
-    "key_agent/environments/key_writing.py": _MANAGER,
-    "key_agent/environments/key_parts.py": (
+    "key_agent/environments/commands/environment_commands.py": _PEERING,
+    "key_agent/environments/commands/membership_commands.py": _PEERING,
+    "key_agent/environments/commands/promotion_commands.py": _PEERING,
+    "key_agent/environments/keys/key_making.py": _MANAGER,
+    "key_agent/environments/keys/key_writing.py": _MANAGER,
+    "key_agent/environments/keys/key_parts.py": (
         "tests/environments/test_site.py",
         "wiring, right when keys come to every environment's proxies",
     ),
-    "key_agent/environments/projection.py": (
-        "tests/key_agent/environments/test_shared.py",
+    "key_agent/environments/shared/projection.py": (
+        "tests/key_agent/environments/shared/test_shared.py",
         "the other half of the shared registry, seen through it on both databases",
     ),
-    "key_agent/environments/mark.py": _TAMPERING,
-    "key_agent/environments/shared_tables.py": _TAMPERING,
-    "key_agent/environments/believing.py": (
-        "tests/key_agent/environments/test_terms.py",
+    "key_agent/environments/shared/mark.py": _TAMPERING,
+    "key_agent/environments/shared/shared_tables.py": _TAMPERING,
+    "key_agent/environments/shared/believing.py": (
+        "tests/key_agent/environments/shared/test_terms.py",
         "right when whoever has no say, whatever it signs, is not believed",
     ),
-    "key_agent/environments/draft.py": _SHARED,
-    "key_agent/environments/restrictions.py": _SHARED,
-    "key_agent/environments/shared_errors.py": _SHARED,
-    "key_agent/environments/shared_state.py": _SHARED,
-    "key_agent/environments/shared_view.py": _SHARED,
+    "key_agent/environments/shared/draft.py": _SHARED,
+    "key_agent/environments/shared/restrictions.py": _SHARED,
+    "key_agent/environments/shared/shared_errors.py": _SHARED,
+    "key_agent/environments/shared/shared_state.py": _SHARED,
+    "key_agent/environments/shared/shared_view.py": _SHARED,
     "key_agent/environments/workplace.py": _PEERING,
-    "key_agent/environments/forewords.py": _PEERING,
-    "key_agent/environments/own_word.py": _PEERING,
-    "key_agent/environments/peer_rows.py": _PEERING,
-    "key_agent/environments/peer_sights.py": _PEERING,
+    "key_agent/environments/shared/forewords.py": _PEERING,
+    "key_agent/environments/peers/own_word.py": _PEERING,
+    "key_agent/environments/peers/peer_rows.py": _PEERING,
+    "key_agent/environments/peers/peer_sights.py": _PEERING,
     "key_agent/registry/wrap_rows.py": (
-        "tests/key_agent/environments/test_manager.py",
+        "tests/key_agent/environments/keys/test_manager.py",
         "seen where keys of several environments are stored, lost and damaged",
     ),
-    "key_agent/environments/following.py": (
+    "key_agent/environments/peers/following.py": (
         "tests/environments/test_site.py",
         "what an agent does about changed rows, seen at its proxies",
     ),
-    "key_agent/environments/founding.py": (
+    "key_agent/environments/changes/founding.py": (
         "tests/environments/test_site.py",
         "one environment's keys, found again in all of them",
     ),
-    "key_agent/environments/peer_routes.py": _PEERING,
-    "key_agent/environments/peers.py": _PEERING,
-    "key_agent/environments/peer_api.py": _PEERS,
-    "key_agent/environments/peer_trust.py": _PEERS,
+    "key_agent/environments/peers/peer_routes.py": _PEERING,
+    "key_agent/environments/peers/peers.py": _PEERING,
+    "key_agent/environments/peers/peer_api.py": _PEERS,
+    "key_agent/environments/peers/peer_trust.py": _PEERS,
     "key_agent/errors.py": (
         "tests/key_agent/sources/test_contract.py",
         "declarations; who raises them is tested",
@@ -495,7 +495,7 @@ def test_a_bad_name_is_found(path: str) -> None:
 
 
 def test_a_good_name_is_not_found() -> None:
-    assert badly_named(["proxy/utility.py", "key_agent/environments/manager.py", "envelope/objects.py"]) == []
+    assert badly_named(["proxy/utility.py", "key_agent/environments/keys/manager.py"]) == []
 
 
 def test_a_file_without_tests_is_found() -> None:

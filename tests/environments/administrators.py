@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from key_agent import cli as agent_cli
-from key_agent.environments.approvals import AdminPrivateKey
+from key_agent.environments.shared.approvals import AdminPrivateKey
 from runtime import cli
 from tests.environments.site import SiteEnvironment
 

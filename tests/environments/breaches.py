@@ -21,14 +21,14 @@ import msgspec
 
 from envelope.keys import KeyState, KeyUse, NetworkService
 from key_agent.agent import Agent, Signing
-from key_agent.environments import approvals
-from key_agent.environments.acknowledgements import LbAck
-from key_agent.environments.approvals import Action
-from key_agent.environments.documents import DekBody, Kind, RingBody, ServiceBody
-from key_agent.environments.draft import Draft
-from key_agent.environments.incident_commands import IncidentCommands
-from key_agent.environments.incident_parts import IncidentParts
-from key_agent.environments.incidents import Successor
+from key_agent.environments.commands.incident_commands import IncidentCommands
+from key_agent.environments.incidents.acknowledgements import LbAck
+from key_agent.environments.incidents.incident_parts import IncidentParts
+from key_agent.environments.incidents.incidents import Successor
+from key_agent.environments.shared import approvals
+from key_agent.environments.shared.approvals import Action
+from key_agent.environments.shared.documents import DekBody, Kind, RingBody, ServiceBody
+from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.push.targets import Targets
 from key_agent.registry.access import insert_wrap

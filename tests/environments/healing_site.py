@@ -16,16 +16,16 @@ from typing import Any, cast, override
 
 from envelope.keys import KeyUse
 from key_agent.agent import Agent, Signing
-from key_agent.environments import approvals
-from key_agent.environments.acknowledgements import LbAck
-from key_agent.environments.approvals import Action
-from key_agent.environments.incident_changes import without_successor
-from key_agent.environments.incident_commands import IncidentCommands
-from key_agent.environments.incident_parts import IncidentParts
-from key_agent.environments.membership_commands import MembershipCommands
-from key_agent.environments.own_wraps import OwnWraps
-from key_agent.environments.promotion_commands import PromotionCommands
-from key_agent.environments.recovery_commands import RecoveryCommands
+from key_agent.environments.changes.incident_changes import without_successor
+from key_agent.environments.commands.incident_commands import IncidentCommands
+from key_agent.environments.commands.membership_commands import MembershipCommands
+from key_agent.environments.commands.promotion_commands import PromotionCommands
+from key_agent.environments.commands.recovery_commands import RecoveryCommands
+from key_agent.environments.incidents.acknowledgements import LbAck
+from key_agent.environments.incidents.incident_parts import IncidentParts
+from key_agent.environments.keys.own_wraps import OwnWraps
+from key_agent.environments.shared import approvals
+from key_agent.environments.shared.approvals import Action
 from tests.environments.key_site import FILES, KeyMember, KeySite, key_site
 from tests.fakes.key_source import FakeKeySource
 from tests.key_agent.conftest import until

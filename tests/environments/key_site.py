@@ -20,11 +20,11 @@ from sqlalchemy import text
 
 from envelope.keys import KeyId, KeyState, NetworkService
 from key_agent.agent import Agent
-from key_agent.environments.documents import DekBody
-from key_agent.environments.key_parts import KeyParts
-from key_agent.environments.manager import Manager
-from key_agent.environments.shared_view import Shared
-from key_agent.environments.wrapping import Wraps
+from key_agent.environments.keys.key_parts import KeyParts
+from key_agent.environments.keys.manager import Manager
+from key_agent.environments.keys.wrapping import Wraps
+from key_agent.environments.shared.documents import DekBody
+from key_agent.environments.shared.shared_view import Shared
 from key_agent.push.targets import Targets
 from key_agent.registry.model import Proxy, Receipt
 from key_agent.rotation import unopenable

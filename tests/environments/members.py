@@ -25,19 +25,19 @@ from envelope.base64url import b64u_encode
 from key_agent.agent import Agent
 from key_agent.config import EnvironmentsSettings
 from key_agent.consent import Consent
-from key_agent.environments import approvals
 from key_agent.environments.assembly import Environments
-from key_agent.environments.documents import AdminBody, AdminState, ApprovalBody, Kind
-from key_agent.environments.draft import Draft
-from key_agent.environments.etcd import EtcdSettings
-from key_agent.environments.membership_commands import MembershipCommands
-from key_agent.environments.peer_transport import PeerAddress, PeerError, PeerTransport
-from key_agent.environments.peer_trust import PeerTrust
-from key_agent.environments.peers import Introduction
-from key_agent.environments.promotion_commands import PromotionCommands
-from key_agent.environments.registry_key import public_text, read_or_make_registry_key
-from key_agent.environments.registry_key_exchange import finish_exchange
-from key_agent.environments.shared import SharedRegistry
+from key_agent.environments.commands.membership_commands import MembershipCommands
+from key_agent.environments.commands.promotion_commands import PromotionCommands
+from key_agent.environments.peers.etcd import EtcdSettings
+from key_agent.environments.peers.peer_transport import PeerAddress, PeerError, PeerTransport
+from key_agent.environments.peers.peer_trust import PeerTrust
+from key_agent.environments.peers.peers import Introduction
+from key_agent.environments.shared import approvals
+from key_agent.environments.shared.documents import AdminBody, AdminState, ApprovalBody, Kind
+from key_agent.environments.shared.draft import Draft
+from key_agent.environments.shared.registry_key import public_text, read_or_make_registry_key
+from key_agent.environments.shared.registry_key_exchange import finish_exchange
+from key_agent.environments.shared.shared import SharedRegistry
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
 from key_agent.registry.store import Registry

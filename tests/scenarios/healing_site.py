@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Final
 
 from envelope.keys import NetworkService
-from key_agent.environments.peer_transport import PeerAddress, PeerTransport
-from key_agent.environments.peer_trust import PeerTrust
+from key_agent.environments.peers.peer_transport import PeerAddress, PeerTransport
+from key_agent.environments.peers.peer_trust import PeerTrust
 from runtime.clock import SystemClock
 from tests.environments.administrators import Commands, administrators
 from tests.environments.site import TENANT, SiteEnvironment, SiteProxy, until

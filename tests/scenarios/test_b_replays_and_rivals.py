@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from key_agent.environments.healing import KEK_PATH
-from key_agent.environments.peer_transport import PeerError
-from key_agent.environments.peers import REGISTRY_PATH, WRAPS_PATH
+from key_agent.environments.incidents.healing import KEK_PATH
+from key_agent.environments.peers.peer_transport import PeerError
+from key_agent.environments.peers.peers import REGISTRY_PATH, WRAPS_PATH
 from key_agent.state_dir import AUDIT_NAME
 from runtime.cli import CommandError
 from runtime.tls import client_context

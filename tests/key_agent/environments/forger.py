@@ -5,8 +5,8 @@ from typing import Any, Final, Protocol, cast
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from key_agent.environments.approvals import Action
-from key_agent.environments.documents import (
+from key_agent.environments.shared.approvals import Action
+from key_agent.environments.shared.documents import (
     ApprovalBody,
     Body,
     Delta,
@@ -20,9 +20,9 @@ from key_agent.environments.documents import (
     sign_head,
     sign_row,
 )
-from key_agent.environments.registry_key import public_text
+from key_agent.environments.shared.registry_key import public_text
+from key_agent.environments.shared.terms import promotion_payload, term_id
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.terms import promotion_payload, term_id
 from tests.key_agent.environments.registries import NOW_MS, TENANT, Admins
 
 INVENTED: Final = Admins("mallory", "trent")

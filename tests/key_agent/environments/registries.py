@@ -18,9 +18,9 @@ from sqlalchemy import text
 
 from envelope.base64url import b64u_encode
 from envelope.keys import KeyState, KeyUse
-from key_agent.environments import approvals
-from key_agent.environments.approvals import Action
-from key_agent.environments.documents import (
+from key_agent.environments.shared import approvals
+from key_agent.environments.shared.approvals import Action
+from key_agent.environments.shared.documents import (
     AdminBody,
     AdminState,
     ApprovalBody,
@@ -34,13 +34,13 @@ from key_agent.environments.documents import (
     TenantBody,
     TermBody,
 )
-from key_agent.environments.draft import Draft
-from key_agent.environments.mark import NAME as MARK_NAME
-from key_agent.environments.registry_key import public_text, read_or_make_registry_key
-from key_agent.environments.shared import SharedRegistry
-from key_agent.environments.shared_view import Shared
+from key_agent.environments.shared.draft import Draft
+from key_agent.environments.shared.mark import NAME as MARK_NAME
+from key_agent.environments.shared.registry_key import public_text, read_or_make_registry_key
+from key_agent.environments.shared.shared import SharedRegistry
+from key_agent.environments.shared.shared_view import Shared
+from key_agent.environments.shared.terms import promotion_payload
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.terms import promotion_payload
 from key_agent.registry.store import Registry
 
 NOW_MS: Final = 1_800_000_000_000

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from envelope.keys import KeyId, KeyState, KeyUse
-from key_agent.environments import approvals
-from key_agent.environments.approvals import Action
-from key_agent.environments.documents import (
+from key_agent.environments.shared import approvals
+from key_agent.environments.shared.approvals import Action
+from key_agent.environments.shared.documents import (
     AdminBody,
     AdminState,
     ApprovalBody,
@@ -28,8 +28,8 @@ from key_agent.environments.documents import (
     body_text,
     read_body,
 )
-from key_agent.environments.draft import Draft
-from key_agent.environments.shared_view import Shared
+from key_agent.environments.shared.draft import Draft
+from key_agent.environments.shared.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 
 NOW_MS = 1_800_000_000_000

@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from envelope.keys import KeyState
 from key_agent.environments.breaches import IncidentKind, IncidentState
-from key_agent.environments.bringing import Standing
-from key_agent.environments.documents import IncidentBody, Kind
-from key_agent.environments.draft import Draft
+from key_agent.environments.keys.bringing import Standing
 from key_agent.environments.metrics import EnvironmentMetrics, families
+from key_agent.environments.peers.telling import Told
+from key_agent.environments.shared.documents import IncidentBody, Kind
+from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.telling import Told
 from key_agent.push.transport import EnvironmentWord
 from tests.environments.members import Member, members
 from tests.key_agent.conftest import until

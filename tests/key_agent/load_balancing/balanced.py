@@ -13,7 +13,7 @@ import aiohttp
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from key_agent.environments.registry_key import public_text
+from key_agent.environments.shared.registry_key import public_text
 from key_agent.load_balancing.settings import (
     AgentAddress,
     FrontendSettings,

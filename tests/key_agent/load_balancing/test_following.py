@@ -9,9 +9,9 @@ import pytest
 
 from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
-from key_agent.environments.documents import Delta, EnvironmentBody, Kind, TermBody, sign_head
+from key_agent.environments.shared.documents import Delta, EnvironmentBody, Kind, TermBody, sign_head
+from key_agent.environments.shared.terms import term_id
 from key_agent.environments.states import EnvironmentState
-from key_agent.environments.terms import term_id
 from key_agent.load_balancing.following import NEVER_S, Follower
 from tests.key_agent.environments.forger import Forger
 from tests.key_agent.environments.registries import ADMINS, KID, NOW_MS, TENANT, Holder, key, registry_of

@@ -11,10 +11,10 @@ import pytest
 from cryptography import x509
 
 from envelope.certificates import Role
-from key_agent.environments.acknowledgements import LB_ACK_PATH, LbAck
-from key_agent.environments.documents import EnvironmentBody, Kind
-from key_agent.environments.draft import Draft
-from key_agent.environments.peer_api import PeerCall, PeerRoute
+from key_agent.environments.incidents.acknowledgements import LB_ACK_PATH, LbAck
+from key_agent.environments.peers.peer_api import PeerCall, PeerRoute
+from key_agent.environments.shared.documents import EnvironmentBody, Kind
+from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.haproxy_config import haproxy_config
 from key_agent.load_balancing.lb_agent import LbAgent

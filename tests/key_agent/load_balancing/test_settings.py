@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from key_agent.environments.registry_key import public_text
+from key_agent.environments.shared.registry_key import public_text
 from key_agent.load_balancing.settings import Rule, load, unusable_files
 from runtime.settings import SettingsError
 

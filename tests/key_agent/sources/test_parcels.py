@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import load_pem_x509_certificate
 
 from envelope.keys import KEY_MATERIAL_SIZE, KeyId, KeyUse, NetworkService, SigningAlgorithm
-from key_agent.environments.transport_key import transport_files
+from key_agent.environments.keys.transport_key import transport_files
 from key_agent.errors import KekRevokedError, KeySourceError
 from key_agent.sources import wire
 from key_agent.sources.envelopes import WrappedKeyError

@@ -1,0 +1,217 @@
+"""`key-agent keys`: old keys rescued, their objects rewritten, and their end (docs/runbooks.md).
+
+1. What opens or ends a key names an approval of two administrators.
+2. A re-encryption runs in the process of its command, beside the agent; interrupted, it is resumed.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from envelope.errors import SealgateError
+from envelope.keys import KeyId
+from key_agent.environments.commands.incident_cli import (
+    ApproveWith,
+    IncidentName,
+    KeyNames,
+    key_ids,
+    moment_ms,
+)
+from key_agent.explaining import explain_agent
+from key_agent.performing import Options, confirm, perform, perform_with, show
+from key_agent.reencryption.job import Progress, ReencryptionJob
+from key_agent.reencryption.ledger import FileLedger
+from key_agent.reencryption.store_file import read_store
+from key_agent.reencryption.webdav import WebDavConnector
+from runtime import lifecycle, observe
+from runtime.cli import CommandError, ExitCode
+
+keys_app = typer.Typer(no_args_is_help=True, help="Old keys: rescued, rewritten, ended.")
+
+
+@keys_app.command("rescue")
+def keys_rescue(
+    context: typer.Context,
+    incident: IncidentName,
+    keys: KeyNames,
+    until: Annotated[str, typer.Option(help="When it ends: 2026-11-23T01:00Z, within 30 days.")],
+    approve_with: ApproveWith,
+) -> None:
+    """Let compromised keys open objects for a time, for every caller of every environment that has them."""
+    data = perform(
+        context.obj,
+        "keys_rescue",
+        incident=incident,
+        keys=key_ids(keys),
+        until_ms=moment_ms(until),
+        approval=approve_with,
+    )
+    show(context, data, _incident_text)
+
+
+@keys_app.command("retire")
+def keys_retire(
+    context: typer.Context,
+    keys: KeyNames,
+    approve_with: ApproveWith,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="What they sealed and nobody rewrote is given up.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Destroy deactivated or compromised keys in every environment."""
+    confirm(
+        context.obj,
+        f"What {len(key_ids(keys))} keys sealed is unreadable for ever afterwards, in every environment.",
+        yes=yes,
+    )
+    data = perform(
+        context.obj, "keys_retire", keys=key_ids(keys), approval=approve_with, accept_loss=accept_loss
+    )
+    show(context, data, _key_states_text)
+
+
+@keys_app.command("resume")
+def keys_resume(context: typer.Context, keys: KeyNames, approve_with: ApproveWith) -> None:
+    """Give suspended keys back that no open incident holds."""
+    data = perform(context.obj, "keys_resume", keys=key_ids(keys), approval=approve_with)
+    show(context, data, _key_states_text)
+
+
+reencrypt_app = typer.Typer(no_args_is_help=True, help="Objects of old keys, sealed anew.")
+keys_app.add_typer(reencrypt_app, name="reencrypt")
+
+
+@reencrypt_app.command("start")
+def reencrypt_start(
+    context: typer.Context,
+    incident: Annotated[str, typer.Option(help="Whose compromised keys.")],
+    connector: Annotated[Path, typer.Option(help="Where the objects are (docs/environments.md).")],
+    service: Annotated[
+        str | None, typer.Option(help="Whose objects these are, where the keys are of several services.")
+    ] = None,
+) -> None:
+    """Rewrite every object of a store that an incident's keys sealed. Runs until it is through."""
+    store = read_store(connector)
+    begun: Any = perform(
+        context.obj, "reencryption_begin", incident=incident, connector=store.described(), service=service
+    )
+    progress = Progress(
+        job_id=begun["job"],
+        incident_id=begun["incident"],
+        connector=store.described(),
+        sources=tuple(KeyId.parse(key) for key in begun["keys"]),
+    )
+    _reencrypt(context, progress, connector)
+
+
+@reencrypt_app.command("resume")
+def reencrypt_resume(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(metavar="JOB", help="`keys reencrypt list` shows them.")],
+    connector: Annotated[Path, typer.Option(help="The same as at the start.")],
+) -> None:
+    """Go on with one that was interrupted, or try those again that failed."""
+    options: Options = context.obj
+    ledger = FileLedger(options.load().agent.state_dir)
+    try:
+        progress = asyncio.run(ledger.load(job))
+    except SealgateError as error:
+        raise explain_agent(error) from error
+    if progress.connector != read_store(connector).described():
+        raise CommandError(
+            f"{job} is about another store: {progress.connector}", "give the connector it began with"
+        )
+    _reencrypt(context, progress, connector)
+
+
+@reencrypt_app.command("list")
+def reencrypt_list(context: typer.Context) -> None:
+    """How far each one is."""
+
+    def text(data: Any) -> str:
+        return "\n".join(map(_reencryption_text, data["reencryptions"])) or "no re-encryptions"
+
+    show(context, perform(context.obj, "reencryption_list"), text)
+
+
+def _reencrypt(context: typer.Context, progress: Progress, connector: Path) -> None:
+    options: Options = context.obj
+    observe.configure_logging(level=logging.ERROR)
+    lifecycle.harden_process()
+    settings = options.load()
+
+    async def run() -> Progress:
+        ledger = FileLedger(settings.agent.state_dir)
+        await ledger.save_progress(progress)
+        source = WebDavConnector(read_store(connector))
+        job = ReencryptionJob(progress, source, ledger)
+        state = "interrupted"
+        try:
+            found = await job.run()
+            state = found.state
+            return found
+        finally:
+            await source.close()
+            await perform_with(
+                settings,
+                "reencryption_end",
+                {
+                    "job": progress.job_id,
+                    "state": state,
+                    "rewritten": job.progress.rewritten,
+                    "failed": job.progress.failed,
+                },
+            )
+
+    try:
+        done = asyncio.run(run())
+    except SealgateError as error:
+        raise CommandError(
+            f"{progress.job_id} stopped: {error}",
+            f"`key-agent keys reencrypt resume {progress.job_id} --connector {connector}` goes on",
+            ExitCode.UNAVAILABLE,
+            code="interrupted",
+        ) from error
+    data: dict[str, object] = {
+        "job": done.job_id,
+        "incident": done.incident_id,
+        "connector": done.connector,
+        "state": done.state,
+        "scanned": done.scanned,
+        "rewritten": done.rewritten,
+        "skipped": done.skipped,
+        "failed": done.failed,
+        "failures": dict(list(done.failures.items())[:20]),
+    }
+    show(context, data, _reencryption_text)
+    if not done.is_whole:
+        raise CommandError(
+            f"{done.failed} objects are still sealed by an old key",
+            f"see why, then `key-agent keys reencrypt resume {done.job_id} --connector {connector}`",
+            ExitCode.FAILED,
+            code="incomplete",
+        )
+
+
+# What people read.
+
+
+def _incident_text(data: Any) -> str:
+    return f"{data['incident']} is {data['state']}"
+
+
+def _key_states_text(data: Any) -> str:
+    return "\n".join(f"{key}: {state}" for key, state in data["keys"].items())
+
+
+def _reencryption_text(data: Any) -> str:
+    lines = [
+        f"{data['job']}  {data['state']}: {data['connector']}",
+        f"  objects: {data['scanned']} seen, {data['rewritten']} rewritten, {data['failed']} failed",
+    ]
+    lines += [f"  {name}: {why}" for name, why in data["failures"].items()]
+    return "\n".join(lines)
