@@ -58,7 +58,9 @@ def load[T: msgspec.Struct](path: Path, schema: type[T], *, environment: Mapping
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SettingsError(str(path), "", allowed="this configuration file does not exist") from None
+        raise SettingsError(
+            str(path), "", allowed="this configuration file does not exist; --config FILE names another"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(str(path), "", allowed=f"not readable as UTF-8 text: {error}") from None
     try:

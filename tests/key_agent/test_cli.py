@@ -74,7 +74,7 @@ def test_check_config(
 def test_a_missing_configuration_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("--config", tmp_path / "none.toml", "--json", "status") == 2
     told = json.loads(capsys.readouterr().err)["error"]
-    assert "does not exist" in told["cause"]
+    assert "does not exist; --config FILE names another" in told["cause"]
 
 
 @pytest.mark.parametrize("words", [(), ("unknown",), ("kek",), ("service", "add", "s3"), ("proxy", "add")])
