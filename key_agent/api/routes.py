@@ -1,7 +1,7 @@
 """Which request is which operation: one table that the server, the client and `/openapi.json` read.
 
 1. An operation is the method of `Operations` that has its name.
-2. `changes`: not for whoever can merely reach the loopback port. Looking at HSM and proxies counts as that.
+2. What changes anything is served on the socket alone; the loopback port shows the status (server.py).
 """
 
 import re
