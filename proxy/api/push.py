@@ -31,7 +31,8 @@ from envelope.certificates import Identity
 from proxy.api.authentication import forbidden, peer_of
 from proxy.api.places import Places
 from proxy.environments import ForeignAgentError, ForeignEnvironmentError, Word
-from proxy.keys.receive import MAX_AGENTS_PER_TENANT, HostedService, Receiver, SessionRefusedError
+from proxy.keys.receive import Receiver
+from proxy.keys.sessions import MAX_AGENTS_PER_TENANT, HostedService, SessionRefusedError
 from runtime.audit import AuditUnavailableError
 from runtime.clock import Clock
 from runtime.serve import Handler, ProblemError, make_application, openapi_route
@@ -203,7 +204,7 @@ class _PushApi:
             except ValueError:
                 raise _malformed("signing_certificate is not a PEM certificate") from None
         try:
-            session = self._receiver.open_session(peer.tenant, peer.name, signing_certificate=certificate)
+            session = self._receiver.sessions.open(peer.tenant, peer.name, signing_certificate=certificate)
         except SessionRefusedError as error:
             raise forbidden(error.code, f"No session: {error}.") from None
         except AuditUnavailableError as error:
