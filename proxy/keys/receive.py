@@ -5,11 +5,9 @@ Who may push is decided in sessions.py, what a single envelope is worth in envel
 1. Between issuers only time orders, and an issuer's sequences may have run ahead of it: they are cut to the
    second in which the envelope was issued, or one agent could lock out the others for ever. A withdrawal by
    a clock that is not ours counts all the same, as the last that can have been issued by ours.
-2. Accepting keys is an audit event on disk before the keys are in the cache. Without it they are dropped.
-   A withdrawal works the other way round: first the keys of all that are taken back are gone, then it is
-   recorded, and a log that cannot be written makes the receipt an error, never the keys available. One that
-   hangs is one that cannot be written: a push API with all its places waiting for a disk would take no
-   withdrawal.
+2. Accepting keys is an audit event on disk before the keys are in the cache (push_audit.py). Without it they
+   are dropped. A withdrawal works the other way round: first the keys of all that are taken back are gone,
+   then it is recorded, and a log that cannot be written makes the receipt an error, never the keys available.
 3. Where several processes serve the proxy's clients (relay.py), what is accepted is in force in each of them
    before its receipt is written; a withdrawal is passed on while it is recorded.
 4. Thousands at once hold up nobody: the event loop gets its turn after every envelope that is opened or
@@ -17,10 +15,8 @@ Who may push is decided in sessions.py, what a single envelope is worth in envel
 """
 
 import asyncio
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -33,6 +29,7 @@ from envelope.keys import NetworkService
 from envelope.material import MAX_AHEAD_S, Claims, Operation
 from proxy.keys.cache import KeyCache
 from proxy.keys.envelopes import Batch, EnvelopeOpener, Opened, withdraws
+from proxy.keys.push_audit import AUDIT_PATIENCE_S, PushAudit
 from proxy.keys.relay import Relay, Relayed
 from proxy.keys.sessions import Sessions, distrusted
 from proxy.tenants.model import Directory
@@ -41,8 +38,6 @@ from runtime.clock import Clock
 from runtime.observe import NAMESPACE, REGISTRY
 
 INSTANCE_SIZE: Final = 16
-AUDIT_PATIENCE_S: Final = 5.0
-"""For one event on disk. Less than an agent waits for its answer (10 s)."""
 
 _log: Final = structlog.get_logger("keys.receive")
 _ENVELOPES: Final = Counter(
@@ -103,12 +98,8 @@ class Receiver:
         self.instance = os.urandom(INSTANCE_SIZE)
         """This process, told from the ones before it: keys and challenges live as long as it does."""
         self._relay = relay
-        self._is_durable = is_durable
-        self._audit_patience_s = audit_patience_s
-        # Of its own: were the disk to hang, nobody else's work waits behind these events.
-        self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-audit")
         self._cache = cache
-        self._audit = audit
+        self._audit = PushAudit(audit, patience_s=audit_patience_s, is_durable=is_durable)
         self._clock = clock
         self._directory = directory
         self.sessions: Final = Sessions(cache=cache, audit=audit, clock=clock, directory=directory)
@@ -236,7 +227,7 @@ class Receiver:
             return {}
         relaying = asyncio.create_task(self._relayed(withdrawn, batch), name="push:relay-withdrawal")
         try:
-            await self._recorded(functools.partial(self._record_withdrawals, list(withdrawn.values())))
+            await self._audit.withdrawn(list(withdrawn.values()))
         except AuditUnavailableError as error:
             await relaying
             return {index: self._audit_refused(opened, error) for index, opened in withdrawn.items()}
@@ -285,7 +276,7 @@ class Receiver:
         if not accepted:
             return
         try:
-            await self._recorded(functools.partial(self._record, list(accepted.values())))
+            await self._audit.accepted(list(accepted.values()))
         except AuditUnavailableError as error:
             for index, opened in accepted.items():
                 opened.wipe()
@@ -300,44 +291,6 @@ class Receiver:
                 receipts[index] = refused[index]
                 continue
             receipts[index] = self._install_one(opened)
-
-    async def _recorded(self, work: Callable[[], None]) -> None:
-        """Return when *work* has its events on disk. AuditUnavailableError if it fails or takes too long."""
-        try:
-            async with asyncio.timeout(self._audit_patience_s):
-                await asyncio.get_running_loop().run_in_executor(self._recorder, work)
-        except TimeoutError:
-            raise AuditUnavailableError(
-                f"{self._audit.path} did not take an event within {self._audit_patience_s:g} s",
-                "find out what the disk waits for",
-            ) from None
-
-    def _record_withdrawals(self, withdrawn: Sequence[Opened]) -> None:
-        """As `_record`."""
-        for number, opened in enumerate(withdrawn, start=1):
-            claims = opened.claims
-            self._audit.append(
-                "keys-withdrawn",
-                durable=self._is_durable and number == len(withdrawn),
-                service=str(claims.owner),
-                agent=claims.issuer,
-                sequence=claims.sequence,
-            )
-
-    def _record(self, accepted: Sequence[Opened]) -> None:
-        """One event each; the last one's sync puts all of them on disk."""
-        for number, opened in enumerate(accepted, start=1):
-            claims = opened.claims
-            self._audit.append(
-                "keys-accepted",
-                durable=self._is_durable and number == len(accepted),
-                service=str(claims.owner),
-                agent=claims.issuer,
-                sequence=claims.sequence,
-                operation=claims.operation.value,
-                keys=len(claims.keys),
-                expires_at_s=claims.expires_at_s,
-            )
 
     def _install_one(self, opened: Opened) -> Receipt:
         claims = opened.claims
@@ -401,18 +354,7 @@ class Receiver:
             code=error.code,
             reason=str(error),
         )
-        try:
-            self._audit.append(
-                "envelope-refused",
-                outcome="refused",
-                durable=False,
-                tenant=tenant,
-                agent=agent_id,
-                service=name,
-                code=error.code,
-            )
-        except AuditUnavailableError as unwritten:
-            _log.error("audit log cannot be written", reason=str(unwritten))  # it is refused already
+        self._audit.refused(tenant, agent_id, name, error.code)
         return Receipt(status="refused", service=service, code=error.code, detail=str(error))
 
 
