@@ -24,6 +24,7 @@ from key_agent.environments.shared.documents import (
     TenantBody,
     check_head,
     check_shape,
+    check_step,
     digest_of,
     read_body,
     row_digest,
@@ -76,6 +77,7 @@ class Follower:
         if delta.tenant != self._tenant:
             raise IntegrityError(f"rows of {delta.tenant} instead of {self._tenant}")
         check_shape(delta)
+        check_step(delta, self.epoch)
         if (delta.term, delta.epoch_to) < self.position:
             if self._is_late(delta):
                 return False

@@ -61,7 +61,7 @@ _REVOCATIONS_S: Final = 5.0
 _MAX_NAME_BYTES: Final = 128
 _MAX_STATUS_BYTES: Final = 64 << 10
 _MAX_REASON_CHARS: Final = 200
-_SILENCE: Final = (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError, ValueError)
+_SILENCE: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError)
 
 
 class _Status(msgspec.Struct):

@@ -132,7 +132,7 @@ def verify_bundle(content: bytes, *, root: x509.Certificate, tenant: str | None 
         registry = msgspec.json.decode(evidence.parts[REGISTRY], type=_Registry)
         acknowledgements = msgspec.json.decode(evidence.parts[ACKNOWLEDGEMENTS])
         rows = [msgspec.json.decode(line, type=SharedRow) for line in evidence.parts[ROWS].splitlines()]
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise FormatError(f"evidence that cannot be read: {error}") from None
     bodies, terms = _check_rows(evidence.tenant, rows, registry)
     start, end = _check_audit(evidence.parts[AUDIT])
@@ -205,7 +205,7 @@ def _check_audit(lines: bytes) -> tuple[Head, Head]:
         seq, prev = (first[name] for name in _HEAD_FIELDS)
         if not isinstance(seq, int) or not isinstance(prev, str):
             raise FormatError("not an audit event")
-    except (msgspec.MsgspecError, UnicodeError, KeyError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, KeyError):
         raise FormatError("the audit log does not begin with an event") from None
     start = Head(seq - 1, prev)
     return start, audit.verify(pieces, start=start)
@@ -249,7 +249,7 @@ def _check_approvals(tenant: str, incident_id: str, bodies: _Bodies) -> Mapping[
                 payload=msgspec.json.decode(body.payload, type=dict[str, object]),
                 now_ms=body.used_at_ms,
             )
-        except (ApprovalError, msgspec.MsgspecError, ValueError) as error:
+        except (ApprovalError, ValueError, RecursionError) as error:
             raise IntegrityError(f"approval {approval_id} was used without being one: {error}") from None
     for _, body in _of(Kind.INCIDENT_KEY, bodies):
         if isinstance(body, IncidentKeyBody) and body.incident_id == incident_id:

@@ -183,7 +183,7 @@ class EtcdClient:
                 told = msgspec.json.decode(found, type=answer)
             except TimeoutError:
                 problems.append(f"{url}: no answer within {self._settings.request_timeout_s:g} s")
-            except (aiohttp.ClientError, OSError, ValueError, TlsError) as error:
+            except (aiohttp.ClientError, OSError, ValueError, RecursionError, TlsError) as error:
                 problems.append(f"{url}: {str(error)[:200] or type(error).__name__}")
             else:
                 self._first = self._settings.urls.index(url)

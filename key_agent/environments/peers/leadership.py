@@ -281,5 +281,5 @@ def _maker(value: bytes) -> str | None:
     """Who made the key, in its own words."""
     try:
         return msgspec.json.decode(value, type=Candidate).agent
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

@@ -126,7 +126,7 @@ class PeerTransport:
         )
         try:
             return msgspec.json.decode(content, type=answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PeerError("bad-answer", f"{peer.agent_id}: {printable(str(error))}") from None
 
     async def close(self) -> None:
@@ -234,7 +234,7 @@ async def _exchange(
 def _problem(status: int, content: bytes) -> PeerError:
     try:
         told = msgspec.json.decode(content, type=_Problem)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # of a breached one
         told = _Problem()
     code = told.code if told.code.replace("-", "").replace("_", "").isalnum() else ""
     return PeerError(code[:63] or f"http-{status}", printable(told.detail) or f"HTTP {status}")

@@ -119,7 +119,7 @@ def read_statement(signed: bytes) -> Statement:
     """
     try:
         said = msgspec.json.decode(signed.removeprefix(_DOMAIN), type=Statement)
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         said = None
     if said is None or signed != _DOMAIN + payload_text(msgspec.to_builtins(said)).encode("ascii"):
         raise ApprovalError(

@@ -32,6 +32,8 @@ from key_agent.environments.states import EnvironmentState
 MAX_BODY_BYTES: Final = 64 << 10
 MAX_DELTA_BYTES: Final = 64 << 20
 MAX_ROWS: Final = 200_000
+MAX_EPOCHS_AHEAD: Final = 2**28
+"""Between what somebody knows and what is new: one a second for eight years."""
 _ROW_DOMAIN: Final = b"sealgate/v1 shared row\0"
 _HEAD_DOMAIN: Final = b"sealgate/v1 registry head\0"
 _DIGEST_DOMAIN: Final = b"sealgate/v1 registry digest\0"
@@ -445,6 +447,16 @@ def check_shape(delta: Delta) -> None:
         raise FormatError("a delta holds a row twice")
     if any(not delta.epoch_from < row.epoch <= delta.epoch_to for row in delta.rows):
         raise FormatError("a delta holds a row that did not change in it")
+
+
+def check_step(delta: Delta, known_epoch: int) -> None:
+    """IntegrityError if it leads further from *known_epoch* than a manager comes in a lifetime.
+
+    A number has an end, and the next term begins one behind the last epoch of the one before: a breached
+    manager that jumped there would have left no room for anybody to follow it.
+    """
+    if delta.epoch_to > known_epoch + MAX_EPOCHS_AHEAD:
+        raise IntegrityError(f"a delta leads from epoch {known_epoch} to {delta.epoch_to}")
 
 
 def encode_delta(delta: Delta) -> bytes:

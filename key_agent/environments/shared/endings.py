@@ -86,5 +86,5 @@ def _keys_of(
             now_ms=used_at_ms,
         )
         return msgspec.convert(payload, _Payload).keys
-    except (ApprovalError, FormatError, msgspec.MsgspecError):
+    except (ApprovalError, FormatError, msgspec.MsgspecError, UnicodeError, RecursionError):
         return ()

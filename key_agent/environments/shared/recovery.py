@@ -66,7 +66,7 @@ def read_succession(payload: str) -> Succession:
     """The KEKs that a payload names. FormatError."""
     try:
         return msgspec.json.decode(payload, type=Succession)
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise FormatError(_NOT_WHAT_WAS_SIGNED) from None
 
 

@@ -42,6 +42,7 @@ from key_agent.environments.shared.documents import (
     TermBody,
     check_head,
     check_shape,
+    check_step,
     digest_of,
     read_body,
     read_registry_key,
@@ -271,6 +272,7 @@ class SharedRegistry:
             if delta.term < shared.term:
                 raise StaleTermError(f"term {delta.term} is over: {shared.term} has been seen")
             check_shape(delta)
+            check_step(delta, shared.epoch)
             is_fork = any(
                 row.kind is Kind.TERM and row.key in state.rows and row_digest(row) != state.digests[row.key]
                 for row in delta.rows
@@ -302,7 +304,7 @@ class SharedRegistry:
     async def restore(self, delta: Delta, *, now_ms: int) -> None:
         """Put everything another agent has (*delta* from epoch 0) in place of rows that do not fit.
 
-        Never older than the mark. Errors as `apply`.
+        Never older than the mark, nor far ahead of it. Errors as `apply`.
         """
         async with self._one_at_a_time:
             if delta.tenant != self._tenant or delta.epoch_from != 0:
@@ -313,6 +315,7 @@ class SharedRegistry:
                     f"epoch {delta.epoch_to} of term {delta.term} is older than what was here: "
                     f"{mark.epoch} of {mark.term}"
                 )
+            check_step(delta, 0 if mark is None else mark.epoch)
             rows = await self._registry.transact(read_rows)
             # What these rows say counts for nothing: anybody may have written it. The mark knows better.
             known = Known() if mark is None else mark.known

@@ -483,11 +483,11 @@ def check_appointment(
 
 
 def _signed_base(asked: ApprovalBody) -> tuple[int | None, str]:
-    """Epoch and digest that the payload names; check_granted compares all of it."""
+    """Epoch and digest that the payload names, anybody's words still; check_granted compares all of it."""
     try:
         base = json.loads(asked.payload)["builds_on"]
         epoch, digest = base["epoch"], base["digest"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None, ""
     return (epoch, digest) if isinstance(epoch, int) and isinstance(digest, str) else (None, "")
 

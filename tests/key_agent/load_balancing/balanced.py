@@ -37,6 +37,8 @@ class DataPlane:
     serves: bool = True
     state: str = "active"
     reason: str | None = None
+    says: bytes | None = None
+    """Instead of its status."""
     delay_s: float = 0.0
     served: int = 0
     refused: int = 0
@@ -54,6 +56,8 @@ class DataPlane:
 
     async def _status(self, _request: web.Request) -> web.Response:
         await asyncio.sleep(self.delay_s)
+        if self.says is not None:
+            return web.Response(body=self.says)
         told = {"acme": {"serves": self.serves, "state": self.state, "reason": self.reason}}
         return web.json_response({"serves": self.serves, "tenants": told})
 

@@ -118,6 +118,16 @@ async def test_the_worst_of_both_is_answered_and_acknowledged(world: World) -> N
     await until(lambda: world.says("c") == "drain")
 
 
+async def test_a_server_that_says_what_has_no_bottom_says_nothing(world: World) -> None:
+    """Its word is unauthenticated, and must not end the companion, which speaks for all the others."""
+    await until(lambda: world.says("b") == "up ready 100%")
+    for says in (b'{"x":' + b"[" * 60_000, b"\xff\xfe", b"[]"):
+        world.planes["b"].says = says
+        await until(lambda: world.says("b").startswith("down"))
+        world.planes["b"].says = None
+        await until(lambda: world.says("b") == "up ready 100%")
+
+
 async def test_one_agent_that_is_silent_hides_nothing(world: World) -> None:
     await until(lambda: world.says("a") == "up ready 100%")
     await world.site["b"].stop()

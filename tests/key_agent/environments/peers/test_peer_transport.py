@@ -544,7 +544,9 @@ class Skipping:
 
 
 @asynccontextmanager
-async def slow_server(side: Side, content: bytes, steps: "asyncio.Queue[int]") -> AsyncIterator[PeerAddress]:
+async def slow_server(
+    side: Side, content: bytes, steps: "asyncio.Queue[int]", *, status: int = 200
+) -> AsyncIterator[PeerAddress]:
     """Answers with as much more of *content* as *steps* says, again and again."""
 
     open_ones: list[asyncio.StreamWriter] = []
@@ -553,7 +555,7 @@ async def slow_server(side: Side, content: bytes, steps: "asyncio.Queue[int]") -
         open_ones.append(writer)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n\r\n".encode())
+            writer.write(f"HTTP/1.1 {status} -\r\nContent-Length: {len(content)}\r\n\r\n".encode())
             sent = 0
             while sent < len(content):
                 more = await steps.get()
@@ -572,6 +574,19 @@ async def slow_server(side: Side, content: bytes, steps: "asyncio.Queue[int]") -
         for writer in open_ones:
             writer.transport.abort()
         await server.wait_closed()
+
+
+async def test_an_answer_without_a_bottom_is_a_bad_one(acme: Tenant, make_side: Callable[..., Side]) -> None:
+    """A breached agent's: it must not end the tasks of whoever asks it."""
+    a, b = make_side(acme, "a"), make_side(acme, "b")
+    deep = b'{"x":' + b"[" * 60_000
+    for status, code in ((200, "bad-answer"), (500, "http-500")):
+        steps: asyncio.Queue[int] = asyncio.Queue()
+        steps.put_nowait(len(deep))
+        async with slow_server(b, deep, steps, status=status) as peer, a.transport() as transport:
+            with pytest.raises(PeerError) as refused:
+                await transport.call(peer, "GET", "/v1/env/anyone", None, Echoed, timeout_s=20)
+            assert refused.value.code == code
 
 
 def many_rows() -> bytes:

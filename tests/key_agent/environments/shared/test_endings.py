@@ -102,6 +102,7 @@ async def test_what_two_administrators_have_signed_is_erased(pair: tuple[Holder,
         changed(action="admin-remove"),
         changed(used_at_ms=2**50),
         changed(payload="[]"),
+        changed(payload='{"keys":' + "[" * 60_000),
     ],
     ids=[
         "another-key",
@@ -111,6 +112,7 @@ async def test_what_two_administrators_have_signed_is_erased(pair: tuple[Holder,
         "another-action",
         "expired",
         "no-payload",
+        "no-bottom",
     ],
 )
 def test_an_approval_of_anything_else_erases_nothing(asked: tuple[str, ApprovalBody]) -> None:

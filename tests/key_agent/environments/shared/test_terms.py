@@ -16,6 +16,7 @@ from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
 from key_agent.environments.shared.approvals import Action
 from key_agent.environments.shared.documents import (
+    MAX_EPOCHS_AHEAD,
     AdminState,
     ApprovalBody,
     Body,
@@ -201,6 +202,21 @@ def a_term_on_an_elected_one_of_its_own(forger: Forger) -> None:
     forger.begin(6, approval=approval, asked=used(asked), rows=watched(forger.seen, *names))
 
 
+def a_term_on_an_approval_without_a_bottom(forger: Forger) -> None:
+    """What is read of it before anybody has signed it must not exhaust whoever reads."""
+    _, asked = _promotion(forger, ADMINS)
+    deep = msgspec.structs.replace(used(asked), payload='{"x":' + "[" * 60_000)
+    forger.begin(2, approval="a-0000000000000000", asked=deep)
+
+
+def a_recovery_on_an_approval_without_a_bottom(forger: Forger) -> None:
+    _, asked = _promotion(forger, ADMINS)
+    deep = msgspec.structs.replace(
+        used(asked), action=Action.ENVIRONMENT_RECOVER, payload='{"x":' + "[" * 60_000
+    )
+    forger.begin(2, approval="a-0000000000000000", asked=deep)
+
+
 def another_history_of_the_first_term(forger: Forger) -> None:
     """As if b had founded it all."""
     old = dict(forger.rows)
@@ -242,6 +258,8 @@ ATTACKS: dict[str, Callable[[Forger], None]] = {
         a_term_that_was_approved_for_another_number,
         a_term_on_a_registry_of_its_own,
         a_term_on_an_elected_one_of_its_own,
+        a_term_on_an_approval_without_a_bottom,
+        a_recovery_on_an_approval_without_a_bottom,
         another_history_of_the_first_term,
     )
 }
@@ -264,6 +282,29 @@ async def test_with_its_registry_key_alone_an_agent_writes_nothing(site: Site, s
 
         await believed_by_nobody(site, make, seen)
     assert (await site.c.shared.snapshot()).deks[KID].state is COMPROMISED
+
+
+async def test_a_manager_leaves_room_for_whoever_follows_it(site: Site) -> None:
+    """Breached, it writes the last epoch that there is: no term could begin behind that."""
+    seen = await site.a.shared.since(0)
+    companion = follower(site)
+    companion.take(seen, agent="agent-a", asked_boot_s=0)
+    forger = Forger(site.a, seen)
+    forger.epoch = seen.epoch_to + MAX_EPOCHS_AHEAD + 1
+    forger.put(Kind.ENVIRONMENT, "a", read_body(Kind.ENVIRONMENT, forger.rows[Kind.ENVIRONMENT, "a"].body))
+    last = forger.delta()
+    changed = tuple(row for row in last.rows if row.epoch > seen.epoch_to)
+    for delta in (last, msgspec.structs.replace(last, epoch_from=seen.epoch_to, rows=changed)):
+        for member in (site.b, site.c):
+            with pytest.raises(IntegrityError, match="leads from epoch"):
+                await member.take(delta)
+        with pytest.raises(IntegrityError, match="leads from epoch"):
+            companion.take(delta, agent="agent-a", asked_boot_s=0)
+    with pytest.raises(IntegrityError, match="leads from epoch"):
+        await site.b.shared.restore(last, now_ms=NOW_MS)
+    await site.b.promote(ADMINS)
+    await site.share(site.b)
+    assert {(await one.shared.snapshot()).term for one in (site.a, site.b, site.c)} == {2}
 
 
 async def test_an_approved_term_is_believed_and_its_forged_copies_are_not(site: Site) -> None:

@@ -28,7 +28,7 @@ from key_agent.environments.shared.documents import (
     read_body,
 )
 from key_agent.environments.shared.draft import Draft
-from key_agent.environments.shared.recovery import Succession, appointed, recovery_payload
+from key_agent.environments.shared.recovery import Succession, appointed, read_succession, recovery_payload
 from key_agent.environments.shared.shared_errors import StaleTermError
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.following import Follower
@@ -402,3 +402,13 @@ async def test_who_has_its_mark_alone_is_shown_every_environment(tmp_path: Path)
         rows = tuple(row for row in seen.rows if row.key in shown)
         with pytest.raises(IntegrityError, match="nothing shows how a is"):
             await c.shared.restore(forged(b, seen, signed(b, seen), rows=rows), now_ms=NOW_MS)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    ["[]", "{}", '{"x":' + "[" * 60_000, '{"old_kek":' + "[" * 60_000],
+    ids=["list", "empty", "deep", "deep-name"],
+)
+def test_what_names_no_keks_is_no_recovery(payload: str) -> None:
+    with pytest.raises(FormatError):
+        read_succession(payload)
