@@ -11,8 +11,15 @@ from typing import NoReturn, override
 from envelope.keys import KeyId
 from key_agent.sources import wire, worker_process
 from key_agent.sources.parcels import load_transport_key
-from key_agent.sources.servers import work
-from key_agent.sources.servers.server import KeyGoneError, KeyServer, ServerUnavailableError, Unsupported
+from key_agent.sources.servers import keks, material
+from key_agent.sources.servers.diagnosis import diagnose
+from key_agent.sources.servers.server import (
+    CANARY_NAME,
+    KeyGoneError,
+    KeyServer,
+    ServerUnavailableError,
+    Unsupported,
+)
 from key_agent.sources.source import Kek, KekType, Parcel, WrappedKey
 from key_agent.sources.verdict import Diagnosis, Verdict
 from runtime.settings import SettingsError, read_secret_file
@@ -56,7 +63,7 @@ def _connect(greeting: wire.OpenBaoHello | wire.KmipHello) -> KeyServer:
     return Kmip(
         greeting.host,
         greeting.port,
-        canary_name=work.CANARY_NAME,
+        canary_name=CANARY_NAME,
         ca_file=Path(greeting.ca_file),
         certificate_file=Path(greeting.certificate_file),
         key_file=Path(greeting.key_file),
@@ -101,7 +108,7 @@ class _Worker(worker_process.Answerer):
 
     @override
     def create_kek(self, request: wire.CreateKek) -> Kek:
-        return work.create_kek(
+        return keks.create_kek(
             self._server,
             request.reference,
             KekType.AES_256,
@@ -112,7 +119,7 @@ class _Worker(worker_process.Answerer):
 
     @override
     def adopt_kek(self, request: wire.AdoptKek) -> Kek:
-        return work.adopt_kek(
+        return keks.adopt_kek(
             self._server,
             request.reference,
             KekType.AES_256,
@@ -123,21 +130,21 @@ class _Worker(worker_process.Answerer):
 
     @override
     def destroy_kek(self, kek: Kek) -> None:
-        work.destroy_kek(self._server, kek)
+        keks.destroy_kek(self._server, kek)
 
     @override
     def set_kek_enabled(self, kek: Kek, *, enabled: bool) -> None:
-        work.set_kek_enabled(self._server, kek, enabled=enabled)
+        keks.set_kek_enabled(self._server, kek, enabled=enabled)
 
     @override
     def generate(self, request: wire.Generate) -> tuple[WrappedKey, ...]:
-        return work.generate(
+        return material.generate(
             self._server, request.kek, request.wanted, now_ms=request.now_ms, budget_s=request.budget_s
         )
 
     @override
     def rewrap(self, request: wire.Rewrap) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
-        return work.rewrap(
+        return material.rewrap(
             self._server,
             request.old,
             request.new,
@@ -150,7 +157,7 @@ class _Worker(worker_process.Answerer):
     def export_keys(
         self, request: wire.ExportKeys
     ) -> tuple[tuple[Parcel, ...], tuple[tuple[KeyId, str], ...]]:
-        return work.export_keys(
+        return material.export_keys(
             self._server,
             request.kek,
             request.keys,
@@ -163,7 +170,7 @@ class _Worker(worker_process.Answerer):
     def import_keys(
         self, request: wire.ImportKeys
     ) -> tuple[tuple[WrappedKey, ...], tuple[tuple[KeyId, str], ...]]:
-        return work.import_keys(
+        return material.import_keys(
             self._server,
             request.kek,
             request.arrivals,
@@ -175,18 +182,18 @@ class _Worker(worker_process.Answerer):
     @override
     def seal_envelopes(self, request: wire.SealEnvelopes) -> tuple[wire.SealedEnvelopes, ...]:
         signer = worker_process.signer_of(self._greeting)
-        return work.seal_envelopes(
+        return material.seal_envelopes(
             self._server, signer, request.kek, request.requests, budget_s=request.budget_s
         )
 
     @override
     def diagnose(self, request: wire.Diagnose) -> Diagnosis:
-        return work.diagnose(self._server, request.kek, now_s=request.now_s)
+        return diagnose(self._server, request.kek, now_s=request.now_s)
 
     @override
     def describe(self, request: wire.Describe) -> dict[str, object]:
         server = self._server
-        return {"server": server.describe(), "methods": {str(server.method): work.try_method(server)}}
+        return {"server": server.describe(), "methods": {str(server.method): keks.try_method(server)}}
 
 
 if __name__ == "__main__":

@@ -33,10 +33,6 @@ _WORKER: Final = (
     "tests/key_agent/sources/test_pkcs11.py",
     "runs in the worker process only, seen through its answers",
 )
-_SERVERS: Final = (
-    "tests/key_agent/sources/servers/test_work.py",
-    "an adapter of a key server, right when the real one gives the right verdicts",
-)
 _METHODS: Final = (
     "tests/key_agent/sources/test_methods.py",
     "runs in the worker process only: every method on every module that does it, and refused where it lies",
@@ -291,8 +287,10 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/key_agent/sources/test_key_server.py",
         "runs in the worker process only, seen through its answers",
     ),
-    "key_agent/sources/servers/openbao.py": _SERVERS,
-    "key_agent/sources/servers/server.py": _SERVERS,
+    "key_agent/sources/servers/openbao.py": (
+        "tests/key_agent/sources/servers/test_server.py",
+        "an adapter of a key server, right when the real one gives the right answers",
+    ),
     "key_agent/sources/source.py": (
         "tests/key_agent/sources/test_contract.py",
         "an interface: one contract for all sources",

@@ -2,7 +2,7 @@
 
 1. The EKM's binding is `associated_data`: a ciphertext filed under another place is refused by the server.
 2. A missing key is never encrypted with: a token that may create would make a new one. So the key is looked
-   for before the first encryption of a connection, and revocation is told by decrypting (work.py).
+   for before the first encryption of a connection, and revocation is told by decrypting (diagnosis.py).
 3. What the engine says of a key: 400 with one of `_KEY_SAYS`. A sealed server, a missing mount, a token that
    may not, every 5xx, and any text not known here say nothing about a key. 403 (denied) and 429 (throttled)
    are told apart from the others, for people and for what the agent asks next.

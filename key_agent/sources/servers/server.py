@@ -3,9 +3,11 @@
 1. The key-encryption key never leaves the server; KM passes through this process and is wiped by the caller.
 2. "It refused this ciphertext", "it refuses this key" and "nobody answered" are three different things: an
    `Unopened` value, a `KeyGoneError`, a `ServerUnavailableError`. Only what the server itself has said about
-   the key can become a revocation, and only together with the canary key that is still there (work.py).
+   the key can become a revocation, and only together with the canary key that is still there
+   (diagnosis.py).
 3. One thread, one connection, and after any exception a new one: a late answer must never be taken for the
    next question's.
+4. A KEK is the server's key `<label>-<id in hex>`, beside the canary key that every KEK shares.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +16,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from key_agent.sources.source import WrapMethod
+from key_agent.sources.source import KekReference, WrapMethod
 from key_agent.sources.verdict import Verdict
 
 MAX_BATCH: Final = 100
 """Items per call; OpenBao 2.7.2 takes 200 with associated data, and refuses 250."""
+CANARY_NAME: Final = "sealgate-canary"
+
+
+def name_of(reference: KekReference) -> str:
+    """The name of its key at the server. An adopted key may have an empty id: then it is the label alone."""
+    suffix = reference.object_id.hex()
+    return f"{reference.label}-{suffix}" if suffix else reference.label
 
 
 class Standing(StrEnum):

@@ -11,7 +11,7 @@ from envelope.certificates import fingerprint
 from envelope.keys import KeyId, KeyMaterial, KeyState, KeyUse, NetworkService, SigningAlgorithm
 from envelope.material import Expectation, Signer, open_envelope
 from key_agent.errors import KekRevokedError, KeySourceError, UnsupportedError
-from key_agent.sources.servers import work
+from key_agent.sources.servers.server import name_of
 from key_agent.sources.signing_keys import is_key_for
 from key_agent.sources.source import Kek, KeySource, NewKey, Verdict, WrappedKey
 from tests.fakes.key_source import FakeKeySource
@@ -74,7 +74,7 @@ def subject(request: pytest.FixtureRequest, make_source: MakeSource, hsm: SoftHs
         server.clear()
 
         def at(act: Callable[[str], object]) -> Callable[[Kek], object]:
-            return lambda kek: act(work.name_of(kek.reference))
+            return lambda kek: act(name_of(kek.reference))
 
         return Subject(
             make_source(server.settings()),

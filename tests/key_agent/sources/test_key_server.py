@@ -13,7 +13,7 @@ from envelope.keys import NetworkService
 from key_agent import config
 from key_agent.errors import KeySourceError, UnsupportedError
 from key_agent.sources.key_server import KeyServerSource, KmipSettings, OpenBaoSettings
-from key_agent.sources.servers import work
+from key_agent.sources.servers.server import name_of
 from key_agent.sources.source import KekReference, KekType, Verdict
 from runtime.settings import SettingsError
 from tests.key_agent.sources.conftest import REFERENCE, MakeSource, new_keys
@@ -174,7 +174,7 @@ async def test_revoking_the_key_at_the_server_is_the_kill_switch(
             object_id=bytes.fromhex(kek["object_id"]),
             environment_id="main",
         )
-        server.destroy(work.name_of(reference))
+        server.destroy(name_of(reference))
         await until(lambda: not site.proxy.valid_keys(S3))
         status = await site.command("status")
         assert (status["standing"], status["diagnosis"]["verdict"]) == ("revoked", "kek_destroyed")
