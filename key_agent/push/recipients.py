@@ -71,5 +71,5 @@ def read_chain(chain_pem: str) -> list[x509.Certificate]:
     """Leaf first. CertificateError if there is no certificate in it."""
     try:
         return x509.load_pem_x509_certificates(chain_pem.encode())
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise CertificateError("malformed", f"not a PEM certificate: {error}") from error

@@ -154,18 +154,32 @@ def _read(path: Path) -> dict[x509.Name, x509.CertificateRevocationList]:
         raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
     found: dict[x509.Name, x509.CertificateRevocationList] = {}
     for one in _split(content):
-        if any(extension.critical for extension in one.extensions):
+        issuer, is_partial = _understood(one)
+        if is_partial:
             raise ValueError("holds a list that is about a part of the certificates only")
-        if one.issuer in found:
+        if issuer in found:
             raise ValueError("holds two revocation lists of one issuer")
-        found[one.issuer] = one
+        found[issuer] = one
     if not found:
         raise ValueError("holds no revocation list")
     return found
 
 
 def _split(content: bytes) -> list[x509.CertificateRevocationList]:
-    if _BEGIN not in content:
-        return [x509.load_der_x509_crl(content)]
-    parts = content.split(_BEGIN)[1:]
-    return [x509.load_pem_x509_crl(_BEGIN + part.partition(_END)[0] + _END + b"\n") for part in parts]
+    try:
+        if _BEGIN not in content:
+            return [x509.load_der_x509_crl(content)]
+        parts = content.split(_BEGIN)[1:]
+        return [x509.load_pem_x509_crl(_BEGIN + part.partition(_END)[0] + _END + b"\n") for part in parts]
+    except x509.InvalidVersion as error:
+        raise ValueError(str(error)) from None
+
+
+def _understood(crl: x509.CertificateRevocationList) -> tuple[x509.Name, bool]:
+    """Whose it is, and whether it is about a part of the certificates only. ValueError."""
+    try:
+        # What is read of it later is read here once: it is parsed when it is asked for.
+        _ = crl.next_update_utc, crl.last_update_utc
+        return crl.issuer, any(extension.critical for extension in crl.extensions)
+    except Exception as error:  # noqa: BLE001 - the parser's own kinds, KeyError, TypeError
+        raise ValueError(f"holds a list that cannot be read ({type(error).__name__})") from None

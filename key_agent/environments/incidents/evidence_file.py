@@ -142,7 +142,7 @@ def _check_signer(
         leaf, *intermediates = [
             x509.load_der_x509_certificate(b64u_decode(one)) for one in manifest.certificates
         ]
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise FormatError("not evidence: its manifest names no readable certificate") from None
     identity = verify_certificate(
         leaf,

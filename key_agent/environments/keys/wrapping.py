@@ -17,6 +17,7 @@ from typing import Annotated, Final
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from envelope.base64url import b64u_decode
@@ -562,10 +563,13 @@ def _sealed(parcel: Parcel) -> SealedKey:
 
 
 def _public_der(certificate_pem: str) -> bytes:
-    """Of the transport key. ValueError."""
+    """Of the transport key. ValueError: its environment has named something else."""
     if not certificate_pem:
         return b""
-    key = x509.load_pem_x509_certificate(certificate_pem.encode()).public_key()
+    try:
+        key = x509.load_pem_x509_certificate(certificate_pem.encode()).public_key()
+    except (x509.InvalidVersion, UnsupportedAlgorithm) as error:
+        raise ValueError(f"its transport certificate: {error}") from None
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 

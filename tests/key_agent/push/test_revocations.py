@@ -133,3 +133,21 @@ def test_the_standing_changes_with_each_of_several_lists(acme: Tenant, path: Pat
     assert [several.index(one) for one in several] == [0, 1, 2]
     assert (at(1), at(4)) == (at(2), at(6)), "nothing ends in between"
     assert at(-1) != at(1), "nor had they begun"
+
+
+def test_a_file_that_is_damaged_anywhere_ends_nothing(acme: Tenant, path: Path) -> None:
+    """Lists are fetched from anywhere, unauthenticated: what is no good is told, the good one stays."""
+    leaf = acme.service("s3").certificate
+    write_lists(path, make_list(acme.root, [leaf]))
+    revocations = Revocations(path, acme.root.certificate)
+    good = make_list(acme.root, [leaf]).public_bytes(Encoding.DER)
+    told = 0
+    for at in range(len(good)):
+        for value in (7, good[at] ^ 0x80):
+            damaged = bytearray(good)
+            damaged[at] = value
+            path.write_bytes(damaged)
+            revocations.refresh()
+            told += revocations.problem is not None
+            assert _code(revocations, acme, leaf) in ("revoked", "revocation-list")
+    assert told > len(good)

@@ -1,11 +1,13 @@
 """Keys between real tokens of three kinds, and what no environment is given or takes."""
 
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, KeyState, KeyUse
@@ -121,6 +123,33 @@ async def test_whoever_heals_is_sent_nothing_and_stores_nothing(site: KeySite) -
             site["a"].wraps.destination("b")
         with pytest.raises(RefusedChangeError):
             await site["b"].wraps.store(delivery, sender="agent-a")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x07"),
+        (b"*\x86H\xce=\x02\x01", b"*\x86H\xce=\x02\x7f"),
+        (b"0", b"1"),
+    ],
+    ids=["version", "kind-of-key", "no-certificate"],
+)
+async def test_an_environment_that_names_no_certificate_is_sent_nothing(
+    site: KeySite, acme: Tenant, good: bytes, bad: bytes
+) -> None:
+    """It chose what stands in its row; whoever reads that refuses, and goes on."""
+    der = acme.agent_tls("agent-b").certificate.public_bytes(Encoding.DER)
+    assert good in der
+    text = b64encode(der.replace(good, bad)).decode()
+    certificate = f"-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n"
+
+    def change(draft: Draft) -> None:
+        body = draft.shared.environments["b"]
+        draft.put(Kind.ENVIRONMENT, "b", msgspec.structs.replace(body, transport_certificate_pem=certificate))
+
+    await site["a"].change(change)
+    with pytest.raises(RefusedChangeError, match="names no usable key"):
+        site["a"].wraps.destination("b")
 
 
 async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite) -> None:
