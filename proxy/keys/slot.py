@@ -227,6 +227,7 @@ class Slot:
         ]
 
     def word(self, *, now_boot_s: float) -> Word:
+        """What the agent last said of all of them, and for how long that counts."""
         left_s = max(0.0, self.word_deadline_boot_s - now_boot_s)
         given = self.withdrawn or self.word_deadline_boot_s > -math.inf
         return Word(self.withdrawn, 0.0 if self.withdrawn else left_s, given)
