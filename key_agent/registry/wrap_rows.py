@@ -3,7 +3,9 @@
 1. A wrap is bound to tenant, service, key id, KEK and environment, and the signed row holds the check value
    of what is in it. So no signature stands on it: one that was exchanged or altered opens as no such key.
 2. Only what the HSM has opened again is written, as `verified`; it takes the place of whatever stood there.
-3. Proxies have a key once they acknowledge a sequence that was reserved after its wrap was stored.
+3. Keys are long on their way through an HSM. Whether this environment still is one that takes them is asked
+   in the transaction that stores them.
+4. Proxies have a key once they acknowledge a sequence that was reserved after its wrap was stored.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,7 +16,8 @@ from sqlalchemy import Connection, bindparam, delete, func, select, update
 
 from envelope.keys import KeyState
 from key_agent.registry.access import VERIFIED, insert_wraps, is_sound
-from key_agent.registry.tables import dek, dek_wrap, key_ring, push_sequence
+from key_agent.registry.states import KekState
+from key_agent.registry.tables import dek, dek_wrap, environment, kek, key_ring, push_sequence
 from key_agent.sources.source import WrappedKey
 
 _AT_ONCE = 500
@@ -22,6 +25,13 @@ _GONE: Final = delete(dek_wrap).where(
     dek_wrap.c.dek_id == bindparam("b_id"), dek_wrap.c.kek_id == bindparam("b_kek")
 )
 _AFTER: Final = update(dek).where(dek.c.id == bindparam("b_id")).values(after_sequence=bindparam("b_after"))
+
+
+def takes_keys(c: Connection, environment_id: str, kek_id: str, states: Collection[str]) -> bool:
+    """Rule 3: whether the environment is in one of *states*, and that KEK of it is active."""
+    state = c.scalar(select(environment.c.state).where(environment.c.id == environment_id))
+    kek_state = c.scalar(select(kek.c.state).where(kek.c.id == kek_id))
+    return state in states and kek_state == KekState.ACTIVE
 
 
 def store_wraps(c: Connection, keys: Sequence[WrappedKey], *, route: str, now_ms: int) -> list[str]:

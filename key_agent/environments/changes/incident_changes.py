@@ -95,8 +95,10 @@ def open_incident(
                     "use a key of its own for each incident",
                 )
             return incident_id, False
-    for incident_id, body in shared.incidents.items():
-        if not body.state.is_over and _is_same(body, declared) and not _is_behind(body):
+    for incident_id, body in sorted(shared.incidents.items(), key=lambda one: -one[1].number):
+        if body.state.is_over or not _is_same(body, declared):
+            continue
+        if not _is_behind(shared, environment, body):
             return incident_id, False
     if environment.state is EnvironmentState.RETIRED:
         raise RefusedChangeError(f"environment {declared.environment} is retired", "nothing is served there")
@@ -480,10 +482,14 @@ def _is_same(body: IncidentBody, declared: Declaration) -> bool:
     )
 
 
-def _is_behind(body: IncidentBody) -> bool:
-    """Whether what it took away has been replaced: who is breached in the same way now is breached anew."""
+def _is_behind(shared: "Shared", environment: EnvironmentBody, body: IncidentBody) -> bool:
+    """Whether something of what it took away has been replaced, or its environment is on its way back, or was
+    back: who is breached in the same way now is breached anew.
+    """
+    if body.kind.needs_new_kek and has_newer_kek(shared, environment, body):
+        return True
     if body.kind.heals:
-        return IncidentEvent.REJOINED in body.steps
+        return IncidentEvent.REJOINED in body.steps or environment.state is not EnvironmentState.HEALING
     return body.kind is IncidentKind.SERVICE_CERT and IncidentEvent.SUCCEEDED in body.steps
 
 

@@ -1,7 +1,8 @@
 """Keys of the first environment that comes back when none counts: from its own wraps, under its new KEK.
 
 1. Nobody can bring keys then. Two administrators have named this environment and both KEKs (recovery.py); it
-   has healed, the load balancers have confirmed that, and it rejoins. Without all of that nothing is opened.
+   has healed, the load balancers have confirmed that, and it rejoins. Without all of that nothing is opened,
+   and where it ends halfway nothing more is, or stored.
 2. The KEK of before unwraps for this alone. What it opens is compared with the check values of the signed
    rows, wrapped by the KEK of now, opened again there and compared; only then it is stored, as verified.
 3. What was stored stays: killed at any point, `env rejoin` goes on with what is missing.
@@ -22,11 +23,13 @@ from key_agent.journal import Journal
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
-from key_agent.registry.wrap_rows import store_wraps
+from key_agent.registry.wrap_rows import store_wraps, takes_keys
 from key_agent.sources.source import Kek, KeySource, WrappedKey
 from runtime.clock import Clock
 
 NO_WRAP: Final = "it has no wrap here"
+_CHANGED: Final = "the signed rows have changed meanwhile"
+_TAKES: Final = frozenset({EnvironmentState.REJOINING})
 _ROUTE: Final = "kms"
 """Wrapped by the environment's own HSM, from a key that it has opened."""
 
@@ -81,18 +84,28 @@ class OwnWraps:
         }
         done = Stored(verified=(), failed={key_id: NO_WRAP for key_id in key_ids if key_id not in held})
         for some in batched([held[key_id] for key_id in key_ids if key_id in held], BATCH):
+            if self._approved(await self._peering.shared.snapshot()) != recovery:
+                done |= Stored(verified=(), failed=dict.fromkeys((str(key.key_id) for key in some), _CHANGED))
+                continue
             made = await self._source.rewrap(old, new, some)
             self._proofs.opened(made.keys)
-            stored = await self._store(made.keys)
+            stored = await self._store(new, made.keys)
             failed = {str(key_id): why for key_id, why in made.failed_keys.items()}
             left = {str(key.key_id) for key in made.keys} - set(stored)
-            failed |= dict.fromkeys(left, "the signed rows have changed meanwhile")
+            failed |= dict.fromkeys(left, _CHANGED)
             done |= Stored(verified=tuple(stored), failed=failed)
         return done
 
-    async def _store(self, keys: Sequence[WrappedKey]) -> list[str]:
+    async def _store(self, new: Kek, keys: Sequence[WrappedKey]) -> list[str]:
         now_ms = int(self._clock.wall_s() * 1000)
-        return await self._registry.transact(lambda c: store_wraps(c, keys, route=_ROUTE, now_ms=now_ms))
+        own, kek_id = self._peering.environment, new.reference.kek_id
+        return await self._registry.transact(
+            lambda c: (
+                store_wraps(c, keys, route=_ROUTE, now_ms=now_ms)
+                if takes_keys(c, own, kek_id, _TAKES)
+                else []
+            )
+        )
 
     def _approved(self, shared: Shared) -> Recovery | None:
         """Rule 1."""

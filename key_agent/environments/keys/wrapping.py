@@ -37,7 +37,13 @@ from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import UNSERVED_MS, Link
 from key_agent.registry.states import KekState
 from key_agent.registry.store import Registry
-from key_agent.registry.wrap_rows import after_sequences, sound_among, sound_wraps, store_wraps
+from key_agent.registry.wrap_rows import (
+    after_sequences,
+    sound_among,
+    sound_wraps,
+    store_wraps,
+    takes_keys,
+)
 from key_agent.sources.source import (
     Arrival,
     Destination,
@@ -263,7 +269,7 @@ class Wraps:
             bad = {str(key_id): why for key_id, why in made.failed_keys.items()}
             self._refuse(sender, {Why.PARCEL: bad})
             failed |= bad
-            stored = await self._keep(made.keys, route)
+            stored = await self._keep(kek, made.keys, route)
             verified += stored
             left = {str(key.key_id) for key in made.keys} - set(stored)
             failed |= dict.fromkeys(left, "the signed rows have changed meanwhile")
@@ -283,9 +289,16 @@ class Wraps:
                 environment = self._peering.environment_of(sender)
                 self.refusals.tell(sender, environment, why, next(iter(keys.values())), list(keys))
 
-    async def _keep(self, keys: Sequence[WrappedKey], route: Route) -> list[str]:
+    async def _keep(self, kek: Kek, keys: Sequence[WrappedKey], route: Route) -> list[str]:
         now_ms = int(self._clock.wall_s() * 1000)
-        return await self._registry.transact(lambda c: store_wraps(c, keys, route=route.value, now_ms=now_ms))
+        own, kek_id = self._peering.environment, kek.reference.kek_id
+        return await self._registry.transact(
+            lambda c: (
+                store_wraps(c, keys, route=route.value, now_ms=now_ms)
+                if takes_keys(c, own, kek_id, HAVE_KEYS)  # not withdrawn meanwhile (rule 4)
+                else []
+            )
+        )
 
     async def missing(self, look: Look) -> dict[str, str]:
         """Which keys have no sound wrap here, and why. KeySourceError: it cannot be told."""

@@ -95,6 +95,35 @@ def test_a_service_that_is_breached_once_more_loses_its_new_keys_too(world: Worl
     assert {world.rows.deks[key_id].state for key_id in new} == {S.COMPROMISED}
 
 
+@pytest.mark.parametrize(
+    "state", [EnvironmentState.HEALED, EnvironmentState.REJOINING, EnvironmentState.ACTIVE]
+)
+@pytest.mark.parametrize("kind", [K.SUSPECTED, K.RUNTIME, K.KEK])
+def test_whoever_is_breached_on_its_way_back_heals_anew(
+    world: World, kind: IncidentKind, state: EnvironmentState
+) -> None:
+    """Its first incident is not over; it says nothing of what was exposed since."""
+    open_it(world, opening(kind))
+    world.rows.environments["a"] = msgspec.structs.replace(world.rows.environments["a"], state=state)
+    assert open_it(world, opening(kind, key="k2")) == ("inc-2", True)
+    environment = world.rows.environments["a"]
+    assert (environment.state, environment.incident_id) == (EnvironmentState.HEALING, "inc-2")
+    assert open_it(world, opening(kind, key="k3")) == ("inc-2", False)
+
+
+@pytest.mark.parametrize("kind", [K.RUNTIME, K.KEK, K.DB])
+def test_a_new_kek_that_is_lost_as_well_is_another_incident(world: World, kind: IncidentKind) -> None:
+    open_it(world, opening(kind))
+    world.rows.keks["kek-a2"] = world.kek("a", created_at_ms=NOW_MS + 1, version=2)
+    world.rows.environments["a"] = msgspec.structs.replace(world.rows.environments["a"], kek_id="kek-a2")
+    world.now_ms = NOW_MS + 2
+    assert open_it(world, opening(kind, key="k2")) == ("inc-2", True)
+    assert (world.rows.keks["kek-a2"].state == "active") is (kind is not K.KEK)
+    body = world.rows.incidents["inc-2"]
+    assert not changes.has_newer_kek(world.rows, world.rows.environments["a"], body)
+    assert open_it(world, opening(kind, key="k3")) == ("inc-2", False)
+
+
 def test_a_key_of_another_incident_is_refused(world: World) -> None:
     open_it(world, opening())
     before = world.rows

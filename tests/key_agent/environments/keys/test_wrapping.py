@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,7 +30,7 @@ from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.pkcs11 import Pkcs11Source
-from key_agent.sources.source import KekType, KeySource, Route
+from key_agent.sources.source import KekType, KeySource, Rewrapped, Route
 from tests.environments.key_site import FILES, MAIL, KeySite, key_site
 from tests.fakes.key_source import FakeKeySource
 from tests.pki import Tenant, write_credential
@@ -150,6 +151,26 @@ async def test_an_environment_that_names_no_certificate_is_sent_nothing(
     await site["a"].change(change)
     with pytest.raises(RefusedChangeError, match="names no usable key"):
         site["a"].wraps.destination("b")
+
+
+async def test_what_is_in_the_hsm_when_its_environment_is_withdrawn_is_not_stored(
+    site: KeySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """System B, claim 7: a healing environment stores nothing that it is given."""
+    delivery = await parcels_for(site, "b")
+    await site["b"].sql("DELETE FROM dek_wrap")
+    imported = site["b"].source.import_keys
+
+    async def slow(*arguments: Any, **more: Any) -> Rewrapped:
+        made: Rewrapped = await imported(*arguments, **more)
+        await put_state(site, "b", EnvironmentState.HEALING)
+        return made
+
+    monkeypatch.setattr(site["b"].source, "import_keys", slow)
+    found = await site["b"].wraps.store(delivery, sender="agent-a")
+    assert found.verified == ()
+    assert set(found.failed) == {key.key_id for key in delivery.keys}
+    assert await site["b"].wrapped() == {}
 
 
 async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from envelope.errors import IntegrityError
 from envelope.keys import KeyId, KeyState
 from key_agent.environments.changes.healing_changes import retire_payload
 from key_agent.environments.incidents.evidence import verify_bundle
+from key_agent.environments.keys import own_wraps
 from key_agent.environments.shared import approvals
 from key_agent.environments.shared.approvals import Action, ApprovalError
 from key_agent.environments.shared.documents import ApprovalBody, Kind
@@ -24,7 +25,7 @@ from key_agent.environments.shared.shared_errors import StaleTermError
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.wrap_rows import store_wraps
-from key_agent.sources.source import Kek
+from key_agent.sources.source import Kek, Rewrapped, WrappedKey
 from tests.environments.healing_site import HealingMember, HealingSite, healing_site
 from tests.environments.key_site import states
 from tests.key_agent.conftest import until
@@ -384,6 +385,32 @@ async def test_what_is_no_key_of_the_signed_rows_is_not_taken_from_the_kek_of_be
     assert (found["state"], list(found["problems"])) == ("healing", [key_id])
     assert key_id not in await a.wrapped()
     assert len(await a.wrapped()) == 2
+
+
+async def test_breached_again_while_its_keys_come_it_opens_and_stores_nothing_more(
+    site: HealingSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two batches, and while one is in the HSM."""
+    old = await all_kek(site)
+    a = site["a"]
+    a.fake.disable(old["a"], enabled=True)
+    new = await a.commands.env_new_kek()
+    recovery = await site.recover("a")
+    await site.complete("a", recovery["kek_fingerprint"], at="a")
+    rewrap, opened = a.fake.rewrap, list[str]()
+
+    async def slow(old: Kek, new: Kek, keys: Sequence[WrappedKey]) -> Rewrapped:
+        made = await rewrap(old, new, keys)
+        opened.extend(str(key.key_id) for key in keys)
+        await a.commands.incident_open(environment="a", kind="kek", reason="again")
+        return made
+
+    monkeypatch.setattr(own_wraps, "BATCH", 1)
+    monkeypatch.setattr(a.fake, "rewrap", slow)
+    found = await site.rejoin("a", at="a")
+    assert found["state"] == "healing"
+    assert len(opened) == 1
+    assert await wraps(a, new["kek"]) == 0
 
 
 async def test_without_two_administrators_the_manager_makes_no_keys_and_says_what_leads_back(
