@@ -5,6 +5,8 @@
 2. The client library is an extra (`nats`). Who configures a broker without it is told what to install.
 3. A broker that is not there is no error of ours: the connection is tried again for ever, and whoever wants
    to use it asks whether it is up.
+4. Nobody who took the broker's place fills our memory: the library keeps whatever comes until it is whole, so
+   a message that says it is larger than any, or a line without an end, ends the connection.
 """
 
 import asyncio
@@ -25,6 +27,10 @@ CONNECT_S: Final = 5.0
 CLOSE_S: Final = 2.0
 _PING_S: Final = 5
 _PENDING_BYTES: Final = 8 << 20
+MOST_MESSAGE_BYTES: Final = 64 << 20
+"""No server can be told to take larger ones (max_payload)."""
+MOST_LINE_BYTES: Final = 1 << 20
+"""Of the protocol: what a server says of itself is the longest, with the addresses of its cluster."""
 _log: Final = structlog.get_logger("broker")
 
 
@@ -85,9 +91,21 @@ async def connected(settings: BrokerSettings, *, name: str) -> AsyncIterator[Any
     BrokerError if there is no connection now. TlsError for files that are no good.
     """
     from nats.aio.client import Client  # noqa: PLC0415 - an extra
-    from nats.errors import SecureConnRequiredError  # noqa: PLC0415
+    from nats.errors import ProtocolError, SecureConnRequiredError  # noqa: PLC0415
+    from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser  # noqa: PLC0415
+
+    class Bounded(Parser):  # type: ignore[misc]  # the library is an extra
+        async def parse(self, data: bytes = b"") -> None:
+            await super().parse(data)
+            in_line = self.state == AWAITING_CONTROL_LINE
+            if len(self.buf) > MOST_LINE_BYTES if in_line else self.needed > MOST_MESSAGE_BYTES:
+                raise ProtocolError
 
     class TlsOnly(Client):  # type: ignore[misc]  # the library is an extra
+        def __init__(self) -> None:
+            super().__init__()
+            self._ps = Bounded(self)
+
         async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
             # At each connection, before anything is sent: TLS begins by the server's word alone.
             if initial_connection and not info.get("tls_required"):

@@ -49,6 +49,8 @@ many: they are in our memory."""
 TAKEN_AGAIN_S: Final = 5.0
 """What we have not acknowledged for so long comes once more."""
 PENDING_BYTES: Final = 32 << 20
+PENDING_MESSAGES: Final = 64
+"""More than MAX_UNACKNOWLEDGED: what a broker sends beyond is dropped."""
 FORGOTTEN_AFTER_S: Final = 600.0
 """The broker drops our place in the stream if we do not come for so long."""
 _MAX_AGENTS: Final = 1024
@@ -143,7 +145,9 @@ class BrokerListener:
             max_ack_pending=MAX_UNACKNOWLEDGED,
             inactive_threshold=FORGOTTEN_AFTER_S,
         )
-        inbox = await client.subscribe(config.deliver_subject, pending_bytes_limit=PENDING_BYTES)
+        inbox = await client.subscribe(
+            config.deliver_subject, pending_msgs_limit=PENDING_MESSAGES, pending_bytes_limit=PENDING_BYTES
+        )
         stream, place = client.jetstream(timeout=ASK_S), self._settings.stream
         await _answered(client, functools.partial(stream.add_consumer, place, config))
         return inbox, functools.partial(stream.consumer_info, place, name)

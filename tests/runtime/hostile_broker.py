@@ -11,6 +11,9 @@ type Answer = Callable[[str], bytes]
 """What to answer a request to a subject by."""
 
 
+FLOOD_BYTES = 24 << 20
+
+
 @dataclass
 class HostileBroker:
     """Use as a context. Without *context* it asks for no TLS, and speaks none."""
@@ -19,6 +22,11 @@ class HostileBroker:
     context: ssl.SSLContext | None = None
     max_payload: float = 1 << 20
     """How much it says that it takes."""
+    floods: bytes = b""
+    """What it begins to say to whoever is connected, and does not end before FLOOD_BYTES."""
+    flooded_bytes: int = 0
+    flood_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """By the other side, or because all of it was taken."""
     port: int = 0
     requests: list[str] = field(default_factory=list)
     received: bytearray = field(default_factory=bytearray)
@@ -67,6 +75,8 @@ class HostileBroker:
             match line.split():
                 case [b"PING"]:
                     writer.write(b"PONG\r\n")
+                    if self.floods:
+                        await self._flood(writer)
                 case [b"SUB", subject, *_, sid]:
                     subscriptions.append((subject.decode(), sid.decode()))
                 case [b"PUB" | b"HPUB", subject, reply, *_, size]:
@@ -78,3 +88,15 @@ class HostileBroker:
                             head = f"MSG {reply.decode()} {name} {len(body)}\r\n"
                             writer.write(head.encode() + body + b"\r\n")
             await writer.drain()
+
+    async def _flood(self, writer: asyncio.StreamWriter) -> None:
+        """OSError once the other side has gone."""
+        writer.write(self.floods)
+        piece = b"A" * (256 << 10)
+        try:
+            while self.flooded_bytes < FLOOD_BYTES and not writer.is_closing():
+                writer.write(piece)
+                await writer.drain()
+                self.flooded_bytes += len(piece)
+        finally:
+            self.flood_ended.set()

@@ -1,14 +1,26 @@
 """Settings of a broker, and what of its messages does not depend on one."""
 
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nats.errors import ProtocolError
 
-from runtime.broker import BrokerError, BrokerSettings, connected, in_payloads, unusable_files
+from runtime.broker import (
+    MOST_LINE_BYTES,
+    BrokerError,
+    BrokerSettings,
+    connected,
+    in_payloads,
+    unusable_files,
+)
 from runtime.tls import TlsError
-from tests.pki import make_server_ca, make_tenant, write_certificate, write_credential
-from tests.runtime.hostile_broker import HostileBroker
+from tests.pki import issue_server, make_server_ca, make_tenant, write_certificate, write_credential
+from tests.runtime.hostile_broker import FLOOD_BYTES, HostileBroker
 
 
 def _settings(**changes: Any) -> BrokerSettings:
@@ -76,3 +88,38 @@ async def test_whoever_asks_for_no_tls_gets_no_connection(tmp_path: Path) -> Non
             async with connected(settings, name="test"):
                 pass
         assert not broker.received, "not a byte in the clear"
+
+
+@pytest.mark.parametrize("begins", [b"MSG x 1 999999999999\r\n", b"HMSG x 1 12 999999999999\r\n"])
+async def test_a_message_that_has_no_end_is_not_kept(tmp_path: Path, begins: bytes) -> None:
+    """It would fill our memory before it is whole; the connection is ended, and tried again."""
+    async with _hostile(tmp_path, floods=begins) as (broker, client), asyncio.timeout(60):
+        await broker.flood_ended.wait()
+        assert len(client._ps.buf) <= 2 * MOST_LINE_BYTES, "the library's, where it would be kept"
+    assert FLOOD_BYTES > 8 * MOST_LINE_BYTES
+
+
+async def test_what_is_neither_a_message_nor_a_line_is_not_kept(tmp_path: Path) -> None:
+    async with _hostile(tmp_path) as (_, client):
+        parser = client._ps
+        await parser.parse(b"MSG x 9 5\r\nhello\r\nINFO " + b"A" * (MOST_LINE_BYTES - 5))
+        with pytest.raises(ProtocolError):
+            await parser.parse(b"A")
+
+
+@asynccontextmanager
+async def _hostile(path: Path, *, floods: bytes = b"") -> AsyncIterator[tuple[HostileBroker, Any]]:
+    """A broker that cannot be believed, and a client of ours that is connected to it."""
+    ca = make_server_ca()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*write_credential(issue_server(ca), path, "server"))
+    certificate, key = write_credential(make_tenant().agent_tls(), path, "tls")
+    async with HostileBroker(lambda _: b"{}", context, floods=floods) as broker:
+        settings = _settings(
+            urls=[f"tls://localhost:{broker.port}"],
+            ca_file=write_certificate(ca.certificate, path / "ca.pem"),
+            certificate_file=certificate,
+            key_file=key,
+        )
+        async with connected(settings, name="test") as client:
+            yield broker, client
