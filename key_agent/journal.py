@@ -7,6 +7,7 @@ first.
 3. One thread, first come, first written: the order in the log is the order of the calls.
 4. What waits while the disk syncs is written together and shares the next sync; if that fails, none of it
    counts as written.
+5. An event is written however long the words of others are that it quotes: they are cut, it is not lost.
 """
 
 import asyncio
@@ -23,6 +24,9 @@ log = structlog.get_logger(__name__)
 type Value = str | int | None
 type _Event = tuple[str, str, dict[str, Value], "Future[None]"]
 _CLOSE_PATIENCE_S: Final = 5.0
+_MOST_CHARACTERS: Final = 4000
+"""Of all fields together; one character can take 12 bytes of a line, which holds 64 KiB."""
+_CUT_CHARACTERS: Final = 250
 
 
 class Journal:
@@ -61,7 +65,7 @@ class Journal:
 
     def _submit(self, action: str, outcome: str, fields: dict[str, Value]) -> "Future[None]":
         written: Future[None] = Future()
-        self._waiting.append((action, outcome, fields, written))
+        self._waiting.append((action, outcome, _fitting(fields), written))
         if not self._is_called:
             self._is_called = True
             try:
@@ -91,6 +95,18 @@ class Journal:
                     self._failure = None
                     for one in unsynced:
                         one.set_result(None)
+
+
+def _fitting(fields: dict[str, Value]) -> dict[str, Value]:
+    """Rule 5."""
+    if sum(len(value) for value in fields.values() if isinstance(value, str)) <= _MOST_CHARACTERS:
+        return fields
+    return {name: _cut(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+def _cut(text: str) -> str:
+    left = len(text) - _CUT_CHARACTERS
+    return text if left <= 0 else f"{text[:_CUT_CHARACTERS]}... and {left} characters more"
 
 
 def _report(written: "Future[None]") -> None:

@@ -1,6 +1,7 @@
 """The audit log beside the event loop: in order, durable before it is told, one sync for many."""
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 from typing import override
@@ -81,3 +82,21 @@ async def test_without_the_sync_nothing_of_it_counts_as_written(disk: SlowDisk) 
     failures.append(journal.failure)
     assert failures == ["audit log cannot be synced", None]
     await journal.close()
+
+
+async def test_an_event_is_written_however_long_the_words_are_that_it_quotes(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """A breached environment says why it is not to be trusted, at length: that must not go unrecorded."""
+    path = tmp_path / "audit.jsonl"
+    journal = Journal(AuditLog.open(path, clock))
+    words = {f"f{number}": "\U0001f600" * 20_000 for number in range(20)}
+    await journal.record("environment-notice", outcome="healing", peer="c", count=7, **words)
+    await journal.record("event", reason="x" * 3000)
+    assert journal.failure is None
+    await journal.close()
+    first, second = map(json.loads, path.read_bytes().splitlines())
+    assert (first["peer"], first["count"]) == ("c", 7)
+    assert first["f19"].startswith("\U0001f600" * 250)
+    assert first["f19"].endswith("19750 characters more")
+    assert second["reason"] == "x" * 3000, "what fits is as it was"
