@@ -44,7 +44,7 @@ from envelope.keys import KeyState, NetworkService
 from key_agent.agent import Agent
 from key_agent.app import opened
 from key_agent.config import AgentSettings, KeyPairSettings, PushSettings, RefreshSettings, Settings
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.push.pusher import Delivery
 from key_agent.registry.model import Proxy
 from key_agent.sources.pkcs11 import Pkcs11Settings

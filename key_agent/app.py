@@ -34,7 +34,7 @@ from key_agent.environments.peers.following import Following
 from key_agent.environments.peers.telling import Telling
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.push.broker import BrokerLink
 from key_agent.push.recipients import read_chain
 from key_agent.push.revocations import Revocations

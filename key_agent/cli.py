@@ -18,24 +18,24 @@ import typer
 
 from envelope.errors import SealgateError
 from key_agent import app, config, doctor, setup
-from key_agent.backup_cli import backup_app
-from key_agent.commands import Json
+from key_agent.command_line.backup_cli import backup_app
+from key_agent.command_line.kek_cli import kek_app
+from key_agent.command_line.key_cli import key_app, rotate
+from key_agent.command_line.performing import Options, perform_with
+from key_agent.command_line.proxy_cli import proxy_app
+from key_agent.command_line.reinstating_cli import reinstate
+from key_agent.command_line.service_cli import service_app
+from key_agent.command_line.status_cli import status
 from key_agent.environments.commands import healing_cli, recovery_cli  # noqa: F401 - they add commands to `env`
 from key_agent.environments.commands.approval_cli import admin_app, approval_app
 from key_agent.environments.commands.cli import environment_app
 from key_agent.environments.commands.incident_cli import incident_app
 from key_agent.environments.commands.old_keys_cli import keys_app
 from key_agent.explaining import PROGRAM, explain_agent
-from key_agent.kek_cli import kek_app
-from key_agent.key_cli import key_app, rotate
 from key_agent.load_balancing.cli import lb_agent, lb_app
-from key_agent.performing import Options, perform_with
-from key_agent.proxy_cli import proxy_app
-from key_agent.reinstating_cli import reinstate
-from key_agent.service_cli import service_app
+from key_agent.operations.commands import Json
 from key_agent.sources.vendors import GENERIC, load_vendor, vendor_names
 from key_agent.state_dir import AUDIT_NAME
-from key_agent.status_cli import status
 from runtime import cli, lifecycle, observe
 from runtime import doctor as report
 from runtime.audit_command import add_audit

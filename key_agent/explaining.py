@@ -7,11 +7,11 @@
 
 from typing import Final
 
-from key_agent.backup import BackupError
 from key_agent.environments.peers.peer_transport import PeerError
 from key_agent.environments.shared.approvals import ApprovalError
 from key_agent.environments.shared.shared_errors import EpochGapError, RegistryTamperedError, StaleTermError
 from key_agent.errors import KeySourceError
+from key_agent.operations.backup import BackupError
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.database import RegistryError, RegistryInUseError
 from key_agent.sources.verdict import NEXT_STEPS, Verdict

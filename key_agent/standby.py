@@ -18,8 +18,8 @@ import structlog
 from aiohttp import web
 
 from key_agent import metrics
-from key_agent.commands import Json
 from key_agent.errors import KeyAgentError
+from key_agent.operations.commands import Json
 from key_agent.registry.database import RegistryError
 from key_agent.registry.lease import Holding
 from runtime.observe import REGISTRY

@@ -26,23 +26,23 @@ from mitmproxy.proxy import server_hooks
 from envelope.errors import SealgateError
 from proxy import refusals
 from proxy.asking import host_field
-from proxy.bodies import refusal_for
-from proxy.collecting import Collecting
+from proxy.bodies.bodies import refusal_for
+from proxy.bodies.collecting import Collecting
+from proxy.bodies.prefetch import Prefetch
+from proxy.bodies.spool import Spools
 from proxy.environments import Environments
 from proxy.exchange.answering import Answering
 from proxy.exchange.exchange import ClientBody, Exchange, Means, ended, exchange_of, source_of
 from proxy.exchange.sending import Sending
 from proxy.gate.permit import Collect, permit
 from proxy.keys.cache import KeyCache
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
 from proxy.metrics import OK, ProxyMetrics
-from proxy.planner import planned
-from proxy.prefetch import Prefetch
+from proxy.plans.planner import planned
+from proxy.plans.request import Mode, Route
+from proxy.plans.routing import Holder, Listener, Routing, Wanted
 from proxy.recording import Recorder, Trail, path_of
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import Mode, Route
-from proxy.routing import Holder, Listener, Routing, Wanted
-from proxy.spool import Spools
 from proxy.uploads import UploadStore
 from proxy.users.identification import Identity, Shown, address_of, identify, still_holds
 from runtime.audit import AuditLog

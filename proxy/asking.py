@@ -27,7 +27,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from envelope.keys import NetworkService
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.tenants.model import ServiceEntry
 
 PIECE_BYTES: Final = 256 * 1024

@@ -19,15 +19,15 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from proxy import config
+from proxy.command_line.errors_cli import errors
+from proxy.command_line.inspect_cli import inspect
+from proxy.command_line.network_service_cli import service_app, service_json, service_lines
+from proxy.command_line.operating import check_state_dir, operating, options_of
+from proxy.command_line.profile_cli import profile_app
+from proxy.command_line.tenant_cli import tenant_app, tenant_json, tenant_lines
 from proxy.encryption_service.credential_cli import credential_app
 from proxy.encryption_service.dialect_cli import dialect_app
 from proxy.encryption_service.key_cli import key_app
-from proxy.errors_cli import errors
-from proxy.inspect_cli import inspect
-from proxy.network_service_cli import service_app, service_json, service_lines
-from proxy.operating import check_state_dir, operating, options_of
-from proxy.profile_cli import profile_app
-from proxy.tenant_cli import tenant_app, tenant_json, tenant_lines
 from proxy.tenants import certificates
 from proxy.tenants.model import Directory
 from proxy.users.cli import user_app
@@ -123,7 +123,7 @@ program.command("inspect", epilog="Example: sealgate inspect report.pdf --json")
 def doctor_command(context: typer.Context) -> None:
     """Check the installation and say how to mend it; exit code 1 if something failed."""
     with _packages_of_the_proxy():
-        from proxy import doctor  # noqa: PLC0415 - it imports the engine
+        from proxy.command_line import doctor  # noqa: PLC0415 - it imports the engine
 
     chosen = options_of(context)
     checks = doctor.examine(chosen.config_file, chosen.load, SystemClock())

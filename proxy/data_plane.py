@@ -14,15 +14,15 @@ from prometheus_client import CollectorRegistry
 
 from envelope.errors import MisuseError
 from proxy.addon import SealgateAddon
-from proxy.collecting import Collecting
+from proxy.bodies.collecting import Collecting
+from proxy.bodies.prefetch import Prefetch
+from proxy.bodies.spool import Spools
 from proxy.config import Settings, database_url
 from proxy.encryption_service.service import EncryptionService
 from proxy.engine import Engine, upstream_trust
 from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.metrics import ProxyMetrics
-from proxy.prefetch import Prefetch
-from proxy.spool import Spools
 from proxy.tenants.model import Directory
 from proxy.uploads import UploadStore
 from runtime.audit import AuditLog

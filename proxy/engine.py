@@ -34,8 +34,8 @@ from proxy.gate.handler import GuardedConnectionHandler
 from proxy.interception import CIPHERS, InterceptionCa, InterceptionError, TenantTls, own_context
 from proxy.limits import ClientLimits
 from proxy.metrics import ClientConnections
+from proxy.plans.routing import Listener, Routing
 from proxy.profiles import PROFILES, Profile
-from proxy.routing import Listener, Routing
 from proxy.tenants.model import Directory, normal_host
 from runtime.clock import Clock
 

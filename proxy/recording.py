@@ -10,7 +10,7 @@ from typing import Final
 from envelope.keys import KeyId, NetworkService
 from proxy.keys.data_key import DataKey
 from proxy.metrics import OK, ProxyMetrics, ServiceMeters
-from proxy.request import Route
+from proxy.plans.request import Route
 from runtime.audit import AuditLog, AuditUnavailableError
 
 _MAX_PATH: Final = 512

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import aiohttp
 
 from key_agent.api.routes import BY_NAME
-from key_agent.commands import Json
+from key_agent.operations.commands import Json
 from runtime.cli import CommandError, ExitCode
 
 _SLOW_S: Final = 300.0

@@ -46,7 +46,7 @@ from key_agent.api.bodies import (
     ServiceRemove,
     ServiceSet,
 )
-from key_agent.commands import Json
+from key_agent.operations.commands import Json
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from aiohttp import web
 from envelope.errors import SealgateError
 from key_agent.agent import Agent
 from key_agent.api.routes import BY_NAME, ROUTES, Route, openapi
-from key_agent.backup import MAX_FILE_BYTES
 from key_agent.explaining import explain_agent
-from key_agent.operations import Operations
+from key_agent.operations.backup import MAX_FILE_BYTES
+from key_agent.operations.operations import Operations
 from runtime.cli import CommandError, ExitCode
 from runtime.observe import REGISTRY
 from runtime.serve import (

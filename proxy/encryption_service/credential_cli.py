@@ -14,11 +14,11 @@ import typer
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
+from proxy.command_line.operating import Operator, operating, usage_error
 from proxy.encryption_service.credentials import read_bearer
 from proxy.encryption_service.dialects.xks_store import console_file
 from proxy.encryption_service.model import CredentialEntry, CredentialKind, Network, Op
 from proxy.encryption_service.provisioning import Dialect, OnlyTenant, Operations, TenantName, say_effective
-from proxy.operating import Operator, operating, usage_error
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
 from proxy.tenants.credential_store import (

@@ -7,10 +7,10 @@ import msgspec
 import typer
 
 from envelope.keys import check_name
+from proxy.command_line.operating import operating, usage_error
 from proxy.encryption_service.dialects.xks_store import new_prefix, uri_path
 from proxy.encryption_service.model import DialectEntry, DialectName, DialectSettings
 from proxy.encryption_service.provisioning import Dialect, OnlyTenant, TenantName, say_effective
-from proxy.operating import operating, usage_error
 from proxy.tenants.dialect_store import set_dialect
 from proxy.tenants.service_rows import parse_settings
 from runtime.cli import CommandError, ExitCode

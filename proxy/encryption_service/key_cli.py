@@ -7,9 +7,7 @@ import typer
 
 from envelope.certificates import fingerprint
 from envelope.keys import KeyUse, SigningAlgorithm
-from proxy.encryption_service.model import NamedKey
-from proxy.encryption_service.provisioning import OnlyTenant, Operations, say_effective
-from proxy.operating import (
+from proxy.command_line.operating import (
     Operator,
     certificate_from,
     check_csr_file,
@@ -18,6 +16,8 @@ from proxy.operating import (
     parse_owner,
     write_csr,
 )
+from proxy.encryption_service.model import NamedKey
+from proxy.encryption_service.provisioning import OnlyTenant, Operations, say_effective
 from proxy.tenants.certificates import KeyType
 from proxy.tenants.named_key_store import add_key, remove_key, set_blocked
 from proxy.tenants.recipient_store import certificate_request, import_certificate, renew_key

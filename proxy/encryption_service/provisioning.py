@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from proxy.command_line.operating import Operator
 from proxy.encryption_service.model import DialectName, Op
-from proxy.operating import Operator
 
 TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="Tenant id.")]
 OnlyTenant = Annotated[str | None, typer.Option("--tenant", metavar="TENANT", help="Of this tenant only.")]

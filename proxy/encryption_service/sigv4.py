@@ -20,8 +20,8 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from envelope.errors import SealgateError
-from proxy import sigv4
-from proxy.sigv4 import MAX_SIGNED_HEADERS, MAX_SKEW_S, TERMINATOR, Headers, Scope
+from proxy.messages import sigv4
+from proxy.messages.sigv4 import MAX_SIGNED_HEADERS, MAX_SKEW_S, TERMINATOR, Headers, Scope
 
 MAX_AUTHORIZATION_LENGTH: Final = 4096
 

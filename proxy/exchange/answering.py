@@ -11,20 +11,20 @@ from mitmproxy.http import HTTPFlow, Response
 
 from envelope.objects import has_magic
 from proxy import refusals
-from proxy.answer_plan import MapBody, MapSize, MapWhole, OpenPart, OpenWhole, Pass
-from proxy.bodies import SealBody
-from proxy.conversation import OF_ONE_CONNECTION, opened_by
+from proxy.bodies.bodies import SealBody
+from proxy.bodies.opening import MapAnswerBody, OpenBody, OpenRangeBody
+from proxy.bodies.prefetch import PrefetchError
+from proxy.bodies.reading import Read
+from proxy.exchange.conversation import OF_ONE_CONNECTION, opened_by
 from proxy.exchange.exchange import ClientBody, Exchange, Means
 from proxy.exchange.heads import approve, declare, declared, edit, sized, stream
 from proxy.gate.permit import CLEAR, Collect, Grant, Transform, permit
-from proxy.message import AnswerHead, Fields
-from proxy.opening import MapAnswerBody, OpenBody, OpenRangeBody
-from proxy.plan import Going, HeadSize, OpenRange, Refuse, RequestPlan, Reshape, Seal, Unopened
-from proxy.planner import plan_answer
-from proxy.prefetch import PrefetchError
-from proxy.reading import Read
+from proxy.messages.message import AnswerHead, Fields
+from proxy.plans.answer_plan import MapBody, MapSize, MapWhole, OpenPart, OpenWhole, Pass
+from proxy.plans.plan import Going, HeadSize, OpenRange, Refuse, RequestPlan, Reshape, Seal, Unopened
+from proxy.plans.planner import plan_answer
+from proxy.plans.request import Edits
 from proxy.refusals import RefusedError
-from proxy.request import Edits
 
 RESTART_BYTES: Final = 8 * 1024 * 1024
 """The longest range that is read again, in memory. A longer one is refused: its client asks again."""

@@ -12,25 +12,25 @@ from mitmproxy.http import HTTPFlow
 from envelope.errors import KeyUnavailableError
 from envelope.keys import NetworkService
 from proxy import refusals
-from proxy.answer_plan import MapWhole
 from proxy.asking import Source
-from proxy.bodies import ReshapeBody, SealBody, refusal_for
-from proxy.collecting import Collecting, CountedBody
-from proxy.conversation import ServiceConversation
+from proxy.bodies.bodies import ReshapeBody, SealBody, refusal_for
+from proxy.bodies.collecting import Collecting, CountedBody
+from proxy.bodies.opening import OpenBody, OpenRangeBody
+from proxy.bodies.prefetch import Prefetch
+from proxy.bodies.reading import Read, Reading
+from proxy.bodies.resealing import SealOrPassBody
+from proxy.bodies.spool import Spools
+from proxy.exchange.conversation import ServiceConversation
 from proxy.gate.permit import Collect
 from proxy.keys.cache import KeyCache
 from proxy.keys.data_key import DataKey
-from proxy.message import AnswerHead
-from proxy.opening import OpenBody, OpenRangeBody
-from proxy.plan import Going, RequestPlan
-from proxy.prefetch import Prefetch
+from proxy.messages.message import AnswerHead
+from proxy.plans.answer_plan import MapWhole
+from proxy.plans.plan import Going, RequestPlan
+from proxy.plans.request import Request
 from proxy.profiles.profile import Profile
-from proxy.reading import Read, Reading
 from proxy.recording import Trail
 from proxy.refusals import Refusal
-from proxy.request import Request
-from proxy.resealing import SealOrPassBody
-from proxy.spool import Spools
 from proxy.uploads import UploadStore
 
 type ClientBody = SealBody | SealOrPassBody | ReshapeBody | OpenBody | OpenRangeBody

@@ -12,11 +12,11 @@ from mitmproxy.http import Request as HttpRequest
 from proxy import refusals
 from proxy.asking import Outgoing
 from proxy.gate.permit import Collect, Transform
-from proxy.message import AnswerHead
-from proxy.plan import Going
-from proxy.planner import is_target
+from proxy.messages.message import AnswerHead
+from proxy.plans.plan import Going
+from proxy.plans.planner import is_target
+from proxy.plans.request import Edits
 from proxy.refusals import RefusedError
-from proxy.request import Edits
 
 
 def edit(headers: Headers, edits: Edits) -> None:

@@ -10,14 +10,16 @@ from mitmproxy.http import HTTPFlow, Response
 from mitmproxy.http import Request as HttpRequest
 
 from proxy import refusals
-from proxy.bodies import NoBody, ReshapeBody, SealBody, sealing_key
-from proxy.conversation import ServiceConversation
-from proxy.conversing import Reply
+from proxy.bodies.bodies import NoBody, ReshapeBody, SealBody, sealing_key
+from proxy.bodies.resealing import SealOrPassBody
+from proxy.bodies.spooling import SpoolingBody
+from proxy.exchange.conversation import ServiceConversation
 from proxy.exchange.exchange import EXCHANGE, ClientBody, Exchange, Means
 from proxy.exchange.heads import declare, depart, depart_with, sized, stream
 from proxy.gate.permit import CLEAR, Collect, Grant, permit
 from proxy.keys.data_key import DataKey
-from proxy.plan import (
+from proxy.plans.conversing import Reply
+from proxy.plans.plan import (
     Answer,
     Converse,
     Decision,
@@ -34,11 +36,9 @@ from proxy.plan import (
     Seal,
     Unopened,
 )
-from proxy.profile_options import SealedUpload
+from proxy.plans.profile_options import SealedUpload
+from proxy.plans.request import Edits
 from proxy.refusals import RefusedError
-from proxy.request import Edits
-from proxy.resealing import SealOrPassBody
-from proxy.spooling import SpoolingBody
 
 
 class Sending:

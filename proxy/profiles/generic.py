@@ -10,10 +10,10 @@ from typing import ClassVar, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.message import BodyFrame, Framing, byte_range, request_digests
-from proxy.plan import EmptyBody, Forward, HeadSize, Open, OpenRange, Refuse, RequestPlan, Seal
+from proxy.messages.message import BodyFrame, Framing, byte_range, request_digests
+from proxy.plans.plan import EmptyBody, Forward, HeadSize, Open, OpenRange, Refuse, RequestPlan, Seal
+from proxy.plans.request import Request
 from proxy.profiles.profile import Limitation, Profile
-from proxy.request import Request
 
 _BODILESS = frozenset({"DELETE", "MKCOL", "OPTIONS"})
 _RANGES = ("if-range", "range")

@@ -12,12 +12,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from proxy.answer_plan import AnswerPlan
-from proxy.message import AnswerHead, RequestHead
-from proxy.plan import Going, RequestPlan
-from proxy.profile_options import ProfileOptions
+from proxy.messages.message import AnswerHead, RequestHead
+from proxy.plans.answer_plan import AnswerPlan
+from proxy.plans.plan import Going, RequestPlan
+from proxy.plans.profile_options import ProfileOptions
+from proxy.plans.request import Request
 from proxy.refusals import Refusal, Shaped
-from proxy.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

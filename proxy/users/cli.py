@@ -14,7 +14,7 @@ import typer
 
 from envelope.certificates import fingerprint
 from envelope.errors import FormatError
-from proxy.operating import (
+from proxy.command_line.operating import (
     Operator,
     certificate_from,
     not_there,

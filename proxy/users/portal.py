@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.certificates import fingerprint
-from proxy.routing import managed_hosts
+from proxy.plans.routing import managed_hosts
 from proxy.tenants.certificates import CredentialError, read_certificate
 from proxy.tenants.model import Directory, TenantEntry
 from runtime.serve import ProblemError, make_application

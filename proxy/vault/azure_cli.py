@@ -14,7 +14,7 @@ from typing import Annotated, Final
 
 import typer
 
-from proxy.operating import operating, parse_owner
+from proxy.command_line.operating import operating, parse_owner
 from proxy.profiles.azure_signatures import KEY_SIZE, parse_key
 from proxy.tenants.vault_store import remove_credential
 from proxy.vault.cli import STDIN, Drawn, check_new_file, hand_over, keep, read_secret, tell_all, tell_kept

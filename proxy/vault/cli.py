@@ -14,8 +14,8 @@ from typing import Annotated, Final
 import typer
 
 from envelope.errors import FormatError
+from proxy.command_line.operating import Operator, not_there, operating, parse_owner, usage_error
 from proxy.encryption_service.credentials import FileKeyError, new_access_key
-from proxy.operating import Operator, not_there, operating, parse_owner, usage_error
 from proxy.tenants import certificates
 from proxy.tenants.certificates import CredentialError
 from proxy.tenants.vault_store import add_credential, remove_credential

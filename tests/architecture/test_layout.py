@@ -104,7 +104,7 @@ _SERVICE_STORES: Final = (
     "keys, dialects and credentials name each other: right when they do so together",
 )
 _USERS: Final = ("tests/proxy/tenants/test_user_store.py", "seen through the store, on both databases")
-_PLANS: Final = ("tests/proxy/test_planner.py", "what the planner asks and answers with")
+_PLANS: Final = ("tests/proxy/plans/test_planner.py", "what the planner asks and answers with")
 _BREACH = ("tests/environments/test_breach.py", "commands: given one after the other, with real environments")
 _RECOVERY = (
     "tests/key_agent/environments/shared/test_recovery.py",
@@ -234,26 +234,26 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "tests/key_agent/sources/test_contract.py",
         "declarations; who raises them is tested",
     ),
-    "key_agent/operations.py": _AGENT,
+    "key_agent/operations/operations.py": _AGENT,
     "key_agent/push/broker.py": _BROKER,
     "key_agent/push/pusher.py": _AGENT,
     "key_agent/push/recipients.py": _AGENT,
     "key_agent/push/sealing.py": _AGENT,
-    "key_agent/backup_cli.py": _COMMANDS,
-    "key_agent/kek_cli.py": _COMMANDS,
-    "key_agent/key_cli.py": _COMMANDS,
-    "key_agent/proxy_cli.py": _COMMANDS,
-    "key_agent/reinstating_cli.py": _COMMANDS,
-    "key_agent/service_cli.py": _COMMANDS,
-    "key_agent/status_cli.py": _COMMANDS,
-    "key_agent/wording.py": ("tests/key_agent/test_cli.py", "what all commands say alike"),
-    "key_agent/survey.py": _AGENT,
-    "key_agent/performing.py": (
+    "key_agent/command_line/backup_cli.py": _COMMANDS,
+    "key_agent/command_line/kek_cli.py": _COMMANDS,
+    "key_agent/command_line/key_cli.py": _COMMANDS,
+    "key_agent/command_line/proxy_cli.py": _COMMANDS,
+    "key_agent/command_line/reinstating_cli.py": _COMMANDS,
+    "key_agent/command_line/service_cli.py": _COMMANDS,
+    "key_agent/command_line/status_cli.py": _COMMANDS,
+    "key_agent/command_line/wording.py": ("tests/key_agent/test_cli.py", "what all commands say alike"),
+    "key_agent/operations/survey.py": _AGENT,
+    "key_agent/command_line/performing.py": (
         "tests/key_agent/test_cli.py",
         "what all commands do, seen through them",
     ),
-    "key_agent/commands.py": (
-        "tests/key_agent/test_key_commands.py",
+    "key_agent/operations/commands.py": (
+        "tests/key_agent/operations/test_key_commands.py",
         "what all commands share, seen through them",
     ),
     "key_agent/registry/access.py": _STORE,
@@ -300,20 +300,20 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/sources/worker_process.py": _WORKER,
     "key_agent/sources/worker_source.py": _WORKER,
     "proxy/addon.py": _JOB,
-    "proxy/conversation.py": _TALKS,
+    "proxy/exchange/conversation.py": _TALKS,
     "proxy/exchange/answering.py": _TALKS,
     "proxy/exchange/exchange.py": _TALKS,
     "proxy/exchange/heads.py": _TALKS,
     "proxy/exchange/sending.py": _TALKS,
-    "proxy/opening.py": (
-        "tests/proxy/test_bodies.py",
+    "proxy/bodies/opening.py": (
+        "tests/proxy/bodies/test_bodies.py",
         "the way down of what bodies.py sends up: tested as round trips",
     ),
-    "proxy/resealing.py": (
+    "proxy/bodies/resealing.py": (
         "tests/integration/test_object_states.py",
         "what an upload may be, and what is stored then",
     ),
-    "proxy/spooling.py": _TALKS,
+    "proxy/bodies/spooling.py": _TALKS,
     "proxy/recording.py": (
         "tests/integration/test_proxy_refusals.py",
         "what the audit log says of real requests",
@@ -368,11 +368,11 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/gate/selftest.py": ("tests/proxy/gate/test_pins.py", "what the engine refuses to start with"),
     "proxy/gate/stream.py": _ROWS,
     "proxy/metrics.py": _JOB,
-    "proxy/answer_plan.py": _PLANS,
-    "proxy/conversing.py": _TALKS,
-    "proxy/plan.py": _PLANS,
-    "proxy/ranges.py": _PLANS,
-    "proxy/request.py": _PLANS,
+    "proxy/plans/answer_plan.py": _PLANS,
+    "proxy/plans/conversing.py": _TALKS,
+    "proxy/plans/plan.py": _PLANS,
+    "proxy/messages/ranges.py": _PLANS,
+    "proxy/plans/request.py": _PLANS,
     "proxy/profiles/__init__.py": _PLANS,
     "proxy/profiles/webdav/chunking.py": (
         "tests/integration/test_webdav_chunks.py",
@@ -394,12 +394,12 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "proxy/encryption_service/dialect_cli.py": _SERVICE_COMMANDS,
     "proxy/encryption_service/key_cli.py": _SERVICE_COMMANDS,
     "proxy/encryption_service/provisioning.py": _SERVICE_COMMANDS,
-    "proxy/errors_cli.py": _PROXY_COMMANDS,
-    "proxy/inspect_cli.py": _PROXY_COMMANDS,
-    "proxy/network_service_cli.py": _PROXY_COMMANDS,
-    "proxy/operating.py": _PROXY_COMMANDS,
-    "proxy/profile_cli.py": _PROXY_COMMANDS,
-    "proxy/tenant_cli.py": _PROXY_COMMANDS,
+    "proxy/command_line/errors_cli.py": _PROXY_COMMANDS,
+    "proxy/command_line/inspect_cli.py": _PROXY_COMMANDS,
+    "proxy/command_line/network_service_cli.py": _PROXY_COMMANDS,
+    "proxy/command_line/operating.py": _PROXY_COMMANDS,
+    "proxy/command_line/profile_cli.py": _PROXY_COMMANDS,
+    "proxy/command_line/tenant_cli.py": _PROXY_COMMANDS,
     "proxy/tenants/credential_store.py": _SERVICE_STORES,
     "proxy/tenants/dialect_store.py": _SERVICE_STORES,
     "proxy/tenants/named_key_store.py": _SERVICE_STORES,
@@ -501,13 +501,13 @@ def test_a_file_without_tests_is_found() -> None:
     found = [
         parse("proxy/keys/cache.py", code),
         parse("proxy/keys/receive.py", code),
-        parse("proxy/plan.py", code),
+        parse("proxy/plans/plan.py", code),
         parse("proxy/gate/__init__.py", code),
         parse("proxy/names.py", "X = 1"),
         parse("proxy/odd.py", code),
         parse("proxy/gone.py", code),
     ]
-    tests = {"tests/proxy/keys/test_cache.py", "tests/proxy/test_plan_edges.py", "tests/proxy/test_x.py"}
+    tests = {"tests/proxy/keys/test_cache.py", "tests/proxy/plans/test_plan_odd.py", "tests/proxy/test_x.py"}
     elsewhere = {
         "proxy/odd.py": ("tests/proxy/test_x.py", "why"),
         "proxy/gone.py": ("tests/proxy/test_y.py", "why"),

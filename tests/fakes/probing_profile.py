@@ -12,11 +12,11 @@ from typing import ClassVar, Final, override
 from envelope.multipart import Manifest, Part, upload_ref
 from envelope.objects import Sealer, sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
 from proxy.asking import Outgoing
-from proxy.conversing import Conversation, PartOf, Reply, Sealed, Sealing
-from proxy.message import AnswerHead, Fields, RequestHead, byte_range
-from proxy.plan import (
+from proxy.messages.message import AnswerHead, Fields, RequestHead, byte_range
+from proxy.plans.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
+from proxy.plans.conversing import Conversation, PartOf, Reply, Sealed, Sealing
+from proxy.plans.plan import (
     Answer,
     Converse,
     Decision,
@@ -33,9 +33,9 @@ from proxy.plan import (
     Reshape,
     Seal,
 )
+from proxy.plans.request import Edits, Request
 from proxy.profiles.profile import Limitation, Profile
 from proxy.refusals import Refusal, RefusedError, Shaped
-from proxy.request import Edits, Request
 
 SECRET: Final = b"the client's"
 FRAME: Final = b"|"

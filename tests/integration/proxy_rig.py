@@ -20,16 +20,16 @@ from envelope.derive import object_key
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.objects import Opener
 from proxy.addon import SealgateAddon
-from proxy.collecting import Collecting
+from proxy.bodies.collecting import Collecting
+from proxy.bodies.prefetch import Prefetch
+from proxy.bodies.spool import Spools
 from proxy.config import EngineSettings
 from proxy.engine import Engine, upstream_trust
 from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.limits import ClientLimits
 from proxy.metrics import ProxyMetrics
-from proxy.prefetch import Prefetch
 from proxy.profiles import PROFILES, Profile
-from proxy.spool import Spools
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import (
     CertificateFiles,

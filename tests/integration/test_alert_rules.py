@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from key_agent.consent import Standing
 from key_agent.environments.metrics import families as environment_families
 from key_agent.environments.states import EnvironmentState
+from proxy.command_line.errors_cli import all_refusals
 from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
-from proxy.errors_cli import all_refusals
 from tests.integration.whole_site import Site, until, whole_site
 
 ROOT: Final = Path(__file__).parents[2]

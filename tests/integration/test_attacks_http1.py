@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.bodies import SealBody
+from proxy.bodies.bodies import SealBody
 from proxy.gate.permit import Piece
 from tests.fakes.origin import End, Exchange, Reply
 from tests.integration.attack_rig import CANARY, Siege, answers, besieged

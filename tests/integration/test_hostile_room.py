@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from envelope.objects import CHUNK_SIZE
-from proxy.collecting import Collecting
-from proxy.spool import Spools
+from proxy.bodies.collecting import Collecting
+from proxy.bodies.spool import Spools
 from proxy.tenants.model import ServiceEntry
 from tests.fakes.origin import RecordingOrigin, Reply
 from tests.integration.attack_rig import Stream

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proxy.checksums import new_checksum
+from proxy.messages.checksums import new_checksum
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.multipart import ListedPart, asked_for
 from tests.integration.boto3_program import boto3, text

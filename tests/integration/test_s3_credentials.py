@@ -8,7 +8,7 @@ from typing import Any
 
 from envelope.keys import NetworkService
 from envelope.objects import MAGIC
-from proxy.message import RequestHead
+from proxy.messages.message import RequestHead
 from proxy.tenants.credential_store import rotate_file_key
 from proxy.tenants.directory import DirectoryStore
 from proxy.tenants.model import Upstream

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from envelope.objects import MAGIC
-from proxy.message import RequestHead
+from proxy.messages.message import RequestHead
 from proxy.vault.model import Secrets, UpstreamCredential
 from tests.integration.proxy_rig import Answer
 from tests.integration.s3_rig import Site, body, credential, leaks, s3_site

@@ -15,7 +15,7 @@ from envelope.material import Signer
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.journal import Journal
 from key_agent.lifetimes import Credentials
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.push.revocations import Revocations
 from key_agent.push.targets import Targets
 from key_agent.push.transport import Transport

@@ -11,6 +11,7 @@ from sqlalchemy import delete
 
 from envelope.certificates import CertificateError
 from envelope.keys import KeyState, NetworkService
+from key_agent.command_line.status_cli import status_text
 from key_agent.consent import Standing
 from key_agent.errors import KeySourceError
 from key_agent.registry.model import KekRow
@@ -18,7 +19,6 @@ from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError, Registry
 from key_agent.registry.tables import dek_wrap
 from key_agent.sources.source import Kek, Verdict
-from key_agent.status_cli import status_text
 from runtime.audit import AuditUnavailableError
 from tests.fakes.proxies import pem
 from tests.key_agent.conftest import RHYTHM, Bench, until

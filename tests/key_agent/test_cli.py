@@ -10,8 +10,8 @@ import pytest
 
 from key_agent import doctor
 from key_agent.cli import program
-from key_agent.status_cli import lifetime_text, rotation_text, status_text
-from key_agent.wording import outcomes_text, time_text
+from key_agent.command_line.status_cli import lifetime_text, rotation_text, status_text
+from key_agent.command_line.wording import outcomes_text, time_text
 from runtime import cli
 from runtime.doctor import Check, as_text
 from tests.key_agent.conftest import Bench

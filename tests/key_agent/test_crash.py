@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from envelope.keys import KeyState, NetworkService
-from key_agent import restoration
-from key_agent.operations import Operations
+from key_agent.operations import restoration
+from key_agent.operations.operations import Operations
 from key_agent.registry.states import KekState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.source import Verdict

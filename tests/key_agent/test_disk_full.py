@@ -12,7 +12,7 @@ import pytest
 from envelope.audit import verify
 from envelope.keys import NetworkService
 from key_agent.consent import Standing
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
 from runtime.audit import AuditUnavailableError

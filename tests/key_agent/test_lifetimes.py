@@ -12,9 +12,9 @@ from envelope.certificates import CertificateError, fingerprint
 from envelope.keys import NetworkService
 from envelope.material import Signer
 from key_agent import metrics
+from key_agent.command_line.status_cli import status_text
 from key_agent.lifetimes import Credentials, Lifetime, Signing
 from key_agent.push.revocations import Revocations
-from key_agent.status_cli import status_text
 from tests.fakes.clock import ManualClock
 from tests.key_agent.conftest import AGENT_ID, Bench, until
 from tests.key_agent.push.revocation_lists import LAST_UPDATE, make_list, write_lists

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envelope.keys import NetworkService
+from key_agent.command_line.status_cli import status_text
 from key_agent.presence import CONCURRENT, GATHER_S, Patience
 from key_agent.push.transport import Presence
-from key_agent.status_cli import status_text
 from tests.fakes.proxies import FakeProxy
 from tests.key_agent.conftest import RHYTHM, Bench, until
 from tests.lateness import lateness

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
-from key_agent.operations import Operations
+from key_agent.command_line.status_cli import status_text
+from key_agent.operations.operations import Operations
 from key_agent.registry.model import Link, Rotation, RotationCause
 from key_agent.registry.states import RotationPhase
 from key_agent.registry.store import RefusedChangeError
 from key_agent.rotation import Step, decide
 from key_agent.sources.source import Verdict
-from key_agent.status_cli import status_text
 from runtime.audit import AuditUnavailableError
 from tests.fakes.proxies import FakeProxy
 from tests.key_agent.conftest import RHYTHM, Bench, until

@@ -10,7 +10,7 @@ import pytest
 
 from key_agent import presence, refresh
 from key_agent.agent import Agent
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.push import pusher, sealing
 from key_agent.push.places import Places
 from key_agent.push.transport import Purpose

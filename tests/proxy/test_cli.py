@@ -23,7 +23,7 @@ from envelope.certificates import fingerprint
 from envelope.derive import object_key
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Sealer
-from proxy.errors_cli import all_refusals, refusal_table
+from proxy.command_line.errors_cli import all_refusals, refusal_table
 from runtime.audit import AuditLog
 from runtime.cli import ExitCode
 from tests.fakes.clock import ManualClock

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from aiohttp import web
 from multidict import CIMultiDict
 
-from proxy.checksums import Crc32C
+from proxy.messages.checksums import Crc32C
 
 WRITABLE: Final = frozenset(
     {"acl", "cacheControl", "contentDisposition", "contentEncoding", "contentLanguage", "contentType",

@@ -36,7 +36,7 @@ from key_agent.config import (
     Settings,
 )
 from key_agent.environments.assembly import Environments
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.sources.pkcs11 import Pkcs11Settings
 from proxy.encryption_service.credentials import new_bearer
 from proxy.encryption_service.model import DialectName

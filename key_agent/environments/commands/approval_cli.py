@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from envelope.errors import SealgateError
+from key_agent.command_line.performing import confirm, perform, show
 from key_agent.environments.commands.admin_signatures import (
     HELP_ON_PASSPHRASES,
     SIGNATURE_HELP,
@@ -25,7 +26,6 @@ from key_agent.environments.commands.admin_signatures import (
 from key_agent.environments.commands.incident_cli import operator
 from key_agent.environments.shared import approvals
 from key_agent.explaining import explain_agent
-from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
 
 admin_app = typer.Typer(no_args_is_help=True, help="Administrators: two of them approve.")

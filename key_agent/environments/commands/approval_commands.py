@@ -13,12 +13,12 @@ import msgspec
 
 from envelope.errors import FormatError
 from envelope.keys import check_name
-from key_agent.commands import Json
 from key_agent.environments.changes.incident_changes import use_approval
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
 from key_agent.environments.shared import approvals
 from key_agent.environments.shared.approvals import Action, ApprovalError
 from key_agent.environments.shared.documents import AdminBody, AdminState, ApprovalBody, Kind
+from key_agent.operations.commands import Json
 from key_agent.registry.access import RefusedChangeError
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from envelope.errors import FormatError, SealgateError
+from key_agent.command_line.performing import confirm, perform, show
 from key_agent.environments.commands.admin_signatures import (
     HELP_ON_PASSPHRASES,
     SIGNATURE_HELP,
@@ -21,7 +22,6 @@ from key_agent.environments.shared import approvals
 from key_agent.environments.shared.documents import ApprovalBody
 from key_agent.environments.shared.registry_key import fingerprint_of
 from key_agent.explaining import explain_agent
-from key_agent.performing import confirm, perform, show
 from runtime.cli import CommandError, ExitCode
 from runtime.files import replace_file, write_new_file
 

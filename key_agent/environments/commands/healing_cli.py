@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from key_agent.command_line.performing import perform, show
 from key_agent.environments.commands.cli import environment_app
-from key_agent.performing import perform, show
 from runtime.cli import CommandError, ExitCode
 
 EnvironmentName = Annotated[str, typer.Argument(metavar="ENVIRONMENT", help="Its id.")]

@@ -22,9 +22,9 @@ from cryptography import x509
 
 from envelope.certificates import CertificateError
 from envelope.errors import FormatError, IntegrityError
+from key_agent.command_line.performing import Options, perform, show
 from key_agent.environments.incidents.evidence import verify_bundle
 from key_agent.environments.states import EnvironmentState
-from key_agent.performing import Options, perform, show
 from runtime.cli import CommandError, ExitCode
 from runtime.files import write_new_file
 

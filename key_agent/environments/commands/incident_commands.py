@@ -16,7 +16,6 @@ import msgspec
 
 from envelope.errors import FormatError, MisuseError
 from envelope.keys import KeyState
-from key_agent.commands import Json
 from key_agent.environments.breaches import Declaration, IncidentKind
 from key_agent.environments.changes import healing_changes, incident_changes
 from key_agent.environments.changes.healing_changes import kek_fingerprint
@@ -27,7 +26,8 @@ from key_agent.environments.incidents.healing import CONFIRMATION_PATIENCE_S
 from key_agent.environments.incidents.incidents import EnvironmentAck, parse_keys
 from key_agent.environments.shared.approvals import Action
 from key_agent.environments.shared.documents import IncidentBody
-from key_agent.kek_making import wish_of
+from key_agent.operations.commands import Json
+from key_agent.operations.kek_making import wish_of
 from key_agent.reencryption.ledger import FileLedger
 from key_agent.registry.access import RefusedChangeError
 from key_agent.state_dir import AUDIT_NAME

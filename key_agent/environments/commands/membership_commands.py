@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from envelope.errors import IntegrityError, MisuseError
-from key_agent.commands import Json
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
 from key_agent.environments.peers.peer_transport import PeerAddress
 from key_agent.environments.shared import approvals
@@ -21,6 +20,7 @@ from key_agent.environments.shared.documents import Kind
 from key_agent.environments.shared.registry_key import same_fingerprint
 from key_agent.environments.shared.shared_view import newest_term
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
+from key_agent.operations.commands import Json
 from key_agent.registry.store import RefusedChangeError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import typer
 
 from envelope.errors import SealgateError
 from envelope.keys import KeyId
+from key_agent.command_line.performing import Options, confirm, perform, perform_with, show
 from key_agent.environments.commands.incident_cli import (
     ApproveWith,
     IncidentName,
@@ -21,7 +22,6 @@ from key_agent.environments.commands.incident_cli import (
     moment_ms,
 )
 from key_agent.explaining import explain_agent
-from key_agent.performing import Options, confirm, perform, perform_with, show
 from key_agent.reencryption.job import Progress, ReencryptionJob
 from key_agent.reencryption.ledger import FileLedger
 from key_agent.reencryption.store_file import read_store

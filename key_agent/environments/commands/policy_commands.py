@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import Mapping
 
 from envelope.keys import KeyState, NetworkService
-from key_agent.commands import Json
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
 from key_agent.environments.keys.presented import chosen
 from key_agent.environments.shared.documents import EncryptPolicy
 from key_agent.environments.shared.shared_view import Shared
+from key_agent.operations.commands import Json
 from key_agent.registry.access import RefusedChangeError
 
 

@@ -7,7 +7,6 @@
 
 import asyncio
 
-from key_agent.commands import Json
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
 from key_agent.environments.peers.standing import lease_s_of
 from key_agent.environments.shared import approvals
@@ -16,6 +15,7 @@ from key_agent.environments.shared.documents import Head
 from key_agent.environments.shared.recovery import none_counts
 from key_agent.environments.shared.shared_view import newest_term
 from key_agent.environments.shared.terms import check_appointment, promotion_payload
+from key_agent.operations.commands import Json
 from key_agent.registry.store import RefusedChangeError
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from key_agent.command_line.performing import confirm, perform, show
 from key_agent.environments.commands.cli import (
     NewFile,
     WrittenFile,
@@ -17,7 +18,6 @@ from key_agent.environments.commands.cli import (
     spread_text,
     write_to_sign,
 )
-from key_agent.performing import confirm, perform, show
 
 
 @environment_app.command("recovery")

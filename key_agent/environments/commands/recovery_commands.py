@@ -11,7 +11,6 @@ from itertools import batched
 from typing import TYPE_CHECKING, Final
 
 from envelope.keys import KeyState
-from key_agent.commands import Json
 from key_agent.environments.changes.founding import kek_body
 from key_agent.environments.changes.healing_changes import kek_fingerprint, open_incidents, recover
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
@@ -25,6 +24,7 @@ from key_agent.environments.shared.registry_key_exchange import make_next_key
 from key_agent.environments.shared.shared_view import Shared, newest_term
 from key_agent.environments.shared.terms import check_appointment
 from key_agent.environments.states import EnvironmentState
+from key_agent.operations.commands import Json
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import KekRow
 from key_agent.registry.states import KekState

@@ -30,7 +30,7 @@ from key_agent.environments.shared.recovery import appointed
 from key_agent.environments.shared.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import KekRevokedError, UnsupportedError
-from key_agent.kek_making import KekWish, make_kek
+from key_agent.operations.kek_making import KekWish, make_kek
 from key_agent.refresh import next_delay, wait_until
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import KekRow

@@ -18,7 +18,7 @@ from typing import Final
 
 from proxy import refusals
 from proxy.asking import Outgoing
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
 from proxy.profiles.azure_blob.addressing import Target
 from proxy.profiles.azure_signatures import (
     SIGNED_FIELDS,

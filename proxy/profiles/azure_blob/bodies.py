@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy import refusals
-from proxy.checksums import Crc64Nvme
-from proxy.message import BodyFrame, ExpectedDigest, Fields, Framing
-from proxy.plan import Decoder
+from proxy.messages.checksums import Crc64Nvme
+from proxy.messages.message import BodyFrame, ExpectedDigest, Fields, Framing
+from proxy.plans.plan import Decoder
 from proxy.refusals import RefusedError
 
 CHECKSUM_FIELDS: Final = ("content-md5", "x-ms-content-crc64")

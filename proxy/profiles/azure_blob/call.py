@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy.asking import Signer
-from proxy.message import Fields
+from proxy.messages.message import Fields
+from proxy.plans.request import Edits, Request
 from proxy.profiles.azure_blob.addressing import Target
 from proxy.profiles.azure_blob.routes import Operation
-from proxy.request import Edits, Request
 
 CONDITIONS: Final = ("if-match", "if-modified-since", "if-none-match", "if-unmodified-since")
 _KEPT: Final = frozenset(

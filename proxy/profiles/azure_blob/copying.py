@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from proxy import refusals
 from proxy.asking import host_field
+from proxy.plans.request import Mode, Request
 from proxy.profiles.azure_blob.addressing import Place, Target, read_target
 from proxy.refusals import RefusedError
-from proxy.request import Mode, Request
 
 FIELD: Final = "x-ms-copy-source"
 _PORTS: Final = {"http": 80, "https": 443}

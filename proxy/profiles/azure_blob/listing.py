@@ -17,9 +17,9 @@ from urllib.parse import quote
 
 from envelope.errors import FormatError
 from envelope.objects import plain_length
-from proxy.answer_plan import BodyMapper
-from proxy.conversing import Conversation
-from proxy.profile_options import StoredPolicy
+from proxy.plans.answer_plan import BodyMapper
+from proxy.plans.conversing import Conversation
+from proxy.plans.profile_options import StoredPolicy
 from proxy.profiles.azure_blob.addressing import Target
 from proxy.profiles.azure_blob.block_names import marked_size
 from proxy.profiles.azure_blob.copying import source_at_client

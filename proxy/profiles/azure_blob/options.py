@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from proxy.profile_options import ProfileOptions
+from proxy.plans.profile_options import ProfileOptions
 
 
 class UnknownKeys(StrEnum):

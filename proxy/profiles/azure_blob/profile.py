@@ -13,11 +13,11 @@ from typing import ClassVar, Final, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, Pass
 from proxy.asking import Signer, host_field
-from proxy.conversing import Conversation
-from proxy.message import AnswerHead, BodyFrame, Framing, RequestHead, byte_range_of, digest_fields
-from proxy.plan import (
+from proxy.messages.message import AnswerHead, BodyFrame, Framing, RequestHead, byte_range_of, digest_fields
+from proxy.plans.answer_plan import AnswerPlan, MapBody, Pass
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import (
     Converse,
     Decision,
     EmptyBody,
@@ -31,7 +31,8 @@ from proxy.plan import (
     RequestPlan,
     Seal,
 )
-from proxy.profile_options import ProfileOptions
+from proxy.plans.profile_options import ProfileOptions
+from proxy.plans.request import Edits, Request
 from proxy.profiles.azure_blob import copying, errors, listing, properties, uploading
 from proxy.profiles.azure_blob.addressing import Place, Target, read_target
 from proxy.profiles.azure_blob.authentication import (
@@ -51,7 +52,6 @@ from proxy.profiles.azure_blob.routes import Kind, find_operation, is_block_blob
 from proxy.profiles.profile import Limitation, Profile
 from proxy.profiles.xml_rewriting import XmlError, document_root
 from proxy.refusals import Refusal, RefusedError, Shaped
-from proxy.request import Edits, Request
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 128 * 1024

@@ -10,9 +10,9 @@
 from typing import Final
 
 from proxy import refusals
-from proxy.conversing import Conversation
-from proxy.message import strong_etag
-from proxy.plan import Answer, Converse, Decision, RequestPlan
+from proxy.messages.message import strong_etag
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import Answer, Converse, Decision, RequestPlan
 from proxy.profiles.azure_blob.call import CONDITIONS, Call
 from proxy.profiles.azure_blob.uploading import relayed, without_checksums
 from proxy.refusals import RefusedError

@@ -21,10 +21,11 @@ from envelope.multipart import LISTED, Manifest, Part, block_number
 from envelope.objects import sealed_length
 from proxy import refusals
 from proxy.asking import ServiceAnswer
-from proxy.conversing import Conversation, Inspected, PartOf, Reply, Sealed, StoredKind
-from proxy.message import AnswerHead, Fields
-from proxy.plan import Answer, Converse, Decision, EmptyBody, Forward, RequestPlan, Seal
-from proxy.profile_options import StoredPolicy
+from proxy.messages.message import AnswerHead, Fields
+from proxy.plans.conversing import Conversation, Inspected, PartOf, Reply, Sealed, StoredKind
+from proxy.plans.plan import Answer, Converse, Decision, EmptyBody, Forward, RequestPlan, Seal
+from proxy.plans.profile_options import StoredPolicy
+from proxy.plans.request import NO_EDITS, Edits
 from proxy.profiles.azure_blob.block_lists import (
     MAX_ANSWER_BYTES,
     MAX_LIST_BYTES,
@@ -40,7 +41,6 @@ from proxy.profiles.azure_blob.block_names import NONCE_SIZE, BlockName, Stem, m
 from proxy.profiles.azure_blob.bodies import Checksums, plain_length_of
 from proxy.profiles.azure_blob.call import CONDITIONS, Call
 from proxy.refusals import RefusedError
-from proxy.request import NO_EDITS, Edits
 from proxy.uploads import KeptPart, Upload
 
 _EMPTY_NAME_SIZE: Final = 16

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from envelope.objects import Sealer
 from proxy import refusals
-from proxy.message import ExpectedDigest
+from proxy.messages.message import ExpectedDigest
 from proxy.refusals import RefusedError
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy import refusals
-from proxy.message import Fields, Framing
+from proxy.messages.message import Fields, Framing
+from proxy.plans.request import Request
 from proxy.profiles.gcs.sessions import GRANULE_BYTES
 from proxy.refusals import RefusedError
-from proxy.request import Request
 
 _CONTENT_RANGE: Final = re.compile(
     r"bytes (?:(?P<start>[0-9]{1,15})-(?:(?P<last>[0-9]{1,15})|\*)|\*)/(?:(?P<total>[0-9]{1,15})|\*)"

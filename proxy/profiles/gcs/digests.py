@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy import refusals
-from proxy.checksums import Crc32C
-from proxy.message import Fields
+from proxy.messages.checksums import Crc32C
+from proxy.messages.message import Fields
 from proxy.profiles.json_rewriting import JsonObject
 from proxy.refusals import RefusedError
 

@@ -11,15 +11,15 @@ from functools import partial
 from typing import Final
 
 from proxy import refusals
-from proxy.conversing import Conversation
-from proxy.message import digest_fields, request_digests
-from proxy.plan import Answer, Converse, Decision, Refuse, RequestPlan, Reshape
+from proxy.messages.message import digest_fields, request_digests
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import Answer, Converse, Decision, Refuse, RequestPlan, Reshape
+from proxy.plans.request import Request
 from proxy.profiles.gcs.digests import Digests
 from proxy.profiles.gcs.related import Related, RelatedBody, boundary_of
 from proxy.profiles.gcs.resources import HELD_LIMIT_BYTES, object_reply
 from proxy.profiles.gcs.routes import CONDITIONS
 from proxy.profiles.gcs.told import told_metadata
-from proxy.request import Request
 
 _METADATA_HEAD: Final = b"Content-Type: application/json; charset=UTF-8\r\n\r\n"
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from envelope.multipart import Part, part_sealer, seal_ending
 from envelope.objects import Sealer, sealed_length
-from proxy.checksums import Crc32C
 from proxy.keys.data_key import DataKey
+from proxy.messages.checksums import Crc32C
 from proxy.profiles.gcs.sessions import GRANULE_BYTES, State
 
 type Content = Callable[[], AsyncIterator[bytes]]

@@ -13,9 +13,7 @@ from typing import ClassVar, Final, override
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, OpenPart, OpenWhole, Pass
-from proxy.conversing import Conversation, Reply
-from proxy.message import (
+from proxy.messages.message import (
     AnswerHead,
     BodyFrame,
     Framing,
@@ -24,7 +22,9 @@ from proxy.message import (
     digest_fields,
     request_digests,
 )
-from proxy.plan import (
+from proxy.plans.answer_plan import AnswerPlan, MapBody, MapWhole, OpenPart, OpenWhole, Pass
+from proxy.plans.conversing import Conversation, Reply
+from proxy.plans.plan import (
     Converse,
     Decision,
     EmptyBody,
@@ -38,6 +38,7 @@ from proxy.plan import (
     RequestPlan,
     Seal,
 )
+from proxy.plans.request import Edits, Request
 from proxy.profiles.gcs import multipart, resumable
 from proxy.profiles.gcs.digests import Digests, Tally, Uploaded
 from proxy.profiles.gcs.errors import CONTENT_TYPE, error_document
@@ -56,7 +57,6 @@ from proxy.profiles.gcs.told import (
 from proxy.profiles.json_rewriting import JsonError, JsonListMapper, JsonObject
 from proxy.profiles.profile import Limitation, Profile
 from proxy.refusals import Refusal, RefusedError, Shaped
-from proxy.request import Edits, Request
 
 ANSWER_LIMIT_BYTES: Final = 1024 * 1024
 """Of one object's metadata."""

@@ -2,7 +2,7 @@
 
 1. Two parts, no more: JSON, then the content, which goes through a sealer. What leaves is built anew, with a
    boundary of ours, once all of it has come and its digests have been compared.
-2. Two readers must not see two messages: besides what proxy/multipart_body.py refuses, delimiters that go
+2. Two readers must not see two messages: besides what multipart_body.py refuses, delimiters that go
    on, folded heads, content that is coded once more.
 """
 
@@ -12,7 +12,7 @@ from typing import Final, override
 
 from envelope.objects import Sealer
 from proxy import refusals
-from proxy.multipart_body import BOUNDARY, HEAD_LINE, PLAIN_CODINGS, DelimitedBody
+from proxy.messages.multipart_body import BOUNDARY, HEAD_LINE, PLAIN_CODINGS, DelimitedBody
 from proxy.profiles.gcs.digests import Tally
 from proxy.refusals import RefusedError
 

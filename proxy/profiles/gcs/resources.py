@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 from envelope.errors import FormatError, IntegrityError, KeyUnavailableError
 from envelope.objects import plain_length
 from proxy import refusals
-from proxy.conversing import Conversation, Reply
-from proxy.message import Fields, digest_fields
-from proxy.profile_options import StoredPolicy
+from proxy.messages.message import Fields, digest_fields
+from proxy.plans.conversing import Conversation, Reply
+from proxy.plans.profile_options import StoredPolicy
+from proxy.plans.request import Mode, Request
 from proxy.profiles.entry_mapping import Question
 from proxy.profiles.gcs.digests import OF_RESOURCES, Uploaded
 from proxy.profiles.gcs.routes import content_target, operation_of
@@ -27,7 +28,6 @@ from proxy.profiles.gcs.selections import Selection
 from proxy.profiles.gcs.told import MARK, marked_size
 from proxy.profiles.json_rewriting import JsonError, JsonObject
 from proxy.refusals import RefusedError
-from proxy.request import Mode, Request
 
 HELD_LIMIT_BYTES: Final = 1024 * 1024 * 1024
 """Of one request whose content waits here, sealed, until it is whole."""

@@ -21,11 +21,12 @@ import msgspec
 from envelope.objects import Header, Opener
 from proxy import refusals
 from proxy.asking import ServiceAnswer
-from proxy.checksums import Crc32C
-from proxy.conversing import Conversation, Reply
 from proxy.keys.data_key import DataKey
-from proxy.message import request_digests
-from proxy.plan import Answer, Converse, Decision, Refuse, RequestPlan, Reshape
+from proxy.messages.checksums import Crc32C
+from proxy.messages.message import request_digests
+from proxy.plans.conversing import Conversation, Reply
+from proxy.plans.plan import Answer, Converse, Decision, Refuse, RequestPlan, Reshape
+from proxy.plans.request import Request
 from proxy.profiles.gcs.chunks import Chunk, SealedChunk
 from proxy.profiles.gcs.content_ranges import AskedRange, may_have_body, persisted_bytes
 from proxy.profiles.gcs.digests import Digests, Uploaded
@@ -40,7 +41,6 @@ from proxy.profiles.gcs.routes import CONDITIONS, Kind, Operation
 from proxy.profiles.gcs.sessions import GRANULE_BYTES, Claim, Known, State, key_header
 from proxy.profiles.gcs.starting import GONE, TOTAL, cancel, session_ref, start
 from proxy.refusals import RefusedError
-from proxy.request import Request
 from proxy.uploads import Session, Upload
 
 _NO_308: Final = "x-guploader-no-308"

@@ -16,7 +16,7 @@ from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from proxy import refusals
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.refusals import RefusedError
 
 JSON_API: Final = "/storage/v1"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote, unquote_plus
 
-from proxy.message import RequestHead
+from proxy.messages.message import RequestHead
 from proxy.profiles.gcs.routes import Kind, Operation
 
 _NAMES: Final = ("fields", "$fields")

@@ -12,9 +12,9 @@ from typing import Final
 
 from envelope.multipart import UPLOAD_REF_SIZE, upload_ref
 from proxy import refusals
-from proxy.conversing import Conversation, Reply
-from proxy.message import Fields
-from proxy.plan import Answer, Decision, Refuse
+from proxy.messages.message import Fields
+from proxy.plans.conversing import Conversation, Reply
+from proxy.plans.plan import Answer, Decision, Refuse
 from proxy.profiles.gcs.digests import Digests
 from proxy.profiles.gcs.resources import our_url, path_at_service
 from proxy.profiles.gcs.routes import CONDITIONS, Operation, session_id

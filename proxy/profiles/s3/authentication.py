@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from proxy import refusals, sigv4
-from proxy.message import RequestHead
+from proxy import refusals
+from proxy.messages import sigv4
+from proxy.messages.message import RequestHead
+from proxy.messages.sigv4 import Headers, Scope
 from proxy.profiles.s3.addressing import names_twice, parameters
 from proxy.profiles.s3.options import Anonymous, S3Options, UnknownKeys
 from proxy.refusals import RefusedError
-from proxy.sigv4 import Headers, Scope
 from proxy.vault.model import Secrets, UpstreamCredential
 
 UNSIGNED: Final = "UNSIGNED-PAYLOAD"

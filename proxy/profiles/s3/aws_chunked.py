@@ -19,9 +19,9 @@ from enum import Enum
 from typing import Final
 
 from proxy import refusals
+from proxy.messages.sigv4 import EMPTY_SHA256
 from proxy.profiles.s3.authentication import ChunkKey
 from proxy.refusals import RefusedError
-from proxy.sigv4 import EMPTY_SHA256
 
 MAX_LINE: Final = 1024
 MAX_TRAILERS: Final = 16

@@ -19,15 +19,15 @@ from typing import Final, NamedTuple
 
 from envelope.objects import PLAIN_LIMIT
 from proxy import refusals
-from proxy.checksums import CHECKSUMS, Checksum, new_checksum
-from proxy.message import Fields, Framing
+from proxy.messages.checksums import CHECKSUMS, Checksum, new_checksum
+from proxy.messages.message import Fields, Framing
+from proxy.plans.request import Edits, Request
 from proxy.profiles.s3.addressing import parameters
 from proxy.profiles.s3.authentication import UNSIGNED, Authenticated, ChunkKey, Standing
 from proxy.profiles.s3.aws_chunked import AwsChunked
 from proxy.profiles.s3.call import Content
 from proxy.profiles.s3.hoisted import hoisted
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import Edits, Request
 
 CODING: Final = "aws-chunked"
 _PREFIX: Final = "x-amz-checksum-"

@@ -11,14 +11,14 @@ from typing import Final
 from urllib.parse import quote
 
 from proxy.asking import ServiceAnswer, Signer
-from proxy.conversing import Reply
-from proxy.message import ExpectedDigest, Fields
-from proxy.plan import Decoder
+from proxy.messages.message import ExpectedDigest, Fields
+from proxy.plans.conversing import Reply
+from proxy.plans.plan import Decoder
+from proxy.plans.request import Edits, Request
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.addressing import Address
 from proxy.profiles.s3.multipart import PartRules
 from proxy.profiles.s3.routes import Operation
-from proxy.request import Edits, Request
 
 MAX_DOCUMENT_BYTES: Final = 1024 * 1024
 """Of an answer that is no content: a list of 1,000 parts, an error."""

@@ -21,11 +21,12 @@ from xml.sax.saxutils import escape
 
 from envelope.multipart import Part
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, Pass
 from proxy.asking import Signer
-from proxy.conversing import Conversation, Inspected, Reply, StoredKind
-from proxy.message import AnswerHead, ByteRange, Fields
-from proxy.plan import Answer, Converse, Decision, Forward, Proceed, RequestPlan
+from proxy.messages.message import AnswerHead, ByteRange, Fields
+from proxy.plans.answer_plan import AnswerPlan, MapBody, Pass
+from proxy.plans.conversing import Conversation, Inspected, Reply, StoredKind
+from proxy.plans.plan import Answer, Converse, Decision, Forward, Proceed, RequestPlan
+from proxy.plans.request import Request
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.addressing import Address
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_with_body
@@ -34,7 +35,6 @@ from proxy.profiles.s3.multipart import check_part_number, completion_document
 from proxy.profiles.s3.signing import Resigner
 from proxy.profiles.s3.uploading import part_of, tag_of, upload_of
 from proxy.refusals import RefusedError
-from proxy.request import Request
 from proxy.uploads import KeptPart
 
 PIECE_BYTES: Final = 512 * 1024 * 1024

@@ -20,11 +20,11 @@ import msgspec
 from envelope.errors import FormatError
 from envelope.objects import plain_length
 from proxy import refusals
+from proxy.plans.request import Mode, Request
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.addressing import host_name
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES
 from proxy.refusals import RefusedError
-from proxy.request import Mode, Request
 from proxy.uploads import Completion, KeptPart
 
 _LISTS_OF_PARTS: Final = ("ListPartsResult", "ListPartsResponse")  # the second: moto's

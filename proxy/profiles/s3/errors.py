@@ -9,7 +9,7 @@ from typing import Final
 from xml.sax.saxutils import escape
 
 from proxy import refusals
-from proxy.message import RequestHead
+from proxy.messages.message import RequestHead
 from proxy.refusals import Refusal
 
 CONTENT_TYPE: Final = "application/xml"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from proxy import refusals
-from proxy.message import Fields, digest_fields
+from proxy.messages.message import Fields, digest_fields
 from proxy.profiles.s3.routes import Kind, is_authentication
 from proxy.refusals import RefusedError
 

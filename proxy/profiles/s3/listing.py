@@ -15,9 +15,9 @@ from urllib.parse import quote, unquote_plus
 
 from envelope.errors import FormatError
 from envelope.objects import plain_length
-from proxy.answer_plan import BodyMapper
-from proxy.conversing import Conversation
-from proxy.profile_options import StoredPolicy
+from proxy.plans.answer_plan import BodyMapper
+from proxy.plans.conversing import Conversation
+from proxy.plans.profile_options import StoredPolicy
 from proxy.profiles.entry_mapping import Question
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.addressing import Address

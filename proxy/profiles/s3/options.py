@@ -5,8 +5,8 @@ from typing import Annotated, override
 
 import msgspec
 
-from proxy.profile_options import ProfileOptions
-from proxy.request import Request
+from proxy.plans.profile_options import ProfileOptions
+from proxy.plans.request import Request
 
 
 class UnknownKeys(StrEnum):

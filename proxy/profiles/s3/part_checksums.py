@@ -30,9 +30,9 @@ from envelope.errors import FormatError, IntegrityError
 from envelope.multipart import Part
 from envelope.objects import Bind, Header, Opener, Sealer
 from proxy import refusals
-from proxy.checksums import CHECKSUMS, COMBINED, CombinedCrc, new_checksum
 from proxy.keys.data_key import DataKey
-from proxy.message import Fields
+from proxy.messages.checksums import CHECKSUMS, COMBINED, CombinedCrc, new_checksum
+from proxy.messages.message import Fields
 from proxy.profiles.s3.multipart import ListedPart
 from proxy.refusals import RefusedError
 from proxy.uploads import KeptPart

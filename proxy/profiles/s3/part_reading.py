@@ -10,14 +10,24 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, OpenPart
-from proxy.conversing import Conversation, Inspected, Reply, StoredKind
-from proxy.message import ByteRange
-from proxy.plan import Answer, Converse, Decision, Forward, HeadSize, Open, OpenRange, Proceed, RequestPlan
+from proxy.messages.message import ByteRange
+from proxy.plans.answer_plan import AnswerPlan, OpenPart
+from proxy.plans.conversing import Conversation, Inspected, Reply, StoredKind
+from proxy.plans.plan import (
+    Answer,
+    Converse,
+    Decision,
+    Forward,
+    HeadSize,
+    Open,
+    OpenRange,
+    Proceed,
+    RequestPlan,
+)
+from proxy.plans.request import Edits
 from proxy.profiles.s3.addressing import without_parameters
 from proxy.profiles.s3.call import Call, reply_of
 from proxy.refusals import RefusedError
-from proxy.request import Edits
 
 _PARAMETER: Final = "partNumber"
 _RANGES: Final = ("if-range", "range")

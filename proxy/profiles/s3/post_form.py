@@ -25,11 +25,10 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from envelope.objects import PLAIN_LIMIT, sealed_length
-from proxy import refusals, sigv4
-from proxy.answer_plan import AnswerPlan, MapWhole, Pass
-from proxy.conversing import Conversation, Reply
-from proxy.message import AnswerHead, Fields, digest_fields
-from proxy.multipart_form import (
+from proxy import refusals
+from proxy.messages import sigv4
+from proxy.messages.message import AnswerHead, Fields, digest_fields
+from proxy.messages.multipart_form import (
     Collect,
     FormPart,
     FormRewriter,
@@ -38,15 +37,17 @@ from proxy.multipart_form import (
     boundary_of,
     ending_bytes,
 )
-from proxy.plan import NewSealer, RequestPlan, Reshape
+from proxy.messages.sigv4 import Scope
+from proxy.plans.answer_plan import AnswerPlan, MapWhole, Pass
+from proxy.plans.conversing import Conversation, Reply
+from proxy.plans.plan import NewSealer, RequestPlan, Reshape
+from proxy.plans.request import Request
 from proxy.profiles.s3.authentication import SERVICE, Standing, admit
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call
 from proxy.profiles.s3.documents import map_result
 from proxy.profiles.s3.hoisted import is_checksum
 from proxy.profiles.s3.options import MetadataDigests, options_of
 from proxy.refusals import RefusedError
-from proxy.request import Request
-from proxy.sigv4 import Scope
 from proxy.vault.model import UpstreamCredential
 
 MAX_FIELDS_BYTES: Final = 128 * 1024
@@ -95,7 +96,7 @@ def plan_posted(request: Request, answer: AnswerHead, proposed: AnswerPlan) -> A
 
 
 class FormUpload:
-    """The reshaper of one form (proxy/plan.py): `out_bytes` is known with the first output."""
+    """The reshaper of one form (proxy/plans/plan.py): `out_bytes` is known with the first output."""
 
     def __init__(self, boundary: bytes, total_bytes: int, request: Request, new_sealer: NewSealer) -> None:
         self.out_bytes: int | None = None

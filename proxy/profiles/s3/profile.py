@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, Pass
 from proxy.asking import Signer, host_field
-from proxy.conversing import Conversation
-from proxy.message import AnswerHead, BodyFrame, Framing, RequestHead, byte_range, digest_fields
-from proxy.plan import (
+from proxy.messages.message import AnswerHead, BodyFrame, Framing, RequestHead, byte_range, digest_fields
+from proxy.messages.ranges import RangeRefusal
+from proxy.plans.answer_plan import AnswerPlan, MapBody, Pass
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import (
     Converse,
     Decision,
     EmptyBody,
@@ -35,7 +36,8 @@ from proxy.plan import (
     RequestPlan,
     Seal,
 )
-from proxy.profile_options import ProfileOptions
+from proxy.plans.profile_options import ProfileOptions
+from proxy.plans.request import Edits, Mode, Request
 from proxy.profiles.profile import Limitation, Profile
 from proxy.profiles.s3 import (
     copying,
@@ -64,9 +66,7 @@ from proxy.profiles.s3.multipart import PartRules
 from proxy.profiles.s3.options import MetadataDigests, S3Options, options_of
 from proxy.profiles.s3.routes import Kind, find_operation
 from proxy.profiles.s3.signing import Resigner, Unchanged
-from proxy.ranges import RangeRefusal
 from proxy.refusals import Refusal, Shaped
-from proxy.request import Edits, Mode, Request
 from runtime.clock import Clock, SystemClock
 
 MAX_DOCUMENT_BYTES: Final = 3 * 1024 * 1024

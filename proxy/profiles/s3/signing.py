@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from proxy import refusals, sigv4
+from proxy import refusals
 from proxy.asking import Outgoing
-from proxy.message import Fields, RequestHead
+from proxy.messages import sigv4
+from proxy.messages.message import Fields, RequestHead
+from proxy.messages.sigv4 import Headers, Scope
 from proxy.profiles.s3.addressing import Address, without_parameters
 from proxy.profiles.s3.authentication import SERVICE, UNSIGNED, Authenticated, signing_headers
 from proxy.profiles.s3.routes import is_authentication
 from proxy.refusals import RefusedError
-from proxy.sigv4 import Headers, Scope
 
 # What the client signed with, and its words for a body that is not sent as it came.
 _REPLACED: Final = frozenset(

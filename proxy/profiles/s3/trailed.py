@@ -10,12 +10,12 @@ from typing import Final
 
 from envelope.objects import Sealer, sealed_length
 from proxy import refusals
-from proxy.checksums import Crc32
-from proxy.message import Fields
-from proxy.plan import Decoder, NewSealer, Reshape, Reshaper
+from proxy.messages.checksums import Crc32
+from proxy.messages.message import Fields
+from proxy.plans.plan import Decoder, NewSealer, Reshape, Reshaper
+from proxy.plans.request import Edits
 from proxy.profiles.s3.bodies import CODING, Incoming
 from proxy.refusals import RefusedError
-from proxy.request import Edits
 
 PAYLOAD: Final = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 _TRAILER: Final = "x-amz-checksum-crc32"

@@ -20,12 +20,13 @@ from urllib.parse import unquote
 from envelope.multipart import UPLOAD_REF_SIZE, Part, upload_ref
 from envelope.objects import Header, sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
 from proxy.asking import ServiceAnswer
-from proxy.conversing import Conversation, PartOf, Reply, Sealed
 from proxy.keys.data_key import DataKey
-from proxy.message import AnswerHead
-from proxy.plan import Answer, Converse, Decision, EmptyBody, Forward, Proceed, RequestPlan, Seal
+from proxy.messages.message import AnswerHead
+from proxy.plans.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
+from proxy.plans.conversing import Conversation, PartOf, Reply, Sealed
+from proxy.plans.plan import Answer, Converse, Decision, EmptyBody, Forward, Proceed, RequestPlan, Seal
+from proxy.plans.request import NO_EDITS, Edits, Request
 from proxy.profiles.s3 import etags, part_checksums
 from proxy.profiles.s3.call import MAX_DOCUMENT_BYTES, Call, reply_of, reply_with_body
 from proxy.profiles.s3.documents import ResultMapper, error_code, map_parts
@@ -40,7 +41,6 @@ from proxy.profiles.s3.multipart import (
 from proxy.profiles.s3.part_checksums import Said
 from proxy.profiles.s3.signing import Unchanged
 from proxy.refusals import RefusedError
-from proxy.request import NO_EDITS, Edits, Request
 from proxy.uploads import Completion, KeptPart, Upload
 
 _CREATE_DROPS: Final = ("x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm")

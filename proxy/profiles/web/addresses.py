@@ -10,8 +10,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from proxy.asking import host_field
-from proxy.message import AnswerHead
-from proxy.request import Mode, Request
+from proxy.messages.message import AnswerHead
+from proxy.plans.request import Mode, Request
 
 _URL: Final = re.compile(r"(https?)://([^/?#\\@\s]+)([/?#][^\x00-\x20\x7f]*)?", re.IGNORECASE)
 _PORTS: Final = {"http": 80, "https": 443}

@@ -9,7 +9,7 @@
 from typing import Final
 from urllib.parse import parse_qsl
 
-from proxy.message import RequestHead
+from proxy.messages.message import RequestHead
 
 _TOTALS: Final = frozenset(
     {"chunks", "dztotalchunkcount", "flowtotalchunks", "qqtotalparts", "resumabletotalchunks"}

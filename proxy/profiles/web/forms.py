@@ -15,9 +15,17 @@ from typing import Final
 
 from envelope.objects import PLAIN_LIMIT, sealed_length
 from proxy import refusals
-from proxy.message import ExpectedDigest
-from proxy.multipart_form import Body, Collect, FormPart, FormRewriter, Through, Treatment, ending_bytes
-from proxy.plan import NewSealer
+from proxy.messages.message import ExpectedDigest
+from proxy.messages.multipart_form import (
+    Body,
+    Collect,
+    FormPart,
+    FormRewriter,
+    Through,
+    Treatment,
+    ending_bytes,
+)
+from proxy.plans.plan import NewSealer
 from proxy.profiles.web.chunks import says_chunk
 from proxy.profiles.web.options import FieldRule, FormLength, WebOptions
 from proxy.refusals import RefusedError
@@ -27,7 +35,7 @@ MAX_TEXTS_BYTES: Final = 1024 * 1024
 
 
 class SealedForm:
-    """The reshaper of one form (proxy/plan.py). *total_bytes*: its length, if it was said."""
+    """The reshaper of one form (proxy/plans/plan.py). *total_bytes*: its length, if it was said."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from urllib.parse import unquote, unquote_plus
 
 from msgspec import Meta
 
-from proxy.profile_options import ProfileOptions, is_ambiguous, lies_under
+from proxy.plans.profile_options import ProfileOptions, is_ambiguous, lies_under
 
 _ROUTE: Final = r"^([A-Z]{1,16}|\*) /[^?\s]*(\?[^=&;?%+\s]+)?$"
 _FIELD: Final = r"^[^\x00-\x1f\x7f]+$"

@@ -6,7 +6,7 @@
 
 import html
 
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.refusals import Refusal
 
 PAGE_TYPE = "text/html; charset=utf-8"

@@ -13,11 +13,11 @@ from functools import partial
 from typing import ClassVar, Final, override
 
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapSize, OpenWhole, Pass
-from proxy.conversing import Conversation
-from proxy.message import AnswerHead, Framing, RequestHead, request_digests
-from proxy.multipart_form import boundary_of
-from proxy.plan import (
+from proxy.messages.message import AnswerHead, Framing, RequestHead, request_digests
+from proxy.messages.multipart_form import boundary_of
+from proxy.plans.answer_plan import AnswerPlan, MapSize, OpenWhole, Pass
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import (
     Answer,
     Converse,
     Decision,
@@ -29,7 +29,8 @@ from proxy.plan import (
     RequestPlan,
     Reshape,
 )
-from proxy.profile_options import ProfileOptions
+from proxy.plans.profile_options import ProfileOptions
+from proxy.plans.request import Edits, Request
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Limitation
 from proxy.profiles.web.addresses import at_client, at_service
@@ -38,10 +39,9 @@ from proxy.profiles.web.forms import SealedForm
 from proxy.profiles.web.options import Archives, FormLength, RouteRule, WebOptions
 from proxy.profiles.web.pages import PAGE_TYPE, refusal_page, wants_page
 from proxy.refusals import Refusal, RefusedError, Shaped
-from proxy.request import Edits, Request
 
 HELD_LIMIT_BYTES: Final = 1024 * 1024 * 1024
-"""Of a form that is held; all that is held by a process is limited besides (proxy/spool.py)."""
+"""Of a form that is held; all that is held by a process is limited besides (proxy/bodies/spool.py)."""
 ANSWER_LIMIT_BYTES: Final = 8 * 1024 * 1024
 """Of the page that answers a form that was held."""
 

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from proxy import refusals
 from proxy.asking import host_field
+from proxy.plans.request import Mode, Request
 from proxy.refusals import RefusedError
-from proxy.request import Mode, Request
 
 _PORTS: Final = {"http": 80, "https": 443}
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?#\\@\s]+)([/?#].*)?", re.IGNORECASE | re.DOTALL)

@@ -15,9 +15,10 @@ from typing import Final
 
 from envelope.multipart import Part
 from proxy import refusals
-from proxy.conversing import Conversation, PartOf, Sealed
-from proxy.message import AnswerHead, ExpectedDigest
-from proxy.plan import Answer, Converse, Decision, Handler, Refuse, RequestPlan, Seal
+from proxy.messages.message import AnswerHead, ExpectedDigest
+from proxy.plans.conversing import Conversation, PartOf, Sealed
+from proxy.plans.plan import Answer, Converse, Decision, Handler, Refuse, RequestPlan, Seal
+from proxy.plans.request import NO_EDITS, Edits, Request
 from proxy.profiles.webdav.addresses import Addresses
 from proxy.profiles.webdav.chunk_names import (
     FUTURE_FILE,
@@ -27,7 +28,6 @@ from proxy.profiles.webdav.chunk_names import (
     name_behind,
 )
 from proxy.refusals import RefusedError
-from proxy.request import NO_EDITS, Edits, Request
 from proxy.uploads import KeptPart, Upload
 
 _TOTAL: Final = "oc-total-length"

@@ -14,14 +14,14 @@ from typing import Final
 from envelope.errors import FormatError, SealgateError
 from envelope.objects import plain_length, sealed_length
 from proxy import refusals
-from proxy.conversing import Conversation
-from proxy.profile_options import StoredPolicy
+from proxy.plans.conversing import Conversation
+from proxy.plans.profile_options import StoredPolicy
+from proxy.plans.request import Request
 from proxy.profiles.entry_mapping import Question
 from proxy.profiles.webdav.addresses import Addresses
 from proxy.profiles.webdav.chunk_names import FUTURE_FILE, upload_path
 from proxy.profiles.xml_rewriting import Entry, EntryRule, Leaf, Name, Path, XmlMapper, rewrite
 from proxy.refusals import RefusedError
-from proxy.request import Request
 
 DAV: Final = "DAV:"
 OWNCLOUD: Final = "http://owncloud.org/ns"

@@ -12,12 +12,12 @@ from typing import Final
 
 import structlog
 
-from proxy.answer_plan import AnswerPlan, MapWhole, Pass
-from proxy.conversing import Conversation, Reply
-from proxy.message import AnswerHead, strong_etag
+from proxy.messages.message import AnswerHead, strong_etag
+from proxy.plans.answer_plan import AnswerPlan, MapWhole, Pass
+from proxy.plans.conversing import Conversation, Reply
+from proxy.plans.request import Mode
 from proxy.profiles.webdav.lists import address_mapper
 from proxy.refusals import RefusedError
-from proxy.request import Mode
 
 log = structlog.get_logger(__name__)
 

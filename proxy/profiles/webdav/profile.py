@@ -15,11 +15,12 @@ from typing import ClassVar, Final, override
 from xml.sax.saxutils import escape
 
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, Pass
-from proxy.conversing import Conversation
-from proxy.message import AnswerHead, BodyFrame, Framing, RequestHead, digest_fields
-from proxy.plan import Converse, Decision, Forward, Going, Proceed, Refuse, RequestPlan
-from proxy.profile_options import ProfileOptions
+from proxy.messages.message import AnswerHead, BodyFrame, Framing, RequestHead, digest_fields
+from proxy.plans.answer_plan import AnswerPlan, MapBody, Pass
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import Converse, Decision, Forward, Going, Proceed, Refuse, RequestPlan
+from proxy.plans.profile_options import ProfileOptions
+from proxy.plans.request import Mode, Request
 from proxy.profiles.generic import GenericProfile
 from proxy.profiles.profile import Limitation
 from proxy.profiles.webdav.addresses import Addresses
@@ -36,7 +37,6 @@ from proxy.profiles.webdav.lists import (
 from proxy.profiles.webdav.locks import is_absent, plan_locked
 from proxy.profiles.xml_rewriting import Name, XmlError, document_root
 from proxy.refusals import Refusal, Shaped
-from proxy.request import Mode, Request
 
 XML_LIMIT_BYTES: Final = 1024 * 1024
 """Of a request's document: some ten thousand properties."""

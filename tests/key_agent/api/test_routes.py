@@ -3,7 +3,7 @@
 from typing import Any
 
 from key_agent.api import routes, server
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from tests.key_agent.conftest import Bench
 
 

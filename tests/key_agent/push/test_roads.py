@@ -18,7 +18,7 @@ from envelope.base64url import b64u_encode
 from envelope.broker import ALL_DELIVERIES, agent_tag, answer_subject, decode_delivery, delivery_subject
 from envelope.keys import NetworkService
 from key_agent.agent import Agent
-from key_agent.operations import Operations
+from key_agent.operations.operations import Operations
 from key_agent.push.broker import BrokerLink
 from key_agent.push.roads import BothRoads
 from key_agent.push.transport import Answer, HttpsTransport, Purpose, PushError, Transport

@@ -18,7 +18,7 @@ from proxy.encryption_service.sigv4 import (
     signature,
     verify,
 )
-from proxy.sigv4 import MAX_SKEW_S
+from proxy.messages.sigv4 import MAX_SKEW_S
 from tests.proxy.encryption_service.aws_signer import Credentials, amz_date, authorization, signed_headers
 
 NOW_S = 1_800_000_000.0

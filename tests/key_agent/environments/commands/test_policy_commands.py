@@ -8,8 +8,8 @@ import pytest
 
 from envelope.keys import KeyState, KeyUse
 from key_agent.agent import Agent
-from key_agent.commands import Json
 from key_agent.environments.commands.policy_commands import PolicyCommands
+from key_agent.operations.commands import Json
 from key_agent.registry.access import RefusedChangeError
 from tests.environments.key_site import FILES, KeyMember, KeySite, key_site
 from tests.key_agent.conftest import until

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from envelope.keys import NetworkService
-from proxy.message import Fields, RequestHead
-from proxy.planner import request_of
+from proxy.messages.message import Fields, RequestHead
+from proxy.plans.planner import request_of
+from proxy.plans.request import Mode, Request, Route
 from proxy.profiles.azure_blob.options import AzureBlobOptions
 from proxy.profiles.azure_signatures import authorization, parse_key
-from proxy.request import Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, Listen, ServiceEntry, Upstream
 from proxy.vault.model import Secrets, UpstreamCredential
 

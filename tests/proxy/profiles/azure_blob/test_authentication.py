@@ -7,7 +7,7 @@ import pytest
 
 from proxy import refusals
 from proxy.asking import Outgoing
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
 from proxy.profiles.azure_blob.addressing import read_target
 from proxy.profiles.azure_blob.authentication import (
     AsItCame,

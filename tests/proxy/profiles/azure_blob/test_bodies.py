@@ -6,8 +6,8 @@ import hashlib
 import pytest
 
 from proxy import refusals
-from proxy.checksums import new_checksum
-from proxy.message import BodyFrame, ExpectedDigest, Fields, Framing
+from proxy.messages.checksums import new_checksum
+from proxy.messages.message import BodyFrame, ExpectedDigest, Fields, Framing
 from proxy.profiles.azure_blob.bodies import CheckedCrc64, Checksums, plain_length_of
 from proxy.refusals import RefusedError
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from proxy import refusals
+from proxy.plans.request import Mode, Request
 from proxy.profiles.azure_blob.addressing import Target, read_target
 from proxy.profiles.azure_blob.copying import source_at_client, source_at_service
 from proxy.refusals import RefusedError
-from proxy.request import Mode, Request
 from proxy.tenants.model import Upstream
 from tests.proxy.profiles.azure_blob.azure_signer import ENTRY, HOST, head, request, route
 

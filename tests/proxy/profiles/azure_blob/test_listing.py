@@ -6,12 +6,12 @@ from typing import Any, cast
 import pytest
 
 from envelope.objects import sealed_length
-from proxy.conversing import Conversation
+from proxy.plans.conversing import Conversation
+from proxy.plans.request import Mode
 from proxy.profiles.azure_blob.addressing import read_target
 from proxy.profiles.azure_blob.block_names import size_mark
 from proxy.profiles.azure_blob.listing import Listing, mapper
 from proxy.refusals import RefusedError
-from proxy.request import Mode
 from tests.proxy.profiles.azure_blob.azure_signer import HOST, TOKEN, head, request, route
 
 LIST = "/box?restype=container&comp=list&prefix=a"

@@ -9,17 +9,17 @@ import pytest
 from envelope.errors import FormatError
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, Pass
-from proxy.message import AnswerHead, ByteRange, Fields, RequestHead
-from proxy.plan import Converse, Forward, Going, HeadSize, Open, OpenRange, Refuse, RequestPlan, Seal
-from proxy.planner import plan_answer, plan_request
+from proxy.messages.message import AnswerHead, ByteRange, Fields, RequestHead
+from proxy.plans.answer_plan import AnswerPlan, MapBody, Pass
+from proxy.plans.plan import Converse, Forward, Going, HeadSize, Open, OpenRange, Refuse, RequestPlan, Seal
+from proxy.plans.planner import plan_answer, plan_request
+from proxy.plans.request import Mode, Route
 from proxy.profiles import PROFILES
 from proxy.profiles.azure_blob.authentication import AsItCame, Resigner, Unchanged
 from proxy.profiles.azure_blob.block_names import size_mark
 from proxy.profiles.azure_blob.options import AzureBlobOptions
 from proxy.profiles.azure_blob.profile import AzureBlobProfile
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import Mode, Route
 from tests.fakes.clock import ManualClock
 from tests.proxy.profiles.azure_blob.azure_signer import (
     HOST,

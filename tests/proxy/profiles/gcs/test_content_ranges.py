@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from proxy import refusals
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.profiles.gcs.content_ranges import AskedRange, may_have_body, persisted_bytes
 from proxy.profiles.gcs.sessions import GRANULE_BYTES
 from proxy.refusals import RefusedError

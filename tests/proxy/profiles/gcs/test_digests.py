@@ -7,7 +7,7 @@ import json
 import pytest
 
 from proxy import refusals
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.profiles.gcs.digests import Digests, Tally
 from proxy.profiles.json_rewriting import JsonObject
 from proxy.refusals import Refusal, RefusedError

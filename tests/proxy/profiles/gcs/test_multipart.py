@@ -9,13 +9,13 @@ import pytest
 
 from envelope.objects import Opener, Sealer
 from proxy import refusals
-from proxy.conversing import PartOf, Reply
-from proxy.plan import Answer, Converse, Refuse, Reshape
+from proxy.bodies.spool import Spools
+from proxy.bodies.spooling import HeldUpload
+from proxy.plans.conversing import PartOf, Reply
+from proxy.plans.plan import Answer, Converse, Refuse, Reshape
 from proxy.profiles.gcs import multipart
 from proxy.profiles.gcs.told import MARK
 from proxy.refusals import RefusedError
-from proxy.spool import Spools
-from proxy.spooling import HeldUpload
 from tests.envelope.samples import KEY_ID, OBJECT_KEY, OWNER
 from tests.proxy.profiles.gcs.test_related import body
 from tests.proxy.profiles.gcs.upload_world import Talk, World, head, request

@@ -8,8 +8,8 @@ import pytest
 from envelope.errors import KeyUnavailableError
 from envelope.keys import KeyId, KeyMaterial, KeyState
 from envelope.objects import sealed_length
-from proxy.checksums import Crc32C
 from proxy.keys.cache import KeyCache
+from proxy.messages.checksums import Crc32C
 from proxy.profiles.gcs.next_parts import NextPart
 from proxy.profiles.gcs.sessions import Known, State
 from tests.fakes.clock import ManualClock

@@ -8,10 +8,10 @@ import pytest
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, MapSize, MapWhole, OpenWhole, Pass
-from proxy.conversing import Conversation
-from proxy.message import AnswerHead, ByteRange, Fields, RequestHead
-from proxy.plan import (
+from proxy.messages.message import AnswerHead, ByteRange, Fields, RequestHead
+from proxy.plans.answer_plan import AnswerPlan, MapBody, MapSize, MapWhole, OpenWhole, Pass
+from proxy.plans.conversing import Conversation
+from proxy.plans.plan import (
     Converse,
     EmptyBody,
     Forward,
@@ -25,7 +25,7 @@ from proxy.plan import (
     Reshape,
     Seal,
 )
-from proxy.planner import plan_answer
+from proxy.plans.planner import plan_answer
 from proxy.profiles import PROFILES
 from proxy.profiles.gcs.profile import GcsProfile
 from proxy.profiles.gcs.told import MARK

@@ -9,8 +9,9 @@ import pytest
 from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.conversing import Inspected, Reply, StoredKind
-from proxy.profile_options import ProfileOptions, StoredPolicy
+from proxy.plans.conversing import Inspected, Reply, StoredKind
+from proxy.plans.profile_options import ProfileOptions, StoredPolicy
+from proxy.plans.request import Mode
 from proxy.profiles.gcs.digests import Digests, Uploaded
 from proxy.profiles.gcs.resources import (
     Resources,
@@ -24,7 +25,6 @@ from proxy.profiles.gcs.resources import (
 from proxy.profiles.gcs.told import MARK
 from proxy.profiles.json_rewriting import JsonObject
 from proxy.refusals import RefusedError
-from proxy.request import Mode
 from proxy.tenants.model import LegacyPolicy
 from tests.proxy.profiles.gcs.upload_world import ENTRY, HOST, Talk, World, head, request
 

@@ -14,9 +14,10 @@ import pytest
 
 from envelope.objects import HEADER_SIZE, MAGIC, PREFIX_SIZE, Header, plain_length
 from proxy import refusals
-from proxy.checksums import Crc32C
-from proxy.conversing import Reply
-from proxy.message import Fields
+from proxy.messages.checksums import Crc32C
+from proxy.messages.message import Fields
+from proxy.plans.conversing import Reply
+from proxy.plans.request import Mode
 from proxy.profiles.gcs import sessions
 from proxy.profiles.gcs.chunks import Chunk
 from proxy.profiles.gcs.content_ranges import AskedRange
@@ -25,7 +26,6 @@ from proxy.profiles.gcs.sessions import GRANULE_BYTES, State
 from proxy.profiles.gcs.starting import session_ref
 from proxy.profiles.gcs.told import MARK, UNKNOWN_SIZE
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import Mode
 from proxy.tenants.directory import DirectoryStore
 from proxy.uploads import Session, Upload, UploadStore
 from tests.fakes.clock import ManualClock

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from proxy import refusals
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.profiles.gcs.routes import (
     Kind,
     Operation,

@@ -19,19 +19,19 @@ from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.multipart import TRAILER_SIZE, CompositeOpener, Manifest, ending_range, open_ending
 from envelope.objects import Header, Sealer
 from proxy import refusals
-from proxy.conversing import Conversation, Inspected, PartOf, Reply
+from proxy.bodies.spool import Spools
+from proxy.bodies.spooling import HeldUpload
 from proxy.keys.cache import KeyCache
 from proxy.keys.data_key import DataKey
-from proxy.message import ByteRange, Fields, RequestHead
-from proxy.plan import Answer, Converse, Refuse, Reshape
-from proxy.planner import request_of
+from proxy.messages.message import ByteRange, Fields, RequestHead
+from proxy.plans.conversing import Conversation, Inspected, PartOf, Reply
+from proxy.plans.plan import Answer, Converse, Refuse, Reshape
+from proxy.plans.planner import request_of
+from proxy.plans.request import Mode, Request, Route
 from proxy.profiles.gcs import resumable
 from proxy.profiles.gcs.routes import operation_of
 from proxy.profiles.gcs.sessions import GRANULE_BYTES
 from proxy.refusals import RefusedError
-from proxy.request import Mode, Request, Route
-from proxy.spool import Spools
-from proxy.spooling import HeldUpload
 from proxy.tenants.model import LegacyPolicy, Listen, ServiceEntry, Upstream
 from proxy.uploads import UploadStore
 from tests.fakes.clock import ManualClock

@@ -1,4 +1,4 @@
-"""A client's signatures for S3, written from the specification and sharing no line with proxy/sigv4.py.
+"""A client's signatures for S3, written from the specification and sharing no line with sigv4.py.
 
 request = sign("PUT", "/bucket/key", body_hash="UNSIGNED-PAYLOAD", now_s=NOW_S)   # -> RequestHead
 url = presign("GET", "/bucket/key", now_s=NOW_S, expires_s=60)
@@ -9,7 +9,7 @@ import hashlib
 import hmac
 from urllib.parse import quote, unquote
 
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
 
 ACCESS_KEY = "test:tester"
 SECRET = "the-clients-own-secret"

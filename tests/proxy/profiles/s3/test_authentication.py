@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from proxy import refusals
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
 from proxy.profiles.s3.authentication import MAX_EXPIRES_S, Standing, authenticate
 from proxy.refusals import Refusal, RefusedError
 from proxy.vault.model import Secrets, UpstreamCredential, VaultError

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import refusals
+from proxy.messages.sigv4 import Scope, signing_key
 from proxy.profiles.s3.authentication import ChunkKey
 from proxy.profiles.s3.aws_chunked import MAX_LINE, MAX_TRAILERS, AwsChunked
 from proxy.refusals import Refusal, RefusedError
-from proxy.sigv4 import Scope, signing_key
 
 SCOPE = Scope("20130524", "us-east-1", "s3")
 KEY = signing_key(b"wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", SCOPE)

@@ -9,12 +9,12 @@ import pytest
 
 from envelope.keys import NetworkService
 from proxy import refusals
-from proxy.checksums import new_checksum
-from proxy.message import RequestHead, body_frame
+from proxy.messages.checksums import new_checksum
+from proxy.messages.message import RequestHead, body_frame
+from proxy.plans.request import Edits, Mode, Request, Route
 from proxy.profiles.s3.authentication import Authenticated, Standing
 from proxy.profiles.s3.bodies import Incoming, read_document, read_head
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import Edits, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from tests.proxy.profiles.s3.s3_signer import head
 from tests.proxy.profiles.s3.test_aws_chunked import PLAIN, SIGNED, SIGNED_KEY, TRAILER_KEY, WITH_TRAILER

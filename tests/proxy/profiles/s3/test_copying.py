@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from proxy.message import ByteRange, Fields
+from proxy.messages.message import ByteRange, Fields
 from proxy.profiles.s3.copying import PIECE_BYTES, CopySource, check_conditions, copy_range, pieces_of
 from proxy.refusals import RefusedError
 

@@ -13,7 +13,8 @@ from envelope.keys import NetworkService
 from envelope.multipart import Part
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.messages.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.plans.request import NO_EDITS, Mode, Request, Route
 from proxy.profiles.s3.documents import (
     ResultMapper,
     check_request,
@@ -25,7 +26,6 @@ from proxy.profiles.s3.documents import (
     spliced,
 )
 from proxy.refusals import RefusedError
-from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from proxy.uploads import Completion, KeptPart
 

@@ -9,14 +9,14 @@ import pytest
 
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.conversing import Conversation
-from proxy.profile_options import StoredPolicy
+from proxy.plans.conversing import Conversation
+from proxy.plans.profile_options import StoredPolicy
+from proxy.plans.request import Route
 from proxy.profiles.s3.addressing import Address, Level
 from proxy.profiles.s3.listing import Listing, mapper
 from proxy.profiles.s3.options import S3Options
 from proxy.profiles.s3.routes import ROUTES
 from proxy.refusals import RefusedError
-from proxy.request import Route
 from tests.proxy.profiles.s3.s3_signer import head
 from tests.proxy.profiles.s3.test_bodies import request_of
 

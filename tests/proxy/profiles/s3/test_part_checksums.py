@@ -13,10 +13,10 @@ from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import KeyId, KeyMaterial, KeyState, NetworkService
 from envelope.multipart import Part
 from envelope.objects import Header, sealed_length
-from proxy.checksums import new_checksum
 from proxy.keys.cache import KeyCache
 from proxy.keys.data_key import DataKey
-from proxy.message import Fields
+from proxy.messages.checksums import new_checksum
+from proxy.messages.message import Fields
 from proxy.profiles.s3.multipart import ListedPart
 from proxy.profiles.s3.part_checksums import (
     Kind,

@@ -6,7 +6,7 @@ import pytest
 
 from envelope.multipart import Manifest, Part
 from envelope.objects import sealed_length
-from proxy.conversing import Inspected, StoredKind
+from proxy.plans.conversing import Inspected, StoredKind
 from proxy.profiles.s3.part_reading import part_of, without_number
 from proxy.refusals import RefusedError
 

@@ -18,12 +18,12 @@ import pytest
 
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer, sealed_length
-from proxy.conversing import PartOf
-from proxy.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.messages.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.plans.conversing import PartOf
+from proxy.plans.request import NO_EDITS, Mode, Request, Route
 from proxy.profiles.s3.options import S3Options
 from proxy.profiles.s3.post_form import MAX_FIELDS_BYTES, FormUpload
 from proxy.refusals import RefusedError
-from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 from proxy.vault.model import Secrets, UpstreamCredential
 

@@ -13,18 +13,29 @@ from hypothesis import strategies as st
 from envelope.errors import FormatError
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, OpenPart, Pass
 from proxy.asking import Outgoing
-from proxy.message import AnswerHead, Fields, RequestHead
-from proxy.plan import Converse, Forward, Going, HeadSize, Open, OpenRange, Refuse, RequestPlan, Reshape, Seal
-from proxy.planner import plan_answer, plan_request, request_of
+from proxy.messages.message import AnswerHead, Fields, RequestHead
+from proxy.plans.answer_plan import AnswerPlan, MapBody, OpenPart, Pass
+from proxy.plans.plan import (
+    Converse,
+    Forward,
+    Going,
+    HeadSize,
+    Open,
+    OpenRange,
+    Refuse,
+    RequestPlan,
+    Reshape,
+    Seal,
+)
+from proxy.plans.planner import plan_answer, plan_request, request_of
+from proxy.plans.request import Edits, Mode, Route
 from proxy.profiles import PROFILES
 from proxy.profiles.s3.options import S3Options
 from proxy.profiles.s3.profile import S3Profile
 from proxy.profiles.s3.routes import ROUTES
 from proxy.profiles.s3.signing import Resigner, Unchanged
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import Edits, Mode, Route
 from proxy.tenants.model import Listen
 from tests.fakes.clock import ManualClock
 from tests.proxy.profiles.s3.s3_signer import ACCESS_KEY, SECRET, head, presign, sign

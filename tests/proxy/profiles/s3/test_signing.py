@@ -7,12 +7,12 @@ import pytest
 
 from proxy import refusals
 from proxy.asking import Outgoing
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
+from proxy.messages.sigv4 import EMPTY_SHA256
 from proxy.profiles.s3.addressing import Address
 from proxy.profiles.s3.authentication import Standing, authenticate
 from proxy.profiles.s3.signing import Resigner, Unchanged, without_authentication
 from proxy.refusals import RefusedError
-from proxy.sigv4 import EMPTY_SHA256
 from proxy.vault.model import Secrets
 from tests.proxy.profiles.s3.s3_signer import ACCESS_KEY, SECRET, head, presign, sign
 from tests.proxy.profiles.s3.test_authentication import NOW_S, credential

@@ -9,9 +9,9 @@ from envelope.derive import object_key
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer, sealed_length
 from proxy import refusals
-from proxy.checksums import new_checksum
-from proxy.conversing import PartOf
-from proxy.plan import Reshaper
+from proxy.messages.checksums import new_checksum
+from proxy.plans.conversing import PartOf
+from proxy.plans.plan import Reshaper
 from proxy.profiles.s3.aws_chunked import AwsChunked
 from proxy.profiles.s3.trailed import is_wanted, plan_trailed, trailed_length
 from proxy.refusals import RefusedError

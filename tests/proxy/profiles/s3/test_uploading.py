@@ -12,8 +12,9 @@ import pytest
 from envelope.keys import NetworkService
 from envelope.multipart import upload_ref
 from envelope.objects import sealed_length
-from proxy.message import BodyFrame, Fields, Framing, RequestHead
-from proxy.plan import Converse, Forward, Seal
+from proxy.messages.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.plans.plan import Converse, Forward, Seal
+from proxy.plans.request import Edits, Mode, Request, Route
 from proxy.profiles.s3.addressing import Address, Level
 from proxy.profiles.s3.authentication import Authenticated, Standing
 from proxy.profiles.s3.call import Call, Content
@@ -22,7 +23,6 @@ from proxy.profiles.s3.routes import find_operation
 from proxy.profiles.s3.signing import Unchanged
 from proxy.profiles.s3.uploading import plan_complete, plan_create, plan_part
 from proxy.refusals import RefusedError
-from proxy.request import Edits, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 GIB = 1 << 30

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from envelope.keys import NetworkService
-from proxy.message import AnswerHead, BodyFrame, Fields, Framing, RequestHead
+from proxy.messages.message import AnswerHead, BodyFrame, Fields, Framing, RequestHead
+from proxy.plans.request import NO_EDITS, Mode, Request, Route
 from proxy.profiles.web.addresses import at_client, at_service
-from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 APP = "https://app.example"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.message import Fields, RequestHead
+from proxy.messages.message import Fields, RequestHead
 from proxy.profiles.web.chunks import is_in_chunks, says_chunk
 
 

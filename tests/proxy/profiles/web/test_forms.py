@@ -10,8 +10,8 @@ import pytest
 
 from envelope.keys import KeyId, NetworkService
 from envelope.objects import Opener, Sealer, sealed_length
-from proxy.conversing import PartOf
-from proxy.message import ExpectedDigest
+from proxy.messages.message import ExpectedDigest
+from proxy.plans.conversing import PartOf
 from proxy.profiles.web.forms import MAX_TEXTS_BYTES, SealedForm
 from proxy.profiles.web.options import WebOptions
 from proxy.refusals import RefusedError

@@ -3,7 +3,7 @@
 import pytest
 
 from envelope.errors import FormatError
-from proxy.profile_options import StoredPolicy, edited
+from proxy.plans.profile_options import StoredPolicy, edited
 from proxy.profiles.web.options import FieldRule, FormLength, RouteRule, WebOptions
 
 RULES = WebOptions.of(

@@ -6,7 +6,7 @@ from typing import override
 import pytest
 
 from proxy import refusals
-from proxy.message import Fields
+from proxy.messages.message import Fields
 from proxy.profiles.web.pages import refusal_page, wants_page
 from proxy.refusals import Refusal
 

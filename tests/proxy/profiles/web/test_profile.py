@@ -8,14 +8,25 @@ import pytest
 from envelope.keys import NetworkService
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, OpenWhole, Pass
-from proxy.message import AnswerHead, Fields, RequestHead
-from proxy.plan import Converse, Forward, Going, HeadSize, Open, OpenRange, Refuse, RequestPlan, Reshape, Seal
-from proxy.planner import plan_answer, planned
+from proxy.messages.message import AnswerHead, Fields, RequestHead
+from proxy.plans.answer_plan import AnswerPlan, OpenWhole, Pass
+from proxy.plans.plan import (
+    Converse,
+    Forward,
+    Going,
+    HeadSize,
+    Open,
+    OpenRange,
+    Refuse,
+    RequestPlan,
+    Reshape,
+    Seal,
+)
+from proxy.plans.planner import plan_answer, planned
+from proxy.plans.request import Mode, Route
 from proxy.profiles import profile_named
 from proxy.profiles.web.options import WebOptions
 from proxy.profiles.web.profile import HELD_LIMIT_BYTES, WebProfile
-from proxy.request import Mode, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 WEB = profile_named("web")

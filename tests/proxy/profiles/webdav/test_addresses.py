@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from envelope.keys import NetworkService
 from proxy import refusals
-from proxy.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.messages.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.plans.request import NO_EDITS, Mode, Request, Route
 from proxy.profiles.webdav.addresses import Addresses
 from proxy.refusals import Refusal, RefusedError
-from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 DAV = "https://dav.example"

@@ -11,9 +11,10 @@ from envelope.errors import KeyUnavailableError, Unavailable
 from envelope.keys import NetworkService
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.conversing import Conversation, Inspected, StoredKind
-from proxy.message import BodyFrame, Fields, Framing, RequestHead
-from proxy.profile_options import ProfileOptions, StoredPolicy
+from proxy.messages.message import BodyFrame, Fields, Framing, RequestHead
+from proxy.plans.conversing import Conversation, Inspected, StoredKind
+from proxy.plans.profile_options import ProfileOptions, StoredPolicy
+from proxy.plans.request import NO_EDITS, Mode, Request, Route
 from proxy.profiles.webdav.lists import (
     address_mapper,
     is_nextcloud,
@@ -23,7 +24,6 @@ from proxy.profiles.webdav.lists import (
 )
 from proxy.profiles.xml_rewriting import XmlError
 from proxy.refusals import RefusedError
-from proxy.request import NO_EDITS, Mode, Request, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 type Sizes = Mapping[str, int | Exception | None]

@@ -9,13 +9,13 @@ import pytest
 from envelope.keys import NetworkService
 from envelope.objects import sealed_length
 from proxy import refusals
-from proxy.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
-from proxy.message import AnswerHead, Fields, RequestHead
-from proxy.plan import Converse, Forward, Going, HeadSize, Open, OpenRange, Refuse, RequestPlan, Seal
-from proxy.planner import plan_answer, planned
+from proxy.messages.message import AnswerHead, Fields, RequestHead
+from proxy.plans.answer_plan import AnswerPlan, MapBody, MapWhole, Pass
+from proxy.plans.plan import Converse, Forward, Going, HeadSize, Open, OpenRange, Refuse, RequestPlan, Seal
+from proxy.plans.planner import plan_answer, planned
+from proxy.plans.request import Mode, Route
 from proxy.profiles import profile_named
 from proxy.profiles.webdav.profile import Asked, WebDavOptions, WebDavProfile
-from proxy.request import Mode, Route
 from proxy.tenants.model import LegacyPolicy, ServiceEntry, Upstream
 
 DAV = profile_named("webdav")

@@ -1,0 +1,1 @@
+"""`key-agent`: what the administrator types, and how the answer is shown."""

@@ -1,0 +1,1 @@
+"""`sealgate`: the commands of the proxy's operator."""
