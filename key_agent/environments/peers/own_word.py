@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import structlog
 
 from runtime.files import replace_file
+
+log = structlog.get_logger(__name__)
 
 DECLARATION_NAME: Final = "healing.json"
 
@@ -35,9 +38,12 @@ class Declaration:
         replace_file(self._file, msgspec.json.encode({"reason": self.reason}))
 
     def end(self) -> None:
-        """Rule 2."""
+        """Rule 2. Where the file cannot be removed, the next start says it once more."""
         self.reason = None
-        self._file.unlink(missing_ok=True)
+        try:
+            self._file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the own word stays on the disk", file=str(self._file), cause=error.strerror)
 
 
 def _read(file: Path) -> str | None:

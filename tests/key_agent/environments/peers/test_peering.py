@@ -14,7 +14,7 @@ from sqlalchemy import text
 from envelope.errors import IntegrityError
 from key_agent.consent import EnvironmentStanding
 from key_agent.environments.peers import peer_rows
-from key_agent.environments.peers.own_word import DECLARATION_NAME, Notice
+from key_agent.environments.peers.own_word import DECLARATION_NAME, Declaration, Notice
 from key_agent.environments.peers.peer_transport import PeerAddress, PeerError
 from key_agent.environments.peers.peers import HEARTBEAT_PATH, REGISTRY_PATH
 from key_agent.environments.shared.documents import EnvironmentBody, Kind
@@ -382,6 +382,15 @@ async def test_rows_edited_in_the_database_stop_the_environment_until_they_are_r
     audit = b.directory / "audit.jsonl"  # notes are written soon, not at once
     await until(lambda: "registry-restored" in audit.read_text())
     assert "registry-tampered" in audit.read_text()
+
+
+def test_a_word_that_cannot_be_removed_from_the_disk_ends_all_the_same(tmp_path: Path) -> None:
+    """And is said once more after a restart; it does not end the agent."""
+    (tmp_path / DECLARATION_NAME).mkdir()
+    word = Declaration(tmp_path)
+    word.end()
+    assert word.reason is None
+    assert Declaration(tmp_path).reason is not None
 
 
 async def test_an_environments_own_word_needs_no_manager_and_survives_a_restart(site: MembersSite) -> None:

@@ -229,3 +229,24 @@ def test_what_openssl_signs_counts() -> None:
     raw = key.sign(statement("acme", NAME, body), ec.ECDSA(hashes.SHA256()))
     body = msgspec.structs.replace(body, signatures=body.signatures | {"bob": b64u_encode(raw)})
     assert granted(body) == ("ada", "bob")
+
+
+@pytest.mark.parametrize(
+    "payload", ["{\u00e9}", "\ud800", "{" * 60_000], ids=["letters", "surrogate", "deep"]
+)
+def test_a_payload_that_nobody_writes_so_can_be_shown_and_allows_nothing(payload: str) -> None:
+    """In the row of a breached manager it would else keep the list of all approvals from everybody."""
+    body = asked(payload=payload, payload_sha256=payload_sha256(payload))
+    assert payload_sha256(payload).encode() in statement("acme", NAME, body)
+    with pytest.raises(ApprovalError) as refused:
+        check_granted(
+            "acme",
+            NAME,
+            body,
+            ADMINS,
+            action=Action.INCIDENT_COMPROMISE,
+            subject="inc-7",
+            payload=PAYLOAD,
+            now_ms=NOW_MS,
+        )
+    assert refused.value.code == "other-payload"
