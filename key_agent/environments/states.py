@@ -45,6 +45,17 @@ class EnvironmentState(StrEnum):
         return self in (EnvironmentState.ACTIVE, EnvironmentState.DRAINING)
 
 
+HAVE_KEYS: Final = frozenset(
+    {
+        EnvironmentState.JOINING,
+        EnvironmentState.ACTIVE,
+        EnvironmentState.DRAINING,
+        EnvironmentState.REJOINING,
+    }
+)
+"""In these an environment is sent every key, and stores what it is sent."""
+
+
 class EnvironmentEvent(StrEnum):
     JOINED = "joined"
     KEYS_PROVEN = "keys-proven"

@@ -33,6 +33,7 @@ from key_agent.registry.lease import Holding
 from key_agent.registry.model import Book, DataKeyRow, KekRow
 from key_agent.registry.provisioning import Provisioning
 from key_agent.registry.pushes import Pushes
+from key_agent.registry.states import KekState
 from key_agent.registry.tables import (
     dek,
     dek_wrap,
@@ -44,7 +45,7 @@ from key_agent.registry.tables import (
     push_sequence,
     tenant,
 )
-from key_agent.sources.source import WrappedKey
+from key_agent.sources.source import Kek, WrappedKey
 
 __all__ = ["RefusedChangeError", "Registry"]
 
@@ -144,6 +145,14 @@ class Registry(KekLife, KekSuccession, KeyLife, Provisioning, Pushes, Archives):
 
     async def current_kek(self) -> KekRow | None:
         return await self._database.transact(self._current)
+
+    async def active_kek(self) -> Kek:
+        """RefusedChangeError unless the KEK of today is active."""
+        row = await self.current_kek()
+        if row is None or row.kek is None or row.state is not KekState.ACTIVE:
+            state = "missing" if row is None else row.state
+            raise RefusedChangeError(f"the KEK is {state}", "see `key-agent kek status`")
+        return row.kek
 
     async def keks(self) -> list[KekRow]:
         """Every KEK this environment ever had, oldest first."""

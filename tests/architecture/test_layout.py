@@ -190,6 +190,14 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     "key_agent/environments/commands/promotion_commands.py": _PEERING,
     "key_agent/environments/keys/key_making.py": _MANAGER,
     "key_agent/environments/keys/key_writing.py": _MANAGER,
+    "key_agent/environments/keys/readiness.py": (
+        "tests/key_agent/environments/keys/test_key_progress.py",
+        "seen in what a key waits for before it is active",
+    ),
+    "key_agent/environments/keys/wrap_messages.py": (
+        "tests/key_agent/environments/keys/test_wrapping.py",
+        "declarations: a message that is none of them is refused",
+    ),
     "key_agent/environments/keys/key_parts.py": (
         "tests/environments/test_site.py",
         "wiring, right when keys come to every environment's proxies",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from key_agent.environments.keys.wrapping import HAVE_KEYS
 from key_agent.environments.peers.standing import lease_s_of
 from key_agent.environments.shared import approvals
 from key_agent.environments.shared.approvals import Action, ApprovalError
@@ -19,6 +18,7 @@ from key_agent.environments.shared.recovery import none_counts
 from key_agent.environments.shared.registry_key import fingerprint_of
 from key_agent.environments.shared.registry_lease import NEVER_S
 from key_agent.environments.shared.shared_view import newest_term
+from key_agent.environments.states import HAVE_KEYS
 from key_agent.operations.commands import Commands, Json
 from key_agent.registry.store import RefusedChangeError
 

@@ -14,7 +14,7 @@ from envelope.keys import KeyState
 from key_agent.environments.changes.founding import kek_body
 from key_agent.environments.changes.healing_changes import kek_fingerprint, open_incidents, recover
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
-from key_agent.environments.keys.wrapping import BATCH
+from key_agent.environments.keys.wrap_messages import BATCH
 from key_agent.environments.shared import approvals
 from key_agent.environments.shared.approvals import Action, ApprovalError
 from key_agent.environments.shared.documents import EnvironmentBody, Head

@@ -21,11 +21,12 @@ from key_agent.environments.changes.key_changes import LIVE
 from key_agent.environments.keys.deliveries import HELD
 from key_agent.environments.keys.key_writing import KeyWriting
 from key_agent.environments.keys.own_wraps import OwnWraps
-from key_agent.environments.keys.wrapping import HAVE_KEYS, NOTHING_STORED, Look, Stored, Wraps
+from key_agent.environments.keys.wrap_messages import NOTHING_STORED, Look, Stored
+from key_agent.environments.keys.wrapping import Wraps
 from key_agent.environments.peers.peer_transport import PeerError
 from key_agent.environments.peers.peering import Peering
 from key_agent.environments.shared.draft import Draft
-from key_agent.environments.states import EnvironmentState
+from key_agent.environments.states import HAVE_KEYS, EnvironmentState
 from key_agent.journal import Journal
 from key_agent.refresh import next_delay, wait_until
 from runtime.clock import Clock

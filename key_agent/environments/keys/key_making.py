@@ -14,7 +14,8 @@ from key_agent.environments.changes import key_changes as changes
 from key_agent.environments.changes.key_changes import WantedKey
 from key_agent.environments.keys.bringing import Standing
 from key_agent.environments.keys.key_writing import KeyWriting
-from key_agent.environments.keys.wrapping import BATCH, Wraps
+from key_agent.environments.keys.wrap_messages import BATCH
+from key_agent.environments.keys.wrapping import Wraps
 from key_agent.environments.peers.peering import Peering
 from key_agent.environments.shared.draft import Draft
 from key_agent.journal import Journal

@@ -55,7 +55,7 @@ class KeyParts:
         )
         agent.registry.presenter = self._present
         environments.routes += [*self.wraps.routes(), *self.manager.routes()]
-        environments.tasks += [("manager", self.manager.run), ("deliveries", self.wraps.refusals.run)]
+        environments.tasks += [("manager", self.manager.run), ("deliveries", self.wraps.intake.refusals.run)]
 
     def _links(self, owners: Collection[NetworkService]) -> list[Link]:
         found = places(self._agent.targets, frozenset(owners))

@@ -25,12 +25,14 @@ from key_agent.environments.keys.key_making import KeyMaking
 from key_agent.environments.keys.key_progress import KeyProgress
 from key_agent.environments.keys.key_writing import KeyWriting
 from key_agent.environments.keys.own_wraps import OwnWraps
-from key_agent.environments.keys.wrapping import HAVE_KEYS, Message, Name, Wraps, read_message
+from key_agent.environments.keys.wrap_messages import Message, Name, read_message
+from key_agent.environments.keys.wrapping import Wraps
 from key_agent.environments.peers.peer_api import PeerCall, PeerRoute
 from key_agent.environments.peers.peering import Peering
 from key_agent.environments.shared.documents import EncryptPolicy
 from key_agent.environments.shared.draft import Draft
 from key_agent.environments.shared.shared_view import Shared, newest_term
+from key_agent.environments.states import HAVE_KEYS
 from key_agent.journal import Journal
 from key_agent.refresh import next_delay, wait_until
 from key_agent.registry.access import RefusedChangeError

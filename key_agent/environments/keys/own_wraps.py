@@ -14,7 +14,7 @@ from itertools import batched
 from typing import Final
 
 from key_agent.environments.keys.proofs import Proofs
-from key_agent.environments.keys.wrapping import BATCH, Stored
+from key_agent.environments.keys.wrap_messages import BATCH, Stored
 from key_agent.environments.peers.peering import Peering
 from key_agent.environments.shared.recovery import Recovery, appointed, none_counts
 from key_agent.environments.shared.shared_view import Shared

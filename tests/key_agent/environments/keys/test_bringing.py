@@ -10,7 +10,7 @@ import pytest
 from envelope.keys import KeyUse
 from key_agent.environments.commands.cli import environments_text
 from key_agent.environments.keys.bringing import LOOK_S
-from key_agent.environments.keys.wrapping import Look
+from key_agent.environments.keys.wrap_messages import Look
 from key_agent.environments.peers.peers import WRAPS_PATH
 from key_agent.environments.states import EnvironmentState
 from tests.environments.key_site import FILES, KeySite, key_site

@@ -11,7 +11,7 @@ import pytest
 
 from envelope.keys import KeyState, KeyUse
 from key_agent.environments.keys.deliveries import HELD, QUIET_S, Refusals, Why, judge
-from key_agent.environments.keys.wrapping import Delivery, SealedKey, Stored
+from key_agent.environments.keys.wrap_messages import Delivery, Stored
 from key_agent.environments.peers.peer_transport import PeerError
 from key_agent.environments.peers.peers import WRAPS_PATH
 from key_agent.environments.shared.documents import Kind
@@ -22,6 +22,7 @@ from runtime.audit import AuditLog
 from tests.environments.key_site import FILES, KeySite, key_site
 from tests.fakes.clock import ManualClock
 from tests.key_agent.conftest import until
+from tests.key_agent.environments.keys.parcels import parcels_for
 from tests.key_agent.environments.registries import key
 from tests.pki import Tenant
 
@@ -68,19 +69,6 @@ async def site(tmp_path: Path, acme: Tenant) -> AsyncIterator[KeySite]:
         yield made
 
 
-async def sent(site: KeySite, name: str) -> Delivery:
-    """What the manager would send there."""
-    member = site["a"]
-    to, kek = member.wraps.destination(name), await member.kek()
-    held = await member.registry.wrapped_keys(kek.reference.kek_id)
-    exported = await member.source.export_keys(kek, held, [to])
-    keys = tuple(
-        SealedKey(key_id=str(parcel.key_id), route=parcel.route, sealed=parcel.sealed)
-        for parcel in exported.parcels
-    )
-    return Delivery(environment=name, kek_id=to.kek_id, keys=keys)
-
-
 async def play(site: KeySite, by: str, to: str, delivery: Delivery) -> Stored:
     """By its own TLS identity."""
     answer = await site[by].environments.peers.post(
@@ -115,7 +103,7 @@ async def put(site: KeySite, kind: Kind, name: str, **changes: object) -> None:
 
 
 async def test_what_is_here_is_not_taken_in_again_nor_shown_to_the_hsm(site: KeySite) -> None:
-    delivery = await sent(site, "b")
+    delivery = await parcels_for(site, "b")
     before, asked = await rows(site, "b"), len(site["b"].fake.calls)
     for by in ("c", "a"):
         found = await play(site, by, "b", delivery)
@@ -130,7 +118,7 @@ async def test_what_is_here_is_not_taken_in_again_nor_shown_to_the_hsm(site: Key
 
 async def test_one_that_the_hsm_did_not_open_is_taken_in(site: KeySite) -> None:
     """The rows look sound, and are not: that is known since it was last looked."""
-    delivery = await sent(site, "b")
+    delivery = await parcels_for(site, "b")
     kid, other = (one.key_id for one in delivery.keys[:2])
     [(wrapped, digest)] = await site["b"].sql(
         "SELECT wrapped, wrapped_sha256 FROM dek_wrap WHERE dek_id = :kid", kid=other
@@ -149,7 +137,7 @@ async def test_one_that_the_hsm_did_not_open_is_taken_in(site: KeySite) -> None:
 
 
 async def test_a_compromised_key_comes_back_to_none_that_serves(site: KeySite) -> None:
-    delivery = await sent(site, "b")
+    delivery = await parcels_for(site, "b")
     lost = delivery.keys[0].key_id
     await put(site, Kind.DEK, lost, state=KeyState.COMPROMISED)
     await site["b"].sql("DELETE FROM dek_wrap WHERE dek_id = :kid", kid=lost)
@@ -164,7 +152,7 @@ async def test_a_compromised_key_comes_back_to_none_that_serves(site: KeySite) -
 
 
 async def test_who_heals_delivers_nothing_and_is_named(site: KeySite) -> None:
-    to_a = await sent(site, "b")
+    to_a = await parcels_for(site, "b")
     await put(site, Kind.ENVIRONMENT, "c", state=S.HEALING, incident_id="inc-1")
     await site["b"].sql("DELETE FROM dek_wrap WHERE dek_id = :kid", kid=to_a.keys[0].key_id)
     with pytest.raises(PeerError, match="not_believed"):
@@ -180,7 +168,7 @@ async def test_who_heals_delivers_nothing_and_is_named(site: KeySite) -> None:
 
 
 async def test_other_reasons_and_other_agents_are_events_of_their_own(site: KeySite) -> None:
-    delivery = await sent(site, "b")
+    delivery = await parcels_for(site, "b")
     await play(site, "c", "b", delivery)
     for elsewhere in ({"environment": "a"}, {"kek_id": "kek-a"}):
         found = await play(site, "c", "b", msgspec.structs.replace(delivery, **elsewhere))

@@ -4,25 +4,15 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from envelope.errors import SealgateError
-from envelope.keys import KeyId, KeyState, KeyUse
-from key_agent.environments.keys.wrapping import (
-    BRING_PATH,
-    MAKE_PATH,
-    PROVEN_AT_ONCE,
-    Bring,
-    Delivery,
-    Look,
-    Make,
-    SealedKey,
-    Stored,
-)
+from envelope.keys import KeyUse
+from key_agent.environments.keys.wrap_messages import Bring, Look, Make
+from key_agent.environments.keys.wrapping import BRING_PATH, MAKE_PATH, PROVEN_AT_ONCE
 from key_agent.environments.peers.peer_transport import PeerError
 from key_agent.environments.peers.peers import WRAPS_PATH
 from key_agent.environments.shared.documents import Kind
@@ -30,9 +20,9 @@ from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.store import RefusedChangeError
 from key_agent.sources.pkcs11 import Pkcs11Source
-from key_agent.sources.source import KekType, KeySource, Rewrapped, Route
+from key_agent.sources.source import KekType, KeySource
 from tests.environments.key_site import FILES, MAIL, KeySite, key_site
-from tests.fakes.key_source import FakeKeySource
+from tests.key_agent.environments.keys.parcels import parcels_for, put_state
 from tests.pki import Tenant, write_credential
 from tests.softhsm import SoftHsm
 
@@ -91,31 +81,6 @@ async def site(tmp_path: Path, acme: Tenant) -> AsyncIterator[KeySite]:
         yield made
 
 
-async def put_state(site: KeySite, name: str, state: EnvironmentState) -> None:
-    def change(draft: Draft) -> None:
-        body = draft.shared.environments[name]
-        draft.put(Kind.ENVIRONMENT, name, msgspec.structs.replace(body, state=state, incident_id="inc-1"))
-
-    await site["a"].change(change)
-    await site.in_step()
-
-
-async def parcels_for(site: KeySite, name: str) -> Delivery:
-    """What a sends there."""
-    member = site["a"]
-    to, kek = member.wraps.destination(name), await member.kek()
-    held = await member.registry.wrapped_keys(kek.reference.kek_id)
-    exported = await member.source.export_keys(kek, held, [to])
-    return Delivery(
-        environment=name,
-        kek_id=to.kek_id,
-        keys=tuple(
-            SealedKey(key_id=str(parcel.key_id), route=parcel.route, sealed=parcel.sealed)
-            for parcel in exported.parcels
-        ),
-    )
-
-
 async def test_whoever_heals_is_sent_nothing_and_stores_nothing(site: KeySite) -> None:
     delivery = await parcels_for(site, "b")
     for state in (EnvironmentState.HEALING, EnvironmentState.HEALED):
@@ -123,7 +88,7 @@ async def test_whoever_heals_is_sent_nothing_and_stores_nothing(site: KeySite) -
         with pytest.raises(RefusedChangeError):
             site["a"].wraps.destination("b")
         with pytest.raises(RefusedChangeError):
-            await site["b"].wraps.store(delivery, sender="agent-a")
+            await site["b"].wraps.intake.store(delivery, sender="agent-a")
 
 
 @pytest.mark.parametrize(
@@ -153,89 +118,12 @@ async def test_an_environment_that_names_no_certificate_is_sent_nothing(
         site["a"].wraps.destination("b")
 
 
-async def test_what_is_in_the_hsm_when_its_environment_is_withdrawn_is_not_stored(
-    site: KeySite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """System B, claim 7: a healing environment stores nothing that it is given."""
-    delivery = await parcels_for(site, "b")
-    await site["b"].sql("DELETE FROM dek_wrap")
-    imported = site["b"].source.import_keys
-
-    async def slow(*arguments: Any, **more: Any) -> Rewrapped:
-        made: Rewrapped = await imported(*arguments, **more)
-        await put_state(site, "b", EnvironmentState.HEALING)
-        return made
-
-    monkeypatch.setattr(site["b"].source, "import_keys", slow)
-    found = await site["b"].wraps.store(delivery, sender="agent-a")
-    assert found.verified == ()
-    assert set(found.failed) == {key.key_id for key in delivery.keys}
-    assert await site["b"].wrapped() == {}
-
-
-async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite) -> None:
-    before = await site["b"].wrapped()
-    good = await parcels_for(site, "b")
-    one, two = good.keys
-
-    async def stored(*keys: SealedKey, **changes: str) -> Stored:
-        delivery = msgspec.structs.replace(good, keys=keys, **changes)
-        return await site["b"].wraps.store(delivery, sender="agent-a")
-
-    flipped = msgspec.structs.replace(one, sealed=one.sealed[:-1] + bytes([one.sealed[-1] ^ 1]))
-    exchanged = msgspec.structs.replace(one, sealed=two.sealed)
-    unknown = msgspec.structs.replace(one, key_id="77" * 16)
-    other_route = msgspec.structs.replace(one, route=Route.PUBLIC)
-    for wrong in (flipped, exchanged, unknown, other_route, msgspec.structs.replace(one, sealed=b"")):
-        found = await stored(wrong)
-        assert (found.verified, list(found.failed)) == ((), [wrong.key_id])
-    assert (await stored(one, kek_id="kek-a")).verified == ()
-    assert (await stored(one, environment="a")).verified == ()
-    assert await site["b"].wrapped() == before
-    # One bad parcel spoils no other.
-    await site["b"].sql("DELETE FROM dek_wrap WHERE dek_id = :kid", kid=two.key_id)
-    assert (await stored(flipped, two)).verified == (two.key_id,)
-    assert await site["b"].opens(before)
-
-
 async def test_more_keys_than_are_proven_at_once_are_all_asked_about(site: KeySite) -> None:
     held = sorted(await site["b"].wrapped())
     unknown = [f"{number:032x}" for number in range(2 * PROVEN_AT_ONCE + 1)]
     kek_id = (await site["b"].kek()).reference.kek_id
     look = Look(kek_id=kek_id, keys=(*held, *unknown, *held), prove=True)
     assert sorted(await site["a"].wraps.ask_missing("b", look)) == unknown
-
-
-async def test_what_was_taken_in_is_not_opened_again_at_once_unless_it_was_changed(site: KeySite) -> None:
-    """The fake HSM would not open it any more: that is seen for a row that is another one now."""
-    delivery = await parcels_for(site, "b")
-    await site["b"].sql("DELETE FROM dek_wrap")
-    kids = sorted((await site["b"].wraps.store(delivery, sender="agent-a")).verified)
-    source, kek = site["b"].source, await site["b"].kek()
-    assert isinstance(source, FakeKeySource)
-    look = Look(kek_id=kek.reference.kek_id, keys=tuple(kids), prove=True)
-    held = [str(key.key_id) for key in await site["b"].registry.wrapped_keys(kek.reference.kek_id)]
-    spoiled = next(kid for kid in kids if kid != held[0])  # one is always opened
-    source.spoil(KeyId.parse(spoiled))
-    assert await site["b"].wraps.missing(look) == {}
-    await site["b"].sql("UPDATE dek_wrap SET token_serial = 'another' WHERE dek_id = :kid", kid=spoiled)
-    assert list(await site["b"].wraps.missing(look)) == [spoiled]
-
-
-async def test_a_destroyed_key_is_not_brought_back(site: KeySite) -> None:
-    delivery = await parcels_for(site, "b")
-    gone = delivery.keys[0].key_id
-
-    def change(draft: Draft) -> None:
-        body = draft.shared.deks[gone]
-        draft.put(Kind.DEK, gone, msgspec.structs.replace(body, state=KeyState.DESTROYED))
-
-    await site["a"].change(change)
-    await site.in_step()
-    assert gone not in await site["b"].wrapped()
-    found = await site["b"].wraps.store(delivery, sender="agent-a")
-    assert gone in found.failed
-    assert gone not in await site["b"].wrapped()
 
 
 async def test_only_the_manager_has_keys_made_or_sent_on(site: KeySite) -> None:
