@@ -43,6 +43,7 @@ from envelope.certificates import Identity, Role, identity_uri
 from envelope.keys import KeyState, NetworkService
 from key_agent.agent import Agent
 from key_agent.app import opened
+from key_agent.collector import spare_what_lives
 from key_agent.config import AgentSettings, KeyPairSettings, PushSettings, RefreshSettings, Settings
 from key_agent.operations.operations import Operations
 from key_agent.push.pusher import Delivery
@@ -410,6 +411,7 @@ async def _running(site: Site, ports: list[int]) -> AsyncIterator[Running]:
         await operations.kek_create()
         await _provision(agent, site, ports)
         await agent.reload(kek_changed=True)
+        spare_what_lives()
         # The first look at the KEK begins the first cycle; that is the bench's to begin.
         async with agent.working(refresh=True):
             running = Running(agent=agent, operations=operations, site=site)

@@ -1,14 +1,17 @@
 """`python -m bench.receivers DIRECTORY`: many simulated proxies in one process, for bench/agent.py.
 
-Each is a real push listener (TLS 1.3, client certificates) with the production receiver, key cache and audit
-log of its own; engine and directory database are left out. They share one TLS context and one private key:
-files that a thousand machines would each have. On the one core that they have together they take turns by
-request, or all of them would answer last. Prints the ports as JSON, then serves until stdin ends.
+Each is a real push listener (TLS 1.3, client certificates) with the production receiver, key cache, picture
+of its environment and audit log of its own; engine and directory database are left out. They share one TLS
+context and one private key: files that a thousand machines would each have. On the one core that they have
+together they take turns by request, or all of them would answer last. Prints the ports as JSON, then serves
+until stdin ends.
 """
 
 import asyncio
+import gc
 import json
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -20,6 +23,7 @@ from cryptography import x509
 
 from envelope.keys import NetworkService
 from proxy.api.push import make_push_application
+from proxy.environments import Environments, Word
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.model import CertificateFiles, Directory, LegacyPolicy, ServiceEntry, TenantEntry, Upstream
@@ -77,20 +81,36 @@ async def _serve(directory: Path) -> None:
         for number, services in sorted(hosted.items()):
             audit = AuditLog.open(directory / f"audit-{number:05}.jsonl", clock)
             stack.callback(audit.close)
+            cache = KeyCache(clock)
             receiver = Receiver(
                 proxy_id=proxy_id(number),
-                cache=KeyCache(clock),
+                cache=cache,
                 audit=audit,
                 clock=clock,
                 validity_s=VALIDITY_S,
                 directory=Directory.of(1, [tenant], services),
             )
-            application = make_push_application(receiver, clock=clock, requests_per_s=REQUESTS_PER_S)
+            application = make_push_application(
+                receiver, clock=clock, requests_per_s=REQUESTS_PER_S, told=_told(cache, clock)
+            )
             application.middlewares.append(in_turn)
             server = serving(application, host="127.0.0.1", port=0, ssl_context=tls.context, grace_s=0.1)
             ports.append(await stack.enter_async_context(server))
+        # As a proxy does once it is warm: what lives now lives until the end.
+        gc.collect()
+        gc.freeze()
         print(json.dumps(ports), flush=True)
         await asyncio.to_thread(sys.stdin.read)
+
+
+def _told(cache: KeyCache, clock: SystemClock) -> Callable[[str, str, Word], Awaitable[Word]]:
+    """A proxy's own picture of its environment, as proxy/app.py has it."""
+    environments = Environments(on_refused=cache.withdraw_tenant)
+
+    async def told(tenant: str, agent: str, word: Word) -> Word:
+        return environments.take(tenant, word, agent=agent, now_boot_s=clock.boot_s())
+
+    return told
 
 
 def main() -> None:

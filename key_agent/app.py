@@ -7,7 +7,6 @@
 
 import asyncio
 import functools
-import gc
 import os
 import random
 from collections.abc import AsyncIterator
@@ -25,6 +24,7 @@ from envelope.errors import MisuseError
 from key_agent import config, metrics
 from key_agent.agent import Agent, Rhythm, Signing
 from key_agent.api import server
+from key_agent.collector import spare_what_lives
 from key_agent.config import Settings
 from key_agent.environments.assembly import Environments
 from key_agent.environments.incidents.incident_parts import IncidentParts
@@ -295,9 +295,7 @@ async def serve(
     try:
         async with standby, opened(settings, clock=clock, on_standby=standby.stand_by) as agent:
             await standby.end()
-            # What lives now lives until the end: the collector stops the kill switch for it no more.
-            gc.collect()
-            gc.freeze()
+            spare_what_lives()
             metrics.LEADS.set_function(lambda: float(agent.registry.leads))
             metrics.TERM.set(agent.registry.term)
             if hangup is not None:
