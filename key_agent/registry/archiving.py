@@ -21,15 +21,12 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from envelope.keys import TRANSITIONS, KeyState, KeyUse, NetworkService
 from key_agent.registry.access import (
-    EKM_FORMAT,
     NOT_CURRENT,
     STORED,
     VERIFIED,
     RefusedChangeError,
     RegistryAccess,
     insert_wrap,
-    kek_row,
-    made_values,
     place_of,
     set_key_state,
 )
@@ -45,6 +42,7 @@ from key_agent.registry.archive import (
     WrapEntry,
 )
 from key_agent.registry.model import KekRow
+from key_agent.registry.rows import EKM_FORMAT, kek_row, made_values
 from key_agent.registry.states import REVOKED_BY_COMMAND, KekState
 from key_agent.registry.tables import (
     dek,

@@ -20,11 +20,10 @@ from key_agent.registry.access import (
     RegistryAccess,
     hosts_worth_two_phases,
     insert_wrap,
-    kek_row,
-    made_values,
     set_key_state,
 )
 from key_agent.registry.model import AT_ONCE, Patience, RotationCause
+from key_agent.registry.rows import kek_row, made_values
 from key_agent.registry.states import KekState, check_transition
 from key_agent.registry.tables import dek, dek_wrap, kek
 from key_agent.sources.source import Kek, KekReference, WrappedKey

@@ -12,17 +12,9 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, exists, func, select, update
 
 from envelope.keys import KeyId, KeyState
-from key_agent.registry.access import (
-    VERIFIED,
-    RefusedChangeError,
-    RegistryAccess,
-    insert_wrap,
-    is_sound,
-    kek_row,
-    made_values,
-    wrapped_key,
-)
+from key_agent.registry.access import VERIFIED, RefusedChangeError, RegistryAccess, insert_wrap
 from key_agent.registry.model import KekRow
+from key_agent.registry.rows import is_sound, kek_row, made_values, wrapped_key
 from key_agent.registry.states import KekState, check_transition
 from key_agent.registry.tables import dek, dek_wrap, kek
 from key_agent.sources.source import Kek, WrappedKey

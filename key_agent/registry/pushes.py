@@ -12,15 +12,9 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, and_, bindparam, insert, select, update
 
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
-from key_agent.registry.access import (
-    RefusedChangeError,
-    RegistryAccess,
-    all_links,
-    is_sound,
-    link_row,
-    wrapped_key,
-)
+from key_agent.registry.access import RefusedChangeError, RegistryAccess, all_links
 from key_agent.registry.model import HeldKey, Link, Presenter, Receipt, Reservation
+from key_agent.registry.rows import is_sound, link_row, wrapped_key
 from key_agent.registry.states import KekState
 from key_agent.registry.tables import dek, key_ring, network_service, proxy, push_sequence, service_proxy
 from key_agent.sources.source import Kek, WrappedKey

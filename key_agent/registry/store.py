@@ -14,16 +14,7 @@ from typing import Self
 from sqlalchemy import Connection, func, insert, select
 
 from envelope.keys import KeyId, KeyState, KeyUse, NetworkService
-from key_agent.registry.access import (
-    VERIFIED,
-    RefusedChangeError,
-    all_links,
-    is_sound,
-    kek_row,
-    link_row,
-    proxy_row,
-    wrapped_key,
-)
+from key_agent.registry.access import VERIFIED, RefusedChangeError, all_links
 from key_agent.registry.archiving import Archives
 from key_agent.registry.database import Database, OnStandby
 from key_agent.registry.kek_life import KekLife
@@ -33,6 +24,7 @@ from key_agent.registry.lease import Holding
 from key_agent.registry.model import Book, DataKeyRow, KekRow
 from key_agent.registry.provisioning import Provisioning
 from key_agent.registry.pushes import Pushes
+from key_agent.registry.rows import is_sound, kek_row, link_row, proxy_row, wrapped_key
 from key_agent.registry.states import KekState
 from key_agent.registry.tables import (
     dek,

@@ -15,7 +15,8 @@ from typing import Final
 from sqlalchemy import Connection, bindparam, delete, func, select, update
 
 from envelope.keys import KeyState
-from key_agent.registry.access import VERIFIED, insert_wraps, is_sound
+from key_agent.registry.access import VERIFIED, insert_wraps
+from key_agent.registry.rows import is_sound
 from key_agent.registry.states import KekState
 from key_agent.registry.tables import dek, dek_wrap, environment, kek, key_ring, push_sequence
 from key_agent.sources.source import WrappedKey

@@ -271,6 +271,7 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "key_agent/registry/database.py": _STORE,
     "key_agent/registry/model.py": _STORE,
+    "key_agent/registry/rows.py": _STORE,
     "key_agent/registry/states.py": _STORE,
     "key_agent/registry/tables.py": _STORE,
     "key_agent/reencryption/connector.py": (

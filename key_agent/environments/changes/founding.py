@@ -26,8 +26,9 @@ from key_agent.environments.shared.documents import (
 )
 from key_agent.environments.shared.terms import term_id
 from key_agent.environments.states import EnvironmentState
-from key_agent.registry.access import PURPOSE, RefusedChangeError
+from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.model import KekRow
+from key_agent.registry.rows import PURPOSE
 from key_agent.registry.states import RotationPhase
 from key_agent.registry.tables import dek, key_ring, key_rotation, network_service
 from key_agent.registry.wrap_rows import sound_wraps

@@ -24,7 +24,7 @@ from key_agent.environments.shared.documents import (
     ServiceBody,
     TenantBody,
 )
-from key_agent.registry.access import PURPOSE
+from key_agent.registry.rows import PURPOSE
 from key_agent.registry.tables import (
     dek,
     dek_wrap,
