@@ -5,7 +5,7 @@
 2. A registry belongs to one tenant and one environment, and to the one agent that holds its lease.
 3. What is written is written by its rooms: KEKs (`kek_life.py`, `kek_succession.py`), keys (`key_life.py`),
    proxies and services (`provisioning.py`), pushes (`pushes.py`), backups (`archiving.py`). What they share
-   is in `access.py`.
+   is in `access.py`, and rows are read as values in `rows.py`.
 """
 
 import asyncio
