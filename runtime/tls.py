@@ -122,10 +122,16 @@ class ServerTls:
 
 
 def peer_certificate(transport: asyncio.BaseTransport | None) -> x509.Certificate | None:
-    """The certificate the peer of a TLS connection has proven to own, or None without one."""
+    """The certificate the peer of a TLS connection has proven to own, or None without one.
+
+    ValueError for one that OpenSSL has taken, and that cannot be read.
+    """
     connection = transport.get_extra_info("ssl_object") if transport else None
     der = connection.getpeercert(binary_form=True) if connection else None
-    return x509.load_der_x509_certificate(der) if der else None
+    try:
+        return x509.load_der_x509_certificate(der) if der else None
+    except x509.InvalidVersion as error:
+        raise ValueError(str(error)) from None
 
 
 def load_certificates(path: Path) -> list[x509.Certificate]:

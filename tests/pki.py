@@ -11,7 +11,7 @@ Everything is valid from 2020 until 2049: real TLS and `tests.fakes.clock.Manual
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -112,6 +112,39 @@ def make_interception_ca(tenant: str = "acme") -> Credential:
 
 def issue_server(ca: Credential, hostnames: Iterable[str] = ("localhost", "127.0.0.1")) -> Credential:
     return pki.issue_server(ca, tuple(hostnames), valid_from=VALID_FROM, validity=VALIDITY)
+
+
+def resigned(certificate: x509.Certificate, issuer: Credential, change: Callable[[bytearray], None]) -> bytes:
+    """The DER of *certificate*, signed anew by P-256, after *change* has exchanged bytes of its body."""
+    body = bytearray(certificate.tbs_certificate_bytes)
+    change(body)
+    algorithm = bytes.fromhex("300a06082a8648ce3d040302")  # ecdsa-with-SHA256
+    signature = issuer.key.sign(bytes(body), ec.ECDSA(hashes.SHA256()))
+    whole = bytes(body) + algorithm + bytes((0x03, len(signature) + 1, 0)) + signature
+    return b"\x30\x82" + len(whole).to_bytes(2) + whole
+
+
+def of_unknown_version(certificate: x509.Certificate, issuer: Credential) -> bytes:
+    """As *certificate*, but of version 10: OpenSSL takes it, `cryptography` raises InvalidVersion."""
+
+    def change(body: bytearray) -> None:
+        body[body.index(bytes.fromhex("a003020102")) + 4] = 9
+
+    return resigned(certificate, issuer, change)
+
+
+def with_unknown_string(certificate: x509.Certificate, issuer: Credential) -> x509.Certificate:
+    """As *certificate*, but its common name is a REAL: OpenSSL takes it, `cryptography` cannot read it.
+
+    It is verified all the same; where that fails, the error that would quote the name is a KeyError.
+    """
+    (name,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    text = str(name.value).encode()
+
+    def change(body: bytearray) -> None:
+        body[body.index(bytes((len(text),)) + text) - 1] = 0x09  # the first: names of hosts follow it
+
+    return x509.load_der_x509_certificate(resigned(certificate, issuer, change))
 
 
 def write_credential(

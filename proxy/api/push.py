@@ -201,7 +201,7 @@ class _PushApi:
         if asked.signing_certificate is not None:
             try:
                 certificate = x509.load_pem_x509_certificate(asked.signing_certificate.encode())
-            except ValueError:
+            except (ValueError, x509.InvalidVersion):
                 raise _malformed("signing_certificate is not a PEM certificate") from None
         try:
             session = self._receiver.sessions.open(peer.tenant, peer.name, signing_certificate=certificate)

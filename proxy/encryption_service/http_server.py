@@ -346,7 +346,10 @@ def _peer(address: str) -> tuple[str, object]:
 
 
 def _has_subject(der: bytes, subject: str) -> bool:
-    names = x509.load_der_x509_certificate(der).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    try:
+        names = x509.load_der_x509_certificate(der).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except Exception:  # noqa: BLE001 - OpenSSL reads what the parser does not: InvalidVersion, KeyError
+        return False
     return len(names) == 1 and names[0].value == subject
 
 

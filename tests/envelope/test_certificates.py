@@ -21,7 +21,17 @@ from envelope.certificates import (
     verify_certificate,
 )
 from envelope.errors import FormatError
-from tests.pki import VALID_FROM, VALIDITY, PrivateKey, Tenant, make_csr, make_tenant, new_key, rsa_key
+from tests.pki import (
+    VALID_FROM,
+    VALIDITY,
+    PrivateKey,
+    Tenant,
+    make_csr,
+    make_tenant,
+    new_key,
+    rsa_key,
+    with_unknown_string,
+)
 
 NOW_S = 1_800_000_000.0
 S3 = Identity("acme", Role.SERVICE, "s3")
@@ -103,6 +113,13 @@ def refusal(
     with pytest.raises(CertificateError) as caught:
         verify(certificate, tenant, expected, intermediates=intermediates, now_s=now_s)
     return caught.value.code
+
+
+def test_a_chain_that_fails_on_a_subject_nobody_can_read_is_refused(acme: Tenant) -> None:
+    """The verifier would quote the name, and raises KeyError."""
+    unknown = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"")
+    certificate = issue(acme.root, S3, extra=[(unknown, True)])
+    assert refusal(with_unknown_string(certificate, acme.root), acme) == "chain"
 
 
 @pytest.mark.parametrize("identity", [S3, SIGNING, TLS, BALANCER])

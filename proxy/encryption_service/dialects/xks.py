@@ -493,7 +493,9 @@ def _is_named(certificate_der: bytes | None, subject: str) -> bool:
     """Whether *subject* is the one common name of the certificate, which TLS has verified."""
     if certificate_der is None:
         return False
-    names = x509.load_der_x509_certificate(certificate_der).subject.get_attributes_for_oid(
-        NameOID.COMMON_NAME
-    )
+    try:
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except Exception:  # noqa: BLE001 - OpenSSL reads what the parser does not: InvalidVersion, KeyError
+        return False
     return [name.value for name in names] == [subject]

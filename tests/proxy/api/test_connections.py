@@ -6,13 +6,15 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import override
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from certs.pki import Credential
+from certs.pki import Credential, certify
 from proxy.api.connections import (
     CONNECTIONS_PER_AGENT,
     CONNECTIONS_PER_TENANT,
@@ -24,7 +26,14 @@ from runtime.clock import SystemClock
 from runtime.serve import make_application, serving
 from runtime.tls import ServerTls, client_context
 from tests.environments.site import until
-from tests.pki import issue_server, make_server_ca, write_certificate, write_credential
+from tests.pki import (
+    issue_server,
+    make_server_ca,
+    of_unknown_version,
+    with_unknown_string,
+    write_certificate,
+    write_credential,
+)
 from tests.proxy.keys.hosting import HostedTenant, agent_certified_by, directory_of, host_tenant
 
 
@@ -147,7 +156,8 @@ async def test_a_certificate_that_only_openssl_reads_is_a_strangers(acme: Hosted
     """A tenant's root can sign such: an error here would have its connections reset at once (rule 3)."""
     connections = AgentConnections(lambda: directory_of(acme), SystemClock())
     der = acme.tls.certificate.public_bytes(Encoding.DER)
-    unreadable = [_Transport(der[:-1]) for _ in range(CONNECTIONS_PER_TENANT + 1)]
+    kinds = [der[:-1], of_unknown_version(acme.tls.certificate, acme.pki.root), _odd_and_refused(acme)]
+    unreadable = [_Transport(kinds[number % len(kinds)]) for number in range(CONNECTIONS_PER_TENANT + 1)]
     ends = [connections.admit(transport) for transport in unreadable]
     assert [transport.is_paused for transport in unreadable] == [False] * CONNECTIONS_PER_TENANT + [True]
     last = _Transport(der)
@@ -155,6 +165,24 @@ async def test_a_certificate_that_only_openssl_reads_is_a_strangers(acme: Hosted
     assert not last.is_paused, "the agent's own are another matter"
     for end in ends:
         end()
+
+
+def _odd_and_refused(acme: HostedTenant) -> bytes:
+    """Of a subject that cannot be read, and with an extension that is critical and unknown."""
+    unknown = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"")
+    extensions = [
+        (one.value, one.critical)
+        for one in acme.tls.certificate.extensions
+        if not isinstance(one.value, x509.SubjectKeyIdentifier | x509.AuthorityKeyIdentifier)
+    ]
+    certificate = certify(
+        acme.tls.key.public_key(),
+        subject=acme.tls.certificate.subject,
+        issuer=acme.pki.root,
+        validity=timedelta(days=1),
+        extensions=[*extensions, (unknown, True)],
+    )
+    return with_unknown_string(certificate, acme.pki.root).public_bytes(Encoding.DER)
 
 
 async def test_what_is_left_alone_is_bounded_and_ends(acme: HostedTenant) -> None:

@@ -41,6 +41,7 @@ from tests.pki import (
     issue_server,
     make_server_ca,
     make_tenant,
+    of_unknown_version,
     write_certificate,
     write_credential,
 )
@@ -436,6 +437,15 @@ async def test_bad_requests_are_problems(
     async with endpoint.client(files=acme.tls_files) as agent:
         got, answer = await agent.post(path, body)
         assert (got, answer["code"]) == (status, code)
+
+
+async def test_a_signing_certificate_of_an_unknown_version_is_none(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    pem = ssl.DER_cert_to_PEM_cert(of_unknown_version(acme.signing.certificate, acme.pki.root))
+    async with endpoint.client(files=acme.tls_files) as agent:
+        status, answer = await agent.post(SESSION, {"agent": "hq", "signing_certificate": pem})
+        assert (status, answer["code"]) == (400, "malformed")
 
 
 async def test_a_body_without_a_declared_length_is_bounded_too(

@@ -27,7 +27,13 @@ from proxy.encryption_service.settings import EncryptionServiceSettings, HttpLim
 from runtime.clock import Clock, SystemClock
 from runtime.tls import TlsError
 from tests.fakes.clock import ManualClock
-from tests.pki import issue_server, make_server_ca, write_certificate, write_credential
+from tests.pki import (
+    issue_server,
+    make_server_ca,
+    with_unknown_string,
+    write_certificate,
+    write_credential,
+)
 from tests.proxy.encryption_service.echo import Client, Echo, request
 
 SUBJECT = "cks.kms.eu-central-1.amazonaws.com"
@@ -161,11 +167,13 @@ async def test_the_suites_of_tls_are_those_aws_kms_asks_for(
 async def test_a_client_certificate_is_demanded_verified_and_of_the_right_subject(pki: Pki) -> None:
     echo = Echo()
     right = issue_client(pki.clients, SUBJECT)
-    # One by one what must not come in: none, another CA's, another subject's, a server's.
+    odd = issue_client(pki.clients, SUBJECT)
+    # One by one what must not come in: none, another CA's, another subject's, an unreadable, a server's.
     for client in [
         None,
         issue_client(pki.ca, SUBJECT),
         issue_client(pki.clients, "cks.kms.us-east-1.amazonaws.com"),
+        Credential(odd.key, with_unknown_string(odd.certificate, pki.clients)),
         issue_server(pki.clients, [SUBJECT]),
     ]:
         async with serve(pki.listen(roots=True, subject=SUBJECT), echo=echo) as server:

@@ -12,10 +12,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from certs.pki import Credential
 from proxy import refusals
 from proxy.refusals import Refusal, RefusedError
 from proxy.users.identification import Identity, Shown, address_of, identify, still_holds
 from proxy.users.model import Password, Proof, UserAccess, UserEntry, parse_networks
+from tests.pki import with_unknown_string
 
 NOW_S = 1_800_000_000.0
 HERE = ipaddress.ip_address("10.1.2.3")
@@ -239,6 +241,18 @@ def test_an_expired_certificate_is_refused() -> None:
     access = UserAccess(client_roots=(ours.certificate,))
     with pytest.raises(RefusedError):
         identify({"acme": access}, shown(certificate=ours.client()), USERS, now_s=NOW_S + 3 * 86400)
+
+
+def test_a_certificate_whose_subject_cannot_be_read_is_nobodys() -> None:
+    """Where it has expired `cryptography` raises KeyError, which ended what looks at all clients."""
+    ours = Authority(now_s=NOW_S)
+    access = UserAccess(client_roots=(ours.certificate,))
+    issuer = Credential(ours.key, ours.certificate)
+    odd = with_unknown_string(ours.client(), issuer)
+    assert refused({"acme": access}, shown(certificate=odd)) == refusals.USER_CERTIFICATE
+    certified = Identity(tenant="acme", certificate=odd, address=HERE)
+    for days in (0, 3):
+        assert not still_holds(certified, access, USERS, now_s=NOW_S + days * 86400)
 
 
 def test_an_identity_holds_as_long_as_what_it_rests_on() -> None:

@@ -22,7 +22,7 @@ from proxy.encryption_service.limits import Limits, Quota
 from proxy.encryption_service.model import DialectName, Op, XksRule, XksSettings, XksStore
 from proxy.encryption_service.settings import XksFleet
 from proxy.encryption_service.strangers import BURST
-from tests.pki import issue_server, make_server_ca
+from tests.pki import issue_server, make_server_ca, of_unknown_version, with_unknown_string
 from tests.proxy.encryption_service.aws_signer import Credentials, signed_headers
 from tests.proxy.encryption_service.dialects.xks_rig import (
     AAD,
@@ -432,15 +432,25 @@ def test_a_credential_may_be_for_some_keys_and_operations(rig: XksRig) -> None:
     assert name_of(rig.ask("keys/dec-only/decrypt", decrypt_body(sealed), credentials=signer)) == denied
 
 
+SUBJECT = "cks.kms.eu-west-1.amazonaws.com"
+
+
 def test_a_client_certificate_must_have_its_name(rig: XksRig) -> None:
     authority = make_server_ca()
-    rig.set_store(client_subject="cks.kms.eu-west-1.amazonaws.com")
+    rig.set_store(client_subject=SUBJECT)
     body = {"requestMetadata": HEALTH_METADATA}
     good, other = (
         issue_server(authority, [name]).certificate.public_bytes(Encoding.DER)
-        for name in ("cks.kms.eu-west-1.amazonaws.com", "cks.kms.us-east-1.amazonaws.com")
+        for name in (SUBJECT, "cks.kms.us-east-1.amazonaws.com")
     )
-    for certificate, status in ((None, 401), (other, 401), (good, 200)):
+    unreadable = [
+        of_unknown_version(issue_server(authority, [SUBJECT]).certificate, authority),
+        with_unknown_string(issue_server(authority, [SUBJECT]).certificate, authority).public_bytes(
+            Encoding.DER
+        ),
+    ]
+    wrong = [None, other, *unreadable]
+    for certificate, status in (*((certificate, 401) for certificate in wrong), (good, 200)):
         peer = Peer(address="127.0.0.1", certificate_der=certificate)
         assert rig.ask("health", body, peer=peer)[0] == status
 
