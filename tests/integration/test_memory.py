@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import http.client
 import io
+import os
 import random
 import select
 import socket
@@ -37,12 +38,18 @@ BODY_BYTES: Final = 128 * MIB
 BOUND_BYTES: Final = 48 * MIB
 SLOW_BYTES_PER_S: Final = 100 * MIB
 HOOK_S: Final = 2.0
+STOCK_HOOK_S: Final = 40.0
+"""At the most."""
 SMALL_BUFFER_BYTES: Final = 128 * 1024
 PIECE: Final = random.Random(7).randbytes(MIB)
 TIMEOUT_S: Final = 60.0
 
 
 # --- the proxy, in its own process ------------------------------------------------------------------------
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -89,7 +96,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
     class Streaming:
         async def requestheaders(self, flow: HTTPFlow) -> None:
             if "late" in flow.request.path:
-                await asyncio.sleep(HOOK_S)
+                idle_bytes, until_s = _resident_bytes(), time.monotonic() + STOCK_HOOK_S
+                # Late for as long as a client on a loaded machine takes to fill the memory.
+                while _resident_bytes() < idle_bytes + 2 * BOUND_BYTES and time.monotonic() < until_s:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
             flow.request.stream = True
 
         def responseheaders(self, flow: HTTPFlow) -> None:
