@@ -26,7 +26,8 @@ from proxy.refusals import RefusedError
 MAX_LINE: Final = 1024
 MAX_TRAILERS: Final = 16
 _CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,16})(?:;chunk-signature=([0-9a-f]{64}))?")
-_TRAILER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}):[ \t]*([\x20-\x7e]{0,512}?)[ \t]*")
+_TRAILER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}):(.*)", re.DOTALL)
+_TRAILER_VALUE: Final = re.compile(rb"[\x20-\x7e]{0,512}")
 _TRAILER_SIGNATURE: Final = "x-amz-trailer-signature"
 
 
@@ -174,9 +175,10 @@ class AwsChunked:
             self._end_trailers()
             return
         match = _TRAILER.fullmatch(line)
-        if match is None:
+        told = b"" if match is None else match[2].strip(b" \t")
+        if match is None or _TRAILER_VALUE.fullmatch(told) is None:
             raise RefusedError(refusals.BAD_MESSAGE)
-        name, value = match[1].decode().lower(), match[2].decode()
+        name, value = match[1].decode().lower(), told.decode()
         if name in self.trailers or len(self.trailers) >= MAX_TRAILERS:
             raise RefusedError(refusals.BAD_MESSAGE)
         if name != _TRAILER_SIGNATURE:

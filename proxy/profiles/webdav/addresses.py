@@ -21,7 +21,8 @@ _PORTS: Final = {"http": 80, "https": 443}
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?#\\@\s]+)([/?#].*)?", re.IGNORECASE | re.DOTALL)
 _PATH: Final = re.compile(r"/(?![/\\])[^\\\x00-\x20\x7f]*")
 # RFC 4918 10.4.2: lists in parentheses, state tokens in them; entity tags may hold any of these characters.
-_IF_TOKEN: Final = re.compile(r'\[(?:W/)?"[^"]*"\]|<[^>]*>|[()]|[^()<\[]+|[<\[]')
+_IF_TOKEN: Final = re.compile(r'\[(?:W/)?"[^"]*"\]|<[^<>]*>|[()]|[^()<\[]+|[<\[]')
+"""No reference has a `<` in it: looked for in one, a quarter of a million of them would take minutes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from proxy.gate.heads import (
     names_one_host,
     unfold,
 )
+from proxy.gate.http1 import MAX_HEAD_BYTES
 
 GOOD = (
     b"PUT /a%20b?c=d&e HTTP/1.1\r\nHost: a.example:8443\r\nX-Empty:\r\nX-Tab:\tb\tc \r\n"
@@ -170,6 +171,8 @@ def test_one_host(head: bytes, is_one: bool) -> None:
         (b"a\tb", b"a\tb"),
         (b"a\r\n b", b"a b"),
         (b"a \r\n\t  b\r\n c", b"a b c"),
+        (b" a\r\n \r\n\tb ", b" a  b "),
+        (b"a\n b", b"a b"),
         (b"a\rb", None),
         (b"a\r\nb: c", None),
         (b"a\x00", None),
@@ -182,6 +185,14 @@ def test_a_folded_response_is_unfolded(value: bytes, becomes: bytes | None) -> N
     if becomes is not None:
         assert response.headers.fields[:2] == ((b"x", becomes), (b"y", b"z"))
         assert not has_controls(response.headers)
+
+
+def test_unfolding_takes_no_longer_for_blanks() -> None:
+    """As many as a head may have, and no fold behind: work that grows by their square takes an hour."""
+    blanks = b"a" + b" \t" * (MAX_HEAD_BYTES // 2) + b"b"
+    response = Response.make(200, b"", Headers([(b"x", blanks), (b"y", b"a\r\n b")]))
+    assert unfold(response)
+    assert response.headers.fields[:2] == ((b"x", blanks), (b"y", b"a b"))
 
 
 def test_what_is_parsed_already_is_bounded_as_well() -> None:

@@ -167,6 +167,19 @@ def test_what_is_not_well_formed(body: bytes, decoded_bytes: int, refusal: Refus
     assert refused(body, decoded_bytes, announced=CRC32) == refusal
 
 
+def test_values_of_trailers_are_without_the_blanks_around_them() -> None:
+    body = chunk(b"abc") + b"0\r\nx-amz-checksum-crc32c: \t a b \t\r\n\r\n"
+    assert decode(body, 3, announced=CRC32C) == (b"abc", {"x-amz-checksum-crc32c": "a b"})
+
+
+def test_a_trailer_of_blanks_takes_no_longer_than_another() -> None:
+    """Work that grows by their cube takes six seconds for each of these."""
+    line = b"x-amz-checksum-crc32c:".ljust(MAX_LINE - 3) + b"\x01\r\n"
+    for _ in range(50):
+        with pytest.raises(RefusedError):
+            decode(b"0\r\n" + line + b"\r\n", 0, announced=CRC32C)
+
+
 def test_trailers_are_bounded() -> None:
     names = frozenset(f"x-amz-checksum-{number}" for number in range(MAX_TRAILERS + 1))
     body = b"0\r\n" + b"".join(name.encode() + b":a\r\n" for name in sorted(names)) + b"\r\n"

@@ -176,6 +176,12 @@ def test_whatever_else_if_says_stays_byte_for_byte(value: str) -> None:
         assert addresses(Mode.REVERSE, ("If", value)).conditions() == value.strip(" \t")
 
 
+def test_if_takes_no_longer_for_references_without_an_end() -> None:
+    """As many as a head may have: work that grows by their square takes minutes."""
+    value = "<" * (256 << 10)
+    assert addresses(Mode.REVERSE, ("If", value)).conditions() == value
+
+
 @pytest.mark.parametrize(
     ("reference", "becomes"),
     [
