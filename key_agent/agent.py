@@ -74,6 +74,9 @@ class Surroundings(Protocol):
     def lease_left_s(self) -> float | None:
         """For how long what is pushed now may be valid at most; None: no bound but the validity."""
 
+    def kek_changed(self) -> None:
+        """This environment's KEK is another one: the others have to know."""
+
 
 class Agent:
     """Use `Agent.open`; loops run inside `working`."""

@@ -184,6 +184,11 @@ class Environments:
         """For how long what is pushed now may be valid at most; None: no bound but the validity."""
         return self.peering.lease_left_s()
 
+    def kek_changed(self) -> None:
+        """This environment's KEK is another one: the others have to know."""
+        if self.incident_parts is not None:
+            self.incident_parts.reaction.wake()
+
     @property
     def is_elected(self) -> bool:
         """Whether an election makes the manager, and nobody's command."""

@@ -127,6 +127,8 @@ class KekRotation:
         if row is not None:
             agent.consent.succeed(row, proof)
         await agent.reload()
+        if agent.environments is not None:
+            agent.environments.kek_changed()
         # Said between the look and the commit: it holds for the new KEK too, and nothing more is done.
         self._check_consent()
 

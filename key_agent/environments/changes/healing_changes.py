@@ -19,7 +19,9 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from cryptography.exceptions import InvalidSignature
 
+from envelope.errors import FormatError
 from envelope.keys import TRANSITIONS as KEY_TRANSITIONS
 from envelope.keys import KeyState, KeyUse
 from key_agent.environments.breaches import TRANSITIONS, IncidentEvent, IncidentKind, IncidentState
@@ -31,7 +33,13 @@ from key_agent.environments.changes.incident_changes import (
     use_approval,
 )
 from key_agent.environments.shared.approvals import Action, payload_text
-from key_agent.environments.shared.documents import EnvironmentBody, IncidentBody, KekBody, Kind
+from key_agent.environments.shared.documents import (
+    EnvironmentBody,
+    IncidentBody,
+    KekBody,
+    Kind,
+    read_registry_key,
+)
 from key_agent.environments.shared.recovery import appointed, none_counts
 from key_agent.environments.states import EnvironmentEvent, EnvironmentState, follow_environment
 from key_agent.registry.access import RefusedChangeError
@@ -47,12 +55,33 @@ _KEK_ACTIVE: Final = "active"
 _PAST_HEALING: Final = (EnvironmentState.HEALED, EnvironmentState.REJOINING)
 
 
-class KekAnnouncement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+_SOUND: Final = (EnvironmentState.JOINING, EnvironmentState.ACTIVE, EnvironmentState.DRAINING)
+"""Environments whose KEK is believed by the key that administrators have compared when they joined."""
+_ANNOUNCED: Final = b"sealgate/v1 kek announcement\0"
+
+
+class KekAnnouncement(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """The KEK that an environment has now, in its agent's word."""
 
     environment: str
     kek_id: str
     kek: KekBody
+    signature: str = ""
+    """Hex, by the environment's registry key; of one that heals nobody asks for it."""
+
+    def signed_bytes(self, tenant: str) -> bytes:
+        unsigned = msgspec.structs.replace(self, signature="")
+        return _ANNOUNCED + msgspec.json.encode([tenant, unsigned], order="sorted")
+
+    def is_signed(self, tenant: str, registry_key: str) -> bool:
+        try:
+            key = read_registry_key(registry_key)
+            key.verify(bytes.fromhex(self.signature), self.signed_bytes(tenant))
+        except (FormatError, ValueError, InvalidSignature):
+            return False
+        return True
 
 
 def kek_fingerprint(kek_id: str, body: KekBody) -> str:
@@ -69,18 +98,31 @@ def kek_fingerprint(kek_id: str, body: KekBody) -> str:
     return "-".join(text[at : at + 4] for at in range(0, len(text), 4))
 
 
-def take_kek(draft: "Draft", told: KekAnnouncement, *, now_ms: int) -> bool:
-    """The KEK that an environment has made to heal; False if the rows name it already.
+def announces_kek(body: EnvironmentBody) -> bool:
+    """Whether that environment may have another KEK than its row names: made to heal, or rotated to."""
+    return body.state is EnvironmentState.HEALING or body.state in _SOUND
 
-    The one before it is not trusted again. RefusedChangeError: the environment does not heal.
+
+def take_kek(draft: "Draft", told: KekAnnouncement, *, tenant: str, now_ms: int) -> bool:
+    """The KEK that an environment has made to heal, or has rotated to; False if the rows name it already.
+
+    The one before it is not trusted again. A sound environment has signed it, by the key that administrators
+    have compared; of one that heals they compare the KEK itself, and until then its state lets it have no
+    keys. RefusedChangeError: neither of both.
     """
     body = _environment(draft.shared, told.environment)
     if body.kek_id == told.kek_id:
         return False
-    if body.state is not EnvironmentState.HEALING or told.kek.environment != told.environment:
+    if not announces_kek(body) or told.kek.environment != told.environment:
         raise RefusedChangeError(
             f"{told.environment} is {body.state}: it announces no KEK",
             f"`key-agent env status {told.environment}`",
+        )
+    is_healing = body.state is EnvironmentState.HEALING
+    if not is_healing and (body.registry_key_exposed or not told.is_signed(tenant, body.registry_key)):
+        raise RefusedChangeError(
+            f"nobody whom the rows name has signed that KEK {told.kek_id} is {told.environment}'s",
+            f"find out who speaks for {told.environment}; `key-agent incident open` if nobody should",
         )
     if told.kek_id in draft.shared.keks:
         raise RefusedChangeError(
@@ -113,7 +155,12 @@ def recover(draft: "Draft", name: str, *, registry_key: str, kek_id: str, kek: K
         state=body.state if body.state.counts else EnvironmentState.HEALING,
     )
     draft.put(Kind.ENVIRONMENT, name, changed)
-    take_kek(draft, KekAnnouncement(environment=name, kek_id=kek_id, kek=kek), now_ms=now_ms)
+    announced = KekAnnouncement(environment=name, kek_id=kek_id, kek=kek)
+    if changed.state is not EnvironmentState.HEALING and changed.kek_id != kek_id:
+        raise RefusedChangeError(
+            f"{name} is {changed.state}, and its KEK another one", "wait until its rows name that one"
+        )
+    take_kek(draft, announced, tenant="", now_ms=now_ms)
 
 
 def open_incidents(shared: "Shared", environment: str) -> dict[str, IncidentBody]:

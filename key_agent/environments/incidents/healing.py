@@ -106,7 +106,7 @@ class Healing:
         return changed
 
     async def take_kek(self, told: KekAnnouncement) -> None:
-        """An environment that heals has a new KEK: its agent says so. RefusedChangeError."""
+        """An environment has a new KEK: its agent says so. RefusedChangeError."""
         self._journal.note(
             "kek-announced",
             environment=told.environment,
@@ -115,7 +115,7 @@ class Healing:
         )
 
         def change(draft: Draft) -> None:
-            changes.take_kek(draft, told, now_ms=self._now_ms())
+            changes.take_kek(draft, told, tenant=self._peering.tenant, now_ms=self._now_ms())
 
         await self._incidents.write(change)
 

@@ -8,7 +8,7 @@
 3. Whom a rescue lets open objects loses that at the moment it ends: those keys are pushed anew.
 4. A KEK that was made anew while the environment heals is announced to the manager until the rows name it.
    That makes it nobody's to trust: an administrator compares its fingerprint (`heal-complete --kek`). One
-   that a sound environment rotated to is followed by the manager itself.
+   that a sound environment rotated to is announced too, signed with its registry key, and followed.
 5. A KEK from which keys are taken once more, by the word of two administrators (recovery.py), is left alone
    until an environment counts again; then it is disabled as it was before.
 """
@@ -17,11 +17,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Final, NoReturn
 
+import msgspec
 import structlog
 
 from envelope.errors import SealgateError
 from key_agent.environments.changes.founding import kek_body
-from key_agent.environments.changes.healing_changes import KekAnnouncement
+from key_agent.environments.changes.healing_changes import KekAnnouncement, announces_kek
 from key_agent.environments.changes.incident_changes import KEK_COMPROMISED
 from key_agent.environments.incidents.healing import Canary
 from key_agent.environments.keys.proofs import Proofs
@@ -73,6 +74,10 @@ class Reaction:
         peering.listen(self._changed)
 
     def _changed(self, _view: Shared) -> None:
+        self.wake()
+
+    def wake(self) -> None:
+        """The own KEK is another one."""
         self._wake.set()
 
     async def run(self) -> NoReturn:
@@ -149,19 +154,21 @@ class Reaction:
 
     async def _announce(self, view: Shared, row: KekRow | None) -> None:
         own = view.environments.get(self._peering.environment)
-        if own is None or own.state is not EnvironmentState.HEALING:
+        if own is None or not announces_kek(own):
             return
         if row is None or row.kek is None or row.state is not KekState.ACTIVE:
             return
         if row.reference.kek_id == own.kek_id:
             return
-        await self._tell(
-            KekAnnouncement(
-                environment=self._peering.environment,
-                kek_id=row.reference.kek_id,
-                kek=kek_body(row, self._peering.environment),
-            )
+        told = KekAnnouncement(
+            environment=self._peering.environment,
+            kek_id=row.reference.kek_id,
+            kek=kek_body(row, self._peering.environment),
         )
+        if own.state is not EnvironmentState.HEALING:
+            signature = self._peering.signed(told.signed_bytes(self._peering.tenant))
+            told = msgspec.structs.replace(told, signature=signature)
+        await self._tell(told)
 
     async def _erase(self, view: Shared) -> None:
         """Rule 2, second half."""

@@ -409,6 +409,10 @@ class Peering:
         )
         self.evaluate()
 
+    def signed(self, content: bytes) -> str:
+        """By this environment's registry key, in hex."""
+        return self._registry_key.sign(content).hex()
+
     # Answering.
 
     def answer(self, question: Question) -> Heartbeat:

@@ -1,9 +1,11 @@
 """The one road back demands what it says at each step; rescue and retirement take two persons and no less."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from envelope.keys import KeyState, KeyUse
 from key_agent.environments.breaches import Declaration, IncidentKind, IncidentState
@@ -12,6 +14,7 @@ from key_agent.environments.changes import incident_changes as changes
 from key_agent.environments.changes.healing_changes import KekAnnouncement, kek_fingerprint
 from key_agent.environments.changes.incident_changes import Opening
 from key_agent.environments.shared.approvals import Action, ApprovalError
+from key_agent.environments.shared.registry_key import public_text
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
 from tests.key_agent.environments.rows import NOW_MS, TENANT, World
@@ -52,7 +55,7 @@ def announce(world: World, kek_id: str = "kek-a2") -> KekAnnouncement:
     told = KekAnnouncement(
         environment="a", kek_id=kek_id, kek=world.kek("a", created_at_ms=world.now_ms, version=2)
     )
-    world.change(lambda draft: healing.take_kek(draft, told, now_ms=world.now_ms))
+    world.change(lambda draft: healing.take_kek(draft, told, tenant=TENANT, now_ms=world.now_ms))
     return told
 
 
@@ -117,7 +120,6 @@ def test_a_breach_after_its_return_is_another_one_though_the_first_is_not_closed
     told = announce(world)
     complete(world, fingerprint=fingerprint(told))
     admit(world, "lb-1")
-    assert breach(world) == "inc-1", "it has not returned"
     world.change(lambda draft: healing.readmit(draft, "a", now_ms=world.now_ms))
     assert state(world) is E.ACTIVE
     assert breach(world) == "inc-2"
@@ -171,13 +173,87 @@ def test_what_was_exposed_has_to_be_new(world: World, kind: IncidentKind) -> Non
     assert world.rows.keks["kek-a"].state == changes.KEK_COMPROMISED
 
 
+def rotated(
+    world: World, key: Ed25519PrivateKey, kek_id: str = "kek-a2", tenant: str = TENANT
+) -> KekAnnouncement:
+    told = KekAnnouncement(
+        environment="a", kek_id=kek_id, kek=world.kek("a", created_at_ms=world.now_ms, version=2)
+    )
+    return msgspec.structs.replace(told, signature=key.sign(told.signed_bytes(tenant)).hex())
+
+
+def take(world: World, told: KekAnnouncement) -> bool:
+    return world.change(lambda draft: healing.take_kek(draft, told, tenant=TENANT, now_ms=world.now_ms))
+
+
+def set_a(world: World, **changes: Any) -> None:
+    world.rows.environments["a"] = msgspec.structs.replace(world.rows.environments["a"], **changes)
+
+
+@pytest.mark.parametrize("sound", [E.JOINING, E.ACTIVE, E.DRAINING])
+def test_a_kek_that_a_sound_environment_rotated_to_is_followed(world: World, sound: EnvironmentState) -> None:
+    key = Ed25519PrivateKey.generate()
+    set_a(world, registry_key=public_text(key), state=sound)
+    told = rotated(world, key)
+    assert take(world, told)
+    body = world.rows.environments["a"]
+    assert (body.kek_id, body.kms_type, body.state) == ("kek-a2", told.kek.method, sound)
+    assert (world.rows.keks["kek-a"].state, world.rows.keks["kek-a2"]) == ("deactivated", told.kek)
+    assert take(world, told) is False
+    world.now_ms += 1
+    assert take(world, rotated(world, key, "kek-a3"))
+    with pytest.raises(RefusedChangeError, match="an old one"):
+        take(world, told)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda told, key: msgspec.structs.replace(told, signature=""),
+        lambda told, key: msgspec.structs.replace(told, signature="zz"),
+        lambda told, key: msgspec.structs.replace(told, kek_id="kek-a3"),
+        lambda told, key: msgspec.structs.replace(
+            told, kek=msgspec.structs.replace(told.kek, public_key="another")
+        ),
+        lambda told, key: msgspec.structs.replace(told, signature=key.sign(told.signed_bytes("other")).hex()),
+        lambda told, key: msgspec.structs.replace(
+            told, signature=Ed25519PrivateKey.generate().sign(told.signed_bytes(TENANT)).hex()
+        ),
+    ],
+    ids=["unsigned", "no-hex", "another-id", "another-key", "another-tenant", "another-signer"],
+)
+def test_a_kek_that_its_environment_has_not_signed_is_not(
+    world: World, spoil: Callable[[KekAnnouncement, Ed25519PrivateKey], KekAnnouncement]
+) -> None:
+    """Whoever has an agent's TLS certificate alone would else be sent every key."""
+    key = Ed25519PrivateKey.generate()
+    set_a(world, registry_key=public_text(key))
+    before = world.rows
+    with pytest.raises(RefusedChangeError, match="nobody whom the rows name"):
+        take(world, spoil(rotated(world, key), key))
+    assert world.rows == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"state": E.HEALED}, {"state": E.REJOINING}, {"state": E.RETIRED}, {"registry_key_exposed": True}],
+    ids=["healed", "rejoining", "retired", "exposed"],
+)
+def test_a_signature_is_not_enough_of_whom_nobody_trusts(world: World, changes: dict[str, Any]) -> None:
+    """On its way back an environment has the KEK that an administrator has compared, and no other one."""
+    key = Ed25519PrivateKey.generate()
+    set_a(world, registry_key=public_text(key), **changes)
+    with pytest.raises(RefusedChangeError):
+        take(world, rotated(world, key))
+
+
 def test_a_kek_of_before_the_breach_is_not_new(world: World) -> None:
     """Made before, announced after: an attacker may have been there when it was."""
     breach(world)
     old = KekAnnouncement(
         environment="a", kek_id="kek-a2", kek=world.kek("a", created_at_ms=NOW_MS, version=2)
     )
-    world.change(lambda draft: healing.take_kek(draft, old, now_ms=world.now_ms))
+    world.change(lambda draft: healing.take_kek(draft, old, tenant=TENANT, now_ms=world.now_ms))
     with pytest.raises(RefusedChangeError, match="not newer"):
         complete(world, fingerprint=fingerprint(old))
 
@@ -213,8 +289,8 @@ def test_the_fingerprint_is_over_everything_that_makes_a_kek() -> None:
     assert kek_fingerprint("k", msgspec.structs.replace(kek, state="x", since_ms=9)) in found
 
 
-def test_only_an_environment_that_heals_announces_a_kek(world: World) -> None:
-    with pytest.raises(RefusedChangeError, match="announces no KEK"):
+def test_only_an_environment_that_heals_announces_a_kek_by_its_certificate_alone(world: World) -> None:
+    with pytest.raises(RefusedChangeError, match="nobody whom the rows name"):
         announce(world)
     breach(world)
     with pytest.raises(RefusedChangeError, match="old one"):

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
@@ -20,13 +20,20 @@ from key_agent.environments.shared.documents import Kind
 from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentState
 from key_agent.errors import KekRevokedError, UnsupportedError
+from key_agent.operations.kek_making import KekWish
+from key_agent.operations.kek_rotation import KekRotation
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
 from key_agent.sources.source import Diagnosis, Verdict
 from tests.environments.breaches import BreachedSite, breached_members
+from tests.environments.healing_site import healing_site
+from tests.environments.key_site import states
 from tests.key_agent.conftest import until
 from tests.pki import Tenant
+
+if TYPE_CHECKING:
+    from key_agent.agent import Agent
 
 E, S = EnvironmentState, KeyState
 
@@ -360,3 +367,25 @@ async def test_at_the_end_of_a_rescue_its_keys_are_pushed_anew(site: BreachedSit
     assert agent.at_once_calls == 0
     await until(lambda: agent.at_once_calls > 0)
     assert site["c"].now_ms() >= until_ms
+
+
+async def test_a_sound_environment_that_rotates_its_kek_is_followed(tmp_path: Path, acme: Tenant) -> None:
+    """Or the others would go on sending keys for the KEK that is gone, and none would become active."""
+    async with healing_site(tmp_path, acme, "abc") as healing:
+        for name in "ab":
+            member = healing[name]
+            old = await member.kek()
+            kek = (await KekRotation(cast("Agent", member)).run(KekWish()))["kek"]
+
+            def is_known(name: str = name, kek: object = kek) -> bool:
+                views = [healing[one].peering.view for one in "abc"]
+                return all(view.environments[name].kek_id == kek for view in views)
+
+            await until(is_known, timeout_s=60)
+            view = healing["c"].peering.view
+            assert view.keks[old.reference.kek_id].state == "deactivated"
+            assert view.environments[name].state is E.ACTIVE
+        made = await healing["a"].manager.rotate(None, None)
+        await until(lambda: {states(healing["c"]).get(key) for key in made} == {S.ACTIVE}, timeout_s=60)
+        for name in "abc":
+            assert await healing[name].opens(made)
