@@ -3,14 +3,17 @@
 1. The word goes to every proxy that this agent feeds or has fed, whether keys flow or not: one that must not
    serve has to know, whatever it still holds.
 2. It has been told once it is in force there. Who cannot be told is tried again; its keys end by themselves.
-3. A proxy that restarted has forgotten it, and serves nothing until it hears it. Every RESTATE_S the word is
-   said again; to many proxies less often, as presence.py asks them.
+3. A proxy that restarted has forgotten it, and serves nothing until it hears it. Within RESTATE_S the word is
+   said again; to many proxies less often, as presence.py asks them. Those that were told together are told
+   again one by one: a word that changes does not find all of them busy with the one before.
 4. An environment by itself, without shared rows, tells nobody anything.
 5. One that is active while its KEK cannot be used (an HSM that hangs, a refused login, a revoked KEK) says
    that it is draining, so load balancers send callers to the others. Its proxies go on with the keys that
    they have, as long as those are valid and not taken back. (A key server that throttles us works, and the
    others would be throttled next.) So does one whose HSM is merely slow
    (sources/pace.py): long before a time-out tells that it hangs, callers are elsewhere.
+6. What is said is what is true when it leaves, not when it began to wait. Proxies that do not answer wait
+   apart from those that do (push/places.py).
 """
 
 import asyncio
@@ -23,6 +26,7 @@ import structlog
 from key_agent.consent import Consent, Standing
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
+from key_agent.push.places import Places
 from key_agent.push.targets import Targets
 from key_agent.push.transport import EnvironmentWord, PushError, Transport
 from key_agent.refresh import wait_until
@@ -40,7 +44,14 @@ RESTATE_S: Final = 5.0
 MAX_RESTATEMENTS_PER_S: Final = 50
 """What nobody waits for is not worth a core: proxies that restarted get their keys no sooner."""
 TIMEOUT_S: Final = 5.0
-CONCURRENT: Final = 128
+AT_ONCE: Final = {"quick": 128, "slow": 384}
+_SHORTEST: Final = 0.5
+"""Of the longest pause between two words to one proxy: the pauses are spread between the two."""
+_SPREAD: Final = (5**0.5 - 1) / 2
+"""Multiples of it, without their integers, fill the range from 0 to 1 evenly, however many there are."""
+_LOOK_S: Final = 1.0
+_MIN_LOOK_S: Final = 0.25
+"""Who is due is looked up so often at most: a look is at every proxy."""
 _FIRST_RETRY_S: Final = 0.25
 _MAX_RETRY_S: Final = 5.0
 _USABLE: Final = frozenset({Standing.CONSENTED, Standing.UNPROVEN, Standing.THROTTLED})
@@ -66,6 +77,7 @@ class Telling:
         journal: Journal,
         clock: Clock,
         word: Callable[[], EnvironmentWord | None],
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         """*word*: what is to be told now; None: nothing."""
         self._transport = transport
@@ -74,7 +86,9 @@ class Telling:
         self._clock = clock
         self._word = word
         self._wake = asyncio.Event()
-        self._places = asyncio.Semaphore(CONCURRENT)
+        self._timeout_s = timeout_s
+        self._places = Places(**AT_ONCE)
+        self._restated = 0
         self._told: dict[str, Told] = {}
         self._next_s: dict[str, float] = {}
         self._failures: dict[str, int] = {}
@@ -143,7 +157,7 @@ class Telling:
         for gone in self._told.keys() - proxies.keys():
             del self._told[gone]
         now_s = self._clock.boot_s()
-        next_s = now_s + self._restate_s()
+        next_s = now_s + self._longest_pause_s()
         for name, proxy in proxies.items():
             told = self._told.get(name)
             is_new = told is None or told.word != word
@@ -155,22 +169,33 @@ class Telling:
                 group.create_task(self._tell(proxy, word), name=f"environment:{name}")
             else:
                 next_s = min(next_s, due_s)
-        return next_s
+        if self._under_way:  # when they are due again is not known yet
+            next_s = min(next_s, now_s + _LOOK_S)
+        return max(next_s, now_s + _MIN_LOOK_S)
 
-    def _restate_s(self) -> float:
-        return max(RESTATE_S, len(self._targets.proxies) / MAX_RESTATEMENTS_PER_S)
+    def _longest_pause_s(self) -> float:
+        mean_s = len(self._targets.proxies) / MAX_RESTATEMENTS_PER_S
+        return max(RESTATE_S, mean_s * 2 / (1 + _SHORTEST))
+
+    def _pause_s(self) -> float:
+        """Until one that acts on the word hears it again (rule 3)."""
+        self._restated += 1
+        part = 1 - (1 - _SHORTEST) * (self._restated * _SPREAD % 1)
+        return part * (self._longest_pause_s() - _MIN_LOOK_S)
 
     async def _tell(self, proxy: Proxy, word: EnvironmentWord) -> None:
         error: str | None = None
         try:
-            async with self._places, asyncio.timeout(TIMEOUT_S):
-                found = await self._transport.tell_environment(proxy, word)
+            async with self._places.taken(is_slow=bool(self._failures.get(proxy.id))):
+                word = self._word() or word
+                async with asyncio.timeout(self._timeout_s):
+                    found = await self._transport.tell_environment(proxy, word)
             if (found.term, found.epoch) != (word.term, word.epoch) or found.state != word.state:
                 error = f"it acts on epoch {found.epoch} of term {found.term}: {found.state}"
         except PushError as failure:
             error = str(failure)
         except TimeoutError:
-            error = f"no answer within {TIMEOUT_S:g} s"
+            error = f"no answer within {self._timeout_s:g} s"
         except Exception as failure:  # noqa: BLE001 - whatever one proxy does stops no loop; told by its name
             error = type(failure).__name__
         self._note(proxy.id, word, error)
@@ -183,7 +208,7 @@ class Telling:
         failures = 0 if error is None else self._failures.get(name, 0) + 1
         self._failures[name] = failures
         pause_s = min(_MAX_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
-        self._next_s[name] = now_s + (pause_s if failures else self._restate_s())
+        self._next_s[name] = now_s + (pause_s if failures else self._pause_s())
         if before is None or before.word.state != word.state or (before.error is None) != (error is None):
             if error is None:
                 self._journal.note("environment-told", proxy=name, state=word.state, epoch=word.epoch)

@@ -1,6 +1,7 @@
 """Every proxy acts on the environment's newest word, soon, and again after it forgot."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +13,14 @@ import pytest
 
 from key_agent.consent import Consent, EnvironmentStanding, Standing
 from key_agent.environments.peers.standing import Verdict
-from key_agent.environments.peers.telling import MAX_RESTATEMENTS_PER_S, RESTATE_S, TIMEOUT_S, Telling, said
+from key_agent.environments.peers.telling import (
+    AT_ONCE,
+    MAX_RESTATEMENTS_PER_S,
+    RESTATE_S,
+    TIMEOUT_S,
+    Telling,
+    said,
+)
 from key_agent.environments.shared.registry_lease import Position
 from key_agent.journal import Journal
 from key_agent.push.targets import Targets
@@ -38,7 +46,9 @@ class AheadClock(SystemClock):
 
 
 class Site:
-    def __init__(self, proxies: list[FakeProxy], directory: Path, clock: Clock) -> None:
+    def __init__(
+        self, proxies: list[FakeProxy], directory: Path, clock: Clock, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self.proxies = proxies
         self.word: EnvironmentWord | None = None
         rows = {proxy.id: Proxy(id=proxy.id, url="https://unused", ca_pem="") for proxy in proxies}
@@ -50,6 +60,7 @@ class Site:
             journal=Journal(AuditLog.open(self.audit, clock)),
             clock=clock,
             word=lambda: self.word,
+            timeout_s=timeout_s,
         )
 
     def say(self, state: str, epoch: int) -> None:
@@ -67,11 +78,16 @@ class Site:
 
 @asynccontextmanager
 async def telling(
-    tmp_path: Path, clock: Clock | None = None, *, kind: type[FakeProxy] = FakeProxy, count: int = 3
+    tmp_path: Path,
+    clock: Clock | None = None,
+    *,
+    kind: type[FakeProxy] = FakeProxy,
+    count: int = 3,
+    timeout_s: float = TIMEOUT_S,
 ) -> AsyncIterator[Site]:
     clock = clock or SystemClock()
     proxies = [kind(id=f"proxy-{number}", clock=clock, signers={}) for number in range(count)]
-    site = Site(proxies, tmp_path, clock)
+    site = Site(proxies, tmp_path, clock, timeout_s)
     task = asyncio.create_task(site.telling.run())
     try:
         yield site
@@ -98,7 +114,9 @@ async def test_a_change_is_told_at_once_and_an_unchanged_word_again(tmp_path: Pa
 
 async def test_many_are_told_at_once_and_again_less_often(tmp_path: Path) -> None:
     clock = AheadClock()
-    count = 2 * int(MAX_RESTATEMENTS_PER_S * RESTATE_S)
+    count = 4 * int(MAX_RESTATEMENTS_PER_S * RESTATE_S)
+    # Two thirds to four thirds of what MAX_RESTATEMENTS_PER_S comes to.
+    longest_s = count / MAX_RESTATEMENTS_PER_S * 4 / 3
     async with telling(tmp_path, clock, count=count) as site:
         site.say("active", 1)
         await until(lambda: site.all_act_on(1))
@@ -110,10 +128,54 @@ async def test_many_are_told_at_once_and_again_less_often(tmp_path: Path) -> Non
         await until(lambda: site.all_act_on(2))
         assert {len(proxy.words) for proxy in site.proxies} == {2}, "a change is told to each, once"
         told_boot_s = max(told.at_boot_s for told in site.telling.told.values())
-        clock.ahead_s += told_boot_s + 2 * RESTATE_S + 1 - clock.boot_s()
+        clock.ahead_s += told_boot_s + longest_s + 1 - clock.boot_s()
         site.telling.wake()
         await until(lambda: all(len(proxy.words) >= 3 for proxy in site.proxies))
         assert site.proxies[0].words[-1].state == "healing"
+
+
+async def test_who_was_told_together_is_told_again_one_by_one(tmp_path: Path) -> None:
+    clock = ManualClock()
+    count, step_s = 40, 0.25
+    async with telling(tmp_path, clock, count=count) as site:
+        await clock.settle()  # it waits for a word: one wake alone
+        site.say("active", 1)
+        await clock.settle()
+        assert site.all_act_on(1)
+        heard = [sum(len(proxy.words) for proxy in site.proxies)]
+        for _ in range(int(RESTATE_S / step_s)):
+            await clock.advance(step_s)
+            heard.append(sum(len(proxy.words) for proxy in site.proxies))
+        assert min(len(proxy.words) for proxy in site.proxies) == 2, "nobody waits longer"
+        assert max(later - before for before, later in itertools.pairwise(heard)) <= count // 4
+
+
+async def test_who_still_waits_when_the_word_changes_hears_the_new_one_alone(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with telling(tmp_path, clock, kind=Gated, count=AT_ONCE["quick"] + 2) as site:
+        site.say("active", 1)
+        await clock.settle()
+        site.say("healing", 2)
+        await clock.settle()
+        for proxy in site.proxies:
+            assert isinstance(proxy, Gated)
+            proxy.gate.set()
+        await clock.settle()
+        assert site.all_act_on(2)
+        heard = [[word.state for word in proxy.words] for proxy in site.proxies]
+        assert heard[: AT_ONCE["quick"]] == [["active", "healing"]] * AT_ONCE["quick"]
+        assert heard[AT_ONCE["quick"] :] == [["healing"]] * 2
+
+
+async def test_however_many_hang_the_others_are_told_before_those_are_given_up(tmp_path: Path) -> None:
+    count = AT_ONCE["quick"] + 50
+    async with telling(tmp_path, count=count, timeout_s=3600) as site:
+        *dead, alive = site.proxies
+        for proxy in dead:
+            proxy.hanging = True
+        site.say("healing", 1)
+        await until(lambda: alive.words)
+        assert not any(proxy.words for proxy in dead)
 
 
 async def test_one_that_hangs_keeps_nobody_waiting(tmp_path: Path) -> None:
