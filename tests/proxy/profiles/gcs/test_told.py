@@ -67,6 +67,8 @@ def test_what_is_cleared_is_cleared_but_for_the_mark() -> None:
     assert told({"metadata": None}, mark="5", entries=("a", "b")) == {
         "metadata": {"a": None, "b": None, MARK: "5"}
     }
+    # What the client does not speak of it does not clear.
+    assert told({"name": "o"}, mark="5", entries=("a", "b")) == {"name": "o", "metadata": {MARK: "5"}}
 
 
 def test_what_changes_metadata() -> None:
