@@ -7,6 +7,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+import certs.pki
 from envelope.certificates import CertificateError
 from key_agent.push.revocations import Revocations
 from tests.key_agent.push.revocation_lists import LAST_UPDATE, make_list, write_lists
@@ -118,6 +119,27 @@ def test_a_chain_whose_authority_has_no_list_is_refused(acme: Tenant, path: Path
         revocations.check(
             (other.service("s3").certificate, other.root.certificate, acme.root.certificate), now_s=NOW_S
         )
+
+
+def test_the_list_of_an_authority_below_the_root_is_its_own_word(acme: Tenant, path: Path) -> None:
+    """Whoever writes the file could else take back what it has revoked, under its name."""
+    subject = certs.pki.name("acme agents", "acme")
+    below, impostor = (certs.pki.make_ca(subject, issuer=acme.root) for _ in range(2))
+    leaf = certs.pki.make_ca(certs.pki.name("leaf"), issuer=below).certificate
+    chain = (leaf, below.certificate, acme.root.certificate)
+
+    def code(*lists: x509.CertificateRevocationList) -> str:
+        write_lists(path, make_list(acme.root), *lists)
+        try:
+            Revocations(path, acme.root.certificate).check(chain, now_s=NOW_S)
+        except CertificateError as error:
+            return error.code
+        return "good"
+
+    assert code(make_list(below)) == "good"
+    assert code(make_list(impostor)) == "revocation-list"
+    assert code() == "revocation-list"
+    assert code(make_list(below, [leaf])) == "revoked"
 
 
 def test_the_standing_changes_with_each_of_several_lists(acme: Tenant, path: Path) -> None:
