@@ -57,3 +57,10 @@ def test_what_is_written_otherwise_stays(query: str) -> None:
 
 def test_a_selection_in_the_head() -> None:
     assert of(LIST, x_goog_fieldmask="items(size)") == Selection(bucket="my-box", is_partial=True)
+
+
+@pytest.mark.parametrize("query", ["fields=items(size)", "fields=items(metadata)", "fields=*"])
+def test_a_selection_in_the_head_and_another_in_the_query(query: str) -> None:
+    """Which of them counts the service knows."""
+    both = of(f"{LIST}?{query}", x_goog_fieldmask="items(size)")
+    assert both == Selection(bucket="my-box", is_partial=True)
