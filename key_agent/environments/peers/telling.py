@@ -3,9 +3,8 @@
 1. The word goes to every proxy that this agent feeds or has fed, whether keys flow or not: one that must not
    serve has to know, whatever it still holds.
 2. It has been told once it is in force there. Who cannot be told is tried again; its keys end by themselves.
-3. A proxy that restarted has forgotten it, and serves nothing until it hears it. Within RESTATE_S the word is
-   said again; to many proxies less often, as presence.py asks them. Those that were told together are told
-   again one by one: a word that changes does not find all of them busy with the one before.
+3. A proxy that restarted has forgotten it, and serves nothing until it hears it. Every RESTATE_S the word is
+   said again; to many proxies less often, as presence.py asks them.
 4. An environment by itself, without shared rows, tells nobody anything.
 5. One that is active while its KEK cannot be used (an HSM that hangs, a refused login, a revoked KEK) says
    that it is draining, so load balancers send callers to the others. Its proxies go on with the keys that
@@ -45,13 +44,6 @@ MAX_RESTATEMENTS_PER_S: Final = 50
 """What nobody waits for is not worth a core: proxies that restarted get their keys no sooner."""
 TIMEOUT_S: Final = 5.0
 AT_ONCE: Final = {"quick": 128, "slow": 384}
-_SHORTEST: Final = 0.5
-"""Of the longest pause between two words to one proxy: the pauses are spread between the two."""
-_SPREAD: Final = (5**0.5 - 1) / 2
-"""Multiples of it, without their integers, fill the range from 0 to 1 evenly, however many there are."""
-_LOOK_S: Final = 1.0
-_MIN_LOOK_S: Final = 0.25
-"""Who is due is looked up so often at most: a look is at every proxy."""
 _FIRST_RETRY_S: Final = 0.25
 _MAX_RETRY_S: Final = 5.0
 _USABLE: Final = frozenset({Standing.CONSENTED, Standing.UNPROVEN, Standing.THROTTLED})
@@ -88,7 +80,6 @@ class Telling:
         self._wake = asyncio.Event()
         self._timeout_s = timeout_s
         self._places = Places(**AT_ONCE)
-        self._restated = 0
         self._told: dict[str, Told] = {}
         self._next_s: dict[str, float] = {}
         self._failures: dict[str, int] = {}
@@ -157,7 +148,7 @@ class Telling:
         for gone in self._told.keys() - proxies.keys():
             del self._told[gone]
         now_s = self._clock.boot_s()
-        next_s = now_s + self._longest_pause_s()
+        next_s = now_s + self._restate_s()
         for name, proxy in proxies.items():
             told = self._told.get(name)
             is_new = told is None or told.word != word
@@ -169,19 +160,10 @@ class Telling:
                 group.create_task(self._tell(proxy, word), name=f"environment:{name}")
             else:
                 next_s = min(next_s, due_s)
-        if self._under_way:  # when they are due again is not known yet
-            next_s = min(next_s, now_s + _LOOK_S)
-        return max(next_s, now_s + _MIN_LOOK_S)
+        return next_s
 
-    def _longest_pause_s(self) -> float:
-        mean_s = len(self._targets.proxies) / MAX_RESTATEMENTS_PER_S
-        return max(RESTATE_S, mean_s * 2 / (1 + _SHORTEST))
-
-    def _pause_s(self) -> float:
-        """Until one that acts on the word hears it again (rule 3)."""
-        self._restated += 1
-        part = 1 - (1 - _SHORTEST) * (self._restated * _SPREAD % 1)
-        return part * (self._longest_pause_s() - _MIN_LOOK_S)
+    def _restate_s(self) -> float:
+        return max(RESTATE_S, len(self._targets.proxies) / MAX_RESTATEMENTS_PER_S)
 
     async def _tell(self, proxy: Proxy, word: EnvironmentWord) -> None:
         error: str | None = None
@@ -208,7 +190,7 @@ class Telling:
         failures = 0 if error is None else self._failures.get(name, 0) + 1
         self._failures[name] = failures
         pause_s = min(_MAX_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10))
-        self._next_s[name] = now_s + (pause_s if failures else self._pause_s())
+        self._next_s[name] = now_s + (pause_s if failures else self._restate_s())
         if before is None or before.word.state != word.state or (before.error is None) != (error is None):
             if error is None:
                 self._journal.note("environment-told", proxy=name, state=word.state, epoch=word.epoch)
