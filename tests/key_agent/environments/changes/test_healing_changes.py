@@ -14,6 +14,7 @@ from key_agent.environments.changes import incident_changes as changes
 from key_agent.environments.changes.healing_changes import KekAnnouncement, kek_fingerprint
 from key_agent.environments.changes.incident_changes import Opening
 from key_agent.environments.shared.approvals import Action, ApprovalError
+from key_agent.environments.shared.draft import Draft
 from key_agent.environments.shared.registry_key import public_text
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
@@ -245,6 +246,75 @@ def test_a_signature_is_not_enough_of_whom_nobody_trusts(world: World, changes: 
     set_a(world, registry_key=public_text(key), **changes)
     with pytest.raises(RefusedChangeError):
         take(world, rotated(world, key))
+
+
+@pytest.mark.parametrize("is_healing", [False, True])
+def test_a_new_kek_ends_those_of_its_own_environment_and_nothing_else(world: World, is_healing: bool) -> None:
+    key = Ed25519PrivateKey.generate()
+    set_a(world, registry_key=public_text(key))
+    lost = msgspec.structs.replace(
+        world.kek("a", created_at_ms=0), state=changes.KEK_COMPROMISED, since_ms=NOW_MS - 9
+    )
+    world.rows.keks["kek-a0"] = lost
+    if is_healing:
+        breach(world, K.SUSPECTED)
+    before = dict(world.rows.keks)
+    told = rotated(world, key)
+    strange = msgspec.structs.replace(told, kek=world.kek("b", created_at_ms=world.now_ms, version=2))
+    signature = key.sign(strange.signed_bytes(TENANT)).hex()
+    with pytest.raises(RefusedChangeError, match="announces no KEK"):
+        take(world, msgspec.structs.replace(strange, signature=signature))
+    assert world.rows.keks == before
+    assert take(world, told)
+    after = world.rows.keks
+    assert {name: after[name] for name in ("kek-b", "kek-c", "kek-a0")} == {
+        name: before[name] for name in ("kek-b", "kek-c", "kek-a0")
+    }
+    assert (after["kek-a"].state, after["kek-a"].since_ms) == ("deactivated", world.now_ms)
+
+
+def test_an_environment_heals_because_of_its_own_incidents_alone(world: World) -> None:
+    for number, (kind, name) in enumerate([(K.RUNTIME, "b"), (K.DB, "a"), (K.SUSPECTED, "a")], start=1):
+        opening = Opening(
+            declared=Declaration(kind=kind, environment=name),
+            reason="IR",
+            since_ms=NOW_MS,
+            opened_by="ada",
+            idempotency_key=f"k{number}",
+        )
+
+        def change(draft: Draft, opening: Opening = opening) -> None:
+            changes.open_incident(draft, opening, exposed=frozenset(), now_ms=world.now_ms)
+
+        world.change(change)
+    assert list(healing.open_incidents(world.rows, "a")) == ["inc-3"]
+    assert list(healing.open_incidents(world.rows, "b")) == ["inc-1"]
+    with pytest.raises(RefusedChangeError, match="another fingerprint"):
+        complete(world, fingerprint="0000")  # not asked for, and compared all the same
+    assert complete(world, new_certificates=False), "nor a new KEK: nothing of that was asked of it"
+
+
+def test_a_kek_that_counts_is_not_exchanged_by_an_appointment(world: World) -> None:
+    """One that has come back by its own word goes on with the KEK that its row names."""
+    kek = world.kek("a", created_at_ms=world.now_ms, version=2)
+
+    def appoint(kek_id: str) -> None:
+        world.change(
+            lambda draft: healing.recover(
+                draft, "a", registry_key="k", kek_id=kek_id, kek=kek, now_ms=world.now_ms
+            )
+        )
+
+    with pytest.raises(RefusedChangeError, match="kek-a2"):
+        appoint("kek-a2")
+    appoint("kek-a")
+    body = world.rows.environments["a"]
+    assert (body.kek_id, body.registry_key, body.state) == ("kek-a", "k", E.ACTIVE)
+    assert not body.registry_key_exposed
+    for before, is_exposed in (("k", True), ("another", False)):
+        set_a(world, registry_key=before, registry_key_exposed=True)
+        appoint("kek-a")
+        assert world.rows.environments["a"].registry_key_exposed is is_exposed
 
 
 def test_a_kek_of_before_the_breach_is_not_new(world: World) -> None:
