@@ -55,6 +55,13 @@ def test_what_is_written_otherwise_stays(query: str) -> None:
     assert of(f"{LIST}?{query}") == Selection(bucket="my-box", is_partial=True)
 
 
+@pytest.mark.parametrize(
+    "query", ["fields=owner/entity", "fields=owner(entity)", "fields=items(size)", "fields=a,"]
+)
+def test_what_is_written_otherwise_of_one_object_stays(query: str) -> None:
+    assert of(f"{LIST}/a?{query}") == Selection(bucket="my-box", is_partial=True)
+
+
 def test_a_selection_in_the_head() -> None:
     assert of(LIST, x_goog_fieldmask="items(size)") == Selection(bucket="my-box", is_partial=True)
 
