@@ -31,7 +31,7 @@ def service_add(  # noqa: PLR0917 - typer calls it by name
     """
 
     def text(data: Any) -> str:
-        key = f"new key {data['new_key']}" if data["new_key"] else "its key exists already"
+        key = f"new key {data['new_key']}" if data["new_key"] else "with the keys that the service has"
         return f"{data['service']} at {data['proxy']}: {key}\n{outcomes_text(data)}"
 
     pem = read_pem(certificate)
