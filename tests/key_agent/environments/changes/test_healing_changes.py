@@ -471,6 +471,20 @@ def test_only_what_the_incident_compromised_is_rescued(world: World) -> None:
             rescue(world, [key], "a-1", world.now_ms + 1000)
 
 
+def test_a_rescue_is_of_this_incident_and_of_what_is_compromised(world: World) -> None:
+    """Each alone is not enough: one would name another incident's, one bring a suspended key back."""
+    breach(world)
+    key, until_ms = world.dek["s3-a"], world.now_ms + 1000
+    compromised = world.rows.deks[key]
+    approval = world.approve(Action.KEY_RESCUE, "inc-1", healing.rescue_payload([key], until_ms))
+    for changed in ({"incident_id": "inc-2"}, {"state": S.SUSPENDED}):
+        world.rows.deks[key] = msgspec.structs.replace(compromised, **changed)
+        with pytest.raises(RefusedChangeError, match="none that"):
+            rescue(world, [key], approval, until_ms)
+    world.rows.deks[key] = compromised
+    assert rescue(world, [key], approval, until_ms)
+
+
 def test_a_signing_key_is_not_rescued(world: World) -> None:
     """Whoever took it has signed with it. Two persons who have signed a list do not change that."""
     signing = world.dek["box-a"]
@@ -498,6 +512,17 @@ def retire(world: World, keys: list[str], approval: str, **more: Any) -> bool:
 def approve_end(world: World, keys: list[str], *, accept_loss: bool = False, by: str = "ada bob") -> str:
     payload = healing.retire_payload(keys, accept_loss=accept_loss)
     return world.approve(Action.KEYS_RETIRE, TENANT, payload, by=by)
+
+
+@pytest.mark.parametrize("state", [S.ACTIVE, S.PRE_ACTIVE, S.SUSPENDED])
+def test_a_key_that_is_needed_does_not_end_whoever_accepts_its_loss(world: World, state: KeyState) -> None:
+    """While an environment counts no two persons give up what the others use."""
+    key = world.dek["s3-a"]
+    world.rows.deks[key] = msgspec.structs.replace(world.rows.deks[key], state=state)
+    approval = approve_end(world, [key], accept_loss=True)
+    with pytest.raises(RefusedChangeError, match="only a deactivated or compromised one"):
+        retire(world, [key], approval, accept_loss=True)
+    assert world.rows.deks[key].state is state
 
 
 def test_a_key_that_seals_nothing_any_more_ends_by_two_persons(world: World) -> None:
