@@ -124,6 +124,14 @@ def test_a_new_kek_that_is_lost_as_well_is_another_incident(world: World, kind: 
     assert open_it(world, opening(kind, key="k3")) == ("inc-2", False)
 
 
+@pytest.mark.parametrize("kind", [K.SUSPECTED, K.RUNTIME, K.KEK, K.DB, K.SERVICE_CERT])
+def test_a_breached_runtime_alone_exposes_the_agents_registry_key(world: World, kind: IncidentKind) -> None:
+    """Nothing that it signs begins a term from then on."""
+    open_it(world, opening(kind))
+    exposed = {name: body.registry_key_exposed for name, body in world.rows.environments.items()}
+    assert exposed == {"a": kind is K.RUNTIME, "b": False, "c": False}
+
+
 def test_a_key_of_another_incident_is_refused(world: World) -> None:
     open_it(world, opening())
     before = world.rows
