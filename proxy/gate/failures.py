@@ -2,10 +2,19 @@
 
 1. A refusal of the gate's own is a `VetoError`: the client is told the refusal, the log alone the cause.
 2. The text of any other error may quote a body: a log names its type and its place (`origin_of`).
+3. Of a request it names the method and the beginning of the host, as it was sent: paths and query strings may
+   be the user's, and what mitmproxy makes of a host for people takes a second where a client makes it long.
 """
+
+from typing import Final
+
+from mitmproxy.http import Request
 
 from proxy import refusals
 from proxy.refusals import Refusal, RefusedError
+
+_METHOD_CHARS: Final = 20
+_HOST_CHARS: Final = 100
 
 
 class VetoError(RefusedError):
@@ -25,6 +34,12 @@ def the[T](value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise VetoError(refusals.INTERNAL, f"{type(value).__name__} instead of {kind.__name__}")
     return value
+
+
+def described(request: Request) -> str:
+    """*request*, for a log (rule 3)."""
+    host = (request.host_header or request.host)[:_HOST_CHARS]
+    return f"{request.method[:_METHOD_CHARS]} {host.encode('ascii', 'backslashreplace').decode()}"
 
 
 def origin_of(error: BaseException) -> str:

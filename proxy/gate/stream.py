@@ -47,7 +47,7 @@ from mitmproxy.proxy.layers.http._hooks import (
 
 from proxy import refusals
 from proxy.gate import answers
-from proxy.gate.failures import ClientGoneError, VetoError, origin_of, the
+from proxy.gate.failures import ClientGoneError, VetoError, described, origin_of, the
 from proxy.gate.judge import Judge
 from proxy.gate.keeper import SettleHook
 from proxy.gate.leg import Leg
@@ -192,7 +192,7 @@ class GuardedStream(http.HttpStream):
             except RefusedError as refused:
                 stock.close()
                 cause = getattr(refused, "cause", "by the transform")
-                log.info("refused %s: %s (%s)", self._describe(), refused.refusal.code, cause)
+                log.info("refused %s: %s (%s)", described(self.flow.request), refused.refusal.code, cause)
                 yield from self._stop(refused.refusal)
                 return
             except ClientGoneError:
@@ -202,7 +202,7 @@ class GuardedStream(http.HttpStream):
             except Exception as error:  # noqa: BLE001 - whatever it is, the flow must not go on
                 stock.close()
                 # Never the text: mitmproxy's assertions quote the body.
-                log.error("aborted %s: %s", self._describe(), origin_of(error))  # noqa: TRY400
+                log.error("aborted %s: %s", described(self.flow.request), origin_of(error))  # noqa: TRY400
                 yield from self._stop(refusals.INTERNAL)
                 return
 
@@ -313,7 +313,3 @@ class GuardedStream(http.HttpStream):
         self._judge.response.ended = True
         if not is_complete:
             yield from self._peers.end_upload()
-
-    def _describe(self) -> str:
-        """Method and host: paths and query strings may be the user's."""
-        return f"{self.flow.request.method} {self.flow.request.pretty_host}"
