@@ -84,8 +84,11 @@ async def problem_middleware(request: web.Request, handler: Handler) -> web.Stre
         if error.status < HTTPStatus.BAD_REQUEST:  # a redirect is an answer
             raise
         return _http_problem(request, error)
-    except Exception:
-        log.exception("request failed", method=request.method, route=_route(request))
+    except Exception as error:
+        if isinstance(error, ConnectionError) and request.transport is None:  # nobody is there to be answered
+            log.info("a client went away", method=request.method, route=_route(request), cause=str(error))
+        else:
+            log.exception("request failed", method=request.method, route=_route(request))
         return problem_response(
             500,
             "internal",

@@ -151,6 +151,32 @@ async def test_the_log_has_what_the_answer_hides(
     assert "JSONDecodeError" in line["exception"]
 
 
+async def test_a_client_that_goes_away_within_its_body_is_no_failure_of_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from runtime.observe import configure_logging
+
+    configure_logging(json=True)
+    app, begun, ended = make_application(), asyncio.Event(), asyncio.Event()
+
+    async def read(request: web.Request) -> web.Response:
+        begun.set()
+        try:
+            return web.Response(body=await request.read())
+        finally:
+            ended.set()
+
+    app.router.add_post("/body", read)
+    async with serving(app, host="127.0.0.1", port=0) as port, asyncio.timeout(DEADLINE_S):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /body HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\nhalf of it")
+        await begun.wait()
+        writer.transport.abort()
+        await ended.wait()
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(event["event"], event["route"]) for event in events] == [("a client went away", "/body")]
+
+
 async def test_health(client: aiohttp.ClientSession) -> None:
     registry = CollectorRegistry()
     Counter("pushes", "Pushes.", namespace="sealgate", registry=registry).inc(3)
