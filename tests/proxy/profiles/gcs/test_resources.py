@@ -146,6 +146,10 @@ async def test_selected_members() -> None:
     partial = Looking(f"{LIST}?fields=items/name,items/size")
     partial.objects[OBJECT] = composite(1128, 999)
     assert await seen(partial, bucket=...) == {"name": "a", "size": "999"}
+    # Its metadata is here, whatever was chosen, and our mark is not in it: a single object.
+    chosen = Looking(f"{LIST}?fields=items(size)&$fields=items(metadata)")
+    told = await seen(chosen, metadata={"a": "b"})
+    assert (told["size"], told["metadata"], chosen.looked) == ("1024", {"a": "b"}, [])
     nameless = Looking(f"{LIST}?fields=items/size")
     assert await seen(nameless, bucket=..., name=...) == {}
     assert not nameless.looked
