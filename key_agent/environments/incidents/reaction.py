@@ -130,7 +130,9 @@ class Reaction:
         if current is None or current.reference.kek_id not in ended:
             return
         if current.reference.kek_id not in self._disabled:
-            self._agent.consent.revoke("an incident has ended this KEK")
+            self._agent.consent.revoke(
+                "an incident has ended this KEK; `key-agent env new-kek` makes the next"
+            )
             self._agent.withdrawals.at_once()
 
     async def _end(self, kek: Kek) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from envelope.certificates import Role
 from envelope.keys import KeyState
+from key_agent.consent import Change
 from key_agent.environments.changes import healing_changes
 from key_agent.environments.changes.incident_changes import KEK_COMPROMISED
 from key_agent.environments.incidents.acknowledgements import LB_ACK_PATH, LbAck
@@ -232,10 +233,15 @@ async def test_a_lost_kek_is_disabled_in_the_hsm_and_its_wraps_go_when_others_ar
 ) -> None:
     old = (await site.kek("b")).kek
     assert old is not None
+    changes: list[Change] = []
+    site["b"].consent.listen(changes.append)
     await site.commands("a").incident_open(environment="b", kind="kek", reason="IR")
     await until(lambda: "set_kek_enabled" in site.members.source.calls)
     assert (await site.members.source.diagnose(old)).verdict == "kek_disabled"
     assert site["b"].consent.standing.is_withdrawn
+    said = next(change.diagnosis for change in changes if change.new.is_withdrawn)
+    assert said is not None
+    assert "env new-kek" in said.detail, "among several environments `reinstate` is not the way"
     assert await site["b"].registry.wraps_under(old.reference.kek_id) > 0, "no key is lost in between"
     assert set(site.states("c").values()) == {S.ACTIVE}, "two persons decide about the keys"
     await site["b"].registry.set_kek_state("kek-b", KekState.REVOKED, "as the agent does", now_ms=1)
