@@ -8,6 +8,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, select
 
 from envelope.base64url import b64u_encode
@@ -78,7 +79,7 @@ def founding_rows(
             ),
         ),
         (Kind.ENVIRONMENT, name, request.environment_body(EnvironmentState.ACTIVE, now_ms=now_ms)),
-        (Kind.KEK, request.kek_id, request.kek),
+        (Kind.KEK, request.kek_id, msgspec.structs.replace(request.kek, since_ms=now_ms)),
     ]
     rows += [(Kind.SERVICE, row.id, _service(row)) for row in c.execute(select(network_service))]
     rings = {row.id: row for row in c.execute(select(key_ring))}

@@ -133,7 +133,7 @@ def take_kek(draft: "Draft", told: KekAnnouncement, *, tenant: str, now_ms: int)
         if kek.environment == told.environment and kek.state != KEK_COMPROMISED:
             state = KEK_COMPROMISED if exposed else "deactivated"
             draft.put(Kind.KEK, kek_id, msgspec.structs.replace(kek, state=state, since_ms=now_ms))
-    draft.put(Kind.KEK, told.kek_id, told.kek)
+    draft.put(Kind.KEK, told.kek_id, msgspec.structs.replace(told.kek, since_ms=now_ms))
     draft.put(
         Kind.ENVIRONMENT,
         told.environment,

@@ -293,9 +293,16 @@ def succeed(draft: "Draft", incident_id: str, *, now_ms: int) -> bool:
 
 
 def has_newer_kek(shared: "Shared", body: EnvironmentBody, incident: IncidentBody) -> bool:
-    """Whether the environment's KEK was made after the incident was opened, and no older one works there."""
+    """Whether the environment's KEK was made after the incident was opened, and no older one works there.
+
+    When it was made is its agent's word, which may be a breached one: the rows did not have it before either.
+    """
     kek = None if body.kek_id is None else shared.keks.get(body.kek_id)
-    return kek is not None and kek.state == "active" and kek.created_at_ms > incident.opened_at_ms
+    return (
+        kek is not None
+        and kek.state == "active"
+        and min(kek.created_at_ms, kek.since_ms) > incident.opened_at_ms
+    )
 
 
 def close(draft: "Draft", incident_id: str, *, now_ms: int) -> bool:

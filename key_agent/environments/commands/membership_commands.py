@@ -166,7 +166,8 @@ class MembershipCommands(EnvironmentCommands):
             def change(draft: "Draft") -> None:
                 body = request.environment_body(EnvironmentState.JOINING, now_ms=now_ms)
                 draft.put(Kind.ENVIRONMENT, environment, body)
-                draft.put(Kind.KEK, request.kek_id, request.kek)
+                kek = msgspec.structs.replace(request.kek, since_ms=now_ms)
+                draft.put(Kind.KEK, request.kek_id, kek)
 
             await peering.shared.write(change, term=term, now_ms=now_ms)
             environments.membership.added(environment)

@@ -132,6 +132,7 @@ class KekBody(Body, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=T
     """base64url of the SubjectPublicKeyInfo of an asymmetric KEK."""
     state: Name
     since_ms: Ms
+    """Dated by the manager that wrote the row; in what an environment says of itself, by that."""
     created_at_ms: Ms = 0
     """Of the KEK itself: healing may demand one that is younger than an incident."""
 

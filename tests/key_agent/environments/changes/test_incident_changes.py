@@ -124,6 +124,18 @@ def test_a_new_kek_that_is_lost_as_well_is_another_incident(world: World, kind: 
     assert open_it(world, opening(kind, key="k3")) == ("inc-2", False)
 
 
+@pytest.mark.parametrize("kind", [K.RUNTIME, K.KEK, K.DB])
+def test_a_kek_that_says_it_was_made_later_is_not_newer(world: World, kind: IncidentKind) -> None:
+    """It dates itself; the rows had it before the incident."""
+    dated_ahead = msgspec.structs.replace(world.rows.keks["kek-a"], created_at_ms=NOW_MS + 10**9)
+    world.rows.keks["kek-a"] = dated_ahead
+    incident_id, _ = open_it(world, opening(kind))
+    if kind is K.KEK:  # what the incident ended
+        world.rows.keks["kek-a"] = dated_ahead
+    body = world.rows.incidents[incident_id]
+    assert not changes.has_newer_kek(world.rows, world.rows.environments["a"], body)
+
+
 @pytest.mark.parametrize("kind", [K.SUSPECTED, K.RUNTIME, K.KEK, K.DB, K.SERVICE_CERT])
 def test_a_breached_runtime_alone_exposes_the_agents_registry_key(world: World, kind: IncidentKind) -> None:
     """Nothing that it signs begins a term from then on."""
