@@ -250,11 +250,5 @@ def _fail(connection: Http1Server | Http1Client, cause: str) -> Commands:
         yield ReceiveHttp(kind(connection.stream_id, cause, code=kind.code))
 
 
-def _is_folded(event: events.Event) -> bool:
-    return isinstance(event, RequestHeaders) and any(
-        b"\r" in value or b"\n" in value for _, value in event.request.headers.fields
-    )
-
-
 def _is_interim(event: events.Event) -> bool:
     return isinstance(event, ResponseHeaders) and event.response.status_code in (100, *range(102, 200))
