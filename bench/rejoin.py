@@ -201,13 +201,13 @@ def _rsa_ms() -> float:
 
 
 def _cpu_s(one: SiteEnvironment) -> float:
-    """Of its agent and the worker that talks to its HSM."""
+    """Of its agent and the workers that talk to its HSM."""
     ticks = 0
     pids = [one.agent.pid]
     for pid in pids:
         pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
+        ticks += sum(map(int, fields[11:15]))  # a worker that has ended is its agent's
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
