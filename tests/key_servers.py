@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import msgspec
 from cryptography import x509
@@ -255,10 +255,17 @@ class KmipServer(_Server):
                 [PYKMIP_SERVER, "-f", self.directory / "kmip.conf", "-l", self.directory / "server.log"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         _until(
             "pykmip-server", lambda: self._run(lambda client: client.locate()) is not None, self.process, log
         )
+
+    @override
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was killed before
+            os.killpg(self.process.pid, signal.SIGKILL)  # its policies are watched by processes of their own
+        self.process.wait()
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
         return self._admin(lambda admin: work(admin._connected()))
