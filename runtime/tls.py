@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from envelope.errors import SealgateError
 
@@ -132,6 +133,18 @@ def peer_certificate(transport: asyncio.BaseTransport | None) -> x509.Certificat
         return x509.load_der_x509_certificate(der) if der else None
     except x509.InvalidVersion as error:
         raise ValueError(str(error)) from None
+
+
+def has_common_name(certificate_der: bytes | None, name: str) -> bool:
+    """Whether *name* is the one common name of a certificate that TLS has verified; None: there was none."""
+    if not certificate_der:
+        return False
+    try:
+        subject = x509.load_der_x509_certificate(certificate_der).subject
+        found = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except Exception:  # noqa: BLE001 - OpenSSL takes what the parser does not: InvalidVersion, KeyError
+        return False
+    return [one.value for one in found] == [name]
 
 
 def load_certificates(path: Path) -> list[x509.Certificate]:

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import structlog
-from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from proxy.encryption_service.call import Peer
 from proxy.encryption_service.dialects.dialect import Dialect
@@ -35,7 +33,7 @@ from proxy.encryption_service.metrics import ServiceMetrics
 from proxy.encryption_service.model import DialectName
 from proxy.encryption_service.settings import EncryptionServiceSettings, HttpLimits, ListenSettings
 from runtime.clock import Clock
-from runtime.tls import TlsError, load_certificates, server_context
+from runtime.tls import TlsError, has_common_name, load_certificates, server_context
 
 TICK_S: Final = 0.5
 BACKLOG: Final = 1024
@@ -230,7 +228,7 @@ class ServiceListener:
         der = connection.getpeercert(binary_form=True)
         if self._settings.client_roots_file is not None and not der:
             return None
-        if self._subject is not None and not _has_subject(der, self._subject):
+        if self._subject is not None and not has_common_name(der, self._subject):
             _log.warning("client certificate of another subject", listener=self.name, peer=address)
             self._metrics.refused_connections += 1
             return None
@@ -343,14 +341,6 @@ def _peer(address: str) -> tuple[str, object]:
             return str(ip.ipv4_mapped), ip.ipv4_mapped
         return str(ip), int(ip) >> 64  # whoever has one address of a /64 has all of them
     return str(ip), ip
-
-
-def _has_subject(der: bytes, subject: str) -> bool:
-    try:
-        names = x509.load_der_x509_certificate(der).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except Exception:  # noqa: BLE001 - OpenSSL reads what the parser does not: InvalidVersion, KeyError
-        return False
-    return len(names) == 1 and names[0].value == subject
 
 
 def _mark(file: Path) -> tuple[int, int, int] | None:

@@ -12,6 +12,7 @@ from runtime.tls import (
     ServerTls,
     TlsError,
     client_context,
+    has_common_name,
     load_certificates,
     peer_certificate,
     server_context,
@@ -22,6 +23,8 @@ from tests.pki import (
     make_server_ca,
     make_tenant,
     new_key,
+    of_unknown_version,
+    with_unknown_string,
     write_certificate,
     write_credential,
 )
@@ -265,6 +268,27 @@ def test_certificates_in_a_file(site: Site, acme: Tenant, globex: Tenant) -> Non
     for path in (site.key_file, site.directory / "missing"):
         with pytest.raises(TlsError, match="no certificate"):
             load_certificates(path)
+
+
+def test_a_client_is_known_by_its_one_common_name() -> None:
+    authority = make_server_ca()
+    certificate = issue_server(authority, ["here"]).certificate
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    assert has_common_name(der, "here")
+    assert not has_common_name(der, "her")
+    assert not has_common_name(der, "here, there")
+    nameless = make_tenant("acme").service("drive").certificate.public_bytes(serialization.Encoding.DER)
+    for none in (
+        None,
+        b"",
+        b"no certificate",
+        der[:-1],
+        nameless,
+        of_unknown_version(certificate, authority),
+    ):
+        assert not has_common_name(none, "here")
+    odd = with_unknown_string(certificate, authority).public_bytes(serialization.Encoding.DER)
+    assert not has_common_name(odd, "here")
 
 
 def test_no_transport_no_certificate() -> None:

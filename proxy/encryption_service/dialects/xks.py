@@ -22,9 +22,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, override
 
-from cryptography import x509
-from cryptography.x509.oid import NameOID
-
 from envelope.errors import SealgateError
 from envelope.keys import KeyId, KeyState, KeyUse
 from proxy.encryption_service import sigv4
@@ -63,6 +60,7 @@ from proxy.encryption_service.model import DialectEntry, DialectName, NamedKey, 
 from proxy.encryption_service.settings import XksFleet
 from proxy.encryption_service.strangers import Strangers
 from runtime.clock import Clock
+from runtime.tls import has_common_name
 
 SERVICE: Final = "kms-xks-proxy"
 MAX_PATH_LENGTH: Final = 256
@@ -77,6 +75,7 @@ _PATH: Final = re.compile(
     r"((?:/[A-Za-z0-9_-]+)*)/kms/xks/v1/(?:keys/([A-Za-z0-9._-]{1,128})/(metadata|encrypt|decrypt)|(health))"
 )
 _PURPOSE: Final = Purpose(DialectName.XKS)
+_has_common_name: Final = lru_cache(maxsize=256)(has_common_name)  # each call of a fleet shows the same one
 
 
 _HEALTH_OF: Final[Mapping[Standing, str]] = {
@@ -229,7 +228,7 @@ class XksDialect(Dialect):
 
     def _authenticate(self, store: XksStore, record: Record, call: Call) -> Caller:
         """NotAuthenticated, whose cause is in the record alone."""
-        if store.client_subject is not None and not _is_named(
+        if store.client_subject is not None and not _has_common_name(
             call.peer.certificate_der, store.client_subject
         ):
             record.detail["cause"] = "client-certificate"
@@ -486,16 +485,3 @@ def _ping(call: Call) -> Answer:
             ErrorName.VALIDATION, "the method must be GET", status=405, headers=(("allow", "GET, HEAD"),)
         )
     return Answer(status=200, body=b'{"status":"ok"}')
-
-
-@lru_cache(maxsize=256)
-def _is_named(certificate_der: bytes | None, subject: str) -> bool:
-    """Whether *subject* is the one common name of the certificate, which TLS has verified."""
-    if certificate_der is None:
-        return False
-    try:
-        certificate = x509.load_der_x509_certificate(certificate_der)
-        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except Exception:  # noqa: BLE001 - OpenSSL reads what the parser does not: InvalidVersion, KeyError
-        return False
-    return [name.value for name in names] == [subject]
