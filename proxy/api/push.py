@@ -193,8 +193,8 @@ class _PushApi:
 
     async def open_session(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
-        self._check_entitled(peer)
         asked = await _read(request, _SessionRequest, limit_bytes=MAX_SESSION_BODY_BYTES)
+        self._check_entitled(peer)
         if asked.agent != peer.name:
             raise forbidden("agent", "The client certificate is another agent's than the one named.")
         certificate = None
@@ -254,8 +254,8 @@ class _PushApi:
 
     async def take_envelopes(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
-        self._check_entitled(peer)
         asked = await _read(request, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
+        self._check_entitled(peer)  # now, and not when the body began: that may be half a minute ago
         receipts = await self._receiver.receive(
             peer.tenant,
             peer.name,

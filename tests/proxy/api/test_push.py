@@ -713,3 +713,44 @@ async def test_another_environments_agent_brings_no_keys_and_takes_none_back(
                 status, answer = await other.post(SESSION + query, introduction)
                 assert (status, answer["code"]) == (403, "agent")
         assert endpoint.cache.sealing_key(acme.owner()).key_id == ours.key_id
+
+
+async def test_who_may_push_is_asked_when_the_body_has_come(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    """It may take half a minute, and the environment's agent may have spoken meanwhile."""
+    begun, released = asyncio.Event(), asyncio.Event()
+    signing = acme.pki.agent_signing("agent-x")
+    introduction = {
+        "agent": "agent-x",
+        "signing_certificate": certificate_pem(signing.certificate).decode(),
+    }
+
+    async def slow(content: bytes) -> AsyncIterator[bytes]:
+        yield content[:1]
+        begun.set()
+        await released.wait()
+        yield content[1:]
+
+    async with (
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(acme.pki.agent_tls("agent-x")) as other,
+    ):
+        _, opened = await other.post(SESSION, introduction)
+        challenge = b64u_decode(opened["challenge"])
+        token = acme.seal(endpoint.clock, challenge, acme.key(), signing=signing, issuer="agent-x")
+        headers = {"Content-Type": "application/json"}
+        for path, asked in ((ENVELOPES, {"envelopes": [token]}), (SESSION, introduction)):
+            endpoint.environments.keep([])  # nobody has spoken
+            begun.clear()
+            released.clear()
+            body = slow(json.dumps(asked).encode())
+            pushing = asyncio.create_task(other.session.post(path, data=body, headers=headers))
+            await begun.wait()
+            assert (await other.presence())[0] == 200  # by then the request before it has its place
+            assert (await agent.say("active"))[0] == 200
+            released.set()
+            async with await pushing as response:
+                assert (response.status, (await response.json(content_type=None))["code"]) == (403, "agent")
+    with pytest.raises(KeyUnavailableError):
+        endpoint.cache.sealing_key(acme.owner())
