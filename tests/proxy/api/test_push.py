@@ -747,7 +747,7 @@ async def test_who_may_push_is_asked_when_the_body_has_come(
             body = slow(json.dumps(asked).encode())
             pushing = asyncio.create_task(other.session.post(path, data=body, headers=headers))
             await begun.wait()
-            assert (await other.presence())[0] == 200  # by then the request before it has its place
+            assert (await agent.presence())[0] == 200  # asked on the same loop after it: it has its place
             assert (await agent.say("active"))[0] == 200
             released.set()
             async with await pushing as response:
