@@ -6,10 +6,12 @@
 3. A broker that is not there is no error of ours: the connection is tried again for ever, and whoever wants
    to use it asks whether it is up.
 4. Nobody who took the broker's place fills our memory: the library keeps whatever comes until it is whole, so
-   a message that says it is larger than any, or a line without an end, ends the connection.
+   a message that says it is larger than any, or a line without an end, ends the connection. Nor does he hold
+   up the event loop: no line takes the library longer than it is long.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -31,6 +33,7 @@ MOST_MESSAGE_BYTES: Final = 64 << 20
 """No server can be told to take larger ones (max_payload)."""
 MOST_LINE_BYTES: Final = 1 << 20
 """Of the protocol: what a server says of itself is the longest, with the addresses of its cluster."""
+_INFO: Final = re.compile(rb"\AINFO\s++([^\r\n]++)\r\n")
 _log: Final = structlog.get_logger("broker")
 
 
@@ -92,12 +95,15 @@ async def connected(settings: BrokerSettings, *, name: str) -> AsyncIterator[Any
     """
     from nats.aio.client import Client  # noqa: PLC0415 - an extra
     from nats.errors import ProtocolError, SecureConnRequiredError  # noqa: PLC0415
-    from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser  # noqa: PLC0415
+    from nats.protocol import parser  # noqa: PLC0415
 
-    class Bounded(Parser):  # type: ignore[misc]  # the library is an extra
+    # The library's own tries each number of blanks with each rest of the line: an hour for one of a megabyte.
+    parser.INFO_RE = _INFO
+
+    class Bounded(parser.Parser):  # type: ignore[misc]  # the library is an extra
         async def parse(self, data: bytes = b"") -> None:
             await super().parse(data)
-            in_line = self.state == AWAITING_CONTROL_LINE
+            in_line = self.state == parser.AWAITING_CONTROL_LINE
             if len(self.buf) > MOST_LINE_BYTES if in_line else self.needed > MOST_MESSAGE_BYTES:
                 raise ProtocolError
 

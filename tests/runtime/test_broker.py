@@ -107,6 +107,15 @@ async def test_what_is_neither_a_message_nor_a_line_is_not_kept(tmp_path: Path) 
             await parser.parse(b"A")
 
 
+async def test_a_line_of_blanks_holds_up_nobody(tmp_path: Path) -> None:
+    """Looked at with each number of blanks for a beginning, a megabyte of them would take an hour."""
+    async with _hostile(tmp_path) as (_, client):
+        parser = client._ps
+        await parser.parse(b"INFO" + b" " * (MOST_LINE_BYTES - 4))
+        with pytest.raises(ProtocolError):
+            await parser.parse(b" ")
+
+
 @asynccontextmanager
 async def _hostile(path: Path, *, floods: bytes = b"") -> AsyncIterator[tuple[HostileBroker, Any]]:
     """A broker that cannot be believed, and a client of ours that is connected to it."""
