@@ -234,6 +234,7 @@ class ProxyProcess:
                         _present(self._receiver),
                         clock=self._clock,
                         requests_per_s=self._settings.push.requests_per_s,
+                        entitled=self._environments.check_entitled,
                     )
                     tasks.append(group.create_task(listener.run(), name="push:broker"))
                 self._phase = None

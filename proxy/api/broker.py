@@ -2,7 +2,8 @@
 
 1. Who sent a message is found among the sessions that agents have opened directly, by its tag. A message of
    nobody's session is dropped.
-2. An envelope is judged as one that came directly; if it answers no challenge, by the rule for brokers.
+2. An envelope is judged as one that came directly; if it answers no challenge, by the rule for brokers. Who
+   may not push directly (push.py, rule 4) brings and takes back nothing by this road either.
 3. Receipts go back encrypted under the session's challenge (envelope/broker.py); without one, none do.
 4. Withdrawals have a subject and a loop of their own: they wait for no keys.
 5. A message that comes again, whole and as it was, is answered as before, by the same bytes, and changes
@@ -29,7 +30,8 @@ from prometheus_client import Counter
 
 from envelope.broker import BrokeredDelivery, answer_subject, decode_delivery, delivery_subject, seal_answer
 from envelope.errors import FormatError
-from proxy.api.push import BURST_FACTOR, TokenBucket
+from proxy.api.push import BURST_FACTOR, Entitled, TokenBucket
+from proxy.environments import ForeignAgentError
 from proxy.keys.receive import Receiver
 from runtime.broker import RECONNECT_S, BrokerSettings, connected, link_failures
 from runtime.clock import Clock
@@ -67,8 +69,16 @@ _MESSAGES: Final = Counter(
 
 class BrokerListener:
     def __init__(
-        self, settings: BrokerSettings, receiver: Receiver, *, clock: Clock, requests_per_s: float
+        self,
+        settings: BrokerSettings,
+        receiver: Receiver,
+        *,
+        clock: Clock,
+        requests_per_s: float,
+        entitled: Entitled | None = None,
     ) -> None:
+        """*entitled*: who may push; by default whoever has a session."""
+        self._entitled = entitled
         self._settings = settings
         self._receiver = receiver
         self._clock = clock
@@ -171,6 +181,8 @@ class BrokerListener:
             return
         await self._slow_down(session.tenant, session.agent_id, withdraws=withdraws)
         try:
+            if self._entitled is not None:
+                self._entitled(session.tenant, session.agent_id)
             receipts = await self._receiver.receive(
                 session.tenant,
                 session.agent_id,
@@ -178,6 +190,10 @@ class BrokerListener:
                 is_challenged=delivery.is_challenged,
                 takes_keys=not withdraws,
             )
+        except ForeignAgentError as error:
+            _MESSAGES.labels(outcome="foreign-agent").inc()
+            _log.warning("another environment's agent", agent=session.agent_id, reason=str(error))
+            return
         except Exception:  # noqa: BLE001 - logged whole
             # What would be a 500 over HTTP: no message ends the proxy.
             _MESSAGES.labels(outcome="internal").inc()

@@ -9,6 +9,7 @@ from envelope.errors import KeyUnavailableError
 from envelope.keys import NetworkService
 from proxy.api.broker import BrokerListener
 from proxy.api.push import make_push_application
+from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.model import CertificateFiles, Directory, LegacyPolicy, ServiceEntry, TenantEntry, Upstream
@@ -40,6 +41,7 @@ class FarProxy:
     receiver: Receiver = field(init=False)
     cache: KeyCache = field(init=False)
     listener: BrokerListener | None = None
+    environments: Environments = field(default_factory=lambda: Environments("a"))
     _parts: AsyncExitStack = field(default_factory=AsyncExitStack)
     _roads: AsyncExitStack = field(default_factory=AsyncExitStack)
     _entries: list[ServiceEntry] = field(default_factory=list)
@@ -100,7 +102,11 @@ class FarProxy:
         await self.open_road()
         if self.broker is not None:
             self.listener = BrokerListener(
-                self.broker, self.receiver, clock=SystemClock(), requests_per_s=1000
+                self.broker,
+                self.receiver,
+                clock=SystemClock(),
+                requests_per_s=1000,
+                entitled=self.environments.check_entitled,
             )
             listening = asyncio.create_task(self.listener.run(), name="far-proxy:broker")
             self._parts.push_async_callback(_end, listening)
@@ -108,7 +114,9 @@ class FarProxy:
     async def open_road(self) -> None:
         """The push listener is there."""
         tls = ServerTls(*self._files, client_roots=[self.tenant.root.certificate])
-        application = make_push_application(self.receiver, clock=self.clock, requests_per_s=1000)
+        application = make_push_application(
+            self.receiver, clock=self.clock, requests_per_s=1000, entitled=self.environments.check_entitled
+        )
         await self._roads.enter_async_context(
             serving(application, host="localhost", port=self.port, ssl_context=tls.context, grace_s=0.1)
         )

@@ -23,6 +23,7 @@ from key_agent.push.broker import BrokerLink
 from key_agent.push.roads import BothRoads
 from key_agent.push.transport import Answer, HttpsTransport, Purpose, PushError, Transport
 from key_agent.registry.model import DataKeyRow, Proxy
+from proxy.environments import Word
 from runtime.broker import BrokerError, connected
 from runtime.clock import SystemClock
 from tests.key_agent.conftest import AGENT_ID, RHYTHM, Bench, until
@@ -273,6 +274,26 @@ async def test_while_only_the_broker_is_left_keys_and_withdrawals_go_on(by_broke
         await operations.kek_revoke()
         assert not roads.proxy.holds("s3")
         assert agent.withdrawals.is_done()
+
+
+async def test_by_the_broker_neither_does_another_environments_agent_push(by_broker: Roads) -> None:
+    """It had a session before anybody spoke for the proxy's environment."""
+    roads = by_broker
+    async with roads.agent() as (agent, operations):
+        await roads.provision(operations, "s3")
+        await roads.proxy.close_road()
+        word = Word(environment="a", state="active", term=1, epoch=1)
+        roads.proxy.environments.take(roads.bench.tenant.name, word, agent="agent-x", now_boot_s=0)
+        accepted, withdrawn = roads.proxy.events("keys-accepted"), roads.proxy.events("keys-withdrawn")
+        roads.bench.clock.shift(200)
+        await _next_push(roads, agent)
+        assert not agent.deliveries[roads.proxy.id].is_complete
+        await operations.kek_revoke()
+        assert roads.proxy.holds("s3")
+        assert (roads.proxy.events("keys-accepted"), roads.proxy.events("keys-withdrawn")) == (
+            accepted,
+            withdrawn,
+        )
 
 
 async def test_an_agent_without_a_session_withdraws_by_the_broker_and_calls_it_unconfirmed(
