@@ -34,6 +34,8 @@ MAX_DELTA_BYTES: Final = 64 << 20
 MAX_ROWS: Final = 200_000
 MAX_EPOCHS_AHEAD: Final = 2**28
 """Between what somebody knows and what is new: one a second for eight years."""
+LAST_EPOCH: Final = 2**53 - 2**32
+"""There is room behind it: JSON's numbers end at 2**53."""
 _ROW_DOMAIN: Final = b"sealgate/v1 shared row\0"
 _HEAD_DOMAIN: Final = b"sealgate/v1 registry head\0"
 _DIGEST_DOMAIN: Final = b"sealgate/v1 registry digest\0"
@@ -454,9 +456,10 @@ def check_step(delta: Delta, known_epoch: int) -> None:
     """IntegrityError if it leads further from *known_epoch* than a manager comes in a lifetime.
 
     A number has an end, and the next term begins one behind the last epoch of the one before: a breached
-    manager that jumped there would have left no room for anybody to follow it.
+    manager that jumped there would have left no room for anybody to follow it. Who knows nothing yet (0)
+    cannot tell a jump from a long life, and must not be left out after one: it is held to the end alone.
     """
-    if delta.epoch_to > known_epoch + MAX_EPOCHS_AHEAD:
+    if delta.epoch_to > (known_epoch + MAX_EPOCHS_AHEAD if known_epoch else LAST_EPOCH):
         raise IntegrityError(f"a delta leads from epoch {known_epoch} to {delta.epoch_to}")
 
 

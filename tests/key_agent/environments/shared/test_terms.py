@@ -16,6 +16,7 @@ from envelope.errors import FormatError, IntegrityError
 from envelope.keys import KeyState
 from key_agent.environments.shared.approvals import Action
 from key_agent.environments.shared.documents import (
+    LAST_EPOCH,
     MAX_EPOCHS_AHEAD,
     AdminState,
     ApprovalBody,
@@ -305,6 +306,24 @@ async def test_a_manager_leaves_room_for_whoever_follows_it(site: Site) -> None:
     await site.b.promote(ADMINS)
     await site.share(site.b)
     assert {(await one.shared.snapshot()).term for one in (site.a, site.b, site.c)} == {2}
+
+
+async def test_whoever_begins_after_a_jump_follows_as_those_that_saw_it(site: Site) -> None:
+    """A companion that was restarted, or a new environment: it would be left out for ever."""
+    seen = await site.a.shared.since(0)
+    there = follower(site)
+    there.take(seen, agent="agent-a", asked_boot_s=0)
+    forger = Forger(site.a, seen)
+    forger.epoch = seen.epoch_to + MAX_EPOCHS_AHEAD
+    forger.put(Kind.ENVIRONMENT, "a", read_body(Kind.ENVIRONMENT, forger.rows[Kind.ENVIRONMENT, "a"].body))
+    jumped = forger.delta()
+    for companion in (there, follower(site)):
+        companion.take(jumped, agent="agent-a", asked_boot_s=1)
+        assert companion.epoch == forger.epoch
+    forger.epoch = LAST_EPOCH + 1
+    forger.put(Kind.ENVIRONMENT, "a", read_body(Kind.ENVIRONMENT, forger.rows[Kind.ENVIRONMENT, "a"].body))
+    with pytest.raises(IntegrityError, match="leads from epoch"):
+        follower(site).take(forger.delta(), agent="agent-a", asked_boot_s=0)
 
 
 async def test_an_approved_term_is_believed_and_its_forged_copies_are_not(site: Site) -> None:
