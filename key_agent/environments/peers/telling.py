@@ -169,7 +169,10 @@ class Telling:
         error: str | None = None
         try:
             async with self._places.taken(is_slow=bool(self._failures.get(proxy.id))):
-                word = self._word() or word
+                if (now := self._word()) is None:  # nothing is to be told any more
+                    self._under_way.discard(proxy.id)
+                    return
+                word = now
                 async with asyncio.timeout(self._timeout_s):
                     found = await self._transport.tell_environment(proxy, word)
             if (found.term, found.epoch) != (word.term, word.epoch) or found.state != word.state:

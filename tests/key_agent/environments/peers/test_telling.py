@@ -148,6 +148,22 @@ async def test_who_still_waits_when_the_word_changes_hears_the_new_one_alone(tmp
         assert heard[AT_ONCE["quick"] :] == [["healing"]] * 2
 
 
+async def test_who_still_waits_when_nothing_is_to_be_told_any_more_hears_nothing(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with telling(tmp_path, clock, kind=Gated, count=AT_ONCE["quick"] + 1) as site:
+        site.say("active", 1)
+        await clock.settle()
+        site.word = None
+        for proxy in site.proxies:
+            assert isinstance(proxy, Gated)
+            proxy.gate.set()
+        await clock.settle()
+        assert site.proxies[-1].words == []
+        site.say("healing", 2)
+        await clock.settle()
+        assert site.all_act_on(2)
+
+
 async def test_however_many_hang_the_others_are_told_before_those_are_given_up(tmp_path: Path) -> None:
     count = AT_ONCE["quick"] + 50
     async with telling(tmp_path, count=count, timeout_s=3600) as site:
