@@ -5,7 +5,7 @@
    seals any more was written, and counts once.
 2. Objects are taken in the order of their names, so the cursor is one name. What is written behind it was
    sealed by an active key, but somebody may rename or copy an old object to there. So the job is done only
-   when a whole pass has met nothing that an old key seals.
+   when a whole pass that followed another one has met nothing that an old key seals.
 3. One object that cannot be rewritten does not hold up the others. It is counted and named, and the job is
    not done before a further pass finds none of them.
 4. An object that names no key may be any key's: it is written anew as well, and counts only if it names one
@@ -13,6 +13,8 @@
 5. Written is what the store shows: each object is looked at again after its write, for an old key's end rests
    on it. An answer that was lost is settled in the same way, and one that was hasty as well.
 6. A store that does not answer ends the run, not the job: it goes on from its cursor.
+7. Gone is what the store lists no more. What it lists and does not show may be an old key's: it cannot be
+   rewritten (rule 3).
 """
 
 import asyncio
@@ -30,6 +32,7 @@ CONCURRENCY: Final = 4
 MAX_FAILURES_NAMED: Final = 1000
 _TRIES: Final = 3
 _STILL_OLD: Final = "it was written, and the store still shows what an old key sealed"
+_HIDDEN: Final = "the store lists it, and says that it is not there"
 _NAMELESS: Final = "it names no key: unset hide_key_ids of its service, then resume"
 
 
@@ -112,7 +115,7 @@ class ReencryptionJob:
             await self._take(batch)
         if self.progress.failed:
             await self._save(state=JobState.INCOMPLETE)
-        elif self.progress.met:
+        elif self.progress.met or not self.progress.passes:
             await self._save(cursor="", met=0, passes=self.progress.passes + 1)
         else:
             await self._save(state=JobState.DONE)
@@ -132,7 +135,7 @@ class ReencryptionJob:
         async def look(name: str) -> bool:
             async with self._at_once:
                 found = await self._connector.look(name)
-            return self._is_old(found)
+                return await self._is_hidden(name) if found is None else self._is_old(found)
 
         return await _all({f"look:{name}": look(name) for name in names})
 
@@ -165,7 +168,9 @@ class ReencryptionJob:
         became, why = None, ""
         for tries_left in reversed(range(_TRIES + 1)):
             found = await self._connector.look(name)
-            if found is None or not self._is_old(found):
+            if found is None:
+                return _HIDDEN if await self._is_hidden(name) else None
+            if not self._is_old(found):
                 return None
             if became is Rewrite.DONE:
                 why = _NAMELESS if _is_nameless(found) else _STILL_OLD
@@ -174,8 +179,15 @@ class ReencryptionJob:
             became, why = await self._connector.rewrite(found)
         return why
 
-    def _is_old(self, found: Found | None) -> bool:
-        return found is not None and (found.key_id in self._sources or _is_nameless(found))
+    async def _is_hidden(self, name: str) -> bool:
+        """Whether the store lists it still (rule 7)."""
+        async for listed in self._connector.names(after=name[:-1]):
+            if listed >= name:
+                return listed == name
+        return False
+
+    def _is_old(self, found: Found) -> bool:
+        return found.key_id in self._sources or _is_nameless(found)
 
     async def _save(self, **changes: object) -> None:
         changed = replace(self.progress, **changes)  # type: ignore[arg-type]

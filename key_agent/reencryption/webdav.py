@@ -90,7 +90,10 @@ class WebDavConnector(Connector):
 
     async def _walk(self, folder: str, after: str) -> AsyncIterator[str]:
         """Everything below *folder*, in the order of the names as text."""
-        files, folders = await self._list(folder)
+        if (found := await self._list(folder)) is None:
+            await self._check_gone(folder)
+            return
+        files, folders = found
         # A folder stands where its slash puts it: names of what is in it begin so.
         for name, is_folder in sorted([(n, False) for n in files] + [(f"{n}/", True) for n in folders]):
             if not is_folder:
@@ -100,7 +103,15 @@ class WebDavConnector(Connector):
                 async for inner in self._walk(name, after):
                     yield inner
 
-    async def _list(self, folder: str) -> tuple[list[str], list[str]]:
+    async def _check_gone(self, folder: str) -> None:
+        """StoreError: the one above it lists it still."""
+        above, _, _ = folder.rstrip("/").rpartition("/")
+        found = await self._list(f"{above}/" if above else "")
+        if found is not None and folder.rstrip("/") in found[1]:
+            raise StoreError(f"the store lists /{folder}, and says that it is not there")
+
+    async def _list(self, folder: str) -> tuple[list[str], list[str]] | None:
+        """Files and folders in it; None: it is not there, and is not the store's own folder."""
         content = bytearray()
         try:
             async with self._direct.request(
@@ -110,8 +121,8 @@ class WebDavConnector(Connector):
                 headers={"Depth": "1"},
                 allow_redirects=False,
             ) as answer:
-                if answer.status in _TRIES_GONE and folder:  # deleted since the one above it was listed
-                    return [], []
+                if answer.status in _TRIES_GONE and folder:
+                    return None
                 _expect(answer, HTTPStatus.MULTI_STATUS)
                 async for piece in answer.content.iter_chunked(1 << 16):
                     content += piece

@@ -2,11 +2,12 @@
 
 import random
 from dataclasses import replace
+from typing import override
 
 import pytest
 
 from envelope.keys import ANONYMOUS, KeyId
-from key_agent.reencryption.connector import Rewrite, StoreError
+from key_agent.reencryption.connector import Found, Rewrite, StoreError
 from key_agent.reencryption.job import BATCH, JobState, Progress, ReencryptionJob
 from tests.fakes.memory_store import MemoryStore
 
@@ -108,6 +109,45 @@ async def test_a_store_that_falls_silent_at_any_moment_ends_the_run_and_not_the_
     # A write whose answer was lost is not written again either: look() says that no old key sealed it.
     assert set(store.rewrites.values()) == {1}
     assert paper.kept.rewritten == len(wanted)
+
+
+async def test_a_first_pass_without_old_objects_proves_nothing_yet() -> None:
+    """The only one is renamed to where the cursor has been."""
+
+    class Renaming(MemoryStore):
+        @override
+        async def look(self, name: str) -> Found | None:
+            if "z" in self.objects:
+                self.objects["a"] = self.objects.pop("z")
+            return await super().look(name)
+
+    store, paper = Renaming(TODAY), Paper(progress())
+    store.put("m", TODAY)
+    store.put("z", OLD)
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert done.is_whole
+    assert store.rewrites == {"a": 1}
+
+
+async def test_what_is_listed_and_not_shown_is_not_gone() -> None:
+    """A store may say so of what it does not let us read."""
+
+    class Hiding(MemoryStore):
+        hides = True
+
+        @override
+        async def look(self, name: str) -> Found | None:
+            return None if self.hides and name == "f/00001" else await super().look(name)
+
+    store, paper = Hiding(TODAY), Paper(progress())
+    for number in range(3):
+        store.put(f"f/{number:05}", OLD)
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (done.state, list(done.failures)) == (JobState.INCOMPLETE, ["f/00001"])
+    assert not done.is_whole
+    store.hides = False
+    assert (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
+    assert old_ones(store) == []
 
 
 async def test_nobodys_change_is_lost() -> None:

@@ -296,6 +296,32 @@ async def test_a_listing_is_understood_as_a_whole_or_the_job_stops(tmp_path: Pat
                 [name async for name in connector.names(after="")]
 
 
+@pytest.mark.parametrize("is_deleted", [True, False], ids=["deleted", "hidden"])
+async def test_a_folder_that_is_listed_and_not_there_is_deleted_or_hidden(
+    tmp_path: Path, *, is_deleted: bool
+) -> None:
+    looks = 0
+
+    async def answer(request: web.Request) -> web.Response:
+        nonlocal looks
+        if request.path != "/dav/":
+            return web.Response(status=404)
+        looks += 1
+        folder = "<response><href>/dav/sub/</href><resourcetype><collection/></resourcetype></response>"
+        responses = "<response><href>/dav/</href></response><response><href>/dav/z</href></response>"
+        if looks == 1 or not is_deleted:
+            responses += folder
+        return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{responses}</multistatus>')
+
+    async with _store(tmp_path, answer) as connector:
+        if is_deleted:
+            assert [name async for name in connector.names(after="")] == ["z"]
+        else:
+            with pytest.raises(StoreError, match="says that it is not there"):
+                [name async for name in connector.names(after="")]
+    assert looks == 2
+
+
 async def test_a_write_whose_answer_is_lost_is_sent_once_and_looked_at(tmp_path: Path) -> None:
     """Sent again by the library it would be 412 by its own first success, or undo what came since."""
     old, today = KeyId.random(), KeyId.random()
