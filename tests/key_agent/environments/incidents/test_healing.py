@@ -286,6 +286,21 @@ async def test_an_hsm_that_is_away_is_asked_again(site: BreachedSite) -> None:
     await until(lambda: site.parts["b"].reaction.problem is None)
 
 
+async def test_a_kek_that_cannot_be_disabled_now_does_not_keep_the_next_one_back(
+    site: BreachedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def moved(kek: object, *, enabled: bool) -> None:
+        raise KekRevokedError(Diagnosis(Verdict.TOKEN_CHANGED, "another token is in the slot"))
+
+    monkeypatch.setattr(site.members.source, "set_kek_enabled", moved)
+    await site.commands("a").incident_open(environment="b", kind="kek", reason="IR")
+    await until(lambda: site.parts["b"].reaction.problem is not None)
+    made = await site.commands("b").env_new_kek()
+    manager = site.members["a"].peering
+    await until(lambda: manager.view.environments["b"].kek_id == made["kek"])
+    assert site.parts["b"].reaction.problem is not None, "the one before is tried again"
+
+
 async def test_a_kek_that_is_gone_needs_no_disabling_and_one_that_may_come_back_does(
     site: BreachedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
