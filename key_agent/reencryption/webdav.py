@@ -175,6 +175,7 @@ class WebDavConnector(Connector):
                 if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # empty: nobody sealed it
                     return Found(name=name, key_id=None, version="")
                 _expect(answer, HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
+                _expect_first_bytes(answer)
                 # A server may ignore the range: no more than this is read of it.
                 start = await _at_most(answer, HEADER_SIZE)
                 version = answer.headers.get("ETag", "")
@@ -338,6 +339,16 @@ def _verdict(answer: aiohttp.ClientResponse) -> tuple[Rewrite, str] | None:
 def _expect(answer: aiohttp.ClientResponse, *statuses: int) -> None:
     if answer.status not in statuses:
         raise StoreError(f"the store answers HTTP {answer.status}")
+
+
+def _expect_first_bytes(answer: aiohttp.ClientResponse) -> None:
+    """Others than an object's own first bytes name no key, and it would be taken for nobody's."""
+    coding = answer.headers.get("Content-Encoding", "identity")
+    part = answer.headers.get("Content-Range", "")
+    if coding.lower() != "identity":
+        raise StoreError(f"the store answers in the coding {coding[:40]!r}, which nobody asked for")
+    if answer.status == HTTPStatus.PARTIAL_CONTENT and not part.lower().startswith("bytes 0-"):
+        raise StoreError(f"the store answers another part than the first: {part[:80]!r}")
 
 
 async def _keep(spool: Spool, piece: bytes) -> None:

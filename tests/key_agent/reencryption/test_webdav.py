@@ -322,6 +322,31 @@ async def test_a_folder_that_is_listed_and_not_there_is_deleted_or_hidden(
     assert looks == 2
 
 
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (200, {"Content-Encoding": "br"}),
+        (206, {"Content-Encoding": "gzip", "Content-Range": "bytes 0-31/100"}),
+        (206, {"Content-Range": "bytes 32-63/100"}),
+        (206, {}),
+    ],
+)
+async def test_other_bytes_than_an_objects_first_say_nothing_of_its_key(
+    tmp_path: Path, status: int, headers: dict[str, str]
+) -> None:
+    """Taken for an object that is not ours, it would be passed over."""
+    told: dict[str, str] = headers
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=status, body=b"x" * 32, headers=told | {"ETag": '"1"'})
+
+    async with _store(tmp_path, answer) as connector:
+        with pytest.raises(StoreError, match="the store answers"):
+            await connector.look("a")
+        told = {"Content-Range": "bytes 0-31/100"}
+        assert await connector.look("a") == Found(name="a", key_id=None, version='"1"')
+
+
 async def test_a_write_whose_answer_is_lost_is_sent_once_and_looked_at(tmp_path: Path) -> None:
     """Sent again by the library it would be 412 by its own first success, or undo what came since."""
     old, today = KeyId.random(), KeyId.random()
