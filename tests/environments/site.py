@@ -25,6 +25,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -171,6 +172,15 @@ class SiteProxy:
         self.certificate_files[service] = file
         return file
 
+    async def hosts(self, service: str) -> bool:
+        """Whether it has seen that it hosts *service*; one that does not run sees it before it serves."""
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.token}"}) as session:
+            try:
+                async with session.get(f"{self.url}/keys/{service}") as answer:
+                    return answer.status != HTTPStatus.NOT_FOUND
+            except aiohttp.ClientConnectorError:
+                return True
+
     async def call(self, operation: str, body: Mapping[str, object]) -> tuple[int, dict[str, Any]]:
         """*operation* as in `keys/files/encrypt`; status and document."""
         async with (
@@ -229,8 +239,11 @@ class SiteEnvironment:
 
     async def add_service(self, service: str, proxy: SiteProxy, tenant: pki.Tenant, **more: str) -> None:
         """Have *proxy* host *service*, and its agent know it. The agent runs."""
-        known = proxy.certificate_files.get(service)
-        file = known or proxy.host(tenant, service, **more)
+        file = proxy.certificate_files.get(service)
+        if file is None:
+            file = proxy.host(tenant, service, **more)
+            # Else the first keys are refused, and the next come when the agent tries again.
+            await until(lambda: proxy.hosts(service))
         await self.ask(
             "service_add", service=service, proxy=proxy.name, certificate_pem=file.read_text(), **more
         )

@@ -118,6 +118,7 @@ async def test_b_05_a_fourth_environment_joins_under_load(balanced: Balanced) ->
     """It stands in HAProxy's configuration from the start, and its proxy has the key's name."""
     d = balanced["d"]
     d.proxies[0].host(balanced.site.tenant, KEY)
+    await until(lambda: d.proxies[0].hosts(KEY))
     async with balanced.calling() as callers:
         assert await balanced.is_up(*ALL), "nothing is sent to one that stands in no row"
         await balanced.site.join("d", manager="a")
