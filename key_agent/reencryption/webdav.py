@@ -104,10 +104,12 @@ class WebDavConnector(Connector):
                     yield inner
 
     async def _check_gone(self, folder: str) -> None:
-        """StoreError: the one above it lists it still."""
-        above, _, _ = folder.rstrip("/").rpartition("/")
-        found = await self._list(f"{above}/" if above else "")
-        if found is not None and folder.rstrip("/") in found[1]:
+        """StoreError: the one above it lists it still, or is hidden itself."""
+        name, _, _ = folder.rpartition("/")
+        above, slash, _ = name.rpartition("/")
+        if (found := await self._list(above + slash)) is None:
+            await self._check_gone(above + slash)
+        elif name in found[1]:
             raise StoreError(f"the store lists /{folder}, and says that it is not there")
 
     async def _list(self, folder: str) -> tuple[list[str], list[str]] | None:

@@ -322,6 +322,29 @@ async def test_a_folder_that_is_listed_and_not_there_is_deleted_or_hidden(
     assert looks == 2
 
 
+async def test_a_folder_whose_folder_is_not_shown_either_is_not_gone(tmp_path: Path) -> None:
+    """The store has hidden both since it listed the upper one."""
+    looks = 0
+
+    async def answer(request: web.Request) -> web.Response:
+        nonlocal looks
+        path = request.path
+        if path == "/dav/sub/":
+            looks += 1
+        if path not in ("/dav/", "/dav/sub/") or (path == "/dav/sub/" and looks > 1):
+            return web.Response(status=404)
+        inner = {"/dav/": "/dav/sub/", "/dav/sub/": "/dav/sub/in/"}[path]
+        responses = (
+            f"<response><href>{path}</href></response><response><href>{inner}</href>"
+            "<resourcetype><collection/></resourcetype></response>"
+        )
+        return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{responses}</multistatus>')
+
+    async with _store(tmp_path, answer) as connector:
+        with pytest.raises(StoreError, match="lists /sub/, and says that it is not there"):
+            [name async for name in connector.names(after="")]
+
+
 @pytest.mark.parametrize(
     ("status", "headers"),
     [
