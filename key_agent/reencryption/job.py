@@ -5,7 +5,7 @@
    seals any more was written, and counts once.
 2. Objects are taken in the order of their names, so the cursor is one name. What is written behind it was
    sealed by an active key, but somebody may rename or copy an old object to there. So the job is done only
-   when a whole pass that followed another one has met nothing that an old key seals.
+   when a whole pass that followed another one, which has left nothing, has met nothing that an old key seals.
 3. One object that cannot be rewritten does not hold up the others. It is counted and named, and the job is
    not done before a further pass finds none of them.
 4. An object that names no key may be any key's: it is written anew as well, and counts only if it names one
@@ -62,7 +62,7 @@ class Progress:
     batch_beside: int = 0
     """Where the cursor goes once they are written, and how many others it passes."""
     met: int = 0
-    """Sealed by an old key, in this pass."""
+    """Sealed by an old key, in this pass, or left so by the one before it."""
     passes: int = 0
     """Whole ones before this one; it counts what they did not."""
     scanned: int = 0
@@ -97,7 +97,9 @@ class ReencryptionJob:
     async def run(self) -> Progress:
         """Go on until the end of the pass. StoreError: it can be run again, from where it stands."""
         if self.progress.state is JobState.INCOMPLETE:
-            await self._save(state=JobState.RUNNING, cursor="", met=0, failures={}, failed=0)
+            # What it has left is met, whether it is met again or not: it may be renamed (rule 2).
+            left = self.progress.failed
+            await self._save(state=JobState.RUNNING, cursor="", met=left, failures={}, failed=0)
         while self.progress.state is JobState.RUNNING:
             await self._pass()
         return self.progress

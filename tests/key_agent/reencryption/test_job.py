@@ -129,6 +129,33 @@ async def test_a_first_pass_without_old_objects_proves_nothing_yet() -> None:
     assert store.rewrites == {"a": 1}
 
 
+async def test_what_a_pass_has_left_may_be_renamed_during_the_next() -> None:
+    """To where the cursor has been: of an object that is known to be old one clean pass says nothing."""
+
+    class Renaming(MemoryStore):
+        renames = False
+
+        @override
+        async def look(self, name: str) -> Found | None:
+            if self.renames and "z" in self.objects:
+                self.objects["a"] = self.objects.pop("z")
+            return await super().look(name)
+
+    store, paper = Renaming(TODAY), Paper(progress())
+    for number in range(BATCH):
+        store.put(f"m/{number:05}", OLD)
+    await ReencryptionJob(paper.kept, store, paper).run()
+    paper.kept = replace(paper.kept, state=JobState.RUNNING, cursor="")
+    store.put("z", OLD)  # as if it came during the second pass
+    store.refused["z"] = "HTTP 403"
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (done.state, list(done.failures)) == (JobState.INCOMPLETE, ["z"])
+    store.renames = True
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert done.is_whole
+    assert old_ones(store) == []
+
+
 async def test_what_is_listed_and_not_shown_is_not_gone() -> None:
     """A store may say so of what it does not let us read."""
 
