@@ -27,7 +27,7 @@ from xml.parsers import expat
 import aiohttp
 
 from envelope.errors import FormatError
-from envelope.objects import HEADER_SIZE, Header
+from envelope.objects import HEADER_SIZE, Header, has_magic
 from key_agent.reencryption.connector import Connector, Found, Rewrite, StoreError
 from key_agent.reencryption.spool import Spool
 from runtime.tls import client_context
@@ -177,9 +177,9 @@ class WebDavConnector(Connector):
                 if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # empty: nobody sealed it
                     return Found(name=name, key_id=None, version="")
                 _expect(answer, HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
-                _expect_first_bytes(answer)
                 # A server may ignore the range: no more than this is read of it.
                 start = await _at_most(answer, HEADER_SIZE)
+                _check_first_bytes(answer, start)
                 version = answer.headers.get("ETag", "")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _silence(error) from error
@@ -343,14 +343,14 @@ def _expect(answer: aiohttp.ClientResponse, *statuses: int) -> None:
         raise StoreError(f"the store answers HTTP {answer.status}")
 
 
-def _expect_first_bytes(answer: aiohttp.ClientResponse) -> None:
-    """Others than an object's own first bytes name no key, and it would be taken for nobody's."""
+def _check_first_bytes(answer: aiohttp.ClientResponse, start: bytes) -> None:
+    """StoreError: they are not the object's own, so they name no key, and it would be taken for nobody's."""
     coding = answer.headers.get("Content-Encoding", "identity")
     part = answer.headers.get("Content-Range", "")
-    if coding.lower() != "identity":
-        raise StoreError(f"the store answers in the coding {coding[:40]!r}, which nobody asked for")
     if answer.status == HTTPStatus.PARTIAL_CONTENT and not part.lower().startswith("bytes 0-"):
         raise StoreError(f"the store answers another part than the first: {part[:80]!r}")
+    if coding.lower() != "identity" and not has_magic(start):  # else it is a mere label, as .gz gets one
+        raise StoreError(f"the store answers in the coding {coding[:40]!r}, which nobody asked for")
 
 
 async def _keep(spool: Spool, piece: bytes) -> None:

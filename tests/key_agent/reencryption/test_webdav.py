@@ -370,6 +370,19 @@ async def test_other_bytes_than_an_objects_first_say_nothing_of_its_key(
         assert await connector.look("a") == Found(name="a", key_id=None, version='"1"')
 
 
+async def test_a_coding_that_is_a_mere_label_is_looked_through(tmp_path: Path) -> None:
+    """Servers put one on every name that ends with .gz, and send what is stored."""
+    key_id = KeyId.random()
+    sealed = Header(key_id).encode()
+
+    async def answer(_request: web.Request) -> web.Response:
+        label = {"Content-Encoding": "x-gzip", "Content-Range": "bytes 0-31/100", "ETag": '"1"'}
+        return web.Response(status=206, body=sealed, headers=label)
+
+    async with _store(tmp_path, answer) as connector:
+        assert await connector.look("a.gz") == Found(name="a.gz", key_id=key_id, version='"1"')
+
+
 async def test_a_write_whose_answer_is_lost_is_sent_once_and_looked_at(tmp_path: Path) -> None:
     """Sent again by the library it would be 412 by its own first success, or undo what came since."""
     old, today = KeyId.random(), KeyId.random()
