@@ -26,7 +26,8 @@ from xml.parsers import expat
 
 import aiohttp
 
-from envelope.errors import FormatError
+from envelope.errors import FormatError, IntegrityError
+from envelope.keys import ANONYMOUS, KeyId
 from envelope.objects import HEADER_SIZE, Header, has_magic
 from key_agent.reencryption.connector import Connector, Found, Rewrite, StoreError
 from key_agent.reencryption.spool import Spool
@@ -183,11 +184,7 @@ class WebDavConnector(Connector):
                 version = answer.headers.get("ETag", "")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _silence(error) from error
-        try:
-            key_id = Header.parse(start).key_id
-        except FormatError:
-            return Found(name=name, key_id=None, version=version)
-        return Found(name=name, key_id=key_id, version=version)
+        return Found(name=name, key_id=_key_of(start), version=version)
 
     @override
     async def rewrite(self, found: Found) -> tuple[Rewrite, str]:
@@ -351,6 +348,16 @@ def _check_first_bytes(answer: aiohttp.ClientResponse, start: bytes) -> None:
         raise StoreError(f"the store answers another part than the first: {part[:80]!r}")
     if coding.lower() != "identity" and not has_magic(start):  # else it is a mere label, as .gz gets one
         raise StoreError(f"the store answers in the coding {coding[:40]!r}, which nobody asked for")
+
+
+def _key_of(start: bytes) -> KeyId | None:
+    """Who sealed what begins so; None: nobody of ours."""
+    if not has_magic(start):
+        return None
+    try:
+        return Header.parse(start).key_id
+    except (FormatError, IntegrityError):  # cut, damaged, or of a later version: it may be any key's
+        return ANONYMOUS
 
 
 async def _keep(spool: Spool, piece: bytes) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import ssl
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from aiohttp.typedefs import Handler
 
-from envelope.keys import KeyId, KeyMaterial, KeyState
+from envelope.keys import ANONYMOUS, KeyId, KeyMaterial, KeyState
 from envelope.objects import Header
 from key_agent.reencryption import webdav
 from key_agent.reencryption.connector import Found, Rewrite, StoreError
 from key_agent.reencryption.job import JobState, Progress, ReencryptionJob
+from key_agent.reencryption.spool import PIECE_BYTES
 from key_agent.reencryption.webdav import WebDavConnector, WebDavStore, read_listing
 from proxy.tenants.model import ServiceEntry
 from runtime.clock import SystemClock
@@ -381,6 +383,40 @@ async def test_a_coding_that_is_a_mere_label_is_looked_through(tmp_path: Path) -
 
     async with _store(tmp_path, answer) as connector:
         assert await connector.look("a.gz") == Found(name="a.gz", key_id=key_id, version='"1"')
+
+
+async def test_what_begins_as_ours_and_names_no_key_that_can_be_read_may_be_any_keys(tmp_path: Path) -> None:
+    """Cut, damaged, or of a version that this agent does not know: it is not passed over as nobody's."""
+    sealed = Header(KeyId.random()).encode()
+    stored = sealed
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=stored, headers={"ETag": '"1"'})
+
+    async with _store(tmp_path, answer) as connector:
+        for odd in (sealed[:20], sealed[:8] + b"\x7f" + sealed[9:], sealed[:-1] + b"\x01"):
+            stored = odd
+            assert await connector.look("a") == Found(name="a", key_id=ANONYMOUS, version='"1"')
+        stored = b"-" + sealed
+        assert await connector.look("a") == Found(name="a", key_id=None, version='"1"')
+
+
+async def test_where_there_is_no_room_to_keep_an_object_aside_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody looks at the disk for a store that does not answer."""
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.method)
+        return web.Response(body=bytes(4 * PIECE_BYTES))
+
+    monkeypatch.setattr(webdav, "WHOLE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    async with _store(tmp_path, answer) as connector:
+        with pytest.raises(StoreError, match="no room to keep an object aside: No such file"):
+            await connector.rewrite(Found(name="a", key_id=None, version='"1"'))
+    assert asked == ["GET"]
 
 
 async def test_a_write_whose_answer_is_lost_is_sent_once_and_looked_at(tmp_path: Path) -> None:
