@@ -14,6 +14,7 @@ from key_agent.consent import Change
 from key_agent.environments.changes import healing_changes
 from key_agent.environments.changes.incident_changes import KEK_COMPROMISED
 from key_agent.environments.incidents.acknowledgements import LB_ACK_PATH, LbAck
+from key_agent.environments.incidents.healing import KEK_PATH
 from key_agent.environments.peers.peer_api import PeerCall
 from key_agent.environments.peers.peer_transport import PeerError
 from key_agent.environments.shared.approvals import Action
@@ -89,6 +90,21 @@ async def test_an_environments_agent_is_no_load_balancer(site: BreachedSite) -> 
         assert refused.value.code == "identity"
     heard = site.parts["a"].load_balancers.all(now_boot_s=site["a"].clock.boot_s())
     assert [one.name for one in heard] == ["lb-1"]
+
+
+async def test_an_agent_announces_no_other_environments_kek(site: BreachedSite) -> None:
+    """Of one that heals no signature is asked for: any member would put its own KEK there."""
+    await breach(site)
+    kek = healing_changes.KekAnnouncement(
+        environment="b", kek_id="kek-x", kek=site["a"].peering.view.keks["kek-b"]
+    )
+    with pytest.raises(PeerError) as refused:
+        await site["c"].environments.peers.post("a", KEK_PATH, msgspec.json.encode(kek))
+    assert refused.value.code == "not_believed"
+    view = site["a"].peering.view
+    assert (view.environments["b"].kek_id, "kek-x" in view.keks) == ("kek-b", False)
+    await site["b"].environments.peers.post("a", KEK_PATH, msgspec.json.encode(kek))
+    assert site["a"].peering.view.environments["b"].kek_id == "kek-x", "by its own agent it is"
 
 
 @pytest.mark.usefixtures("balancer")

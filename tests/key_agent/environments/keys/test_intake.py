@@ -12,6 +12,7 @@ from key_agent.environments.keys.wrap_messages import Look, SealedKey, Stored
 from key_agent.environments.shared.documents import Kind
 from key_agent.environments.shared.draft import Draft
 from key_agent.environments.states import EnvironmentState
+from key_agent.registry.states import KekState
 from key_agent.sources.source import Rewrapped, Route
 from tests.environments.key_site import FILES, KeySite, key_site
 from tests.fakes.key_source import FakeKeySource
@@ -47,6 +48,26 @@ async def test_what_is_in_the_hsm_when_its_environment_is_withdrawn_is_not_store
     assert found.verified == ()
     assert set(found.failed) == {key.key_id for key in delivery.keys}
     assert await site["b"].wrapped() == {}
+
+
+@pytest.mark.parametrize("state", [KekState.REVOKED, KekState.DEACTIVATED])
+async def test_what_is_in_the_hsm_when_its_kek_is_taken_back_or_followed_is_not_stored(
+    site: KeySite, monkeypatch: pytest.MonkeyPatch, state: KekState
+) -> None:
+    """The environment is sound, and says so: only the row of the KEK tells."""
+    delivery = await parcels_for(site, "b")
+    await site["b"].sql("DELETE FROM dek_wrap")
+    imported, registry = site["b"].source.import_keys, site["b"].registry
+
+    async def slow(*arguments: Any, **more: Any) -> Rewrapped:
+        made: Rewrapped = await imported(*arguments, **more)
+        await registry.set_kek_state(delivery.kek_id, state, "by the test", now_ms=site["b"].now_ms())
+        return made
+
+    monkeypatch.setattr(site["b"].source, "import_keys", slow)
+    found = await site["b"].wraps.intake.store(delivery, sender="agent-a")
+    assert (found.verified, set(found.failed)) == ((), {key.key_id for key in delivery.keys})
+    assert await registry.wraps_under(delivery.kek_id) == 0
 
 
 async def test_what_does_not_fit_the_signed_rows_is_stored_nowhere(site: KeySite) -> None:

@@ -154,6 +154,26 @@ async def test_who_asks_is_bounded_and_forgotten(site: MembersSite) -> None:
     membership.asked("agent-b", named("one-more"))
 
 
+async def test_since_when_a_kek_is_known_the_manager_says(site: MembersSite) -> None:
+    """Dated ahead by its own agent it would be newer than any breach, and no other one asked for."""
+    a, b = site["a"], site["b"]
+    own, founded_ms = await a.registry.current_kek(), a.peering.view.environments["a"].since_ms
+    assert own is not None
+    assert own.since_ms < founded_ms
+    assert a.peering.view.keks["kek-a"].since_ms == founded_ms
+    await ask(site)
+    asked = request_of(b)
+    await b.stop()  # else it would repeat its honest request
+    ahead_ms = a.now_ms() + 1_000_000
+    kek = msgspec.structs.replace(asked.kek, since_ms=ahead_ms, created_at_ms=ahead_ms)
+    lying = msgspec.structs.replace(asked, kek=kek).signed_by(b.environments._registry_key)
+    a.environments.membership.asked("agent-b", lying)
+    await a.commands.env_add(environment="b", fingerprint=fingerprint_of(asked.introduction.registry_key))
+    known = a.peering.view.keks["kek-b"]
+    assert known.created_at_ms == ahead_ms, "its agent's word"
+    assert founded_ms <= known.since_ms <= a.now_ms()
+
+
 async def test_what_has_keys_of_its_own_or_is_in_a_set_does_not_join(site: MembersSite) -> None:
     a, b = site["a"], site["b"]
     with pytest.raises(RefusedChangeError, match="is one of several already"):

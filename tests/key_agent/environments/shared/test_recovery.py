@@ -387,10 +387,11 @@ async def test_what_is_no_key_of_the_signed_rows_is_not_taken_from_the_kek_of_be
     assert len(await a.wrapped()) == 2
 
 
+@pytest.mark.parametrize("kind", ["kek", "suspected"])
 async def test_breached_again_while_its_keys_come_it_opens_and_stores_nothing_more(
-    site: HealingSite, monkeypatch: pytest.MonkeyPatch
+    site: HealingSite, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Between two batches, and while one is in the HSM."""
+    """Between two batches, and while one is in the HSM; after `suspected` both KEKs open on."""
     old = await all_kek(site)
     a = site["a"]
     a.fake.disable(old["a"], enabled=True)
@@ -402,7 +403,7 @@ async def test_breached_again_while_its_keys_come_it_opens_and_stores_nothing_mo
     async def slow(old: Kek, new: Kek, keys: Sequence[WrappedKey]) -> Rewrapped:
         made = await rewrap(old, new, keys)
         opened.extend(str(key.key_id) for key in keys)
-        await a.commands.incident_open(environment="a", kind="kek", reason="again")
+        await a.commands.incident_open(environment="a", kind=kind, reason="again")
         return made
 
     monkeypatch.setattr(own_wraps, "BATCH", 1)
