@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from key_agent.command_line.performing import perform, show
-from key_agent.command_line.wording import outcomes_text, time_text
+from key_agent.command_line.wording import counted, outcomes_text, time_text
 from runtime.cli import CommandError, ExitCode
 from runtime.files import write_new_file
 
@@ -35,7 +35,8 @@ def backup_export(
         context,
         data,
         lambda data: (
-            f"{data['file']}: {data['keys']} keys of {data['services']} services, {data['bytes']} bytes\n"
+            f"{data['file']}: {counted(data['keys'], 'key')} of {counted(data['services'], 'service')}, "
+            f"{data['bytes']} bytes\n"
             f"It opens only where KEK {data['kek']} is in the HSM. Keep it apart from the HSM's own backup."
         ),
     )
@@ -63,16 +64,19 @@ def backup_import(
 def imported_text(data: Any) -> str:
     """What `backup import` did, or with `--try` would do."""
     would = "would be " if data["trial"] else ""
+    keys, wraps = counted(len(data["keys"]), "key"), counted(len(data["wraps"]), "wrap")
+    services = counted(len(data["services"]), "service")
+    proxies = counted(len(data["proxies_added"]), "proxy", "proxies")
     lines = [
         f"backup of {time_text(data['made_at_ms'])}, every wrap opened in the HSM where its KEK is there",
-        f"{len(data['keys'])} keys {would}added, {len(data['wraps'])} wraps {would}restored",
-        f"{len(data['services'])} services, {len(data['proxies_added'])} proxies {would}added",
+        f"{keys} {would}added, {wraps} {would}restored",
+        f"{services}, {proxies} {would}added",
     ]
     lines += [f"KEK {kek_id} {would}added" for kek_id in data["keks"]]
     lines += [f"KEK {kek_id} is not in the HSM: {why}" for kek_id, why in data["absent_keks"].items()]
     if data["waiting"]:
         lines.append(
-            f"{len(data['waiting'])} keys wait for their KEK: bring it back, then "
+            f"{counted(len(data['waiting']), 'key')} without their KEK: bring it back, then "
             "`key-agent reinstate --restore`"
         )
     lines += [f"{kid} {would}{state}: the backup knew that" for kid, state in data["ended"].items()]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from key_agent.command_line.performing import Options, YesFlag, confirm, perform, show
-from key_agent.command_line.wording import objects_text, outcomes_text, time_text
+from key_agent.command_line.wording import counted, objects_text, outcomes_text, time_text
 from runtime.cli import CommandError, ExitCode
 
 kek_app = typer.Typer(no_args_is_help=True, help="The key-encryption key in the HSM.")
@@ -66,7 +66,7 @@ def kek_rotate(  # noqa: PLR0917 - typer calls it by name
         end = "destroyed in the HSM" if data["retired"] else f"STILL in the HSM: {data['problem']}"
         return (
             f"KEK {data['kek']} is in use (label {data['label']}, wraps by {data['method']}); "
-            f"{data['moved']} keys moved\nKEK {data['replaced']}: {end}"
+            f"{counted(data['moved'], 'key')} moved\nKEK {data['replaced']}: {end}"
         )
 
     show(context, data, text)

@@ -11,7 +11,7 @@ import typer
 from key_agent.command_line.performing import Options, YesFlag, confirm, perform, show
 from key_agent.command_line.service_cli import ServiceName
 from key_agent.command_line.status_cli import rotation_text
-from key_agent.command_line.wording import outcomes_text, time_text, use_text
+from key_agent.command_line.wording import counted, outcomes_text, time_text, use_text
 from runtime.cli import CommandError, ExitCode
 
 key_app = typer.Typer(no_args_is_help=True, help="Keys of network services, and their states.")
@@ -152,8 +152,8 @@ def loss_text(data: Any) -> str:
     active = time_text(data["activated_at_ms"]) if data["activated_at_ms"] else "never"
     return (
         f"{data['service']}: {use_text(data)} key {data['kid']}, version {data['version']}, {data['state']} "
-        f"since {time_text(data['since_ms'])}, active from {active}; held by {len(data['held_by'])} proxies "
-        "now.\n"
+        f"since {time_text(data['since_ms'])}, active from {active}; held by "
+        f"{counted(len(data['held_by']), 'proxy', 'proxies')} now.\n"
         f"Unreadable for ever: {data['unreadable']}. Backups of registry and keys bring it back nowhere."
     )
 

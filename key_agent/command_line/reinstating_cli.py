@@ -9,7 +9,7 @@ import typer
 
 from key_agent.command_line.kek_cli import HsmId, HsmLabel, KekTypeName, ValidDays
 from key_agent.command_line.performing import Options, YesFlag, confirm, perform, show
-from key_agent.command_line.wording import objects_text, outcomes_text
+from key_agent.command_line.wording import counted, objects_text, outcomes_text
 from runtime.cli import CommandError
 
 
@@ -76,7 +76,7 @@ def restorable_text(data: Any) -> str:
             f"The revoked KEK {data['kek']} will be trusted again and its keys pushed to every proxy."
         )
     for one in data["earlier"]:
-        objects = "\n".join(f"  {row['service']} ({row['keys']} keys)" for row in one["services"])
+        objects = "\n".join(f"  {row['service']} ({counted(row['keys'], 'key')})" for row in one["services"])
         if one["back"]:
             lines.append(
                 f"KEK {one['kek']} is back in the HSM. Its keys will be wrapped by KEK {data['kek']} and "
@@ -102,7 +102,7 @@ def restored_text(data: Any) -> str:
             continue
         end = "it is destroyed in the HSM" if one["retired"] else "it is STILL in the HSM"
         end += f" ({one['problem']})" if one["problem"] else ""
-        lines.append(f"KEK {one['kek']}: {one['moved']} keys are wrapped by {data['kek']} now; {end}")
-        lines += [f"  {row['service']}: {row['keys']} keys open again" for row in one["services"]]
+        lines.append(f"KEK {one['kek']}: {counted(one['moved'], 'key')} moved to {data['kek']}; {end}")
+        lines += [f"  {row['service']}: open again: {counted(row['keys'], 'key')}" for row in one["services"]]
         lines += [f"  {kid} does not open: {reason}" for kid, reason in one["failed"].items()]
     return "\n".join([*lines, outcomes_text(data)])

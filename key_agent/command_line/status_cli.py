@@ -13,7 +13,7 @@ import typer
 
 from key_agent.command_line import live_status
 from key_agent.command_line.performing import Options, perform, show
-from key_agent.command_line.wording import time_text
+from key_agent.command_line.wording import counted, time_text
 from key_agent.environments.commands.cli import environments_text
 from key_agent.state_dir import SOCKET_NAME
 from runtime import observe
@@ -76,7 +76,7 @@ def status_text(data: Any) -> str:
     proxies = {proxy["proxy"] for proxy in data["proxies"]}
     for service in data["services"]:
         lost = f", {service['unreadable_keys']} under a lost KEK" if service["unreadable_keys"] else ""
-        lines.append(f"{service['service']}  ({service['keys']} keys{lost})")
+        lines.append(f"{service['service']}  ({counted(service['keys'], 'key')}{lost})")
         lines += [
             f"  {_place_text(place)}"
             for place in service["proxies"]

@@ -1,7 +1,12 @@
-"""What commands say alike: times, uses of keys, what each proxy has answered."""
+"""What commands say alike: numbers, times, uses of keys, what each proxy has answered."""
 
 from datetime import UTC, datetime
 from typing import Any
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 key`, `2 keys`, `2 proxies`."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def time_text(at_ms: int) -> str:
@@ -27,7 +32,7 @@ def outcomes_text(data: Any) -> str:
 def objects_text(listed: Any) -> str:
     """The services whose objects are at stake, with their keys."""
     rows = [
-        f"  {row['service']} ({sum(key['state'] != 'destroyed' for key in row['keys'])} keys)"
+        f"  {row['service']} ({counted(sum(key['state'] != 'destroyed' for key in row['keys']), 'key')})"
         for row in listed["services"]
     ]
     return "\n".join(rows) or "  (there are no services)"

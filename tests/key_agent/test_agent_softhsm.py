@@ -380,7 +380,7 @@ async def test_old_objects_open_again_when_a_backup_of_the_hsm_brings_the_old_ke
         await backup.bring_back(with_lock=False)
         asked = await site.command("reinstate", "--restore", exit_code=3)
         assert asked["code"] == "not-confirmed"
-        assert "acme/s3 (1 keys)" in asked["cause"]
+        assert "acme/s3 (1 key)" in asked["cause"]
         assert len(_material(site)) == 1, "nothing without a yes"
         result = await site.command("reinstate", "--restore", "--yes", exit_code=1)
         [one] = result["earlier"]

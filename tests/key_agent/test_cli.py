@@ -11,7 +11,7 @@ import pytest
 from key_agent import doctor
 from key_agent.cli import program
 from key_agent.command_line.status_cli import lifetime_text, rotation_text, status_text
-from key_agent.command_line.wording import outcomes_text, time_text
+from key_agent.command_line.wording import counted, outcomes_text, time_text
 from runtime import cli
 from runtime.doctor import Check, as_text
 from tests.key_agent.conftest import Bench
@@ -42,6 +42,19 @@ def config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 def _run(*words: object) -> int:
     return cli.main(program, [str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, ("key",), "0 keys"),
+        (1, ("key",), "1 key"),
+        (2, ("key",), "2 keys"),
+        (3, ("proxy", "proxies"), "3 proxies"),
+    ],
+)
+def test_numbers_agree_with_their_nouns(number: int, noun: tuple[str, ...], text: str) -> None:
+    assert counted(number, *noun) == text
 
 
 def test_check_config(

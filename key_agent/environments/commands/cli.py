@@ -10,6 +10,7 @@ import typer
 
 from envelope.errors import FormatError, SealgateError
 from key_agent.command_line.performing import confirm, perform, show
+from key_agent.command_line.wording import counted
 from key_agent.environments.commands.admin_signatures import (
     HELP_ON_PASSPHRASES,
     SIGNATURE_HELP,
@@ -94,8 +95,9 @@ def init(  # noqa: PLR0917 - typer calls it by name
         context,
         data,
         lambda data: (
-            f"{data['environment']} is the first environment: {data['services']} services, "
-            f"{data['keys']} keys\nfingerprint {data['fingerprint']}: for `env join` at the next one"
+            f"{data['environment']} is the first environment: {counted(data['services'], 'service')}, "
+            f"{counted(data['keys'], 'key')}\n"
+            f"fingerprint {data['fingerprint']}: for `env join` at the next one"
         ),
     )
 

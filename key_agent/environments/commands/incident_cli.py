@@ -23,6 +23,7 @@ from cryptography import x509
 from envelope.certificates import CertificateError
 from envelope.errors import FormatError, IntegrityError
 from key_agent.command_line.performing import Options, perform, show
+from key_agent.command_line.wording import counted
 from key_agent.environments.incidents.evidence import verify_bundle
 from key_agent.environments.states import EnvironmentState
 from runtime.cli import CommandError, ExitCode
@@ -179,7 +180,7 @@ def incident_rekey(
     data = perform(context.obj, "incident_rekey", incident=incident, generator=generator)
 
     def text(data: Any) -> str:
-        lines = [f"{data['incident']} is {data['state']}; {len(data['made'])} keys made"]
+        lines = [f"{data['incident']} is {data['state']}; {counted(len(data['made']), 'key')} made"]
         if data["without_successor"]:
             lines.append(
                 f"{len(data['without_successor'])} are not active yet: every environment that serves has to "
@@ -288,7 +289,7 @@ def scope_text(data: Any) -> str:
         + (f", followed by {row['replaced_by']}" if row["replaced_by"] else "")
         for row in data["keys"]
     ]
-    return "\n".join([f"{len(rows)} keys:", *rows]) if rows else "no keys"
+    return "\n".join([f"{counted(len(rows), 'key')}:", *rows]) if rows else "no keys"
 
 
 def status_text(data: Any) -> str:

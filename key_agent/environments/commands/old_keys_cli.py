@@ -14,6 +14,7 @@ import typer
 from envelope.errors import SealgateError
 from envelope.keys import KeyId
 from key_agent.command_line.performing import Options, confirm, perform, perform_with, show
+from key_agent.command_line.wording import counted
 from key_agent.environments.commands.incident_cli import (
     ApproveWith,
     IncidentName,
@@ -65,7 +66,8 @@ def keys_retire(
     """Destroy deactivated or compromised keys in every environment."""
     confirm(
         context.obj,
-        f"What {len(key_ids(keys))} keys sealed is unreadable for ever afterwards, in every environment.",
+        f"What {counted(len(key_ids(keys)), 'key')} sealed is unreadable for ever afterwards, "
+        "in every environment.",
         yes=yes,
     )
     data = perform(
@@ -190,7 +192,7 @@ def _reencrypt(context: typer.Context, progress: Progress, connector: Path) -> N
     show(context, data, _reencryption_text)
     if not done.is_whole:
         raise CommandError(
-            f"{done.failed} objects are still sealed by an old key",
+            f"still sealed by an old key: {counted(done.failed, 'object')}",
             f"see why, then `key-agent keys reencrypt resume {done.job_id} --connector {connector}`",
             ExitCode.FAILED,
             code="incomplete",

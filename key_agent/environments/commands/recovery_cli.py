@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from key_agent.command_line.performing import confirm, perform, show
+from key_agent.command_line.wording import counted
 from key_agent.environments.commands.cli import (
     NewFile,
     WrittenFile,
@@ -42,7 +43,7 @@ def recovery(
     def text(data: Any) -> str:
         source = "no KEK of before" if data["old_kek"] is None else f"KEK {data['old_kek']}"
         lines = [
-            f"{data['environment']} comes back first: {data['kept']} keys, from {source}",
+            f"{data['environment']} comes back first: {counted(data['kept'], 'key')}, from {source}",
             f"KEK {data['new_kek']}, fingerprint {data['kek_fingerprint']}",
             f"registry key, fingerprint {data['registry_fingerprint']}",
             f"registry at epoch {data['epoch']}, {digest_text(data['digest'])}",
@@ -52,7 +53,9 @@ def recovery(
             for name, epoch in data["newer"].items()
         ]
         if data["lost"]:
-            lines.append(f"LOST FOR EVER, {len(data['lost'])} keys, and with them what they have sealed:")
+            lines.append(
+                f"LOST FOR EVER, {counted(len(data['lost']), 'key')}, and with them what they have sealed:"
+            )
             lines += [f"  {one['kid']}  {one['service']}  {one['state']}" for one in data["lost"]]
             lines.append("they have to be ended before it can return: `key-agent keys retire --accept-loss`")
         lines.append(

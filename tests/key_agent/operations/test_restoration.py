@@ -90,12 +90,12 @@ async def test_old_keys_come_back_to_open_and_new_ones_go_on_sealing(bench: Benc
         text = restorable_text(plan)
         for part in (
             f"KEK {old.reference.kek_id} is back",
-            "acme/s3 (1 keys)",
-            "acme/box (1 keys)",
+            "acme/s3 (1 key)",
+            "acme/box (1 key)",
             "destroyed",
         ):
             assert part in text
-        assert "acme/s3: 1 keys open again" in restored_text(result)
+        assert "acme/s3: open again: 1 key" in restored_text(result)
 
 
 async def test_the_old_kek_is_needed_no_more_and_gone(bench: Bench) -> None:
