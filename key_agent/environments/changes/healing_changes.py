@@ -108,7 +108,8 @@ def take_kek(draft: "Draft", told: KekAnnouncement, *, tenant: str, now_ms: int)
 
     The one before it is not trusted again. A sound environment has signed it, by the key that administrators
     have compared; of one that heals they compare the KEK itself, and until then its state lets it have no
-    keys. RefusedChangeError: neither of both.
+    keys. One that was there unseen when an incident ended its environment's KEK ends with it: it was rotated
+    to, and not announced yet. RefusedChangeError: neither of both.
     """
     body = _environment(draft.shared, told.environment)
     if body.kek_id == told.kek_id:
@@ -128,12 +129,17 @@ def take_kek(draft: "Draft", told: KekAnnouncement, *, tenant: str, now_ms: int)
         raise RefusedChangeError(
             f"KEK {told.kek_id} is an old one", f"`key-agent env new-kek` at {told.environment}"
         )
-    exposed = any(one.kind.needs_new_kek for one in open_incidents(draft.shared, told.environment).values())
+    incidents = open_incidents(draft.shared, told.environment).values()
+    exposed = any(one.kind.needs_new_kek for one in incidents)
+    is_over = any(one.kind.ends_kek and told.kek.created_at_ms <= one.opened_at_ms for one in incidents)
     for kek_id, kek in draft.shared.keks.items():
         if kek.environment == told.environment and kek.state != KEK_COMPROMISED:
             state = KEK_COMPROMISED if exposed else "deactivated"
             draft.put(Kind.KEK, kek_id, msgspec.structs.replace(kek, state=state, since_ms=now_ms))
-    draft.put(Kind.KEK, told.kek_id, msgspec.structs.replace(told.kek, since_ms=now_ms))
+    announced = msgspec.structs.replace(told.kek, since_ms=now_ms)
+    if is_over:
+        announced = msgspec.structs.replace(announced, state=KEK_COMPROMISED)
+    draft.put(Kind.KEK, told.kek_id, announced)
     draft.put(
         Kind.ENVIRONMENT,
         told.environment,

@@ -273,6 +273,27 @@ def test_a_new_kek_ends_those_of_its_own_environment_and_nothing_else(world: Wor
     assert (after["kek-a"].state, after["kek-a"].since_ms) == ("deactivated", world.now_ms)
 
 
+@pytest.mark.parametrize(("age_ms", "ends"), [(1001, True), (1000, True), (999, False)])
+@pytest.mark.parametrize("kind", [K.KEK, K.RUNTIME])
+def test_a_kek_from_before_its_breach_ends_as_soon_as_it_is_known(
+    world: World, kind: IncidentKind, age_ms: int, *, ends: bool
+) -> None:
+    """It was rotated to unseen: the breach was of the HSM that it is in, or of what it cannot protect."""
+    breach(world, kind)  # a second ago
+    kek = world.kek("a", created_at_ms=world.now_ms - age_ms, version=2)
+    assert take(world, KekAnnouncement(environment="a", kek_id="kek-a2", kek=kek))
+    is_over = ends and kind is K.KEK
+    known = world.rows.keks["kek-a2"]
+    assert (known.state, known.since_ms) == (changes.KEK_COMPROMISED if is_over else "active", world.now_ms)
+    assert world.rows.environments["a"].kek_id == "kek-a2", "its agent is to see that it is meant"
+    if ends:
+        with pytest.raises(RefusedChangeError, match="not newer") as refused:
+            complete(world, fingerprint=kek_fingerprint("kek-a2", kek))
+        assert "env new-kek" in refused.value.next_step
+    told = announce(world, "kek-a3")
+    assert complete(world, fingerprint=fingerprint(told))
+
+
 def test_an_environment_heals_because_of_its_own_incidents_alone(world: World) -> None:
     for number, (kind, name) in enumerate([(K.RUNTIME, "b"), (K.DB, "a"), (K.SUSPECTED, "a")], start=1):
         opening = Opening(
