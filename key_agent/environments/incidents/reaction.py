@@ -228,6 +228,7 @@ class Reaction:
             await agent.reload(kek_changed=True)
             row = await agent.registry.current_kek()
         if row is None or row.state.is_withdrawn:
+            await self._give_up_staged()
             made = await make_kek(agent, "env-new-kek", wish)
             await agent.registry.complete_kek(made, (), now_ms=agent.now_ms())
             await agent.reload(kek_changed=True)
@@ -241,6 +242,22 @@ class Reaction:
             kek_id=row.reference.kek_id,
             kek=kek_body(row, self._peering.environment),
         )
+
+    async def _give_up_staged(self) -> None:
+        """Of a rotation that the incident met halfway: it would go on to a KEK from before the breach."""
+        agent = self._agent
+        coming = (await agent.registry.succession()).coming
+        if coming is None or coming.kek is None:
+            return
+        kek_id = coming.reference.kek_id
+        try:
+            await agent.source.destroy_kek(coming.kek)
+        except KekRevokedError as error:  # its token is another one: nothing is rotated to it
+            agent.journal.note("kek-retire", outcome="gone", kek=kek_id, cause=error.verdict)
+        else:
+            agent.journal.note("kek-retire", kek=kek_id)
+        reason = "its rotation was given up: the environment heals"
+        await agent.registry.abandon_kek(kek_id, reason, now_ms=agent.now_ms())
 
     async def canary(self) -> Canary:
         """This environment proves itself: its KEK now, and every wrap under it, opened lately (proofs.py)."""

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from envelope.certificates import Role
-from envelope.keys import KeyState
+from envelope.keys import KeyId, KeyState
 from key_agent.consent import Change
 from key_agent.environments.changes import healing_changes
 from key_agent.environments.changes.incident_changes import KEK_COMPROMISED
@@ -426,3 +426,68 @@ async def test_a_sound_environment_that_rotates_its_kek_is_followed(tmp_path: Pa
         await until(lambda: {states(healing["c"]).get(key) for key in made} == {S.ACTIVE}, timeout_s=60)
         for name in "abc":
             assert await healing[name].opens(made)
+
+
+async def test_a_kek_rotated_to_unseen_before_the_breach_ends_with_the_one_before_it(
+    tmp_path: Path, acme: Tenant
+) -> None:
+    """It is in the HSM that was breached, and the rows do not know it when they end all that they know."""
+    async with healing_site(tmp_path, acme, "abc") as site:
+        a, b = site["a"], site["b"]
+        b.cut_off()
+        unseen = str((await KekRotation(cast("Agent", b)).run(KekWish()))["kek"])
+        kek = await b.kek()
+        assert kek.reference.kek_id == unseen
+        await a.commands.incident_open(environment="b", kind="kek", reason="IR")
+        assert unseen not in a.peering.view.keks
+        b.reconnect()
+        held = b.fake.keks[kek.reference.label, kek.reference.object_id]
+        await until(lambda: not held.enabled, timeout_s=60)
+        assert b.consent.standing.is_withdrawn
+        assert a.peering.view.keks[unseen].state == KEK_COMPROMISED
+        fingerprint = await site.renew("b", at="a")
+        assert a.peering.view.environments["b"].kek_id not in ("kek-b", unseen)
+        await site.rekey("inc-1", at="a")
+        await site.complete("b", fingerprint, at="a")
+        assert (await site.rejoin("b", at="a"))["problems"] == {}
+
+        async def erased() -> bool:
+            return await b.registry.wraps_under(unseen) == 0
+
+        for _ in range(3000):
+            if await erased():
+                break
+            await asyncio.sleep(0.02)
+        assert await erased()
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["there", "token-exchanged"])
+async def test_no_rotation_goes_on_to_a_kek_from_before_the_breach(
+    tmp_path: Path, acme: Tenant, monkeypatch: pytest.MonkeyPatch, *, is_there: bool
+) -> None:
+    """It stopped halfway, and a later `kek rotate` would have found what it had made in the breached HSM."""
+    async with healing_site(tmp_path, acme, "ab") as site:
+        a, b = site["a"], site["b"]
+        [key_id, *_] = sorted(states(b))
+        b.fake.spoil(KeyId.parse(key_id))
+        with pytest.raises(RefusedChangeError, match="do not open"):
+            await KekRotation(cast("Agent", b)).run(KekWish())
+        b.fake.unspoil(KeyId.parse(key_id))
+        staged = (await b.registry.succession()).coming
+        assert staged is not None
+        assert staged.kek is not None
+        await a.commands.incident_open(environment="b", kind="kek", reason="IR")
+        await until(lambda: b.consent.standing.is_withdrawn, timeout_s=60)
+        if not is_there:
+
+            async def elsewhere(kek: object) -> None:
+                raise KekRevokedError(Diagnosis(Verdict.TOKEN_CHANGED, "another token is in the slot"))
+
+            monkeypatch.setattr(b.fake, "destroy_kek", elsewhere)
+        await site.renew("b", at="a")
+        state = await b.registry.succession()
+        assert (state.coming, await b.registry.wraps_under(staged.reference.kek_id)) == (None, 0)
+        in_hsm = (staged.kek.reference.label, staged.kek.reference.object_id) in b.fake.keks
+        assert in_hsm is not is_there
+        made = await KekRotation(cast("Agent", b)).run(KekWish())
+        assert made["kek"] != staged.reference.kek_id
