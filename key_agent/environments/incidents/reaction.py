@@ -117,18 +117,21 @@ class Reaction:
         self._disabled &= set(ended)
         self._take_back(ended)
         rows = {row.reference.kek_id: row for row in await self._agent.registry.keks()}
-        left: SealgateError | None = None
+        left: list[str] = []
         for kek_id in ended:
             row = rows.get(kek_id)
             if row is not None and row.kek is not None:
                 try:
                     await self._end(row.kek)
                 except SealgateError as error:  # an HSM that has lost one KEK must not keep the next a secret
-                    left = error
-        await self._announce(view, await self._agent.registry.current_kek())
-        await self._erase(view)
-        if left is not None:
-            raise left
+                    left.append(f"KEK {kek_id}: {error}")
+        try:
+            await self._announce(view, await self._agent.registry.current_kek())
+            await self._erase(view)
+        except SealgateError as error:
+            left.append(str(error))
+        if left:
+            raise SealgateError("; ".join(left))
 
     def _take_back(self, ended: Collection[str]) -> None:
         """Rule 2, first half. It waits for no registry, and for no other KEK that an HSM does not find."""

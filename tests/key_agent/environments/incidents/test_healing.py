@@ -315,6 +315,13 @@ async def test_a_kek_that_cannot_be_disabled_now_does_not_keep_the_next_one_back
     manager = site.members["a"].peering
     await until(lambda: manager.view.environments["b"].kek_id == made["kek"])
     assert site.parts["b"].reaction.problem is not None, "the one before is tried again"
+    # Whatever else cannot be done hides nothing of it.
+    await site.members.in_step()
+    manager_is_away = "cut off by the test"
+    site["b"].cut_off()
+    assert (await site.commands("b").env_new_kek())["kek"] != made["kek"]
+    await until(lambda: manager_is_away in str(site.parts["b"].reaction.problem))
+    assert "another token is in the slot" in str(site.parts["b"].reaction.problem)
 
 
 async def test_a_kek_that_is_gone_needs_no_disabling_and_one_that_may_come_back_does(
