@@ -16,6 +16,7 @@
 
 import asyncio
 import posixpath
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -37,6 +38,7 @@ WHOLE_BYTES: Final = 8 << 20
 MAX_LISTING_BYTES: Final = 64 << 20
 _TIMEOUT_S: Final = 60.0
 _PROPFIND: Final = b'<?xml version="1.0"?><propfind xmlns="DAV:"><prop><resourcetype/></prop></propfind>'
+_SUCCESS: Final = re.compile(r"HTTP/\S+ 2\d\d\b")
 _ERROR_HEADER: Final = "Sealgate-Error"
 # What the proxy says of the object's own key; everything else it cannot do now is the same for all objects.
 _OF_THE_OBJECT: Final = (
@@ -139,13 +141,16 @@ class WebDavConnector(Connector):
         for href, is_folder in read_listing(bytes(content)):
             name = self._name(href)
             if name.rstrip("/") == folder.rstrip("/"):
-                is_named = True
+                is_named = is_folder
             elif not name.startswith(folder) or "/" in name[len(folder) :].rstrip("/"):
                 raise _misread(href, "what was not asked for")
             else:
                 (folders if is_folder else files).append(name.rstrip("/"))
         if not is_named:
             raise StoreError(f"the store's listing of /{folder} is not about that folder")
+        for names in (files, folders):
+            if len(set(names)) < len(names):  # two objects, and only one of them can be asked for
+                raise StoreError(f"the store's listing of /{folder} has a name twice")
         return files, folders
 
     def _name(self, href: str) -> str:
@@ -157,8 +162,10 @@ class WebDavConnector(Connector):
             raise _misread(href, "a name that is no UTF-8") from None
         except ValueError:
             raise _misread(href, "what is no URL") from None
-        if parts.query or parts.fragment:
+        if "?" in href or "#" in href:
             raise _misread(href, "a name that is not encoded")
+        if "//" in path:  # what is below an empty name would be taken for the folder itself
+            raise _misread(href, "an empty name")
         if f"{path}/" == self._root:
             return ""
         # Dots in it lead elsewhere.
@@ -168,23 +175,29 @@ class WebDavConnector(Connector):
 
     @override
     async def look(self, name: str) -> Found | None:
-        headers = {"Range": f"bytes=0-{HEADER_SIZE - 1}"}
         try:
-            async with self._direct.get(
-                self._url(self._store.store_url, name), headers=headers, allow_redirects=False
-            ) as answer:
-                if answer.status in _TRIES_GONE:
-                    return None
-                if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # empty: nobody sealed it
-                    return Found(name=name, key_id=None, version="")
-                _expect(answer, HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
-                # A server may ignore the range: no more than this is read of it.
-                start = await _at_most(answer, HEADER_SIZE)
-                _check_first_bytes(answer, start)
-                version = answer.headers.get("ETag", "")
+            found, is_told = await self._look(name, {"Range": f"bytes=0-{HEADER_SIZE - 1}"})
+            if not is_told:
+                found, _ = await self._look(name, {})
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _silence(error) from error
-        return Found(name=name, key_id=_key_of(start), version=version)
+        return found
+
+    async def _look(self, name: str, headers: dict[str, str]) -> tuple[Found | None, bool]:
+        """The object, and whether the answer to a range says enough of it."""
+        url = self._url(self._store.store_url, name)
+        async with self._direct.get(url, headers=headers, allow_redirects=False) as answer:
+            if answer.status in _TRIES_GONE:
+                return None, True
+            if headers and answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return None, False  # it may be empty, and its server may not know ranges either
+            _expect(answer, HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
+            # A server may ignore the range: no more than this is read of it.
+            start = await _at_most(answer, HEADER_SIZE)
+            if headers and answer.status == HTTPStatus.PARTIAL_CONTENT and len(start) < HEADER_SIZE:
+                return None, False  # it may send less than it was asked for (RFC 9110 15.3.7)
+            _check_first_bytes(answer, start)
+            return Found(name=name, key_id=_key_of(start), version=answer.headers.get("ETag", "")), True
 
     @override
     async def rewrite(self, found: Found) -> tuple[Rewrite, str]:
@@ -227,7 +240,10 @@ class WebDavConnector(Connector):
 
 
 def read_listing(content: bytes) -> list[tuple[str, bool]]:
-    """Each `href` of a multistatus document, and whether it is a collection (RFC 4918 14). StoreError."""
+    """Each `href` of a multistatus document, and whether it is a collection (RFC 4918 14).
+
+    StoreError, also where that is not said, or a listing is said to be cut (507, as in RFC 6578 3.6).
+    """
     reader = _Listing()
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.StartElementHandler = reader.start
@@ -246,23 +262,35 @@ class _Listing:
         self.found: list[tuple[str, bool]] = []
         self._path: list[str] = []
         self._href = ""
+        self._status = ""
+        self._is_typed = False
         self._is_folder = False
 
     def start(self, name: str, _attributes: object) -> None:
         self._path.append(name)
         if name == "DAV: response":
-            self._href, self._is_folder = "", False
+            self._href, self._is_typed, self._is_folder = "", False, False
+        elif name == "DAV: status":
+            self._status = ""
+        elif name == "DAV: resourcetype":
+            self._is_typed = True
         elif name == "DAV: collection" and "DAV: resourcetype" in self._path:
             self._is_folder = True
 
     def end(self, name: str) -> None:
         self._path.pop()
+        if name == "DAV: status" and not _SUCCESS.match(self._status.strip()):
+            raise _misread(self._href.strip(), f"what it answers with {self._status.strip()[:80]!r}")
         if name == "DAV: response":
+            if not self._is_typed:
+                raise _misread(self._href.strip(), "what may be a folder or not (no resourcetype)")
             self.found.append((self._href.strip(), self._is_folder))
 
     def text(self, data: str) -> None:
         if self._path[-2:] == ["DAV: response", "DAV: href"]:
             self._href += data
+        elif self._path[-1:] == ["DAV: status"]:
+            self._status += data
 
     def doctype(self, *_: object) -> None:
         raise StoreError("the store's listing has a document type, which may hide anything")
@@ -344,6 +372,8 @@ def _check_first_bytes(answer: aiohttp.ClientResponse, start: bytes) -> None:
     """StoreError: they are not the object's own, so they name no key, and it would be taken for nobody's."""
     coding = answer.headers.get("Content-Encoding", "identity")
     part = answer.headers.get("Content-Range", "")
+    if "ETag" not in answer.headers and not has_magic(start):  # a login page has none, a store's objects do
+        raise StoreError("the store answers without an entity tag, which need not be the object")
     if answer.status == HTTPStatus.PARTIAL_CONTENT and not part.lower().startswith("bytes 0-"):
         raise StoreError(f"the store answers another part than the first: {part[:80]!r}")
     if coding.lower() != "identity" and not has_magic(start):  # else it is a mere label, as .gz gets one

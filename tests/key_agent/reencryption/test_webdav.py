@@ -219,6 +219,19 @@ def test_a_listing_that_is_none_or_may_hide_something_is_refused(listing: bytes)
         read_listing(listing)
 
 
+def _listed(*hrefs: str) -> web.Response:
+    """A folder's listing: what ends in a slash is a folder, and so is the store's own."""
+    kinds = {True: "<resourcetype><collection/></resourcetype>", False: "<resourcetype/>"}
+    each = [f"<href>{href}</href>{kinds[href.endswith(('/', '/dav'))]};" for href in hrefs]
+    return _multistatus("".join(each))
+
+
+def _multistatus(responses: str) -> web.Response:
+    """*responses*: each ends in a semicolon."""
+    each = "".join(f"<response>{one}</response>" for one in responses.split(";")[:-1])
+    return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{each}</multistatus>')
+
+
 @contextlib.asynccontextmanager
 async def _store(directory: Path, answer: Handler) -> AsyncIterator[WebDavConnector]:
     """Of a server that answers whatever *answer* does, below /dav/."""
@@ -271,8 +284,7 @@ async def test_a_listing_is_understood_as_a_whole_or_the_job_stops(tmp_path: Pat
     async def answer(_request: web.Request) -> web.Response:
         if hrefs is None:
             return web.Response(status=404)
-        responses = "".join(f"<response><href>{href}</href></response>" for href in hrefs)
-        return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{responses}</multistatus>')
+        return _listed(*hrefs)
 
     async with _store(tmp_path, answer) as connector:
         for good in (["/dav/", "/dav/a"], ["/dav", "/dav/a"], ["http://inside:81/dav/", "/dav/a"]):
@@ -291,11 +303,47 @@ async def test_a_listing_is_understood_as_a_whole_or_the_job_stops(tmp_path: Pat
             ["/dav/", "/dav/caf%E9"],
             ["/dav/", "/dav/a?b"],
             ["/dav/", "/dav/a#b"],
+            ["/dav/", "/dav/a?"],
+            ["/dav/", "/dav/a", "/dav/a"],  # two, as one that ends in a blank is shown by some
+            ["/dav/", "/dav/sub/", "/dav/sub/"],
+            ["/dav/", "/dav//"],  # a folder without a name, as S3 has it: not the one that was asked for
+            ["/dav/", "/dav/sub//"],
             ["/dav/", "https://[/dav/a"],
         ):
             hrefs = bad
             with pytest.raises(StoreError):
                 [name async for name in connector.names(after="")]
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        # A folder of which that is not told would be taken for a file, and nobody would look into it.
+        "<href>/dav/sub</href>;",
+        "<href>/dav/sub</href><status>HTTP/1.1 403 Forbidden</status>;",
+        "<href>/dav/s</href><propstat><resourcetype/><status>HTTP/1.1 404 None</status></propstat>;",
+        # There is more than it says.
+        "<href>/dav/</href><status>HTTP/1.1 507 Insufficient Storage</status>;",
+    ],
+)
+async def test_a_listing_that_is_cut_or_does_not_say_what_is_a_folder_stops_the_job(
+    tmp_path: Path, responses: str
+) -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return _multistatus("<href>/dav/</href><resourcetype><collection/></resourcetype>;" + responses)
+
+    async with _store(tmp_path, answer) as connector:
+        with pytest.raises(StoreError, match=r"(resourcetype|403|404|507)"):
+            [name async for name in connector.names(after="")]
+
+
+async def test_a_file_whose_address_is_given_for_a_folder_is_not_an_empty_one(tmp_path: Path) -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return _multistatus("<href>/dav</href><resourcetype/>;")
+
+    async with _store(tmp_path, answer) as connector:
+        with pytest.raises(StoreError, match="not about that folder"):
+            [name async for name in connector.names(after="")]
 
 
 @pytest.mark.parametrize("is_deleted", [True, False], ids=["deleted", "hidden"])
@@ -309,11 +357,8 @@ async def test_a_folder_that_is_listed_and_not_there_is_deleted_or_hidden(
         if request.path != "/dav/":
             return web.Response(status=404)
         looks += 1
-        folder = "<response><href>/dav/sub/</href><resourcetype><collection/></resourcetype></response>"
-        responses = "<response><href>/dav/</href></response><response><href>/dav/z</href></response>"
-        if looks == 1 or not is_deleted:
-            responses += folder
-        return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{responses}</multistatus>')
+        is_there = looks == 1 or not is_deleted
+        return _listed("/dav/", "/dav/z", *(["/dav/sub/"] if is_there else []))
 
     async with _store(tmp_path, answer) as connector:
         if is_deleted:
@@ -335,12 +380,7 @@ async def test_a_folder_whose_folder_is_not_shown_either_is_not_gone(tmp_path: P
             looks += 1
         if path not in ("/dav/", "/dav/sub/") or (path == "/dav/sub/" and looks > 1):
             return web.Response(status=404)
-        inner = {"/dav/": "/dav/sub/", "/dav/sub/": "/dav/sub/in/"}[path]
-        responses = (
-            f"<response><href>{path}</href></response><response><href>{inner}</href>"
-            "<resourcetype><collection/></resourcetype></response>"
-        )
-        return web.Response(status=207, text=f'<multistatus xmlns="DAV:">{responses}</multistatus>')
+        return _listed(path, {"/dav/": "/dav/sub/", "/dav/sub/": "/dav/sub/in/"}[path])
 
     async with _store(tmp_path, answer) as connector:
         with pytest.raises(StoreError, match="lists /sub/, and says that it is not there"):
@@ -370,6 +410,41 @@ async def test_other_bytes_than_an_objects_first_say_nothing_of_its_key(
             await connector.look("a")
         told = {"Content-Range": "bytes 0-31/100"}
         assert await connector.look("a") == Found(name="a", key_id=None, version='"1"')
+
+
+@pytest.mark.parametrize("status", [416, 206])
+async def test_a_server_that_does_not_serve_the_range_is_asked_for_all_of_it(
+    tmp_path: Path, status: int
+) -> None:
+    """One that sends less of an object, or none of it, has not said that nobody sealed it."""
+    key_id = KeyId.random()
+    stored = Header(key_id).encode() + bytes(68)
+
+    async def answer(request: web.Request) -> web.Response:
+        if "Range" not in request.headers:
+            return web.Response(body=stored, headers={"ETag": '"1"'})
+        told = {"Content-Range": {416: "bytes */100", 206: "bytes 0-3/100"}[status], "ETag": '"1"'}
+        return web.Response(status=status, body=stored[:4] if status == 206 else b"", headers=told)
+
+    async with _store(tmp_path, answer) as connector:
+        assert await connector.look("a") == Found(name="a", key_id=key_id, version='"1"')
+        stored = b""
+        assert await connector.look("a") == Found(name="a", key_id=None, version='"1"')
+
+
+async def test_an_answer_without_an_entity_tag_need_not_be_the_object(tmp_path: Path) -> None:
+    """As a login page with status 200: whoever takes it for the object passes over what is there."""
+    body = b"<html>Please log in"
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=body, content_type="text/html")
+
+    async with _store(tmp_path, answer) as connector:
+        with pytest.raises(StoreError, match="without an entity tag"):
+            await connector.look("a")
+        body = Header(key_id := KeyId.random()).encode()
+        found = await connector.look("a")
+        assert found == Found(name="a", key_id=key_id, version=""), "it is refused by its name when rewritten"
 
 
 async def test_a_coding_that_is_a_mere_label_is_looked_through(tmp_path: Path) -> None:
