@@ -15,6 +15,8 @@
 6. A store that does not answer ends the run, not the job: it goes on from its cursor.
 7. Gone is what the store lists no more. What it lists and does not show may be an old key's: it cannot be
    rewritten (rule 3).
+8. A folder that is empty proves nothing: it is another one's, or what is mounted there is away. So a pass
+   that has shown no object that a key of this service sealed counts for nothing, and stops the job.
 """
 
 import asyncio
@@ -33,6 +35,10 @@ MAX_FAILURES_NAMED: Final = 1000
 _TRIES: Final = 3
 _STILL_OLD: Final = "it was written, and the store still shows what an old key sealed"
 _HIDDEN: Final = "the store lists it, and says that it is not there"
+_BARE: Final = (
+    "it shows no object that a key of this service sealed: it may be another folder, or nothing is "
+    "mounted there; if it is the right one, upload an object to it by way of the proxy"
+)
 _NAMELESS: Final = "it names no key: unset hide_key_ids of its service, then resume"
 
 
@@ -53,6 +59,8 @@ class Progress:
     connector: str
     """What the connector was made from, for people and for going on: no secret in it."""
     sources: tuple[KeyId, ...]
+    sealing: tuple[KeyId, ...] = ()
+    """Which sealed that service's objects when it began (rule 8)."""
     state: JobState = JobState.RUNNING
     cursor: str = ""
     """Every name up to here is dealt with."""
@@ -63,6 +71,8 @@ class Progress:
     """Where the cursor goes once they are written, and how many others it passes."""
     met: int = 0
     """Sealed by an old key, in this pass, or left so by the one before it."""
+    has_shown: bool = False
+    """Whether this pass has met what a key of the service sealed (rule 8)."""
     passes: int = 0
     """Whole ones before this one; it counts what they did not."""
     scanned: int = 0
@@ -78,6 +88,11 @@ class Progress:
         """Whether nothing is left that the old keys seal."""
         return self.state is JobState.DONE
 
+    @property
+    def may_have_left(self) -> bool:
+        """Whether it knows that old keys sealed something here, and not that nothing of it is left."""
+        return not self.is_whole and bool(self.batch or self.met or self.failed or self.rewritten)
+
 
 class Ledger(Protocol):
     """Where a job's progress is kept."""
@@ -92,6 +107,7 @@ class ReencryptionJob:
         self._connector = connector
         self._ledger = ledger
         self._sources: AbstractSet[KeyId] = frozenset(progress.sources)
+        self._of_service: AbstractSet[KeyId] = self._sources | frozenset(progress.sealing)
         self._at_once = asyncio.Semaphore(CONCURRENCY)
 
     async def run(self) -> Progress:
@@ -99,7 +115,7 @@ class ReencryptionJob:
         if self.progress.state is JobState.INCOMPLETE:
             # What it has left is met, whether it is met again or not: it may be renamed (rule 2).
             left = self.progress.failed
-            await self._save(state=JobState.RUNNING, cursor="", met=left, failures={}, failed=0)
+            await self._begin_pass(state=JobState.RUNNING, met=left, failures={}, failed=0)
         while self.progress.state is JobState.RUNNING:
             await self._pass()
         return self.progress
@@ -117,27 +133,39 @@ class ReencryptionJob:
             await self._take(batch)
         if self.progress.failed:
             await self._save(state=JobState.INCOMPLETE)
+        elif not (self.progress.met or self.progress.has_shown):
+            await self._begin_pass(passes=0, scanned=0, skipped=0)
+            raise StoreError(_BARE)
         elif self.progress.met or not self.progress.passes:
-            await self._save(cursor="", met=0, passes=self.progress.passes + 1)
+            await self._begin_pass(met=0, passes=self.progress.passes + 1)
         else:
             await self._save(state=JobState.DONE)
 
     async def _take(self, names: Sequence[str]) -> None:
         # Only what an old key seals is under way: most batches cost no commit but the second one.
         found = await self._each(names)
-        old = tuple(name for name, is_old in zip(names, found, strict=True) if is_old)
-        under_way = {"batch": old, "batch_upto": names[-1], "batch_beside": len(names) - len(old)}
+        old = tuple(name for name, (is_old, _) in zip(names, found, strict=True) if is_old)
+        under_way = {
+            "batch": old,
+            "batch_upto": names[-1],
+            "batch_beside": len(names) - len(old),
+            "has_shown": self.progress.has_shown or any(is_shown for _, is_shown in found),
+        }
         if old:
             await self._save(**under_way)
         else:
             self.progress = replace(self.progress, **under_way)  # type: ignore[arg-type]
         await self._finish_batch()
 
-    async def _each(self, names: Sequence[str]) -> list[bool]:
-        async def look(name: str) -> bool:
+    async def _each(self, names: Sequence[str]) -> list[tuple[bool, bool]]:
+        """Whether an old key may have sealed it, and whether it shows that this is the service's store."""
+
+        async def look(name: str) -> tuple[bool, bool]:
             async with self._at_once:
                 found = await self._connector.look(name)
-                return await self._is_hidden(name) if found is None else self._is_old(found)
+                if found is None:
+                    return await self._is_hidden(name), False
+                return self._is_old(found), self._is_of_service(found)
 
         return await _all({f"look:{name}": look(name) for name in names})
 
@@ -190,6 +218,15 @@ class ReencryptionJob:
 
     def _is_old(self, found: Found) -> bool:
         return found.key_id in self._sources or _is_nameless(found)
+
+    def _is_of_service(self, found: Found) -> bool:
+        """Once it has rewritten any, its keys may have changed since it began: anything that is sealed."""
+        if self.progress.rewritten:
+            return found.key_id is not None and not _is_nameless(found)
+        return found.key_id in self._of_service
+
+    async def _begin_pass(self, **changes: object) -> None:
+        await self._save(cursor="", has_shown=False, **changes)
 
     async def _save(self, **changes: object) -> None:
         changed = replace(self.progress, **changes)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from key_agent.reencryption.job import JobState, Progress
 from runtime.files import replace_file
 
 DIRECTORY_NAME: Final = "reencryption"
+_KEYS: Final = ("sources", "sealing")
 _JOB_ID: Final = re.compile(r"[0-9a-f]{16}")
 
 
@@ -44,6 +45,8 @@ class _Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     failed: int
     met: int = 0
     passes: int = 0
+    sealing: tuple[str, ...] = ()
+    has_shown: bool = False
 
 
 class FileLedger:
@@ -65,16 +68,14 @@ class FileLedger:
         return await asyncio.to_thread(self._all)
 
     async def rewritten_keys(self) -> frozenset[KeyId]:
-        """Keys of which a finished job has found nothing left. LedgerError."""
-        return frozenset(
-            key_id for progress in await self.all() if progress.is_whole for key_id in progress.sources
-        )
+        """Keys of which a finished job has found nothing left, and no other one knows of any. LedgerError."""
+        jobs = await self.all()
+        whole = {key_id for job in jobs if job.is_whole for key_id in job.sources}
+        return frozenset(whole.difference(*(job.sources for job in jobs if job.may_have_left)))
 
     def _save(self, progress: Progress) -> None:
-        page = _Page(
-            **{name: getattr(progress, name) for name in _Page.__struct_fields__ if name != "sources"},
-            sources=tuple(str(key_id) for key_id in progress.sources),
-        )
+        keys = {name: tuple(map(str, getattr(progress, name))) for name in _KEYS}
+        page = _Page(**{name: getattr(progress, name) for name in _Page.__struct_fields__} | keys)
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             replace_file(self._file(progress.job_id), msgspec.json.encode(page))
@@ -86,7 +87,8 @@ class FileLedger:
         try:
             page = msgspec.json.decode(file.read_bytes(), type=_Page)
             fields = msgspec.structs.asdict(page)
-            progress = Progress(**{**fields, "sources": tuple(KeyId.parse(text) for text in page.sources)})
+            keys = {name: tuple(map(KeyId.parse, fields[name])) for name in _KEYS}
+            progress = Progress(**fields | keys)
         except FileNotFoundError:
             raise LedgerError(f"there is no re-encryption {job_id}") from None
         except OSError as error:

@@ -430,7 +430,7 @@ def retire_keys(
     if left and not accept_loss:
         raise RefusedChangeError(
             f"nothing shows that no object of {', '.join(left)} is left",
-            "`key-agent keys reencrypt` to the end; or --accept-loss, in an approval that says so",
+            "`key-agent keys reencrypt list`: each to its end; or --accept-loss, in an approval that says so",
         )
     use_approval(
         draft,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from envelope.errors import FormatError, MisuseError
-from envelope.keys import KeyState
+from envelope.keys import KeyState, KeyUse
 from key_agent.environments.breaches import Declaration, IncidentKind
 from key_agent.environments.changes import healing_changes, incident_changes
 from key_agent.environments.changes.healing_changes import kek_fingerprint
@@ -423,6 +423,11 @@ class IncidentCommands(ApprovalCommands):
             "incident": incident_id,
             "service": services[0],
             "keys": keys,
+            "sealing": sorted(
+                key_id
+                for key_id, dek in view.deks.items()
+                if dek.service == services[0] and dek.state is KeyState.ACTIVE and dek.use is KeyUse.DATA
+            ),
         }
 
     async def reencryption_end(self, *, job: str, state: str, rewritten: int, failed: int) -> Json:

@@ -106,6 +106,7 @@ def reencrypt_start(
         incident_id=begun["incident"],
         connector=store.described(),
         sources=tuple(KeyId.parse(key) for key in begun["keys"]),
+        sealing=tuple(KeyId.parse(key) for key in begun["sealing"]),
     )
     _reencrypt(context, progress, connector)
 

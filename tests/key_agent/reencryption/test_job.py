@@ -121,12 +121,54 @@ async def test_a_first_pass_without_old_objects_proves_nothing_yet() -> None:
                 self.objects["a"] = self.objects.pop("z")
             return await super().look(name)
 
-    store, paper = Renaming(TODAY), Paper(progress())
+    store, paper = Renaming(TODAY), Paper(replace(progress(), sealing=(TODAY,)))
     store.put("m", TODAY)
     store.put("z", OLD)
     done = await ReencryptionJob(paper.kept, store, paper).run()
     assert done.is_whole
     assert store.rewrites == {"a": 1}
+
+
+@pytest.mark.parametrize("others", [(), (None,), (KeyId.random(),)], ids=["empty", "foreign", "another's"])
+async def test_a_folder_that_shows_nothing_of_the_service_proves_nothing(
+    others: tuple[KeyId | None, ...],
+) -> None:
+    """A slip in its address, another service's store, a disk that is not mounted: all look like success."""
+    store, paper = MemoryStore(TODAY), Paper(progress())
+    for number, key_id in enumerate(others):
+        store.put(f"f/{number}", key_id)
+    for _ in range(3):
+        with pytest.raises(StoreError, match="another folder, or nothing is mounted"):
+            await ReencryptionJob(paper.kept, store, paper).run()
+        assert not paper.kept.is_whole
+        assert not paper.kept.may_have_left, "it holds up nobody who begins one with the right address"
+    store.put("z", OLD)
+    done = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (done.is_whole, done.rewritten, done.passes) == (True, 1, 1)
+    assert done.scanned == len(store.objects)
+
+
+async def test_a_store_without_old_objects_is_known_by_one_of_today() -> None:
+    store, paper = MemoryStore(TODAY), Paper(replace(progress(), sealing=(TODAY,)))
+    store.put("a", TODAY)
+    assert (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
+
+
+async def test_what_a_pass_has_left_is_not_gone_because_its_disk_is_away() -> None:
+    store, paper = MemoryStore(TODAY), Paper(progress())
+    store.put("a", OLD)
+    store.put("b", OLD)
+    store.refused["b"] = "HTTP 423"
+    assert not (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
+    mounted, store.objects = store.objects, {}
+    for _ in range(2):
+        with pytest.raises(StoreError, match="mounted"):
+            await ReencryptionJob(paper.kept, store, paper).run()
+        assert paper.kept.may_have_left
+    store.objects = mounted
+    store.refused.clear()
+    assert (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
+    assert old_ones(store) == []
 
 
 async def test_what_a_pass_has_left_may_be_renamed_during_the_next() -> None:

@@ -1,7 +1,9 @@
 """What a job's file says is what was saved, or an error: the end of keys rests on it."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from envelope.keys import KeyId
@@ -9,7 +11,7 @@ from key_agent.reencryption.job import JobState, Progress
 from key_agent.reencryption.ledger import DIRECTORY_NAME, FileLedger, LedgerError
 
 JOB = "00112233445566ff"
-OLD, OTHER = KeyId.random(), KeyId.random()
+OLD, OTHER, TODAY = KeyId.random(), KeyId.random(), KeyId.random()
 
 
 def progress(job_id: str = JOB, **more: object) -> Progress:
@@ -18,6 +20,7 @@ def progress(job_id: str = JOB, **more: object) -> Progress:
         "incident_id": "inc-1",
         "connector": "https://store/ by way of https://proxy/",
         "sources": (OLD, OTHER),
+        "sealing": (TODAY,),
         "state": JobState.INCOMPLETE,
         "cursor": "a/ä\n",
         "batch": ("x", "y"),
@@ -39,8 +42,41 @@ async def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     await ledger.save_progress(progress("ff" * 8, state=JobState.DONE, sources=(OTHER,)))
     assert await FileLedger(tmp_path).load(JOB) == progress()
     assert len(await ledger.all()) == 2
-    assert await ledger.rewritten_keys() == {OTHER}, "an incomplete job says nothing of its keys"
     assert (tmp_path / DIRECTORY_NAME).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "met",
+    [{"rewritten": 1}, {"failed": 1}, {"met": 1}, {"batch": ("a",)}],
+    ids=["rewritten", "failed", "met", "under way"],
+)
+async def test_a_job_that_knows_of_objects_outweighs_one_that_has_found_none(
+    tmp_path: Path, met: dict[str, object]
+) -> None:
+    """Another folder, or one that was put back since: what the first names would be lost with its key."""
+    ledger = FileLedger(tmp_path)
+    await ledger.save_progress(progress("ff" * 8, state=JobState.DONE))
+    await ledger.save_progress(progress("ee" * 8, sources=(KeyId.random(),)))
+    begun = progress(
+        sources=(OLD,), state=JobState.RUNNING, batch=(), rewritten=0, failed=0, failures=dict[str, str]()
+    )
+    await ledger.save_progress(begun)
+    assert await ledger.rewritten_keys() == {OLD, OTHER}, "one that met nothing, as of a slip, says nothing"
+    await ledger.save_progress(replace(begun, **met))  # type: ignore[arg-type]
+    assert await ledger.rewritten_keys() == {OTHER}
+    await ledger.save_progress(replace(begun, state=JobState.DONE))
+    assert await ledger.rewritten_keys() == {OLD, OTHER}
+
+
+async def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    ledger = FileLedger(tmp_path)
+    await ledger.save_progress(progress())
+    file = tmp_path / DIRECTORY_NAME / f"{JOB}.json"
+    page = msgspec.json.decode(file.read_bytes())
+    for name in ("met", "passes", "sealing", "has_shown"):
+        del page[name]
+    file.write_bytes(msgspec.json.encode(page))
+    assert await ledger.load(JOB) == progress(sealing=())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"job_id":"x"}'])

@@ -391,12 +391,14 @@ async def test_a_store_says_nothing_of_another_services_keys(site: BreachedSite)
 
     begun = await commands.reencryption_begin(incident="inc-1", connector="-")
     assert (begun["service"], begun["keys"]) == ("acme/s3", [key])
+    sealing = [kid for kid, dek in site["a"].peering.view.deks.items() if dek.state is KeyState.ACTIVE]
+    assert begun["sealing"] == sorted(sealing) != [], "by these its store is known"
     await site["a"].change(beside)
     with pytest.raises(RefusedChangeError, match="acme/box, acme/s3") as refused:
         await commands.reencryption_begin(incident="inc-1", connector="-")
     assert "--service" in refused.value.next_step
     begun = await commands.reencryption_begin(incident="inc-1", connector="-", service="acme/box")
-    assert (begun["service"], begun["keys"]) == ("acme/box", [others])
+    assert (begun["service"], begun["keys"], begun["sealing"]) == ("acme/box", [others], [])
     with pytest.raises(RefusedChangeError, match="no keys of acme/elsewhere"):
         await commands.reencryption_begin(incident="inc-1", connector="-", service="acme/elsewhere")
 
