@@ -90,8 +90,13 @@ async def _serve(directory: Path) -> None:
                 validity_s=VALIDITY_S,
                 directory=Directory.of(1, [tenant], services),
             )
+            environments = Environments(on_refused=cache.withdraw_tenant)
             application = make_push_application(
-                receiver, clock=clock, requests_per_s=REQUESTS_PER_S, told=_told(cache, clock)
+                receiver,
+                clock=clock,
+                requests_per_s=REQUESTS_PER_S,
+                entitled=environments.check_entitled,
+                told=_told(environments, clock),
             )
             application.middlewares.append(in_turn)
             server = serving(application, host="127.0.0.1", port=0, ssl_context=tls.context, grace_s=0.1)
@@ -103,9 +108,8 @@ async def _serve(directory: Path) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
-def _told(cache: KeyCache, clock: SystemClock) -> Callable[[str, str, Word], Awaitable[Word]]:
+def _told(environments: Environments, clock: SystemClock) -> Callable[[str, str, Word], Awaitable[Word]]:
     """A proxy's own picture of its environment, as proxy/app.py has it."""
-    environments = Environments(on_refused=cache.withdraw_tenant)
 
     async def told(tenant: str, agent: str, word: Word) -> Word:
         return environments.take(tenant, word, agent=agent, now_boot_s=clock.boot_s())

@@ -75,9 +75,9 @@ class BrokerListener:
         *,
         clock: Clock,
         requests_per_s: float,
-        entitled: Entitled | None = None,
+        entitled: Entitled,
     ) -> None:
-        """*entitled*: who may push; by default whoever has a session."""
+        """*entitled*: who may push, as of the push listener."""
         self._entitled = entitled
         self._settings = settings
         self._receiver = receiver
@@ -181,8 +181,7 @@ class BrokerListener:
             return
         await self._slow_down(session.tenant, session.agent_id, withdraws=withdraws)
         try:
-            if self._entitled is not None:
-                self._entitled(session.tenant, session.agent_id)
+            self._entitled(session.tenant, session.agent_id)
             receipts = await self._receiver.receive(
                 session.tenant,
                 session.agent_id,

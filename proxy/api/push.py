@@ -105,15 +105,15 @@ def make_push_application(
     *,
     clock: Clock,
     requests_per_s: float,
+    entitled: Entitled,
     told: Told | None = None,
-    entitled: Entitled | None = None,
 ) -> web.Application:
     """The application to be served with `runtime.tls.ServerTls`, client certificates demanded.
 
+    *entitled*: who may push (rule 4).
     *told*: puts in force what an agent (tenant, id) says of its environment; returns what is in force then.
-    *entitled*: who may push (rule 4); by default every agent of a tenant.
     """
-    api = _PushApi(receiver, clock, requests_per_s, told, entitled)
+    api = _PushApi(receiver, clock, requests_per_s, entitled, told)
     application = make_application(client_max_size_bytes=MAX_BODY_BYTES)
     application.middlewares.append(api.identify)
     application.router.add_post("/push/v1/session", api.open_session)
@@ -136,8 +136,8 @@ class _PushApi:
         receiver: Receiver,
         clock: Clock,
         requests_per_s: float,
+        entitled: Entitled,
         told: Told | None,
-        entitled: Entitled | None,
     ) -> None:
         self._receiver = receiver
         self._told = told
@@ -184,8 +184,6 @@ class _PushApi:
 
     def _check_entitled(self, peer: Identity) -> None:
         """ProblemError 403 (rule 4)."""
-        if self._entitled is None:
-            return
         try:
             self._entitled(peer.tenant, peer.name)
         except ForeignAgentError as error:

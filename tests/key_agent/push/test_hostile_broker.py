@@ -15,6 +15,7 @@ from key_agent.push.broker import BrokerLink
 from key_agent.push.roads import BothRoads
 from key_agent.push.transport import Purpose
 from proxy.api.broker import BrokerListener
+from proxy.environments import Environments
 from proxy.keys.cache import KeyCache
 from proxy.keys.receive import Receiver
 from proxy.tenants.model import Directory
@@ -70,7 +71,9 @@ def _end(name: str, settings: BrokerSettings, path: Path) -> Iterator[_End]:
         validity_s=330,
         directory=Directory.of(1, [], []),
     )
-    yield BrokerListener(settings, receiver, clock=clock, requests_per_s=1000)
+    yield BrokerListener(
+        settings, receiver, clock=clock, requests_per_s=1000, entitled=Environments().check_entitled
+    )
     audit.close()
 
 

@@ -640,7 +640,12 @@ async def test_a_large_push_lets_others_through(
 
 
 async def test_openapi_describes_what_is_served(endpoint: PushEndpoint, acme: HostedTenant) -> None:
-    application = make_push_application(endpoint.receiver, clock=endpoint.clock, requests_per_s=1)
+    application = make_push_application(
+        endpoint.receiver,
+        clock=endpoint.clock,
+        requests_per_s=1,
+        entitled=endpoint.environments.check_entitled,
+    )
     served = {
         (route.method.lower(), route.resource.canonical)
         for route in application.router.routes()
