@@ -23,7 +23,7 @@ from key_agent.environments.changes.incident_changes import Opening
 from key_agent.environments.commands.approval_commands import ApprovalCommands
 from key_agent.environments.incidents.evidence import audit_extract, write_bundle
 from key_agent.environments.incidents.healing import CONFIRMATION_PATIENCE_S
-from key_agent.environments.incidents.incidents import EnvironmentAck, parse_keys
+from key_agent.environments.incidents.incidents import EnvironmentAck, check_none_seals, parse_keys
 from key_agent.environments.shared.approvals import Action
 from key_agent.environments.shared.documents import IncidentBody
 from key_agent.operations.commands import Json
@@ -408,6 +408,8 @@ class IncidentCommands(ApprovalCommands):
                 f"its keys are of several services, a store's objects of one: {', '.join(services)}",
                 "repeat it with --service NAME, once for each",
             )
+        acks = await self._parts().incidents.acknowledgements(incident_id)
+        check_none_seals(view, keys, acks, now_ms=self._agent.now_ms())
         job = secrets.token_hex(8)
         await self._agent.journal.record(
             "reencryption",

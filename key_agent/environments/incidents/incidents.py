@@ -31,11 +31,14 @@ from key_agent.environments.incidents.acknowledgements import (
 from key_agent.environments.peers.own_word import Notice
 from key_agent.environments.peers.peer_transport import PeerError
 from key_agent.environments.peers.peering import Peering
+from key_agent.environments.peers.standing import lease_s_of
 from key_agent.environments.shared.draft import Draft
 from key_agent.environments.shared.registry_lease import Position
+from key_agent.environments.shared.shared_view import Shared
 from key_agent.environments.states import EnvironmentState
 from key_agent.journal import Journal
 from key_agent.registry.access import RefusedChangeError
+from key_agent.registry.model import RECEIPT_SLACK_MS
 from runtime.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -71,6 +74,28 @@ class EnvironmentAck:
     @property
     def is_clear(self) -> bool:
         return self.has_it and self.error is None and all(place.is_clear for place in self.places)
+
+
+def check_none_seals(
+    shared: Shared, key_ids: Collection[str], acks: Collection[EnvironmentAck], *, now_ms: int
+) -> None:
+    """RefusedChangeError: where nobody has heard that these keys were taken away, they may still seal.
+
+    What is uploaded there behind the last pass of a re-encryption would be lost with its key.
+    """
+    silent = [place for ack in acks for place in ack.places if not place.is_clear]
+    unheard = [ack.environment for ack in acks if not ack.has_it]
+    until_ms = max((place.holds_until_ms or 0 for place in silent), default=0)
+    if unheard:  # it serves for one lease at most, and its proxies hold nothing for longer
+        taken_ms = max(shared.deks[key_id].since_ms for key_id in key_ids)
+        until_ms = max(until_ms, taken_ms + lease_s_of(shared) * 1000 + RECEIPT_SLACK_MS)
+    if silent or now_ms < until_ms:
+        where = [f"{place.service} at {place.proxy}" for place in silent] + unheard
+        left_s = max(1, (until_ms - now_ms) // 1000)
+        raise RefusedChangeError(
+            f"these keys may still seal, for {left_s} s: {', '.join(where)[:500]}",
+            "repeat it then, or when `key-agent incident status` says that all of them have heard of it",
+        )
 
 
 class Incidents:

@@ -8,17 +8,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from envelope.keys import KeyState
 from key_agent.consent import EnvironmentStanding
 from key_agent.environments.changes import incident_changes
 from key_agent.environments.commands import incident_cli
+from key_agent.environments.incidents.acknowledgements import Place
 from key_agent.environments.incidents.evidence import verify_bundle
+from key_agent.environments.incidents.incidents import EnvironmentAck, check_none_seals
+from key_agent.environments.peers.standing import lease_s_of
 from key_agent.environments.shared.approvals import Action, ApprovalError
 from key_agent.environments.states import EnvironmentState
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.database import RegistryError
+from key_agent.registry.model import RECEIPT_SLACK_MS
 from tests.environments.breaches import BreachedSite, breached_members
 from tests.key_agent.conftest import until
 from tests.pki import Tenant
@@ -213,6 +218,31 @@ async def test_a_manager_killed_between_any_two_steps_is_followed_by_its_next_li
     assert view.incidents["inc-1"].state == "rekeyed"
     active = [dek for dek in view.deks.values() if dek.state is S.ACTIVE]
     assert sorted(dek.owner_environment for dek in active) == ["a", "b", "c"]
+
+
+async def test_objects_are_not_looked_for_while_an_old_key_may_still_seal(site: BreachedSite) -> None:
+    """What comes in behind the last pass, where nobody has heard of the breach, would be lost."""
+    site["c"].cut_off()
+    await open_it(site)
+    shared, keys = site.leader.peering.view, [site.keys["b"]]
+    with pytest.raises(RefusedChangeError, match=r"may still seal, for \d+ s: (b, )?c$") as refused:
+        await site.commands("a").reencryption_begin(incident="inc-1", connector="-")
+    assert "incident status" in refused.value.next_step
+
+    unheard = EnvironmentAck(environment="c", has_it=False, places=(), error="no answer")
+    taken_ms, lease_ms = shared.deks[keys[0]].since_ms, lease_s_of(shared) * 1000 + RECEIPT_SLACK_MS
+    with pytest.raises(RefusedChangeError, match="for 1 s: c"):
+        check_none_seals(shared, keys, [unheard], now_ms=taken_ms + lease_ms - 1)
+    check_none_seals(shared, keys, [unheard], now_ms=taken_ms + lease_ms)
+
+    place = Place(service="acme/s3", proxy="edge-1", is_clear=False, cause="silent", holds_until_ms=90_000)
+    for now_ms in (30_000, 90_000):  # it says itself when it is clear
+        ack = EnvironmentAck(environment="a", has_it=True, places=(place,))
+        with pytest.raises(RefusedChangeError, match="acme/s3 at edge-1"):
+            check_none_seals(shared, keys, [ack], now_ms=now_ms)
+    clear = msgspec.structs.replace(place, is_clear=True, holds_until_ms=None)
+    ack = EnvironmentAck(environment="a", has_it=True, places=(clear,))
+    check_none_seals(shared, keys, [ack], now_ms=30_000)
 
 
 async def test_evidence_of_a_running_system_verifies_offline(site: BreachedSite, acme: Tenant) -> None:
