@@ -71,6 +71,7 @@ class WebDavStore:
         return f"{self.store_url} by way of {self.through_url}"
 
 
+_OTHER: Final = "what the proxy answers is not the object that was looked at (another entity tag, or a part)"
 _BROKEN_OFF: Final = (Rewrite.REFUSED, "it breaks off: spoiled, or cut")
 
 
@@ -216,6 +217,9 @@ class WebDavConnector(Connector):
             async with self._through.get(url, headers=condition, allow_redirects=False) as answer:
                 if (verdict := _verdict(answer)) is not None:
                     return verdict
+                # A login page, a part, or nothing would be written over it: If-Match looks at what is there.
+                if answer.status != HTTPStatus.OK or answer.headers.get("ETag") != condition["If-Match"]:
+                    return Rewrite.REFUSED, f"{_OTHER}: HTTP {answer.status}"
                 kind = answer.headers.get("Content-Type", "application/octet-stream")
                 size_bytes = answer.content_length
                 async for piece in answer.content.iter_chunked(1 << 16):

@@ -484,13 +484,37 @@ async def test_where_there_is_no_room_to_keep_an_object_aside_that_is_said(
 
     async def answer(request: web.Request) -> web.Response:
         asked.append(request.method)
-        return web.Response(body=bytes(4 * PIECE_BYTES))
+        return web.Response(body=bytes(4 * PIECE_BYTES), headers={"ETag": '"1"'})
 
     monkeypatch.setattr(webdav, "WHOLE_BYTES", PIECE_BYTES)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     async with _store(tmp_path, answer) as connector:
         with pytest.raises(StoreError, match="no room to keep an object aside: No such file"):
             await connector.rewrite(Found(name="a", key_id=None, version='"1"'))
+    assert asked == ["GET"]
+
+
+@pytest.mark.parametrize(
+    ("status", "tag"),
+    [(200, ""), (200, '"of another"'), (204, '"1"'), (206, '"1"')],
+    ids=["a login page", "another object", "nothing", "a part"],
+)
+async def test_what_need_not_be_the_object_is_not_written_over_it(
+    tmp_path: Path, status: int, tag: str
+) -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.method)
+        if request.method == "PUT":
+            return web.Response(status=204)
+        body = None if status == 204 else b"<html>"
+        return web.Response(status=status, body=body, headers={"ETag": tag} if tag else {})
+
+    async with _store(tmp_path, answer) as connector:
+        became, why = await connector.rewrite(Found(name="a", key_id=None, version='"1"'))
+    assert became is Rewrite.REFUSED
+    assert why.startswith("what the proxy answers is not the object that was looked at")
     assert asked == ["GET"]
 
 
