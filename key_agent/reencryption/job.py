@@ -72,7 +72,7 @@ class Progress:
     met: int = 0
     """Sealed by an old key, in this pass, or left so by the one before it."""
     has_shown: bool = False
-    """Whether this pass has met what a key of the service sealed (rule 8)."""
+    """Whether this pass itself has met what a key of the service sealed, or may have (rule 8)."""
     passes: int = 0
     """Whole ones before this one; it counts what they did not."""
     scanned: int = 0
@@ -133,7 +133,7 @@ class ReencryptionJob:
             await self._take(batch)
         if self.progress.failed:
             await self._save(state=JobState.INCOMPLETE)
-        elif not (self.progress.met or self.progress.has_shown):
+        elif not self.progress.has_shown:
             await self._begin_pass(passes=0, scanned=0, skipped=0)
             raise StoreError(_BARE)
         elif self.progress.met or not self.progress.passes:
@@ -149,7 +149,7 @@ class ReencryptionJob:
             "batch": old,
             "batch_upto": names[-1],
             "batch_beside": len(names) - len(old),
-            "has_shown": self.progress.has_shown or any(is_shown for _, is_shown in found),
+            "has_shown": self.progress.has_shown or any(is_old or is_shown for is_old, is_shown in found),
         }
         if old:
             await self._save(**under_way)

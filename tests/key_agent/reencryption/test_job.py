@@ -1,6 +1,7 @@
 """A re-encryption that is killed wherever it can be still writes every object once, and none twice."""
 
 import random
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import override
 
@@ -167,6 +168,33 @@ async def test_what_a_pass_has_left_is_not_gone_because_its_disk_is_away() -> No
         assert paper.kept.may_have_left
     store.objects = mounted
     store.refused.clear()
+    assert (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
+    assert old_ones(store) == []
+
+
+async def test_a_pass_over_a_disk_that_is_away_is_none_though_the_one_before_it_left_something() -> None:
+    """Back for the next, it would be one clean pass alone, in which objects may be renamed."""
+
+    class Mounting(MemoryStore):
+        is_away = False
+
+        @override
+        async def names(self, *, after: str) -> AsyncIterator[str]:
+            if self.is_away:
+                self.is_away = False
+                return
+            async for name in super().names(after=after):
+                yield name
+
+    store, paper = Mounting(TODAY), Paper(progress())
+    store.put("a", OLD)
+    store.refused["a"] = "HTTP 423"
+    assert not (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
+    store.refused.clear()
+    store.is_away = True
+    with pytest.raises(StoreError, match="mounted"):
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert paper.kept.passes == 0
     assert (await ReencryptionJob(paper.kept, store, paper).run()).is_whole
     assert old_ones(store) == []
 
