@@ -189,10 +189,19 @@ class _PushApi:
         except ForeignAgentError as error:
             raise _foreign(peer, error) from None
 
+    async def _read_entitled[T](
+        self, request: web.Request, peer: Identity, shape: type[T], *, limit_bytes: int
+    ) -> T:
+        """What *peer* sends. Asked before, for no body of others is waited for, and after: a body may take
+        half a minute, in which another agent may have spoken."""
+        self._check_entitled(peer)
+        asked = await _read(request, shape, limit_bytes=limit_bytes)
+        self._check_entitled(peer)
+        return asked
+
     async def open_session(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
-        asked = await _read(request, _SessionRequest, limit_bytes=MAX_SESSION_BODY_BYTES)
-        self._check_entitled(peer)
+        asked = await self._read_entitled(request, peer, _SessionRequest, limit_bytes=MAX_SESSION_BODY_BYTES)
         if asked.agent != peer.name:
             raise forbidden("agent", "The client certificate is another agent's than the one named.")
         certificate = None
@@ -252,8 +261,7 @@ class _PushApi:
 
     async def take_envelopes(self, request: web.Request) -> web.Response:
         peer = request[_PEER]
-        asked = await _read(request, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
-        self._check_entitled(peer)  # now, and not when the body began: that may be half a minute ago
+        asked = await self._read_entitled(request, peer, _EnvelopesRequest, limit_bytes=MAX_BODY_BYTES)
         receipts = await self._receiver.receive(
             peer.tenant,
             peer.name,

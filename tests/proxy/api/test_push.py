@@ -21,6 +21,7 @@ from envelope.errors import KeyUnavailableError
 from proxy.api import push
 from proxy.api.places import PLACES_PER_AGENT
 from proxy.api.push import (
+    BODY_TIMEOUT_S,
     ENVIRONMENT_PATH,
     MAX_BODY_BYTES,
     MAX_ENVELOPES,
@@ -718,6 +719,28 @@ async def test_another_environments_agent_brings_no_keys_and_takes_none_back(
                 status, answer = await other.post(SESSION + query, introduction)
                 assert (status, answer["code"]) == (403, "agent")
         assert endpoint.cache.sealing_key(acme.owner()).key_id == ours.key_id
+
+
+async def test_no_body_of_another_environments_agent_is_waited_for(
+    endpoint: PushEndpoint, acme: HostedTenant
+) -> None:
+    """It would hold a place, and up to 8 MiB, for half a minute."""
+    released = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"{"
+        await released.wait()
+
+    async with (
+        endpoint.client(files=acme.tls_files) as agent,
+        endpoint.client(acme.pki.agent_tls("agent-x")) as other,
+    ):
+        assert (await agent.say("active"))[0] == 200
+        for path in (ENVELOPES, SESSION):
+            asked = other.session.post(path, data=endless(), headers={"Content-Type": "application/json"})
+            async with asyncio.timeout(BODY_TIMEOUT_S - 5), asked as response:
+                assert (response.status, (await response.json(content_type=None))["code"]) == (403, "agent")
+        released.set()
 
 
 async def test_who_may_push_is_asked_when_the_body_has_come(
