@@ -16,7 +16,7 @@ SOURCES := envelope runtime key_agent proxy tests bench certs deploy
 
 help:
 	@echo "make demo            the main job on real parts, about a minute (KEEP=1 leaves it running)"
-	@echo "make demo-environments  a breach that no caller notices, a minute and a half on two idle cores; draws a picture (KEEP=1 leaves it running)"
+	@echo "make demo-environments  a breach that no caller notices, one and a half to two minutes on two cores; draws a picture (KEEP=1 leaves it running)"
 	@echo "make test            everything the tests need, then all tests"
 	@echo "make check           lint, formatting, types, architecture"
 	@echo "make bench [ONLY=x]  comparisons with peers, written to bench/results.json"
