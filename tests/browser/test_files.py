@@ -17,8 +17,6 @@ from playwright.async_api import BrowserContext, Page
 
 from tests.browser.browser_site import Site, browser, only_the_proxy_resolves, signed_in, site
 
-pytestmark = pytest.mark.timeout(240)
-
 BIG = 3 * 1024 * 1024 + 3
 UPLOADS = {"big.bin": BIG, "a b+ü&.txt": 40_000, "empty.bin": 0, "one.bin": 1, "by fetch.bin": 70_001}
 

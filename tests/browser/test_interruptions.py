@@ -28,8 +28,6 @@ from tests.browser.first_proxy import Told
 from tests.integration.proxy_rig import REPOSITORY, Rig, until
 from tests.ports import free_port
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(autouse=True)
 def _name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,6 @@ from playwright.async_api import Page, Response
 from tests.browser.browser_site import browser, only_the_proxy_resolves, signed_in, site
 from tests.browser.webm import frame_of_webp, video
 
-pytestmark = pytest.mark.timeout(240)
-
 FRAMES, FRAME_MS, WIDTH, HEIGHT = 40, 1000, 640, 360
 
 # A frame says its number by its colour, in a block at its corner; the rest is noise, which takes up room.

@@ -21,8 +21,6 @@ from tests.browser.browser_site import (
 )
 from tests.integration.proxy_rig import Rig
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(autouse=True)
 def _name(monkeypatch: pytest.MonkeyPatch) -> None:

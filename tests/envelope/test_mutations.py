@@ -179,7 +179,7 @@ def _pytest(sources: Path, tests: tuple[str, ...]) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=300,
     )
 
 

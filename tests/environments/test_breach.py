@@ -68,7 +68,6 @@ bind = "127.0.0.1:{free_port()}"
     return Program(("key-agent", "lb-agent", "--lb-config", str(config)), {}, home / "log", begun)
 
 
-@pytest.mark.timeout(300)
 async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSite, tmp_path: Path) -> None:
     a, b, c = site.environments.values()
     done: set[str] = set()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from key_agent.consent import Standing
@@ -146,7 +145,6 @@ def _admin_port(site: Site) -> int:
     raise AssertionError("the agent has not said where it listens")
 
 
-@pytest.mark.timeout(120)
 async def test_what_rules_and_page_name_is_served(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     registry.register(ServiceMetrics())

@@ -13,14 +13,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.integration.gcs_site import THROUGH, WAYS, Site, Way, emulator_site, program, strict_site
 from tests.referees.comparison import Plaintexts, opened
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
-
-pytestmark = pytest.mark.timeout(300)
 
 # Digests that are asked for later: ours are none, the service's would be of ciphertext.
 _LATER = "kept"

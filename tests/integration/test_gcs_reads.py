@@ -14,8 +14,6 @@ from tests.integration.gcs_site import THROUGH, Way, place, strict_site
 from tests.integration.proxy_rig import Answer
 from tests.referees.comparison import Declared, Seen
 
-pytestmark = pytest.mark.timeout(300)
-
 PLAIN = os.urandom(40_000)
 JSON = {"content-type": "application/json"}
 DECLARED = Declared(

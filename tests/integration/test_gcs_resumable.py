@@ -28,8 +28,6 @@ from tests.integration.proxy_rig import Answer, proxy
 from tests.referees.comparison import MAGIC, opened
 from tests.referees.strict_gcs import Fault, FaultKind, StrictGcs
 
-pytestmark = pytest.mark.timeout(300)
-
 G = 256 * 1024
 CANARY = os.urandom(8)
 

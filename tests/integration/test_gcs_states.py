@@ -18,8 +18,6 @@ from tests.integration.proxy_rig import Answer
 from tests.referees.comparison import Plaintexts
 from tests.referees.strict_gcs import StrictGcs
 
-pytestmark = pytest.mark.timeout(300)
-
 PLAIN = os.urandom(40_000)
 BOX = "referee-bucket"
 G = 256 * 1024

@@ -204,7 +204,6 @@ def test_the_proxys_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 # --- the agent's commands, on a real HSM ---
 
 
-@pytest.mark.timeout(300)
 async def test_the_agents_commands(site: Site) -> None:
     done: set[str] = set()
 

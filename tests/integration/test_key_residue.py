@@ -62,7 +62,6 @@ def leaves_no_core(pid: int) -> bool:
 # --- when it has gone ---
 
 
-@pytest.mark.timeout(240)
 async def test_key_material_is_nowhere_after_its_end(site: Site) -> None:
     (near,) = site.proxies
     plain = os.urandom(200_000)

@@ -28,7 +28,6 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield made
 
 
-@pytest.mark.timeout(300)
 async def test_the_kek_is_destroyed(site: Site) -> None:
     near, far = site.proxies
     plain = os.urandom(1 << 20)

@@ -8,8 +8,6 @@ import contextlib
 import os
 import time
 
-import pytest
-
 from tests.integration.test_kill_switch import INTERVAL_S, VALIDITY_S, site
 from tests.integration.whole_site import Site, until
 from tests.lateness import lateness
@@ -19,7 +17,6 @@ __all__ = ["site"]
 NOTICED_S = 10.0
 
 
-@pytest.mark.timeout(300)
 async def test_a_killed_proxy_has_its_keys_again_within_seconds(site: Site) -> None:
     config = site.agent_config.read_text()
     site.agent_config.write_text(

@@ -12,16 +12,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from proxy.messages.checksums import new_checksum
 from proxy.profiles.s3 import etags
 from proxy.profiles.s3.multipart import ListedPart, asked_for
 from tests.integration.boto3_program import boto3, text
 from tests.integration.proxy_rig import proxy
 from tests.integration.s3_site import Way, provisioned, site
-
-pytestmark = pytest.mark.timeout(300)
 
 MIB = 1024 * 1024
 TRANSFER = """

@@ -19,8 +19,6 @@ from tests.integration.s3_site import Site, Way, site
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
 
-pytestmark = pytest.mark.timeout(300)
-
 REFEREES = Path(__file__).parents[1] / "referees"
 WAYS = ("direct", "forward", "reverse")
 

@@ -21,8 +21,6 @@ from tests.integration.s3_site import HOST, Way, site
 from tests.referees.swift import BIN
 from tests.referees.tls_front import clean_environment
 
-pytestmark = pytest.mark.timeout(300)
-
 MIB = 1024 * 1024
 NAME = "store.test"
 

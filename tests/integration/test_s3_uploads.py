@@ -26,8 +26,6 @@ from tests.integration.s3_site import HOST, Site, Way, provisioned, site
 from tests.ports import free_port
 from tests.referees.moto import Moto
 
-pytestmark = pytest.mark.timeout(300)
-
 MIB = 1024 * 1024
 
 

@@ -225,7 +225,6 @@ async def _provision(site: Site) -> None:
     )
 
 
-@pytest.mark.timeout(300)
 async def test_from_init_to_revocation_and_back(site: Site) -> None:
     await _init(site)
     refused = await site.command("init", "--tenant", "acme", "--agent", AGENT_ID, "--module", "/m",
@@ -278,7 +277,6 @@ async def test_from_init_to_revocation_and_back(site: Site) -> None:
     assert not (site.state_dir / "control.sock").exists()
 
 
-@pytest.mark.timeout(300)
 async def test_revoke_without_a_running_agent_reaches_the_proxy_too(site: Site) -> None:
     await _init(site)
     await site.command("kek", "create")
@@ -291,7 +289,6 @@ async def test_revoke_without_a_running_agent_reaches_the_proxy_too(site: Site) 
     assert site.proxy.accepted[-1].keys == ()
 
 
-@pytest.mark.timeout(300)
 async def test_a_disabled_kek_comes_back_with_restore(site: Site) -> None:
     await _init(site)
     await site.command("kek", "create")
@@ -355,7 +352,6 @@ class _Backup:
                 shutil.copy(path, place)
 
 
-@pytest.mark.timeout(300)
 async def test_old_objects_open_again_when_a_backup_of_the_hsm_brings_the_old_kek_back(site: Site) -> None:
     await _init(site)
     await site.command("kek", "create")
@@ -414,7 +410,6 @@ async def test_old_objects_open_again_when_a_backup_of_the_hsm_brings_the_old_ke
         assert not site.proxy.valid_keys(S3)
 
 
-@pytest.mark.timeout(300)
 async def test_kill_9_during_restore_loses_no_key_and_the_same_command_goes_on(site: Site) -> None:
     await _init(site)
     await site.command("kek", "create")
@@ -451,7 +446,6 @@ async def test_kill_9_during_restore_loses_no_key_and_the_same_command_goes_on(s
         assert all(len(held.claims.keys) == 2 for held in site.proxy.held.values())
 
 
-@pytest.mark.timeout(300)
 async def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(site: Site) -> None:
     await _init(site)
     await site.command("kek", "create")
@@ -490,7 +484,6 @@ async def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(site: Site
             assert kids <= set(site.proxy.valid_keys(NetworkService.parse(owner)))
 
 
-@pytest.mark.timeout(300)
 async def test_kill_9_during_reinstate_leaves_one_kek_and_no_lost_key(site: Site) -> None:
     await _init(site)
     await site.command("kek", "create")

@@ -98,7 +98,6 @@ async def _leads(spare: Site) -> dict[str, Any]:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.timeout(240)
 async def test_the_spare_stands_by_follows_a_killed_leader_and_feeds_the_proxies(
     pair: tuple[Site, Site],
 ) -> None:
@@ -176,7 +175,6 @@ async def _freeze_between_transactions(first: Site, leader: asyncio.subprocess.P
             registry.close()
 
 
-@pytest.mark.timeout(240)
 async def test_a_frozen_leader_wakes_up_to_no_harm(pair: tuple[Site, Site]) -> None:
     first, spare = pair
     spare = _under_a_name_of_its_own(first, spare)
@@ -197,7 +195,6 @@ async def test_a_frozen_leader_wakes_up_to_no_harm(pair: tuple[Site, Site]) -> N
     assert await asyncio.wait_for(follower.wait(), 30) == 0
 
 
-@pytest.mark.timeout(240)
 async def test_an_agent_whose_database_is_away_waits_says_so_and_goes_when_asked(site: Site) -> None:  # noqa: F811
     """PostgreSQL starts later than the agent, as after a power cut of both."""
     await _init(site)

@@ -43,7 +43,7 @@ from tests.integration.key_residue import Known, in_files
 from tests.nats_server import NatsServer
 from tests.scenarios.lossy_broker import Fate, LossyBroker
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KEY: Final = "files"
 OWNER: Final = NetworkService(TENANT, KEY)

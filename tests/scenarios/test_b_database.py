@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine
 
@@ -125,7 +124,6 @@ async def _answers(one: SiteEnvironment) -> bool:
     return False
 
 
-@pytest.mark.timeout(300)
 async def test_b_50_postgresql_the_primary_is_killed_and_its_standby_promoted(tmp_path: Path) -> None:
     with clusters("a", "a2", "b", "c") as servers:
         for name in ALL:
@@ -171,7 +169,6 @@ async def _waits(engine: Engine) -> bool:
     return await asyncio.to_thread(look)
 
 
-@pytest.mark.timeout(300)
 async def test_b_50_sqlite_the_agent_is_killed(tmp_path: Path) -> None:
     async with united(tmp_path, None) as site:
         a = site["a"]

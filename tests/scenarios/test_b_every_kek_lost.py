@@ -17,7 +17,7 @@ from tests.environments.administrators import approved
 from tests.environments.site import TENANT, SiteEnvironment, until
 from tests.scenarios.healing_site import ALL, Site, call, in_step, site_for_tests
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="site")

@@ -33,7 +33,7 @@ from tests.ports import free_port
 from tests.scenarios.balanced_site import KEY, more_calls
 from tests.scenarios.healing_site import ALL, OWNER, PLAIN, Site, call, site_for_tests
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="site")

@@ -18,7 +18,7 @@ from tests.environments.site import SiteEnvironment, SiteProxy, until
 from tests.scenarios.disturbances import WallClock, hanging
 from tests.scenarios.healing_site import ALL, Call, Site, call, site_for_tests
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 RESCUE_S = 30

@@ -25,7 +25,7 @@ from tests.integration.key_residue import children_of
 from tests.key_servers import BaoServer, running
 from tests.scenarios.balanced_site import KEY, Balanced, balanced_site, more_calls
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 VALIDITY_S: Final = 90
 NOTHING: Final = 'path "transit/random/*" { capabilities = ["update"] }'

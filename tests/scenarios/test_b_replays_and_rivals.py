@@ -24,7 +24,7 @@ from tests.scenarios.balanced_site import KEY
 from tests.scenarios.healing_site import ALL, PLAIN, Site, call, in_step, position, promote, site_for_tests
 from tests.scenarios.recorder import Recorded, recorded
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ENVELOPES_PATH: Final = "/push/v1/envelopes"
 

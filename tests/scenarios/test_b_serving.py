@@ -44,7 +44,7 @@ from tests.integration.key_residue import Known, in_memory, spellings
 from tests.integration.whole_site import Reference
 from tests.scenarios.hsm_calls import OPENING, WRAPPING, HsmCalls
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HELLO: Final = "aGVsbG8="
 AAD: Final = "aW52b2ljZSA3"

@@ -22,7 +22,7 @@ from deploy.demo_environments_callers import Callers
 from tests.environments.site import until
 from tests.scenarios.balanced_site import KEY, Balanced, balanced_site, body, more_calls
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ALL = ("a", "b", "c")
 WITH_A_FOURTH = {"a": "aes-256", "b": "rsa-3072", "c": "ec-p256", "d": "aes-256"}

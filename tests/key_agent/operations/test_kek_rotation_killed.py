@@ -91,7 +91,6 @@ async def _check(site: Site, keys: set[KeyId], *, is_over: bool) -> None:
             assert ours == [current.reference.label], "one KEK is in the token"
 
 
-@pytest.mark.timeout(300)
 async def test_killed_again_and_again_no_key_is_lost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in site.hsm.environment.items():
         monkeypatch.setenv(name, value)  # for the workers of this process

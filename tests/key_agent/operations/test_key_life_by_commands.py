@@ -4,8 +4,6 @@ import json
 import signal
 import stat
 
-import pytest
-
 from envelope.certificates import fingerprint
 from envelope.keys import KeyState
 from envelope.material import Signer
@@ -20,7 +18,6 @@ def _states(site: Site) -> dict[str, KeyState]:
     return {str(key.key_id): key.state for key in site.proxy.held[S3].claims.keys}
 
 
-@pytest.mark.timeout(300)
 async def test_keys_rotate_end_and_are_backed_up(site: Site) -> None:
     await rig._init(site)
     await site.command("kek", "create", "--valid-days", "365")
@@ -57,7 +54,6 @@ async def test_keys_rotate_end_and_are_backed_up(site: Site) -> None:
     assert {"key-rotate", "key-destroy", "kek-rotate", "kek-retire", "backup-export"} <= actions
 
 
-@pytest.mark.timeout(300)
 async def test_own_certificates_are_renewed_by_sighup(site: Site) -> None:
     await rig._init(site)
     await site.command("kek", "create")

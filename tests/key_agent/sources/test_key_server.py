@@ -140,7 +140,6 @@ def _kmip_section(server: KmipServer) -> str:
     )
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["openbao", "kmip"])
 async def test_revoking_the_key_at_the_server_is_the_kill_switch(
     request: pytest.FixtureRequest,
