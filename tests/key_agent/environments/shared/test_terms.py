@@ -34,7 +34,7 @@ from key_agent.environments.shared.documents import (
 )
 from key_agent.environments.shared.shared_errors import StaleTermError
 from key_agent.environments.shared.terms import Holder as TermHolder
-from key_agent.environments.shared.terms import promotion_payload, term_id
+from key_agent.environments.shared.terms import Terms, promotion_payload, term_id
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.following import Follower
 from tests.key_agent.environments.forger import Forger, used
@@ -480,6 +480,34 @@ async def test_who_was_the_manager_once_rewrites_nothing(site: Site) -> None:
         with pytest.raises(IntegrityError):
             companion.take(make(), agent="agent-a", asked_boot_s=0)
     assert (await site.c.shared.snapshot()).digest == before.digest
+
+
+async def test_a_row_counts_in_the_epochs_of_its_term_alone(site: Site) -> None:
+    """Signed as it must be, by whoever held that term: before it began, or since the next one did."""
+    await site.b.promote(ADMINS)
+    seen = await site.b.shared.since(0)
+    terms = Terms.of(seen.rows)
+    first, second = terms.holders()
+    assert (first.start, second.start) == (1, seen.epoch_to)
+
+    def row(holder: Holder, term: int, epoch: int, *, signer: str = "") -> SharedRow:
+        return sign_row(
+            holder.key, tenant=TENANT, kind=Kind.DEK, row_id=KID, body=key("a"),
+            term=term, epoch=epoch, signer=signer or f"agent-{holder.name}",
+        )  # fmt: skip
+
+    for good in (row(site.a, 1, 1), row(site.a, 1, second.start - 1), row(site.b, 2, second.start)):
+        terms.check(TENANT, good)
+    for bad, why in (
+        (row(site.a, 1, 0), "epoch 0 is none of term 1"),
+        (row(site.a, 1, second.start), f"epoch {second.start} is none of term 1"),
+        (row(site.b, 2, second.start - 1), f"epoch {second.start - 1} is none of term 2"),
+        (row(site.a, 1, 1, signer="agent-b"), "is agent-b's, but term 1 is agent-a's"),
+        (row(site.b, 1, 1, signer="agent-a"), "does not bear agent-a's signature"),
+        (row(site.b, 3, second.start), "nobody is known to have held term 3"),
+    ):
+        with pytest.raises(IntegrityError, match=why):
+            terms.check(TENANT, bad)
 
 
 @pytest.mark.parametrize(
