@@ -107,6 +107,13 @@ ROUTES: Final = (
         ReencryptionEnd,
         "What became of a re-encryption",
     ),
+    Route(
+        "reencryption_drop",
+        "POST",
+        "/v1/reencryptions/{job}/drop",
+        Nothing,
+        "Its store is gone for good; what it knows stays known",
+    ),
     Route("reencryption_list", "GET", "/v1/reencryptions", Nothing, "Re-encryptions", changes=False),
     Route("keys_rescue", "POST", "/v1/keys/rescue", Rescue, "Compromised keys open again, for a time"),
     Route("keys_retire", "POST", "/v1/keys/retire", Retire, "The end of keys, in every environment"),

@@ -82,6 +82,11 @@ class Progress:
     failures: dict[str, str] = field(default_factory=dict)
     """Name -> why, MAX_FAILURES_NAMED at most."""
     failed: int = 0
+    left_before: int = 0
+    """By the pass before, and not met again by this one: a store that went away still has them."""
+    named_before: tuple[str, ...] = ()
+    dropped_at_ms: int | None = None
+    """Somebody has said that its store is gone for good. What it knows of stays known."""
 
     @property
     def is_whole(self) -> bool:
@@ -92,6 +97,16 @@ class Progress:
     def may_have_left(self) -> bool:
         """Whether it knows that old keys sealed something here, and not that nothing of it is left."""
         return not self.is_whole and bool(self.batch or self.met or self.failed or self.rewritten)
+
+    @property
+    def known_left(self) -> int:
+        """How many objects it knows to be sealed by an old key still; never too few of those."""
+        return self.failed + self.left_before + len(set(self.batch).difference(self.named_before))
+
+    @property
+    def names_left(self) -> tuple[str, ...]:
+        """Of these, those that it can name."""
+        return tuple(dict.fromkeys([*self.failures, *self.batch, *self.named_before]))
 
 
 class Ledger(Protocol):
@@ -115,7 +130,14 @@ class ReencryptionJob:
         if self.progress.state is JobState.INCOMPLETE:
             # What it has left is met, whether it is met again or not: it may be renamed (rule 2).
             left = self.progress.failed
-            await self._begin_pass(state=JobState.RUNNING, met=left, failures={}, failed=0)
+            await self._begin_pass(
+                state=JobState.RUNNING,
+                met=left,
+                failures={},
+                failed=0,
+                left_before=left,
+                named_before=tuple(self.progress.failures),
+            )
         while self.progress.state is JobState.RUNNING:
             await self._pass()
         return self.progress
@@ -132,12 +154,12 @@ class ReencryptionJob:
         if batch:
             await self._take(batch)
         if self.progress.failed:
-            await self._save(state=JobState.INCOMPLETE)
+            await self._save(state=JobState.INCOMPLETE, left_before=0, named_before=())
         elif not self.progress.has_shown:
             await self._begin_pass(passes=0, scanned=0, skipped=0)
             raise StoreError(_BARE)
         elif self.progress.met or not self.progress.passes:
-            await self._begin_pass(met=0, passes=self.progress.passes + 1)
+            await self._begin_pass(met=0, passes=self.progress.passes + 1, left_before=0, named_before=())
         else:
             await self._save(state=JobState.DONE)
 
@@ -180,6 +202,7 @@ class ReencryptionJob:
         now = self.progress
         beside = 0 if now.passes else now.batch_beside
         named = dict([*now.failures.items(), *problems.items()][:MAX_FAILURES_NAMED])
+        named_before = tuple(name for name in now.named_before if name not in names)
         await self._save(
             batch=(),
             batch_upto="",
@@ -191,6 +214,8 @@ class ReencryptionJob:
             skipped=now.skipped + beside,
             failures=named,
             failed=now.failed + len(problems),
+            left_before=now.left_before - len(now.named_before) + len(named_before),
+            named_before=named_before,
         )
 
     async def _rewrite(self, name: str) -> str | None:

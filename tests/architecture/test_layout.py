@@ -136,7 +136,6 @@ TESTED_BY: Final[Mapping[str, tuple[str, str]]] = {
         "what it asks of Incidents, in one go",
     ),
     "key_agent/environments/incidents/incident_parts.py": _HEALING,
-    "key_agent/environments/commands/old_keys_cli.py": _BREACH,
     "key_agent/environments/incidents/reaction.py": _HEALING,
     "key_agent/reencryption/store_file.py": _BREACH,
     "envelope/errors.py": ("tests/envelope/test_tampering.py", "declarations; who raises them is tested"),

@@ -152,6 +152,8 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
                 a, "keys reencrypt resume", job["job"], "--connector", str(tmp_path / "store.toml"),
                 exit_code=4,
             )  # fmt: skip
+            dropped = await ask(a, "keys reencrypt drop", job["job"])
+            assert (dropped["dropped_at_ms"] is None, dropped["may_have_left"]) == (False, False)
             ending = {"accept_loss": True, "keys": [keys["b"]]}
             approval = await approved(ask, a, files, "keys-retire", "acme", ending)
             retire = ["--keys", keys["b"], "--approve-with", approval]

@@ -14,7 +14,7 @@
    is appointed because every KEK is lost, every key is: two persons may end them in whatever state they are.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
@@ -406,11 +406,13 @@ def retire_keys(
     approval_id: str,
     accept_loss: bool,
     rewritten: Collection[str],
+    unfinished: Mapping[str, Collection[str]],
     now_ms: int,
 ) -> bool:
     """Compromised or deactivated keys are destroyed: rows stay, wraps are erased. False if they are.
 
-    *rewritten*: keys of which a re-encryption has found nothing left. RefusedChangeError, ApprovalError.
+    *rewritten*: keys of which a re-encryption has found nothing left; *unfinished*: key -> re-encryptions
+    that know of its objects and may go on. RefusedChangeError, ApprovalError.
     """
     shared = draft.shared
     are_lost = accept_loss and are_given_up(shared)
@@ -426,11 +428,19 @@ def retire_keys(
     wanted = [key_id for key_id in sorted(key_ids) if shared.deks[key_id].state is not KeyState.DESTROYED]
     if not wanted:
         return False
+    if jobs := sorted({job for key_id in wanted for job in unfinished.get(key_id, ())}):
+        # An accepted loss too: it is of what nobody can rewrite, not of what nobody has waited for.
+        raise RefusedChangeError(
+            f"not finished, and knows of objects of these keys: re-encryption {', '.join(jobs)}",
+            "`key-agent keys reencrypt resume JOB` each; one that nobody can finish, as its store is gone: "
+            "`key-agent keys reencrypt drop JOB`, then --accept-loss, in an approval that says so",
+        )
     left = [key_id for key_id in wanted if key_id not in rewritten]
     if left and not accept_loss:
         raise RefusedChangeError(
             f"nothing shows that no object of {', '.join(left)} is left",
-            "`key-agent keys reencrypt list`: each to its end; or --accept-loss, in an approval that says so",
+            "`key-agent keys reencrypt start`, to its end; what is lost, as with a job that was dropped: "
+            "--accept-loss, in an approval that says so",
         )
     use_approval(
         draft,

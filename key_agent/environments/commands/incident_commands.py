@@ -28,6 +28,8 @@ from key_agent.environments.shared.approvals import Action
 from key_agent.environments.shared.documents import IncidentBody
 from key_agent.operations.commands import Json
 from key_agent.operations.kek_making import wish_of
+from key_agent.reencryption import losses
+from key_agent.reencryption.job import Progress
 from key_agent.reencryption.ledger import FileLedger
 from key_agent.registry.access import RefusedChangeError
 from key_agent.state_dir import AUDIT_NAME
@@ -331,8 +333,9 @@ class IncidentCommands(ApprovalCommands):
             approval=approval,
             accept_loss=str(accept_loss).lower(),
         )
-        ledger = FileLedger(self._environments().state_dir)
-        rewritten = {str(key_id) for key_id in await ledger.rewritten_keys()}
+        jobs = await FileLedger(self._environments().state_dir).all()
+        rewritten = set(map(str, losses.rewritten(jobs)))
+        unfinished = losses.unfinished(jobs)
 
         def change(draft: "Draft") -> None:
             healing_changes.retire_keys(
@@ -342,6 +345,7 @@ class IncidentCommands(ApprovalCommands):
                 approval_id=approval,
                 accept_loss=accept_loss,
                 rewritten=rewritten,
+                unfinished=unfinished,
                 now_ms=self._agent.now_ms(),
             )
 
@@ -440,26 +444,18 @@ class IncidentCommands(ApprovalCommands):
         )
         return {"job": job, "state": outcome}
 
+    async def reencryption_drop(self, *, job: str) -> Json:
+        """Its store is gone for good: nobody waits for it any more, and what it knows stays known."""
+        await self._agent.journal.record("reencryption-drop", outcome="begun", job=job)
+        ledger = FileLedger(self._environments().state_dir)
+        dropped = await ledger.drop(job, now_ms=self._agent.now_ms())
+        await self._agent.journal.record("reencryption-drop", job=job, left=dropped.known_left)
+        return _job_json(dropped)
+
     async def reencryption_list(self) -> Json:
         """Every re-encryption that was begun on this machine."""
         found = await FileLedger(self._environments().state_dir).all()
-        return {
-            "reencryptions": [
-                {
-                    "job": one.job_id,
-                    "incident": one.incident_id,
-                    "connector": one.connector,
-                    "keys": [str(key_id) for key_id in one.sources],
-                    "state": one.state,
-                    "scanned": one.scanned,
-                    "rewritten": one.rewritten,
-                    "skipped": one.skipped,
-                    "failed": one.failed,
-                    "failures": dict(list(one.failures.items())[:20]),
-                }
-                for one in found
-            ]
-        }
+        return {"reencryptions": [_job_json(one) for one in found]}
 
     # What people and programs get.
 
@@ -495,4 +491,22 @@ def _ack_json(ack: EnvironmentAck) -> Json:
         "clear": ack.is_clear,
         "error": ack.error,
         "places": [msgspec.to_builtins(place) for place in ack.places],
+    }
+
+
+def _job_json(job: Progress) -> Json:
+    return {
+        "job": job.job_id,
+        "incident": job.incident_id,
+        "connector": job.connector,
+        "keys": [str(key_id) for key_id in job.sources],
+        "state": job.state,
+        "dropped_at_ms": job.dropped_at_ms,
+        "may_have_left": job.may_have_left,
+        "known_left": job.known_left,
+        "scanned": job.scanned,
+        "rewritten": job.rewritten,
+        "skipped": job.skipped,
+        "failed": job.failed,
+        "failures": dict(list(job.failures.items())[:20]),
     }

@@ -6,6 +6,9 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +17,7 @@ import typer
 from envelope.errors import SealgateError
 from envelope.keys import KeyId
 from key_agent.command_line.performing import Options, confirm, perform, perform_with, show
-from key_agent.command_line.wording import counted
+from key_agent.command_line.wording import counted, time_text
 from key_agent.environments.commands.incident_cli import (
     ApproveWith,
     IncidentName,
@@ -108,7 +111,10 @@ def reencrypt_start(
         sources=tuple(KeyId.parse(key) for key in begun["keys"]),
         sealing=tuple(KeyId.parse(key) for key in begun["sealing"]),
     )
-    _reencrypt(context, progress, connector)
+    options: Options = context.obj
+    ledger = FileLedger(options.load().agent.state_dir)
+    with _alone(ledger, progress.job_id):
+        _reencrypt(context, progress, connector)
 
 
 @reencrypt_app.command("resume")
@@ -120,15 +126,22 @@ def reencrypt_resume(
     """Go on with one that was interrupted, or try those again that failed."""
     options: Options = context.obj
     ledger = FileLedger(options.load().agent.state_dir)
-    try:
+    with _alone(ledger, job):
         progress = asyncio.run(ledger.load(job))
-    except SealgateError as error:
-        raise explain_agent(error) from error
-    if progress.connector != read_store(connector).described():
-        raise CommandError(
-            f"{job} is about another store: {progress.connector}", "give the connector it began with"
-        )
-    _reencrypt(context, progress, connector)
+        if progress.connector != read_store(connector).described():
+            raise CommandError(
+                f"{job} is about another store: {progress.connector}", "give the connector it began with"
+            )
+        _reencrypt(context, replace(progress, dropped_at_ms=None), connector)
+
+
+@reencrypt_app.command("drop")
+def reencrypt_drop(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(metavar="JOB", help="`keys reencrypt list` shows them.")],
+) -> None:
+    """Say that its store is gone for good. What it knows to be left stays known: its keys end with a loss."""
+    show(context, perform(context.obj, "reencryption_drop", job=job), _dropped_text)
 
 
 @reencrypt_app.command("list")
@@ -139,6 +152,15 @@ def reencrypt_list(context: typer.Context) -> None:
         return "\n".join(map(_reencryption_text, data["reencryptions"])) or "no re-encryptions"
 
     show(context, perform(context.obj, "reencryption_list"), text)
+
+
+@contextmanager
+def _alone(ledger: FileLedger, job: str) -> Iterator[None]:
+    try:
+        with ledger.held(job):
+            yield
+    except SealgateError as error:
+        raise explain_agent(error) from error
 
 
 def _reencrypt(context: typer.Context, progress: Progress, connector: Path) -> None:
@@ -211,9 +233,22 @@ def _key_states_text(data: Any) -> str:
     return "\n".join(f"{key}: {state}" for key, state in data["keys"].items())
 
 
+def _dropped_text(data: Any) -> str:
+    back = "The store is there again: `keys reencrypt resume` takes it up."
+    if not data["may_have_left"]:
+        return f"{data['job']} is dropped. It has met nothing of its keys: no key waits for it. {back}"
+    return (
+        f"{data['job']} is dropped. It knows of {counted(data['known_left'], 'object')} left"
+        f"{'' if data['state'] == 'incomplete' else ', and there may be more'}: "
+        f"`keys retire` of its keys needs --accept-loss. {back}"
+    )
+
+
 def _reencryption_text(data: Any) -> str:
+    dropped_at_ms = data.get("dropped_at_ms")
+    dropped = "" if dropped_at_ms is None else f", dropped {time_text(dropped_at_ms)}"
     lines = [
-        f"{data['job']}  {data['state']}: {data['connector']}",
+        f"{data['job']}  {data['state']}{dropped}: {data['connector']}",
         f"  objects: {data['scanned']} seen, {data['rewritten']} rewritten, {data['failed']} failed",
     ]
     lines += [f"  {name}: {why}" for name, why in data["failures"].items()]

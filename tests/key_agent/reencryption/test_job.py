@@ -281,6 +281,50 @@ async def test_an_object_that_cannot_be_rewritten_is_named_and_holds_up_nothing(
     assert store.rewrites == dict.fromkeys(wanted, 1)
 
 
+async def test_what_a_pass_has_left_stays_known_until_another_one_has_met_it_or_is_through() -> None:
+    """A store that is gone for good answers the next pass with nothing; what it held is lost with its key."""
+    store, paper = filled(), Paper(progress())
+    lost, late, quiet = old_ones(store)[0], old_ones(store)[1], old_ones(store)[-1]
+    store.refused |= dict.fromkeys((lost, late, quiet), "HTTP 423")
+    left = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (left.known_left, left.names_left) == (3, (lost, late, quiet))
+    store.silent = True
+    with pytest.raises(StoreError):
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert (paper.kept.state, paper.kept.failed) == (JobState.RUNNING, 0)
+    assert (paper.kept.known_left, paper.kept.names_left) == (3, (lost, late, quiet))
+    kept, store.objects, store.silent = store.objects, {}, False
+    with pytest.raises(StoreError):  # another folder, or nothing is mounted there
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert paper.kept.known_left == 3
+    store.objects = kept
+    del store.refused[late]
+    paper.fatal, paper.saves, paper.keeps_last = 1, 0, True
+    with pytest.raises(KilledError):
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert (paper.kept.batch, paper.kept.known_left) == ((lost, late), 3), "none counts twice"
+    paper.fatal, paper.saves, paper.keeps_last = 2, 0, False
+    with pytest.raises(KilledError):
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert (paper.kept.failed, paper.kept.left_before) == (1, 1)
+    assert (paper.kept.known_left, paper.kept.names_left) == (2, (lost, quiet))
+    paper.fatal = None
+    del store.objects[quiet]
+    left = await ReencryptionJob(paper.kept, store, paper).run()
+    assert (left.state, left.known_left, left.names_left) == (JobState.INCOMPLETE, 1, (lost,))
+    store.refused.clear()
+    done = await ReencryptionJob(left, store, paper).run()
+    assert (done.state, done.known_left, done.names_left) == (JobState.DONE, 0, ())
+
+
+async def test_what_is_under_way_is_known_to_be_left() -> None:
+    store, paper = filled(BATCH), Paper(progress())
+    paper.fatal, paper.keeps_last = 1, True
+    with pytest.raises(KilledError):
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert (paper.kept.known_left, list(paper.kept.names_left)) == (BATCH // 2, old_ones(store))
+
+
 async def test_an_object_that_names_no_key_may_be_an_old_ones() -> None:
     """Written anew it names one; where it does not, the job is not whole, and no key ends because of it."""
     store, paper = MemoryStore(TODAY), Paper(progress())

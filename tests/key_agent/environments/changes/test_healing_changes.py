@@ -522,7 +522,7 @@ def test_a_signing_key_is_not_rescued(world: World) -> None:
 
 
 def retire(world: World, keys: list[str], approval: str, **more: Any) -> bool:
-    wanted: dict[str, Any] = {"accept_loss": False, "rewritten": ()} | more
+    wanted: dict[str, Any] = {"accept_loss": False, "rewritten": (), "unfinished": {}} | more
     return world.change(
         lambda draft: healing.retire_keys(
             draft, keys, tenant=TENANT, approval_id=approval, now_ms=world.now_ms, **wanted
@@ -564,6 +564,19 @@ def test_what_may_still_be_needed_is_given_up_by_its_name_only(world: World) -> 
     with pytest.raises(ApprovalError):  # approved of something else
         retire(world, keys, approve_end(world, keys), accept_loss=True)
     assert retire(world, keys, approve_end(world, keys, accept_loss=True), accept_loss=True)
+
+
+def test_no_loss_is_accepted_of_what_a_command_may_still_rewrite(world: World) -> None:
+    breach(world)
+    key = world.dek["s3-a"]
+    approval = approve_end(world, [key], accept_loss=True)
+    for accepts in (False, True):
+        with pytest.raises(RefusedChangeError, match="re-encryption j1, j2") as refused:
+            retire(world, [key], approval, accept_loss=accepts, unfinished={key: ["j2", "j1"], "0e": ["j3"]})
+        assert "resume JOB" in refused.value.next_step
+        assert "drop JOB" in refused.value.next_step
+    assert retire(world, [key], approval, accept_loss=True, unfinished={"0e": ["j3"]})
+    assert retire(world, [key], approval, accept_loss=True, unfinished={key: ["j1"]}) is False
 
 
 @pytest.mark.parametrize("key_state", [S.ACTIVE, S.PRE_ACTIVE, S.SUSPENDED])

@@ -24,6 +24,8 @@ from key_agent.environments.states import EnvironmentState
 from key_agent.errors import KekRevokedError, UnsupportedError
 from key_agent.operations.kek_making import KekWish
 from key_agent.operations.kek_rotation import KekRotation
+from key_agent.reencryption.job import JobState, Progress
+from key_agent.reencryption.ledger import FileLedger, LedgerError
 from key_agent.registry.access import RefusedChangeError
 from key_agent.registry.database import RegistryError
 from key_agent.registry.states import KekState
@@ -376,6 +378,40 @@ async def test_rescue_and_retirement_reach_every_database(site: BreachedSite) ->
     for name in "ac":
         [row] = [row for row in await site[name].registry.data_keys() if str(row.key_id) == keys[0]]
         assert (row.state, row.wrapped_by) == (S.DESTROYED, ())
+
+
+async def test_what_a_dropped_re_encryption_has_left_is_lost_by_word_only(site: BreachedSite) -> None:
+    """A store that is gone for good holds up no key for ever, and ends none silently."""
+    await breach(site)
+    commands, key = site.commands("a"), site.keys["b"]
+    gone, whole = (
+        Progress(job_id=job_id, incident_id="inc-1", connector="-", sources=(KeyId.parse(key),), **more)
+        for job_id, more in (("0a" * 8, {"met": 1}), ("0b" * 8, {"state": JobState.DONE}))
+    )
+    ledger = FileLedger(site["a"].directory)
+    for one in (gone, whole):
+        await ledger.save_progress(one)
+    no_loss = await site.approve(
+        Action.KEYS_RETIRE, "acme", healing_changes.retire_payload([key], accept_loss=False)
+    )
+    loss = await site.approve(
+        Action.KEYS_RETIRE, "acme", healing_changes.retire_payload([key], accept_loss=True)
+    )
+    for accepts, approval in ((False, no_loss), (True, loss)):
+        with pytest.raises(RefusedChangeError, match=f"not finished.*{gone.job_id}"):
+            await commands.keys_retire(keys=[key], approval=approval, accept_loss=accepts)
+    with pytest.raises(LedgerError, match="is done"):
+        await commands.reencryption_drop(job=whole.job_id)
+    dropped = await commands.reencryption_drop(job=gone.job_id)
+    assert (dropped["may_have_left"], dropped["dropped_at_ms"] is None) == (True, False)
+    listed = (await commands.reencryption_list())["reencryptions"]
+    assert listed[0] == dropped
+    with pytest.raises(RefusedChangeError, match="nothing shows"):
+        await commands.keys_retire(keys=[key], approval=no_loss)
+    done = await commands.keys_retire(keys=[key], approval=loss, accept_loss=True)
+    assert done["keys"] == {key: S.DESTROYED}
+    assert f'"job":"{gone.job_id}"' in _audit(site, "a")
+    assert '"action":"reencryption-drop","outcome":"ok"' in _audit(site, "a")
 
 
 async def test_a_store_says_nothing_of_another_services_keys(site: BreachedSite) -> None:
