@@ -19,7 +19,7 @@ import aiohttp
 
 from tests.ports import free_port
 
-START_S: Final = 40.0
+START_S: Final = 60.0
 
 
 def find_etcd() -> str:

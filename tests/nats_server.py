@@ -19,7 +19,7 @@ from runtime.broker import BrokerSettings
 from tests.pki import issue_server, make_server_ca, make_tenant, write_certificate, write_credential
 from tests.ports import free_port
 
-START_S = 20.0
+START_S = 60.0
 
 
 def find_server() -> str:

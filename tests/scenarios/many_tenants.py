@@ -254,7 +254,7 @@ class ManyTenants:
         async def done() -> bool:
             return all(len(self[name].calls) >= number for name, number in wanted.items())
 
-        await until(done, timeout_s=60)
+        await until(done, timeout_s=120)
 
 
 @asynccontextmanager

@@ -105,6 +105,7 @@ async def test_b_45_what_was_said_before_counts_for_nothing(site: Site) -> None:
         assert (joined["state"], joined["problems"]) == ("active", {})
         await site.all_are_up()
 
+        await _is_settled(site, first)
         rows = {name: await position(site[name]) for name in ALL}
         for name in ("b", "c"):
             with contextlib.suppress(PeerError):
@@ -159,7 +160,7 @@ async def test_b_45_a_delivery_of_wraps_brings_nothing_when_it_is_played_again(s
         site.speaking_as("b") as as_b,
         site.speaking_as("c") as as_c,
     ):
-        await a.ask("rotate", service=KEY)
+        await _rotated(site)
         first_b, first_c = to_b[0], to_c[0]
         assert (first_b.agent_id, first_c.agent_id) == ("agent-a", "agent-a")
         new = {site.active(name) for name in ALL}
@@ -244,6 +245,21 @@ async def _is_settled(site: Site, incident: str) -> None:
 
     await until(contained, timeout_s=90)
     await until(lambda: in_step(site), timeout_s=90)
+
+
+async def _rotated(site: Site) -> None:
+    """Each environment has a new key, and its proxy seals with it. (The command waits for a while only.)"""
+    before = site.balanced.owners()
+    await site["a"].ask("rotate", service=KEY)
+
+    async def all_seal_with_the_new() -> bool:
+        for name in ALL:
+            _, sealed = await site[name].proxies[0].call(f"keys/{KEY}/encrypt", {"plaintext": PLAIN})
+            if sealed.get("version", 0) in {0, *before}:
+                return False
+        return True
+
+    await until(all_seal_with_the_new, timeout_s=90)
 
 
 def _deliveries(site: Site, name: str) -> AbstractAsyncContextManager[list[Recorded]]:
@@ -374,9 +390,8 @@ async def test_b_45_an_old_envelope_gives_a_proxy_nothing(site: Site) -> None:
         clients={b.agent_id: _tls(b.directory)},
     ) as pushed:
         before = site.active("b")
-        await site["a"].ask("rotate", service=KEY)
+        await _rotated(site)
         assert site.active("b") != before
-        await until(lambda: balanced.serve("b"), timeout_s=60)
         old = [one.body for one in pushed]
         assert old
 
