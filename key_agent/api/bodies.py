@@ -66,6 +66,10 @@ class IncidentOpen(Body, frozen=True, forbid_unknown_fields=True):
     by: str = ""
 
 
+class Keys(Body, frozen=True, forbid_unknown_fields=True):
+    keys: tuple[str, ...]
+
+
 class ApprovedKeys(Body, frozen=True, forbid_unknown_fields=True):
     keys: tuple[str, ...]
     approval: str

@@ -156,6 +156,9 @@ async def test_a_breach_from_the_first_command_to_the_last(site: EnvironmentsSit
             assert (dropped["dropped_at_ms"] is None, dropped["may_have_left"]) == (False, False)
             ending = {"accept_loss": True, "keys": [keys["b"]]}
             approval = await approved(ask, a, files, "keys-retire", "acme", ending)
+            sign = ["--admin", "ann", "--key", str(files["ann"])]
+            shown = (await ask(a, "approval sign", approval, *sign, exit_code=3))["cause"]
+            assert f"no re-encryption has gone through a store for these keys:\n    {keys['b']}" in shown
             retire = ["--keys", keys["b"], "--approve-with", approval]
             assert "nothing shows" in (await ask(a, "keys retire", *retire, "--yes", exit_code=3))["cause"]
             ended = await ask(a, "keys retire", *retire, "--yes", "--accept-loss")

@@ -24,6 +24,7 @@ from key_agent.environments.commands.admin_signatures import (
     write_statement,
 )
 from key_agent.environments.commands.incident_cli import operator
+from key_agent.environments.commands.old_keys_cli import loss_text
 from key_agent.environments.shared import approvals
 from key_agent.explaining import explain_agent
 from runtime.cli import CommandError, ExitCode
@@ -135,7 +136,7 @@ def approval_show(
     show(
         context,
         data,
-        lambda data: f"{approval_text(data)}\n{data['payload']}\nSHA-256 {data['payload_sha256']}",
+        lambda data: f"{_asked_text(data)}\nSHA-256 {data['payload_sha256']}",
     )
 
 
@@ -150,7 +151,7 @@ def approval_sign(  # noqa: PLR0917 - typer calls it by name
 ) -> None:
     """Read what is asked, and sign it with your key. The agent gets the signature alone."""
     asked: Any = perform(context.obj, "approval_show", approval=approval)
-    confirm(context.obj, f"{approval_text(asked)}\n{asked['payload']}\nYou sign this.", yes=yes)
+    confirm(context.obj, f"{_asked_text(asked)}\nYou sign this.", yes=yes)
     statement = asked["statement"].encode("ascii")
     if _said(statement) != (approval, asked["action"], asked["subject"], _sha256(asked["payload"])):
         raise CommandError(
@@ -233,6 +234,12 @@ def approval_text(data: Any) -> str:
         f"{data['approval']}  {data['state']}: {data['action']} of {data['subject']}, asked by "
         f"{data['requested_by']}, until {_time(data['expires_at_ms'])}; signed by {signed}{missing}{used}"
     )
+
+
+def _asked_text(data: Any) -> str:
+    """With what it is about, and what this agent knows of the loss that it accepts."""
+    asked = f"{approval_text(data)}\n{data['payload']}"
+    return asked if data.get("loss") is None else f"{asked}\n{loss_text(data['loss'])}"
 
 
 def _read(file: Path) -> str:

@@ -7,18 +7,21 @@
 """
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from envelope.errors import FormatError
-from envelope.keys import check_name
+from envelope.keys import KeyId, check_name
 from key_agent.environments.changes.incident_changes import use_approval
 from key_agent.environments.commands.environment_commands import EnvironmentCommands
 from key_agent.environments.shared import approvals
 from key_agent.environments.shared.approvals import Action, ApprovalError
 from key_agent.environments.shared.documents import AdminBody, AdminState, ApprovalBody, Kind
 from key_agent.operations.commands import Json
+from key_agent.reencryption import losses
+from key_agent.reencryption.ledger import FileLedger
 from key_agent.registry.access import RefusedChangeError
 
 if TYPE_CHECKING:
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
     from key_agent.environments.shared.shared_view import Shared
 
 MAX_ADMINS: Final = 32
+
+
+class _Retirement(msgspec.Struct, frozen=True):
+    accept_loss: bool
+    keys: tuple[str, ...]
 
 
 class ApprovalCommands(EnvironmentCommands):
@@ -184,8 +192,15 @@ class ApprovalCommands(EnvironmentCommands):
         return self._approval_json(approval_id, body)
 
     async def approval_show(self, *, approval: str) -> Json:
-        """One approval, and the statement to sign."""
-        return self._approval_json(approval, self._approval(approval))
+        """One approval, and the statement to sign; of a loss that it accepts, what is known of it."""
+        body = self._approval(approval)
+        given_up = _given_up(body)
+        loss = await self._known_loss(given_up) if given_up else None
+        return {**self._approval_json(approval, body), "loss": loss}
+
+    async def _known_loss(self, keys: Collection[str]) -> Json:
+        """As re-encryptions on this machine know it. LedgerError."""
+        return losses.known_loss(await FileLedger(self._environments().state_dir).all(), keys)
 
     async def approval_list(self) -> Json:
         """All of them, the newest first."""
@@ -233,6 +248,18 @@ class ApprovalCommands(EnvironmentCommands):
             "missing": max(0, approvals.REQUIRED - len(body.signatures)),
             "statement": approvals.statement(tenant, approval, body).decode("ascii"),
         }
+
+
+def _given_up(body: ApprovalBody) -> frozenset[str]:
+    """Keys whose loss it accepts. What is not written as `keys retire` compares it ends none."""
+    if body.action != Action.KEYS_RETIRE:
+        return frozenset()
+    try:
+        asked = msgspec.json.decode(body.payload, type=_Retirement)
+        keys = frozenset(str(KeyId.parse(key)) for key in asked.keys)
+    except (msgspec.MsgspecError, FormatError):
+        return frozenset()
+    return keys if asked.accept_loss else frozenset()
 
 
 def _active(shared: "Shared") -> dict[str, AdminBody]:

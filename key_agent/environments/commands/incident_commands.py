@@ -354,7 +354,15 @@ class IncidentCommands(ApprovalCommands):
         told = await incidents.tell()
         await self._agent.journal.record("keys-retire", keys=len(wanted), approval=approval)
         view = self._view
-        return {"keys": {key: view.deks[key].state for key in sorted(wanted)}, "told": told}
+        return {
+            "keys": {key: view.deks[key].state for key in sorted(wanted)},
+            "told": told,
+            "loss": losses.known_loss(jobs, wanted) if accept_loss else None,
+        }
+
+    async def keys_loss(self, *, keys: Sequence[str]) -> Json:
+        """What their end would lose, as far as re-encryptions know. Changes nothing."""
+        return await self._known_loss(parse_keys(keys[:MAX_KEYS]))
 
     async def keys_resume(self, *, keys: Sequence[str], approval: str) -> Json:
         """Suspended keys are what they were; two administrators have approved."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -32,6 +32,8 @@ from key_agent.reencryption.store_file import read_store
 from key_agent.reencryption.webdav import WebDavConnector
 from runtime import lifecycle, observe
 from runtime.cli import CommandError, ExitCode
+
+MAX_KEYS_NAMED: Final = 20
 
 keys_app = typer.Typer(no_args_is_help=True, help="Old keys: rescued, rewritten, ended.")
 
@@ -67,16 +69,18 @@ def keys_retire(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Destroy deactivated or compromised keys in every environment."""
-    confirm(
-        context.obj,
+    warning = (
         f"What {counted(len(key_ids(keys)), 'key')} sealed is unreadable for ever afterwards, "
-        "in every environment.",
-        yes=yes,
+        "in every environment."
     )
+    if accept_loss and not yes:
+        loss = perform(context.obj, "keys_loss", keys=key_ids(keys))
+        warning = f"{warning}\n{loss_text(loss)}"
+    confirm(context.obj, warning, yes=yes)
     data = perform(
         context.obj, "keys_retire", keys=key_ids(keys), approval=approve_with, accept_loss=accept_loss
     )
-    show(context, data, _key_states_text)
+    show(context, data, _retired_text)
 
 
 @keys_app.command("resume")
@@ -231,6 +235,37 @@ def _incident_text(data: Any) -> str:
 
 def _key_states_text(data: Any) -> str:
     return "\n".join(f"{key}: {state}" for key, state in data["keys"].items())
+
+
+def _retired_text(data: Any) -> str:
+    ended = _key_states_text(data)
+    return ended if data.get("loss") is None else f"{ended}\n{loss_text(data['loss'])}"
+
+
+def loss_text(data: Any) -> str:
+    """What is known to be lost with keys, and what nobody knows."""
+    lines = []
+    for job in data["jobs"]:
+        dropped_at_ms = job["dropped_at_ms"]
+        state = job["state"] if dropped_at_ms is None else f"dropped {time_text(dropped_at_ms)}"
+        more = ", and it was not through: there may be more" if job["may_be_more"] else ""
+        lines.append(
+            f"  {job['job']}, {state}, of {job['connector']}: knows of {counted(job['left'], 'object')} "
+            f"left under its keys, {len(job['keys'])} of these among them{more}"
+        )
+        # A store's names are anybody's: none says anything else on a terminal than what it is.
+        lines += [f"    {name!r}" for name in job["names"]]
+        if unnamed := job["left"] - len(job["names"]):
+            lines.append(f"    and {unnamed} more")
+    if unknown := data["not_looked"]:
+        lines.append("  Nobody knows what is lost: no re-encryption has gone through a store for these keys:")
+        lines += [f"    {key_id}" for key_id in unknown[:MAX_KEYS_NAMED]]
+        if len(unknown) > MAX_KEYS_NAMED:
+            lines.append(f"    and {len(unknown) - MAX_KEYS_NAMED} more")
+    head = "Known to be lost, by the re-encryptions on this agent's machine:"
+    none = "  nothing: each key's are done"
+    rest = "Lost as well, and counted by nobody: what their stores do not list (trash, versions, backups)."
+    return "\n".join([head, *(lines or [none]), rest])
 
 
 def _dropped_text(data: Any) -> str:

@@ -87,9 +87,12 @@ async def test_a_damaged_file_is_an_error_and_no_finished_job(tmp_path: Path, co
     ledger = FileLedger(tmp_path)
     await ledger.save_progress(progress(state=JobState.DONE))
     (tmp_path / DIRECTORY_NAME / f"{JOB}.json").write_bytes(content)
-    for look in (ledger.load(JOB), ledger.all(), ledger.rewritten_keys()):
-        with pytest.raises(LedgerError):
+    for look in (ledger.load(JOB), ledger.all(), ledger.rewritten_keys(), ledger.drop(JOB, now_ms=5)):
+        with pytest.raises(LedgerError) as refused:
             await look
+        assert "backup" in refused.value.next_step, (
+            "nobody is told to take it away: what it knew would be gone"
+        )
 
 
 async def test_another_jobs_file_is_none(tmp_path: Path) -> None:

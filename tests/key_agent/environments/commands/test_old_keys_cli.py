@@ -9,7 +9,8 @@ import pytest
 import typer
 
 from envelope.keys import KeyId
-from key_agent.environments.commands import old_keys_cli
+from key_agent.environments.commands import approval_cli, old_keys_cli
+from key_agent.environments.commands.old_keys_cli import MAX_KEYS_NAMED
 from key_agent.reencryption.job import Progress
 from key_agent.reencryption.ledger import FileLedger
 from key_agent.reencryption.store_file import read_store
@@ -68,3 +69,82 @@ def test_a_dropped_job_that_is_resumed_is_waited_for_again(
     _begun(tmp_path, read_store(connector).described(), met=1, dropped_at_ms=5)
     old_keys_cli.reencrypt_resume(_context(tmp_path), JOB, connector)
     assert [(one.met, one.dropped_at_ms) for one in taken_up] == [(1, None)]
+
+
+LOSS: dict[str, Any] = {
+    "jobs": [
+        {
+            "job": JOB,
+            "connector": "https://store/",
+            "state": "running",
+            "dropped_at_ms": 5,
+            "keys": ["0e" * 16],
+            "left": 3,
+            "may_be_more": True,
+            "names": ["a/b", "x\x1b[2J\u202e"],
+        }
+    ],
+    "not_looked": [f"{number:032x}" for number in range(MAX_KEYS_NAMED + 2)],
+}
+
+
+def test_a_loss_is_told_with_its_jobs_names_and_what_nobody_knows() -> None:
+    text = old_keys_cli.loss_text(LOSS)
+    assert text.isprintable() or set(filter(lambda one: not one.isprintable(), text)) == {"\n"}
+    for said in (JOB, "dropped 1970", "https://store/", "3 objects", "may be more", "'a/b'", "and 1 more"):
+        assert said in text
+    assert "Nobody knows what is lost" in text
+    assert (f"{MAX_KEYS_NAMED - 1:032x}" in text, f"{MAX_KEYS_NAMED:032x}" in text) == (True, False)
+    assert "and 2 more" in text
+    unlooked = old_keys_cli.loss_text({"jobs": [], "not_looked": ["0e" * 16]})
+    assert ("Nobody knows" in unlooked, "nothing:" in unlooked) == (True, False)
+    all_done = old_keys_cli.loss_text({"jobs": [], "not_looked": []})
+    assert ("Nobody knows" in all_done, "nothing:" in all_done, "trash" in all_done) == (False, True, True)
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_who_accepts_a_loss_is_shown_it_before_and_afterwards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, accepts: bool
+) -> None:
+    asked: list[str] = []
+
+    def perform(_options: object, operation: str, **_arguments: object) -> dict[str, Any]:
+        asked.append(operation)
+        if operation == "keys_loss":
+            return LOSS
+        return {"keys": {"0e" * 16: "destroyed"}, "loss": LOSS if accepts else None}
+
+    monkeypatch.setattr(old_keys_cli, "perform", perform)
+    options = SimpleNamespace(as_json=False, emit=lambda _data, text: print(text()))
+    context = cast("typer.Context", SimpleNamespace(obj=options))
+    with pytest.raises(CommandError, match="unreadable for ever") as refused:
+        old_keys_cli.keys_retire(context, "0e" * 16, "a-1", accept_loss=accepts)
+    assert (JOB in str(refused.value), "keys_retire" in asked) == (accepts, False)
+    old_keys_cli.keys_retire(context, "0e" * 16, "a-1", accept_loss=accepts, yes=True)
+    assert (JOB in capsys.readouterr().out) == accepts
+
+
+def test_whoever_signs_that_is_shown_it_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = {
+        "approval": "a-1",
+        "state": "open",
+        "action": "keys-retire",
+        "subject": "acme",
+        "requested_by": "ann",
+        "expires_at_ms": 1,
+        "signatures": {},
+        "missing": 2,
+        "used_at_ms": None,
+        "payload": "{}",
+        "payload_sha256": "",
+        "statement": "-",
+        "loss": LOSS,
+    }
+    shown: list[str] = []
+    monkeypatch.setattr(approval_cli, "perform", lambda *_words, **_more: asked)
+    options = SimpleNamespace(as_json=True, emit=lambda _data, text: shown.append(text()))
+    context = cast("typer.Context", SimpleNamespace(obj=options))
+    approval_cli.approval_show(context, "a-1")
+    assert JOB in shown[0]
+    with pytest.raises(CommandError, match=JOB):
+        approval_cli.approval_sign(context, "a-1", "ann", tmp_path / "none.key")

@@ -408,10 +408,32 @@ async def test_what_a_dropped_re_encryption_has_left_is_lost_by_word_only(site: 
     assert listed[0] == dropped
     with pytest.raises(RefusedChangeError, match="nothing shows"):
         await commands.keys_retire(keys=[key], approval=no_loss)
+    known = await commands.keys_loss(keys=[key])
+    assert ([job["job"] for job in known["jobs"]], known["not_looked"]) == ([gone.job_id], [])
     done = await commands.keys_retire(keys=[key], approval=loss, accept_loss=True)
-    assert done["keys"] == {key: S.DESTROYED}
+    assert (done["keys"], done["loss"]) == ({key: S.DESTROYED}, known)
     assert f'"job":"{gone.job_id}"' in _audit(site, "a")
     assert '"action":"reencryption-drop","outcome":"ok"' in _audit(site, "a")
+
+
+async def test_who_signs_a_loss_is_shown_what_is_known_of_it(site: BreachedSite) -> None:
+    await breach(site)
+    key = site.keys["b"]
+    met = Progress(job_id="0a" * 8, incident_id="inc-1", connector="-", sources=(KeyId.parse(key),), met=1)
+    await FileLedger(site["a"].directory).save_progress(met)
+
+    async def shown(at: str, payload: dict[str, Any], action: Action = Action.KEYS_RETIRE) -> Any:
+        asked = await site.commands("a").approval_request(action=action, subject="acme", payload=payload)
+        await site.members.in_step()
+        return (await site.commands(at).approval_show(approval=asked["approval"]))["loss"]
+
+    accepted = healing_changes.retire_payload([key], accept_loss=True)
+    known = await shown("a", accepted)
+    assert ([job["job"] for job in known["jobs"]], known["not_looked"]) == ([met.job_id], [])
+    assert await shown("c", accepted) == {"jobs": [], "not_looked": [key]}, "no job ran there, and it says so"
+    for other in ({"accept_loss": False, "keys": [key]}, {"accept_loss": True, "keys": ["\x1b[2J"]}, {}):
+        assert await shown("a", other) is None
+    assert await shown("a", accepted, Action.KEY_RESUME) is None
 
 
 async def test_a_store_says_nothing_of_another_services_keys(site: BreachedSite) -> None:
