@@ -494,7 +494,8 @@ class HttpConnection(asyncio.Protocol):
     def _drop(self, count: int) -> None:
         self._dropped += count
         if self._dropped > LINGER_BYTES and self._waiting is Waiting.LINGER:
-            self._close()
+            # Not closed: a reset could overtake the answer, as at a load balancer that is still sending.
+            self._read(False)
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None:

@@ -35,7 +35,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     write_s: float = 30.0
     """For a client that does not read its answer."""
     linger_s: float = 2.0
-    """For a client to read a refusal while what it still sends is dropped."""
+    """For a client to read a refusal, while what it still sends is dropped and then left unread."""
     connections: int = 4096
     """Of one listener in one process."""
     connections_per_peer: int = 512

@@ -527,17 +527,28 @@ async def test_a_tenant_does_not_take_the_place_of_others_nor_do_strangers() -> 
 
 
 async def test_what_is_still_sent_after_a_refusal_is_dropped_up_to_a_bound() -> None:
+    """And then left unread until the wait ends: HAProxy, cut while it sends, loses the answer (502)."""
     echo = Echo()
     echo.tenants = {}
 
     async def sent_on(client: Client) -> None:
-        for _ in range(64):
+        while True:
             await client.send(bytes(LINGER_BYTES))
 
-    async with serve(echo) as (port, _):
+    async with serve(echo, limits=HttpLimits(linger_s=3600)) as (port, server):
         stranger = await Client.connect(port)
         await stranger.send(begun("/e/echo", 90_000))
         assert (await stranger.reply()).status == 200
+        [connection] = connections_of(server)
+        sending = asyncio.create_task(sent_on(stranger))
+        await until(lambda: connection._dropped > LINGER_BYTES)
+        await until(lambda: not connection._reading)
+        dropped = connection._dropped
+        for _ in range(20):
+            await asyncio.sleep(TICK_S / 10)
+            assert not sending.done(), "it is not cut"
+        assert connection._dropped == dropped, "and costs nothing"
+        connection.expired()
         with pytest.raises(ConnectionError):
-            await sent_on(stranger)
+            await sending
         assert [call.body for call in echo.calls] == [b""]
