@@ -52,6 +52,8 @@ REPOSITORY: Final = Path(__file__).parents[2]
 _BIN: Final = Path(sys.executable).parent
 TENANT: Final = "acme"
 KINDS: Final = {"a": "aes-256", "b": "rsa-3072", "c": "ec-p256"}
+START_S: Final = 180
+"""Of a program, beside many others; one that ends instead is not waited for."""
 
 
 async def until(condition: Callable[[], Awaitable[object]], *, timeout_s: float = 60) -> float:
@@ -83,7 +85,7 @@ class Program:
                 cwd=REPOSITORY,
             )  # fmt: skip
         if wait:
-            await until(self._ready)
+            await until(self._ready, timeout_s=START_S)
 
     async def _ready(self) -> object:
         assert self.runs, self.log.read_text()[-4000:]

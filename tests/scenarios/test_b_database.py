@@ -52,6 +52,7 @@ async def united(directory: Path, urls: dict[str, str] | None) -> AsyncIterator[
         await site.unite()
         await site.add_service("files")
         await until(lambda: all_serve(site), timeout_s=90)
+        await until(lambda: in_step(site), timeout_s=90)
         yield site
 
 

@@ -131,7 +131,11 @@ async def test_b_39_57_who_heals_knows_no_key_and_learns_what_it_missed(site: Si
     await c.agent.kill()
     opened = await balanced.open_incident("b", "dek", keys=[lost])
     assert site.states("c")[lost] == "active", "it was not told"
-    assert {site.states(name)[lost] for name in ("a", "b")} == {"compromised"}
+
+    async def is_told() -> bool:
+        return {site.states(name)[lost] for name in ("a", "b")} == {"compromised"}
+
+    await until(is_told)
     await c.agent.start()
     looked: list[int] = []
     looking = asyncio.create_task(_look(site, sealed, looked), name="look")

@@ -24,6 +24,7 @@ from tests.environments.site import SiteEnvironment, until
 from tests.integration.key_residue import children_of
 from tests.key_servers import BaoServer, running
 from tests.scenarios.balanced_site import KEY, Balanced, balanced_site, more_calls
+from tests.scenarios.disturbances import hanging
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -69,8 +70,9 @@ async def test_b_49_throttled_and_a_wrong_pin(site: Balanced, bao: BaoServer) ->
         assert await site.serve("b")
 
         c.hsm.pin_file.write_text("999999")
-        for worker in children_of(c.agent.pid):
-            os.kill(worker, signal.SIGKILL)  # the next one logs in
+        with hanging(c.hsm):  # who is killed while SoftHSM writes leaves no token behind
+            for worker in children_of(c.agent.pid):
+                os.kill(worker, signal.SIGKILL)  # the next one logs in
         await seen(site, c, "login-refused", Verdict.AUTH_PIN)
         await until(lambda: site.is_up("a", "b"), timeout_s=60)
         assert (await status_of(site, "c"))["answer"] == "drain"

@@ -13,11 +13,13 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import sqlite3
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -40,7 +42,7 @@ from tests.environments.site import (
     environments_site,
     until,
 )
-from tests.integration.key_residue import Known, in_memory, spellings
+from tests.integration.key_residue import Known, children_of, in_memory, spellings
 from tests.integration.whole_site import Reference
 from tests.scenarios.hsm_calls import OPENING, WRAPPING, HsmCalls
 
@@ -184,6 +186,16 @@ async def takes_calls(proxy: SiteProxy) -> bool:
     writer.close()
     await writer.wait_closed()
     return True
+
+
+async def has_ended(pid: int) -> bool:
+    """It runs no more; its parent may not have heard of it."""
+    return state_of(pid) == "Z"
+
+
+def state_of(pid: int) -> str:
+    """A letter, as in proc_pid_stat(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 async def start(*proxies: SiteProxy) -> None:
@@ -523,6 +535,10 @@ async def test_b_14_a_heals_and_b_seals_with_its_key_by_its_own_kek(world: World
     for one in (b, c):
         await until(functools.partial(heals, one))
     a.agent.freeze()
+    # Its HSM's worker is not frozen, and would be counted with what it is about.
+    for worker in children_of(a.agent.pid):
+        os.kill(worker, signal.SIGKILL)
+        await until(functools.partial(has_ended, worker))
     before = {name: one.counted() for name, one in world.calls.items()}
     a.hsm.unmount()
     # Nothing is left of what they were given before: b and c have to open the key by their own KEKs.
