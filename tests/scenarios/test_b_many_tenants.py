@@ -21,7 +21,7 @@ import pytest_asyncio
 from tests.environments.site import REPOSITORY, until
 from tests.scenarios.many_tenants import PROXY, VALIDITY_S, Call, ManyTenants, SiteTenant, many_tenants
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TENANTS: Final = 100
 BREACHED, REVOKED, HOSTILE, REVOKED_LATER = "t050", "t020", "t070", "t090"
