@@ -170,7 +170,7 @@ class Cluster:
         if self._server is not None:
             self._server.wait()
             self._server = None
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while any(map(_is_alive, processes)):
             if time.monotonic() > deadline_s:
                 raise TimeoutError("a killed server lives on")

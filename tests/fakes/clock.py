@@ -79,7 +79,7 @@ class ManualClock:
         for _ in range(SETTLE_STEPS):
             await asyncio.sleep(0)
 
-    async def wait_for_sleepers(self, count: int = 1, *, timeout_s: float = 10) -> None:
+    async def wait_for_sleepers(self, count: int = 1, *, timeout_s: float = 60) -> None:
         """Return when *count* tasks or more sleep on this clock; TimeoutError after *timeout_s* seconds."""
         deadline_s = time.monotonic() + timeout_s
         while self.sleepers < count:

@@ -118,7 +118,7 @@ class RecordingOrigin:
         """True if *secret* arrived in clear, in a body or anywhere else."""
         return secret in self.received or any(secret in exchange.body for exchange in self.exchanges)
 
-    async def until(self, condition: Callable[[], Any], *, within_s: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], Any], *, within_s: float = 60.0) -> None:
         """Wait until *condition* holds; it is asked again after whatever happens here."""
         async with asyncio.timeout(within_s):
             while not condition():

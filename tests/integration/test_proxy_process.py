@@ -189,7 +189,7 @@ async def running(installation: Installation) -> AsyncIterator[asyncio.subproces
 
 
 async def eventually(condition: Callable[[Answer], bool], installation: Installation, path: str) -> Answer:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             answer = await installation.ask(path)
             if condition(answer):

@@ -271,7 +271,7 @@ async def test_rclone_uploads_in_chunks(tmp_path: Path, way: str) -> None:
                 stderr=asyncio.subprocess.PIPE,
                 env=clean_environment(),
             )
-            async with asyncio.timeout(100):
+            async with asyncio.timeout(300):
                 _, log = await output_of(process)
             assert process.returncode == 0, log.decode()
             return log.decode()

@@ -121,7 +121,7 @@ async def test_a_killed_worker_loses_its_requests_only_and_comes_back_with_its_k
         answered = len(statuses) - before
         served = [site.calls(worker) for worker in (0, 1)]
         # The new one has the keys, by the envelopes that were kept: nobody has pushed since.
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not all(site.calls(worker) > served[worker] for worker in (0, 1)):
                 assert (await site.encrypt())[0] == 200
         stop.set()

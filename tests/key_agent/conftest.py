@@ -37,7 +37,7 @@ RHYTHM = Rhythm(
 )
 
 
-async def until(condition: Callable[[], object], *, timeout_s: float = 20) -> None:
+async def until(condition: Callable[[], object], *, timeout_s: float = 45) -> None:
     """Return as soon as *condition* holds."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

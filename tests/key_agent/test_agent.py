@@ -573,7 +573,7 @@ def _kek_of(kek: Kek | None) -> Kek:
 
 
 async def _wait_for_state(registry: Registry, state: KekState) -> KekRow:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while (row := await _current(registry)).state is not state:
         assert time.monotonic() < deadline_s, row.state
         await asyncio.sleep(0.005)

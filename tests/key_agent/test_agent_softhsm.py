@@ -298,7 +298,7 @@ async def test_a_disabled_kek_comes_back_with_restore(site: Site) -> None:
         [key] = site.proxy.valid_keys(S3)
         kek = await site.kek()
         await _set_decrypt(site, kek, allowed=False)
-        await until(lambda: not site.proxy.valid_keys(S3), timeout_s=10)
+        await until(lambda: not site.proxy.valid_keys(S3), timeout_s=60)
         await site.command("reinstate", "--restore", "--yes", exit_code=3)
         await _set_decrypt(site, kek, allowed=True)
         await site.command("reinstate", "--restore", "--yes")
@@ -364,7 +364,7 @@ async def test_old_objects_open_again_when_a_backup_of_the_hsm_brings_the_old_ke
         backup = _Backup(site)
         await backup.make()
         await site.destroy_kek_by_another_process()
-        await until(lambda: not site.proxy.valid_keys(S3), timeout_s=10)
+        await until(lambda: not site.proxy.valid_keys(S3), timeout_s=60)
         await site.command("reinstate", "--yes")
         [new] = _material(site).values()
         with pytest.raises(KeyError, match=str(old.key_id)):

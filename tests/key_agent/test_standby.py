@@ -64,7 +64,7 @@ async def _get(spare: Site, path: str) -> tuple[int, Any]:
     def get() -> tuple[int, Any]:
         try:
             with urllib.request.urlopen(
-                f"http://127.0.0.1:{spare.environment['PORT']}{path}", timeout=10
+                f"http://127.0.0.1:{spare.environment['PORT']}{path}", timeout=60
             ) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
@@ -217,4 +217,4 @@ async def test_an_agent_whose_database_is_away_waits_says_so_and_goes_when_asked
                 await asyncio.to_thread(cluster.start)
                 assert (await _leads(site))["term"] == 1
             agent.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(agent.wait(), 20) == 0
+            assert await asyncio.wait_for(agent.wait(), 60) == 0

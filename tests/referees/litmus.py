@@ -26,7 +26,7 @@ async def litmus(directory: Path, url: str, *, proxy: str | None = None) -> dict
         env=clean_environment(),
     )
     try:
-        async with asyncio.timeout(100):
+        async with asyncio.timeout(300):
             out, _ = await process.communicate()
     finally:
         if process.returncode is None:

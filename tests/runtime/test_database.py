@@ -213,7 +213,7 @@ def _set_at_server(url: URL, name: str, value: str) -> None:
     with administrator.connect() as connection:
         connection.execute(text(f"ALTER SYSTEM SET {name} = {value}"))
         connection.execute(text("SELECT pg_reload_conf()"))
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while True:
         with administrator.connect() as connection:
             if connection.execute(text(f"SHOW {name}")).scalar() == value:

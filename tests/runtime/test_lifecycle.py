@@ -12,7 +12,7 @@ import pytest
 from runtime.lifecycle import run_until_signalled
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 30
+DEADLINE_S = 90
 
 
 def start(program: str, *argv: str) -> subprocess.Popen[str]:

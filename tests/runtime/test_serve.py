@@ -21,7 +21,7 @@ from runtime.serve import (
 from runtime.tls import client_context, server_context
 from tests.pki import issue_server, make_server_ca, write_certificate, write_credential
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tests.pki import (
     write_credential,
 )
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 class Site:

@@ -169,7 +169,7 @@ class Caller:
         return found
 
 
-async def until_answers(caller: Caller, wanted: set[str], *, timeout_s: float = 20) -> None:
+async def until_answers(caller: Caller, wanted: set[str], *, timeout_s: float = 60) -> None:
     """Wait until exactly *wanted* answer."""
     async with asyncio.timeout(timeout_s):
         while set(await caller.count(12 * max(1, len(wanted)))) != wanted:  # noqa: ASYNC110 - HAProxy has no event

@@ -54,7 +54,7 @@ async def _replaced(bench: Bench, agent: Agent, operations: Operations) -> tuple
 
 
 async def _state(agent: Agent, state: KekState) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (row := await agent.registry.current_kek()) is None or row.state is not state:  # noqa: ASYNC110 - the state of a database
             await asyncio.sleep(0.002)
 

@@ -100,7 +100,7 @@ async def _run(directory: Path, at: int | None) -> bool:
         return False
 
     waiting = asyncio.create_task(process.wait(), name="rewriting")
-    async with asyncio.timeout(110):
+    async with asyncio.timeout(300):
         while not waiting.done() and (await ledger.load(JOB)).scanned <= at:
             await asyncio.wait({waiting}, timeout=0.005)
     if not waiting.done():

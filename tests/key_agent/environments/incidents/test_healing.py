@@ -217,7 +217,7 @@ async def test_killed_on_the_way_it_goes_on_where_it_was(site: BreachedSite) -> 
 
     site.carry = dying  # type: ignore[method-assign]
     task = asyncio.create_task(rejoin(site))
-    await asyncio.wait_for(admitted.wait(), 20)
+    await asyncio.wait_for(admitted.wait(), 60)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await site["a"].stop()

@@ -424,7 +424,7 @@ async def test_an_environments_own_word_needs_no_manager_and_survives_a_restart(
     site["a"].peering.ratify = ratify
     site["a"].reconnect()
     b.peering._verify.set()  # it repeats its word every now and then
-    await asyncio.wait_for(ratified.wait(), 90)  # one that is lost is repeated after 30 s
+    await asyncio.wait_for(ratified.wait(), 150)  # one that is lost is repeated after 30 s
     await site.in_step()
     await until(lambda: not (b.directory / DECLARATION_NAME).exists())
     assert state_of(site["c"], "b") is EnvironmentState.HEALING

@@ -81,7 +81,7 @@ async def test_googles_uploader(site: Site, tmp_path: Path, monkeypatch: pytest.
         requests.post,
         f"{site.url}/digest",
         json={"authorization": verifier, "reason": "", "wrapped_key": wrapped},
-        timeout=10,
+        timeout=60,
     )
     assert answer.json() == {"resource_key_hash": client.resource_key_hash(key, RESOURCE)}
 
