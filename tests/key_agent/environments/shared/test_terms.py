@@ -34,7 +34,7 @@ from key_agent.environments.shared.documents import (
 )
 from key_agent.environments.shared.shared_errors import StaleTermError
 from key_agent.environments.shared.terms import Holder as TermHolder
-from key_agent.environments.shared.terms import Terms, promotion_payload, term_id
+from key_agent.environments.shared.terms import Known, Terms, judge, promotion_payload, term_id
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.following import Follower
 from tests.key_agent.environments.forger import Forger, used
@@ -508,6 +508,63 @@ async def test_a_row_counts_in_the_epochs_of_its_term_alone(site: Site) -> None:
     ):
         with pytest.raises(IntegrityError, match=why):
             terms.check(TENANT, bad)
+
+
+async def test_pins_name_whom_to_believe_first_and_nobody_later(site: Site) -> None:
+    seen = await site.a.shared.since(0)
+    pins = {"agent-a": site.a.public}
+    assert judge(TENANT, Known(pins=pins), seen.rows).terms.newest == next(Terms.of(seen.rows).holders())
+    for other in ({}, {"agent-a": site.b.public}, {"agent-b": site.a.public}):
+        with pytest.raises(IntegrityError, match="nobody whom the pins name"):
+            judge(TENANT, Known(pins=other), seen.rows)
+    # What b says that a has begun, and what b has begun: pinned, it would have been believed at first.
+    (first,) = (row for row in seen.rows if row.kind is Kind.TERM)
+    body = read_body(Kind.TERM, first.body)
+    assert isinstance(body, TermBody)
+
+    def by_b(agent: str, registry_key: str) -> list[SharedRow]:
+        said = msgspec.structs.replace(body, agent=agent, registry_key=registry_key, cause="by b")
+        return [
+            sign_row(
+                site.b.key, tenant=TENANT, kind=Kind.TERM, row_id=first.id, body=said,
+                term=1, epoch=first.epoch, signer=agent,
+            )
+        ]  # fmt: skip
+
+    with pytest.raises(IntegrityError, match="does not bear agent-a's signature"):
+        judge(TENANT, Known(pins=pins), by_b("agent-a", site.a.public))
+    theirs, pinned = by_b("agent-b", site.b.public), {"agent-b": site.b.public}
+    assert judge(TENANT, Known(pins=pinned), theirs).terms.newest is not None
+    with pytest.raises(IntegrityError, match="not a continuation"):
+        judge(TENANT, Known(terms=Terms.of(seen.rows), pins=pinned), theirs)
+
+
+async def test_terms_are_a_chain_from_the_first_to_the_newest(site: Site) -> None:
+    """Rule 2: however well each row is signed."""
+    await site.b.promote(ADMINS)
+    rows = {row.key: row for row in (await site.b.shared.since(0)).rows if row.kind is Kind.TERM}
+    first, second = rows.values()
+    body = read_body(Kind.TERM, second.body)
+    assert isinstance(body, TermBody)
+    assert [one.agent for one in Terms.of(rows.values()).holders()] == ["agent-a", "agent-b"]
+
+    def signed(*, row_id: str = second.id, signer: str = "agent-b", **changes: object) -> SharedRow:
+        return sign_row(
+            site.b.key, tenant=TENANT, kind=Kind.TERM, row_id=row_id, signer=signer,
+            body=msgspec.structs.replace(body, **changes), term=second.term, epoch=second.epoch,
+        )  # fmt: skip
+
+    for broken, why in (
+        ([], "nobody held a term"),
+        ([second], "does not follow the one before"),
+        ([first, signed(previous="")], "does not follow the one before"),
+        ([first, signed(previous="00" * 32)], "does not follow the one before"),
+        ([first, signed(row_id=term_id(3))], f"the row of term {term_id(3)} is agent-b's, of term 2"),
+        ([first, signed(signer="agent-c")], "is agent-c's"),
+        ([first, signed(registry_key="00" * 31)], "registry key"),
+    ):
+        with pytest.raises((IntegrityError, FormatError), match=why):
+            Terms.of(broken)
 
 
 @pytest.mark.parametrize(

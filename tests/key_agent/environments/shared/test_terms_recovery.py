@@ -26,6 +26,7 @@ from key_agent.environments.shared.documents import (
     SharedRow,
     TermBody,
     read_body,
+    sign_row,
 )
 from key_agent.environments.shared.draft import Draft
 from key_agent.environments.shared.recovery import Succession, appointed, read_succession, recovery_payload
@@ -223,9 +224,13 @@ async def test_whose_registry_key_was_exposed_is_not_appointed_with_it(site: Sit
     forger.begin(2, approval=taken[0], asked=used(taken[1]))
     [row] = [row for row in forger.rows.values() if row.kind is Kind.TERM and row.term == 2]
     body = msgspec.structs.replace(read_body(row.kind, row.body), agent="agent-b", environment="b")
-    forger.put(Kind.TERM, row.id, body)
-    forger.rows[row.key] = msgspec.structs.replace(forger.rows[row.key], signer="agent-b")
+    forger.rows[row.key] = sign_row(
+        site.c.key, tenant=TENANT, kind=row.kind, row_id=row.id, body=body,
+        term=row.term, epoch=row.epoch, signer="agent-b",
+    )  # fmt: skip
     await site.refused(forger.delta(signer="agent-b"), site.a)
+    with pytest.raises(IntegrityError, match="is one that an environment has had"):
+        await site.a.take(forger.delta(signer="agent-b"))
 
 
 async def test_an_environment_is_appointed_with_its_own_agent(site: Site) -> None:
