@@ -24,6 +24,7 @@ from key_agent.environments.shared.documents import (
     Delta,
     EnvironmentBody,
     Grounds,
+    Head,
     Kind,
     SharedRow,
     TermBody,
@@ -33,8 +34,16 @@ from key_agent.environments.shared.documents import (
     sign_row,
 )
 from key_agent.environments.shared.shared_errors import StaleTermError
+from key_agent.environments.shared.terms import (
+    WATCHED,
+    Judgement,
+    Known,
+    Terms,
+    judge,
+    promotion_payload,
+    term_id,
+)
 from key_agent.environments.shared.terms import Holder as TermHolder
-from key_agent.environments.shared.terms import Known, Terms, judge, promotion_payload, term_id
 from key_agent.environments.states import EnvironmentState
 from key_agent.load_balancing.following import Follower
 from tests.key_agent.environments.forger import Forger, used
@@ -537,6 +546,51 @@ async def test_pins_name_whom_to_believe_first_and_nobody_later(site: Site) -> N
     assert judge(TENANT, Known(pins=pinned), theirs).terms.newest is not None
     with pytest.raises(IntegrityError, match="not a continuation"):
         judge(TENANT, Known(terms=Terms.of(seen.rows), pins=pinned), theirs)
+
+
+async def test_a_term_is_begun_by_its_holder_where_the_one_before_ended(site: Site) -> None:
+    """Rules 3 and 4, of the row alone: no head of its holder's stands beside it here."""
+    seen = await site.a.shared.since(0)
+    known = Known(
+        position=(1, seen.epoch_to),
+        terms=Terms.of(seen.rows),
+        digests={row.key: row_digest(row) for row in seen.rows if row.kind in WATCHED},
+        bodies={row.key: read_body(row.kind, row.body) for row in seen.rows if row.kind in WATCHED},
+    )
+    await site.b.promote(ADMINS)
+    first, second = (row for row in (await site.b.shared.since(0)).rows if row.kind is Kind.TERM)
+    body = read_body(Kind.TERM, second.body)
+    assert isinstance(body, TermBody)
+    assert body.grounds is not None
+    grounds, replace = body.grounds, msgspec.structs.replace
+
+    def begun(
+        by: Holder = site.b, *, epoch: int = second.epoch, built_on: Head = grounds.built_on
+    ) -> Judgement:
+        row = sign_row(
+            by.key, tenant=TENANT, kind=Kind.TERM, row_id=second.id, term=2, epoch=epoch, signer="agent-b",
+            body=replace(body, grounds=replace(grounds, built_on=built_on)),
+        )  # fmt: skip
+        return judge(TENANT, known, [first, row])
+
+    newest = begun().terms.newest
+    assert newest is not None
+    assert (newest.agent, newest.start) == ("agent-b", seen.epoch_to + 1)
+    with pytest.raises(IntegrityError, match="does not bear agent-b's signature"):
+        begun(site.c)
+    before = replace(grounds.built_on, epoch=grounds.built_on.epoch - 1)
+    none = replace(grounds.built_on, epoch=first.epoch - 1)
+    for epoch, built_on in (
+        (second.epoch + 1, grounds.built_on),
+        (second.epoch - 1, grounds.built_on),
+        (second.epoch, before),
+        (none.epoch + 1, none),
+        (second.epoch, replace(grounds.built_on, term=2)),
+    ):
+        with pytest.raises(IntegrityError, match="does not go on from where term 1 ended"):
+            begun(epoch=epoch, built_on=built_on)
+    with pytest.raises(IntegrityError, match="signature"):
+        begun(epoch=second.epoch - 1, built_on=before)
 
 
 async def test_terms_are_a_chain_from_the_first_to_the_newest(site: Site) -> None:
