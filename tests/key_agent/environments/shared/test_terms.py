@@ -558,7 +558,9 @@ async def test_a_term_is_begun_by_its_holder_where_the_one_before_ended(site: Si
         bodies={row.key: read_body(row.kind, row.body) for row in seen.rows if row.kind in WATCHED},
     )
     await site.b.promote(ADMINS)
-    first, second = (row for row in (await site.b.shared.since(0)).rows if row.kind is Kind.TERM)
+    first, second = sorted(
+        (row for row in (await site.b.shared.since(0)).rows if row.kind is Kind.TERM), key=lambda row: row.id
+    )
     body = read_body(Kind.TERM, second.body)
     assert isinstance(body, TermBody)
     assert body.grounds is not None
@@ -597,7 +599,7 @@ async def test_terms_are_a_chain_from_the_first_to_the_newest(site: Site) -> Non
     """Rule 2: however well each row is signed."""
     await site.b.promote(ADMINS)
     rows = {row.key: row for row in (await site.b.shared.since(0)).rows if row.kind is Kind.TERM}
-    first, second = rows.values()
+    first, second = (rows[key] for key in sorted(rows))
     body = read_body(Kind.TERM, second.body)
     assert isinstance(body, TermBody)
     assert [one.agent for one in Terms.of(rows.values()).holders()] == ["agent-a", "agent-b"]
