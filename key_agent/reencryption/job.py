@@ -71,6 +71,8 @@ class Progress:
     """Where the cursor goes once they are written, and how many others it passes."""
     met: int = 0
     """Sealed by an old key, in this pass, or left so by the one before it."""
+    has_met: bool = False
+    """Whether any pass has met what an old key sealed: what a pass counts begins anew with the next one."""
     has_shown: bool = False
     """Whether this pass itself has met what a key of the service sealed, or may have (rule 8)."""
     passes: int = 0
@@ -96,7 +98,9 @@ class Progress:
     @property
     def may_have_left(self) -> bool:
         """Whether it knows that old keys sealed something here, and not that nothing of it is left."""
-        return not self.is_whole and bool(self.batch or self.met or self.failed or self.rewritten)
+        return not self.is_whole and bool(
+            self.batch or self.has_met or self.met or self.failed or self.rewritten
+        )
 
     @property
     def known_left(self) -> int:
@@ -209,6 +213,7 @@ class ReencryptionJob:
             batch_beside=0,
             cursor=now.batch_upto,
             met=now.met + len(names),
+            has_met=now.has_met or bool(names),
             scanned=now.scanned + len(names) + beside,
             rewritten=now.rewritten + len(names) - len(problems),
             skipped=now.skipped + beside,

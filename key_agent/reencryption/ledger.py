@@ -59,6 +59,7 @@ class _Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     met: int = 0
     passes: int = 0
     sealing: tuple[str, ...] = ()
+    has_met: bool = False
     has_shown: bool = False
     left_before: int = 0
     named_before: tuple[str, ...] = ()

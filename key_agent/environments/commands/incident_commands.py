@@ -394,7 +394,7 @@ class IncidentCommands(ApprovalCommands):
         view = self._view
         return {"keys": {key: view.deks[key].state for key in sorted(wanted)}, "told": told}
 
-    # Re-encryption. It runs in a process of its own (incident_cli.py), beside the agent.
+    # Re-encryption. It runs in a process of its own (old_keys_cli.py), beside the agent.
 
     async def reencryption_begin(self, *, incident: str, connector: str, service: str | None = None) -> Json:
         """A new re-encryption of what an incident's keys sealed: its id, and which keys that are.

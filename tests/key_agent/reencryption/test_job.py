@@ -317,6 +317,24 @@ async def test_what_a_pass_has_left_stays_known_until_another_one_has_met_it_or_
     assert (done.state, done.known_left, done.names_left) == (JobState.DONE, 0, ())
 
 
+async def test_one_pass_that_finds_nothing_more_does_not_make_a_job_one_that_has_met_nothing() -> None:
+    """What it has left may be renamed, and the pass that would find it is not through: another job that is
+    done must not end the key."""
+    store, paper = MemoryStore(TODAY), Paper(replace(progress(), sealing=(TODAY,)))
+    store.put("a", OLD)
+    store.put("b", TODAY)
+    store.refused["a"] = "HTTP 423"
+    assert (await ReencryptionJob(paper.kept, store, paper).run()).rewritten == 0
+    del store.objects["a"]
+    paper.fatal, paper.saves, paper.keeps_last = 3, 0, True
+    with pytest.raises(KilledError):
+        await ReencryptionJob(paper.kept, store, paper).run()
+    assert (paper.kept.met, paper.kept.failed, paper.kept.batch) == (0, 0, ())
+    assert paper.kept.may_have_left
+    paper.fatal = None
+    assert not (await ReencryptionJob(paper.kept, store, paper).run()).may_have_left
+
+
 async def test_what_is_under_way_is_known_to_be_left() -> None:
     store, paper = filled(BATCH), Paper(progress())
     paper.fatal, paper.keeps_last = 1, True

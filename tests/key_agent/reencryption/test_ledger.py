@@ -76,7 +76,16 @@ async def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     await ledger.save_progress(progress())
     file = tmp_path / DIRECTORY_NAME / f"{JOB}.json"
     page = msgspec.json.decode(file.read_bytes())
-    for name in ("met", "passes", "sealing", "has_shown", "left_before", "named_before", "dropped_at_ms"):
+    for name in (
+        "met",
+        "passes",
+        "sealing",
+        "has_met",
+        "has_shown",
+        "left_before",
+        "named_before",
+        "dropped_at_ms",
+    ):
         del page[name]
     file.write_bytes(msgspec.json.encode(page))
     assert await ledger.load(JOB) == progress(sealing=(), left_before=0, named_before=())
