@@ -3,13 +3,16 @@
 1. Servers begin `disabled`: the first `up ready` opens one, so that a restart sends nothing to an environment
    that heals before the first check.
 2. `retry-on 503` with redispatch makes a breach invisible to callers: the environment refuses by itself, and
-   the request goes to another one. A request is sent again only while all of it lies in the buffer, and only
-   where nothing is changed by doing it twice: the encryption service's own paths, in every dialect.
+   the request goes to another one. A request is sent again only if all of it lay in the buffer when it was
+   sent first, and only where nothing is changed by doing it twice: the encryption service's own paths, in
+   every dialect. So HAProxy waits for the body there: without that it sends a request's head as soon as it
+   has it, and whoever sends the body in a packet of its own gets the 503.
 3. Never a fallback to a server that is down: with none left, 503 `no_environment` and Retry-After.
 4. `weight 100`: a percentage of the default weight 1 would be none. No cookies, no stick tables: anybody can
    open what any other has sealed.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Final
 
@@ -18,10 +21,28 @@ from key_agent.load_balancing.settings import FrontendSettings, Rule, Server, Se
 RETRIED_PATHS: Final = "{ path_beg /sealgate/v1/ /v1/ } || { path_sub /kms/xks/v1/ }"
 """Native, transit, XKS; KACLS stands where a tenant's settings put it, so its callers see the 503."""
 BUFFER_BYTES: Final = 65536
-_NO_ENVIRONMENT: Final = (
-    '"{\\"type\\":\\"about:blank\\",\\"title\\":\\"Service Unavailable\\",\\"status\\":503,'
-    '\\"code\\":\\"no_environment\\",\\"detail\\":\\"No environment is sound at the moment.\\",'
-    '\\"next_step\\":\\"Try again as Retry-After says.\\"}"'
+BODY_S: Final = 75
+"""For the body, or as much of it as the buffer takes. The service bears 1 KiB/s after its first 10 s."""
+
+
+def _problem(**content: str | int) -> str:
+    """RFC 9457, as a word of the configuration."""
+    return json.dumps(json.dumps({"type": "about:blank", **content}, separators=(",", ":")))
+
+
+_NO_ENVIRONMENT: Final = _problem(
+    title="Service Unavailable",
+    status=503,
+    code="no_environment",
+    detail="No environment is sound at the moment.",
+    next_step="Try again as Retry-After says.",
+)
+_TOO_SLOW: Final = _problem(
+    title="Request Timeout",
+    status=408,
+    code="request_timeout",
+    detail=f"The head, or the first {BUFFER_BYTES >> 10} KiB of the body, did not arrive in time.",
+    next_step="Send it again, without pauses.",
 )
 
 
@@ -48,6 +69,7 @@ defaults
   timeout server 15s
   timeout http-request 10s
   timeout queue 2s
+  http-error status 408 content-type "application/problem+json" string {_TOO_SLOW}
   http-error status 503 content-type "application/problem+json" string {_NO_ENVIRONMENT} hdr Retry-After 2
 """
 
@@ -67,6 +89,7 @@ def _frontend(front: FrontendSettings, servers: Iterable[Server]) -> str:
     tls = f" ssl crt {front.certificate_file} alpn http/1.1" if front.certificate_file is not None else ""
     lines = ["frontend callers", f"  bind {front.bind}{tls}"]
     lines.append(f"  http-request disable-l7-retry unless {RETRIED_PATHS}")
+    lines.append(f"  http-request wait-for-body time {BODY_S}s if {RETRIED_PATHS}")
     if front.rule is Rule.GEO:
         trusted = " ".join(front.trusted_networks)
         lines.append(

@@ -106,7 +106,8 @@ async def test_the_spare_stands_by_follows_a_killed_leader_and_feeds_the_proxies
     await first.wait_for_socket(leader)
     await until(lambda: first.proxy.valid_keys(S3))
     follower = await spare.start("run")
-    await until(lambda: _socket(spare).exists())
+    await until(lambda: _socket(spare).exists(), timeout_s=60)
+    await _serves(spare)  # by HTTP a moment later
     status, told = await _get(spare, "/v1/status")
     assert (status, told["role"]) == (200, "standby")
     assert (told["leader"]["agent"], told["leader"]["pid"]) == ("hq", leader.pid)

@@ -140,6 +140,7 @@ class Caller:
     """Counts who answers."""
 
     def __init__(self, bind: str) -> None:
+        self.bind = bind
         self._url = f"http://{bind}"
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10))
 

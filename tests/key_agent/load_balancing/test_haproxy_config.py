@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from key_agent.load_balancing.haproxy_config import haproxy_config
+from key_agent.load_balancing.haproxy_config import BODY_S, haproxy_config
 from key_agent.load_balancing.settings import Rule, Settings
 from tests.key_agent.load_balancing.balanced import (
     HAPROXY,
@@ -126,6 +126,70 @@ async def test_self_refusal_costs_no_caller_anything(tmp_path: Path, path: str) 
         assert all(retry == "2" for status, _, retry in answers if status == 503)
         # What is nobody's to repeat is not repeated.
         assert 503 in [(await caller.ask(path="/dav/file"))[0] for _ in range(60)]
+
+
+_PATHS_THAT_WAIT = [
+    "/sealgate/v1/keys/files/encrypt",
+    "/v1/transit/encrypt/files",
+    "/a1/kms/xks/v1/keys/k/encrypt",
+]
+
+
+async def _in_pieces(
+    bind: str, path: str, pieces: list[bytes], *, expects: bool = False, missing_bytes: int = 0
+) -> tuple[int, str]:
+    """Head and body in packets of their own, as a real network brings them: status and who."""
+    host, _, port = bind.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    expect = "Expect: 100-continue\r\n" if expects else ""
+    size_bytes = sum(len(piece) for piece in pieces) + missing_bytes
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\n{expect}Content-Length: {size_bytes}\r\n\r\n".encode())
+    try:
+        async with asyncio.timeout(60):
+            if expects:
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+            for piece in pieces:
+                await asyncio.sleep(0.05)
+                writer.write(piece)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(head.partition("content-length:")[2].partition("\r")[0])
+            return int(head.split()[1]), (await reader.readexactly(length)).decode()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("path", _PATHS_THAT_WAIT)
+@pytest.mark.parametrize("expects", [False, True])
+async def test_a_body_that_comes_in_pieces_goes_to_another_environment_as_a_whole(
+    tmp_path: Path, path: str, expects: bool
+) -> None:
+    """HAProxy would send the head alone, and could not send that again (B-24)."""
+    planes = [DataPlane(name) for name in "abc"]
+    async with balanced(planes, dict.fromkeys("abc", "up ready 100%\n"), tmp_path) as caller:
+        await until_answers(caller, {"a", "b", "c"})
+        planes[0].serves = False  # the agent-check still says that it is up
+        pieces = [b"x" * 16_000] * 3
+        calls = (_in_pieces(caller.bind, path, pieces, expects=expects) for _ in range(60))
+        assert set(await asyncio.gather(*calls)) == {(200, "b"), (200, "c")}
+        assert planes[0].refused > 0
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    planes = [DataPlane("a")]
+    settings = settings_for(planes, tmp_path)
+    text = haproxy_config(settings)
+    assert f"time {BODY_S}s" in text
+    async with (
+        planes_running(planes),
+        checks(settings, {"a": "up ready 100%\n"}),
+        haproxy_running(text.replace(f"time {BODY_S}s", "time 1s"), tmp_path),
+        Caller(settings.frontend.bind) as caller,
+    ):
+        await until_answers(caller, {"a"})
+        served = planes[0].served
+        status, told = await _in_pieces(caller.bind, _PATHS_THAT_WAIT[0], [b"x"], missing_bytes=1)
+        assert (status, problem_code(told)) == (408, "request_timeout")
+        assert planes[0].served == served
 
 
 @pytest.mark.parametrize("strict_geo", [False, True])
