@@ -21,7 +21,7 @@ from key_agent.load_balancing.settings import FrontendSettings, Rule, Server, Se
 RETRIED_PATHS: Final = "{ path_beg /sealgate/v1/ /v1/ } || { path_sub /kms/xks/v1/ }"
 """Native, transit, XKS; KACLS stands where a tenant's settings put it, so its callers see the 503."""
 BUFFER_BYTES: Final = 65536
-BODY_S: Final = 75
+BODY_WAIT_S: Final = 75
 """For the body, or as much of it as the buffer takes. The service bears 1 KiB/s after its first 10 s."""
 
 
@@ -89,7 +89,7 @@ def _frontend(front: FrontendSettings, servers: Iterable[Server]) -> str:
     tls = f" ssl crt {front.certificate_file} alpn http/1.1" if front.certificate_file is not None else ""
     lines = ["frontend callers", f"  bind {front.bind}{tls}"]
     lines.append(f"  http-request disable-l7-retry unless {RETRIED_PATHS}")
-    lines.append(f"  http-request wait-for-body time {BODY_S}s if {RETRIED_PATHS}")
+    lines.append(f"  http-request wait-for-body time {BODY_WAIT_S}s if {RETRIED_PATHS}")
     if front.rule is Rule.GEO:
         trusted = " ".join(front.trusted_networks)
         lines.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from key_agent.load_balancing.haproxy_config import BODY_S, haproxy_config
+from key_agent.load_balancing.haproxy_config import BODY_WAIT_S, haproxy_config
 from key_agent.load_balancing.settings import Rule, Settings
 from tests.key_agent.load_balancing.balanced import (
     HAPROXY,
@@ -178,11 +178,11 @@ async def test_a_body_that_does_not_come_is_not_waited_for_without_end(tmp_path:
     planes = [DataPlane("a")]
     settings = settings_for(planes, tmp_path)
     text = haproxy_config(settings)
-    assert f"time {BODY_S}s" in text
+    assert f"time {BODY_WAIT_S}s" in text
     async with (
         planes_running(planes),
         checks(settings, {"a": "up ready 100%\n"}),
-        haproxy_running(text.replace(f"time {BODY_S}s", "time 1s"), tmp_path),
+        haproxy_running(text.replace(f"time {BODY_WAIT_S}s", "time 1s"), tmp_path),
         Caller(settings.frontend.bind) as caller,
     ):
         await until_answers(caller, {"a"})
@@ -190,6 +190,8 @@ async def test_a_body_that_does_not_come_is_not_waited_for_without_end(tmp_path:
         status, told = await _in_pieces(caller.bind, _PATHS_THAT_WAIT[0], [b"x"], missing_bytes=1)
         assert (status, problem_code(told)) == (408, "request_timeout")
         assert planes[0].served == served
+        # What is nobody's to repeat is sent on as it comes, however long that takes.
+        assert await _in_pieces(caller.bind, "/dav/file", [b"x"] * 30) == (200, "a")
 
 
 @pytest.mark.parametrize("strict_geo", [False, True])
